@@ -1,0 +1,25 @@
+"""mixoff: run Mixture-of-Experts models that do not fit your memory, exactly, and see why it works.
+
+`import mixoff` is light: torch and transformers load when a name that needs them is first used.
+"""
+
+from importlib import import_module
+
+__version__ = "0.1.0"
+
+_HOMES = {"load": "offload", "Runtime": "offload", "CacheInfo": "offload", "Event": "offload", "convert": "store"}
+_HOMES |= {"MixoffError": "errors", "CheckpointError": "errors", "BudgetError": "errors", "ExpertCache": "cache"}
+_MODULES = ("bench", "cache", "checkpoint", "errors", "models", "offload", "shapes", "store", "units")
+__all__ = [*_HOMES, *_MODULES]
+
+
+def __getattr__(name: str) -> object:
+    if name in _HOMES:
+        return getattr(import_module(f"mixoff.{_HOMES[name]}"), name)
+    if name in _MODULES:
+        return import_module(f"mixoff.{name}")
+    raise AttributeError(f"module 'mixoff' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,142 @@
+"""Speed of the bundled model by budget, beside what bytes and bandwidth allow.
+
+Modelled time of a token = time with every expert resident + bytes moved a token / bandwidth of the slow tier, both
+measured in the same run. It knows nothing of overlap: there is none in this version.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import asdict, dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from mixoff import demo, generation, models, offload, store
+
+PROMPTS = (
+    "It was a fine morning in the spring, and Elizabeth",
+    "And the LORD said unto Moses,",
+    "import os\n\ndef read_file(path):\n",
+)
+SLOTS = (1, 2, 3, 4, 6, 8)  # a layer
+
+
+@dataclass(frozen=True)
+class Row:
+    """One budget. Times in ms a token; `measured_*` over all runs."""
+
+    slots_per_layer: int
+    fast_bytes: int
+    hit_rate: float
+    bytes_per_token: float
+    modelled_ms: float
+    measured_ms: float
+    measured_min_ms: float
+    measured_max_ms: float
+
+    def cells(self) -> list[str]:
+        """The row as text, a cell a column of `Table`."""
+        return [
+            f"{self.slots_per_layer}",
+            f"{self.fast_bytes:,}",
+            f"{self.hit_rate:.3f}",
+            f"{self.bytes_per_token / 1e6:.2f}",
+            f"{self.modelled_ms:.1f}",
+            f"{self.measured_ms:.1f}; {self.measured_min_ms:.1f} to {self.measured_max_ms:.1f}",
+            f"{1000 / self.measured_ms:.1f}",
+        ]
+
+
+@dataclass(frozen=True)
+class Table:
+    """All budgets, with what they are modelled from; prints itself as markdown."""
+
+    rows: tuple[Row, ...]
+    transformers_ms: float
+    resident_ms: float
+    link_Bps: float
+    runs: int
+    threads: int
+
+    def to_dict(self) -> dict:
+        """All figures under their names."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        head = (
+            f"slow tier {self.link_Bps / 1e9:.2f} GB/s (page cache), every expert resident {self.resident_ms:.1f} ms "
+            f"a token, plain transformers {self.transformers_ms:.1f} ms; medians of {self.runs} runs, "
+            f"{self.threads} thread(s), all measured\n"
+        )
+        columns = "slots a layer,fast_bytes,hit rate (measured),MB a token (measured),ms a token (modelled)"
+        columns += ",ms a token (measured: median; min to max),tokens/s (measured)"
+        rows = [columns.split(","), ["---"] * 7, *(row.cells() for row in self.rows)]
+        return "\n".join([head, *(f"| {' | '.join(cells)} |" for cells in rows)])
+
+
+def run(runs: int = 5, max_new_tokens: int = 128, threads: int = 1) -> Table:
+    """Measure every budget and plain transformers in turns, `runs` times each, over the same three prompts."""
+    torch.set_num_threads(threads)
+    tokenizer, folder = generation.load_tokenizer(models.path()), models.path()
+    link, slot, scratch = link_bandwidth(), *_slot_and_scratch()
+    budgets = [n * len(_sites()) * slot + scratch for n in SLOTS]
+    loaded = [offload.load(folder, fast_bytes=b) for b in budgets]
+    contenders = [*loaded, demo.resident_model()]
+    for model in contenders:  # one short run each, so that nobody pays for the first use of a library
+        _decode_ms(model, tokenizer, 4)
+    for model in loaded:
+        model.mixoff.reset_counts()
+    times = [[] for _ in contenders]
+    for _ in range(runs):
+        for i, model in enumerate(contenders):
+            times[i].append(_decode_ms(model, tokenizer, max_new_tokens))
+    resident = statistics.median(times[len(loaded) - 1])
+    rows = [_row(m, times[i], resident, link, budgets[i]) for i, m in enumerate(loaded)]
+    for model in loaded:
+        model.mixoff.close()
+    return Table(tuple(rows), statistics.median(times[-1]), resident, link, runs, threads)
+
+
+def link_bandwidth(rounds: int = 5) -> float:
+    """Bytes a second from the slow tier into a slot, every expert once a round; the best round."""
+    source = store.open_source(models.path())
+    image = memoryview(store.slab(source.expert_nbytes).numpy())
+    best = 0.0
+    for _ in range(rounds):
+        start = time.perf_counter()
+        nbytes = sum(source.reader.read_into(*key, image) for key in source.reader.extents)
+        best = max(best, nbytes / (time.perf_counter() - start))
+    source.reader.close()
+    return best
+
+
+def _sites() -> tuple:
+    source = store.open_source(models.path())
+    source.reader.close()
+    return source.sites
+
+
+def _slot_and_scratch() -> tuple[int, int]:
+    with offload.load(models.path(), fast_bytes="1GiB") as model:
+        runtime = model.mixoff
+        slot = runtime.source.expert_nbytes
+        return slot, runtime.allocated_nbytes - slot * runtime.slots
+
+
+def _decode_ms(model: PreTrainedModel, tokenizer: object, max_new_tokens: int) -> float:
+    """Milliseconds a decoded token over all prompts, prompts themselves excluded."""
+    results = [generation.generate(model, tokenizer, p, max_new_tokens) for p in PROMPTS]
+    return 1000 * sum(1 / r.tokens_per_s for r in results) / len(results)
+
+
+def _row(model: PreTrainedModel, times: list[float], resident_ms: float, link_Bps: float, budget: int) -> Row:
+    info = model.mixoff.info()
+    decoded = info.hits + info.misses
+    sites = model.mixoff.source.sites
+    tokens = decoded / (len(sites) * model.config.num_experts_per_tok)
+    nbytes = info.misses * info.expert_nbytes / tokens
+    modelled = resident_ms + 1000 * nbytes / link_Bps
+    median = statistics.median(times)
+    return Row(info.capacity // len(sites), budget, info.hit_rate, nbytes, modelled, median, min(times), max(times))

@@ -1,0 +1,183 @@
+"""Which expert sits in which slot: keys and slots only.
+
+Letters: **S** slots. A key is `(site, expert)`, a slot is an index into the fast tier's arena.
+`ExpertCache.access` is one call of one MoE layer: residents are granted first, then misses, each with the slot that the
+caller fills. The runtime and the simulator drive the same object, so both count the same hits.
+
+Does not know tensors, files or time.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Collection, Hashable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from mixoff.errors import BudgetError, MixoffError
+
+Key = Hashable
+
+
+class Policy(Protocol):
+    """The order in which residents of one pool are given up."""
+
+    def insert(self, key: Key) -> None: ...
+    def touch(self, key: Key) -> None: ...
+    def remove(self, key: Key) -> None: ...
+    def victim(self, keep: Collection[Key]) -> Key | None:
+        """The resident to give up next among those not in `keep`, or None when all are kept."""
+
+
+class LRU:
+    """Least recently used: keys in the order of their last use, oldest first."""
+
+    def __init__(self) -> None:
+        self.order: OrderedDict[Key, None] = OrderedDict()
+
+    def insert(self, key: Key) -> None:
+        self.order[key] = None
+
+    def touch(self, key: Key) -> None:
+        self.order.move_to_end(key)
+
+    def remove(self, key: Key) -> None:
+        del self.order[key]
+
+    def victim(self, keep: Collection[Key]) -> Key | None:
+        return next((key for key in self.order if key not in keep), None)
+
+
+POLICIES: dict[str, type[Policy]] = {"lru": LRU}
+
+HIT, MISS, BYPASS, RESTORE = "hit", "miss", "bypass", "restore"
+
+
+@dataclass(frozen=True)
+class Grant:
+    """One expert and its slot.
+
+    `hit`: the slot holds the expert. `miss`: fill the slot, the expert stays. `bypass`: fill the slot, the expert does
+    not stay (a prompt streaming past a full pool). `restore`: fill the slot, nobody asked for the expert now.
+    """
+
+    key: Key
+    slot: int
+    kind: str
+    evicted: Key | None = None
+
+
+@dataclass
+class Pool:
+    """The slots that compete with one another: one pool a layer, or one for all."""
+
+    policy: Policy
+    free: list[int]
+    capacity: int
+
+
+class ExpertCache:
+    """`capacities[i]` slots for pool i; slots are numbered through all pools.
+
+    >>> cache = ExpertCache([2])
+    >>> [(g.key, g.kind, g.evicted) for key in "abac" for g in cache.access(0, [key])]
+    [('a', 'miss', None), ('b', 'miss', None), ('a', 'hit', None), ('c', 'miss', 'b')]
+    """
+
+    def __init__(self, capacities: Sequence[int], policy: str = "lru") -> None:
+        if policy not in POLICIES:
+            raise MixoffError(f"unknown policy {policy!r}: choose one of {', '.join(sorted(POLICIES))}")
+        if min(capacities, default=0) < 1:
+            raise BudgetError(f"every pool needs at least one slot, got {list(capacities)}")
+        self.pools, start = [], 0
+        for n in capacities:
+            self.pools.append(Pool(POLICIES[policy](), list(range(start + n - 1, start - 1, -1)), n))
+            start += n
+        self.capacity = start
+        self.slot_of: dict[Key, int] = {}
+        self.reset_counts()
+
+    def reset_counts(self) -> None:
+        """Set all counters to zero; residents stay."""
+        self.hits = self.misses = self.evictions = 0
+        self.prompt_hits = self.prompt_misses = self.restores = 0
+
+    def access(self, pool: int, keys: Sequence[Key], prompt: bool = False) -> Iterator[Grant]:
+        """Grant each of `keys` (distinct, in router order) a slot: residents first, then misses.
+
+        A grant is good until the next one is asked for. The caller fills the slot of every grant that is not a hit
+        before it asks on; close the iterator when filling fails, and the slot is free again, never wrong.
+        More keys than slots are served in waves: a key that was served may be given up for one that was not.
+        """
+        hits = [key for key in keys if key in self.slot_of]
+        misses = [key for key in keys if key not in self.slot_of]
+        for key in hits:
+            yield Grant(key, self.slot_of[key], HIT)
+        if prompt:
+            self.prompt_hits, self.prompt_misses = self.prompt_hits + len(hits), self.prompt_misses + len(misses)
+            yield from self._pass_through(self.pools[pool], misses)
+        else:
+            self.hits, self.misses = self.hits + len(hits), self.misses + len(misses)
+            yield from self._admit(self.pools[pool], misses, keys)
+
+    def _admit(self, pool: Pool, misses: Sequence[Key], keys: Sequence[Key]) -> Iterator[Grant]:
+        """Decoding: each miss takes a free slot or that of a victim; recency follows router order at the end."""
+        for i, key in enumerate(misses):
+            evicted = None
+            if not pool.free:
+                evicted = pool.policy.victim(keep=keys)
+                if evicted is None:  # every resident is part of this call: give up one that was served already
+                    evicted = pool.policy.victim(keep=misses[i:])
+                self._evict(pool, evicted)
+            yield from self._fill(pool, key, evicted)
+        for key in keys:
+            if key in self.slot_of:
+                pool.policy.touch(key)
+
+    def _pass_through(self, pool: Pool, misses: Sequence[Key]) -> Iterator[Grant]:
+        """A prompt fills free slots and touches nothing else; what finds no slot streams through a borrowed one.
+
+        The borrowed slot is a free one, before its expert comes to stay, or else the next victim's, which is fetched
+        again at the end: a prompt would otherwise flush what decoding uses.
+        """
+        staying, passing = misses[: len(pool.free)], misses[len(pool.free) :]
+        if passing and pool.free:
+            for key in passing:
+                yield Grant(key, pool.free[-1], BYPASS)
+        for key in staying:
+            yield from self._fill(pool, key, None)
+        if passing and not staying:
+            yield from self._borrow(pool, passing)
+
+    def _borrow(self, pool: Pool, passing: Sequence[Key]) -> Iterator[Grant]:
+        lender = pool.policy.victim(keep=())
+        slot, restored = self.slot_of.pop(lender), False
+        try:
+            for key in passing:
+                yield Grant(key, slot, BYPASS)
+            yield Grant(lender, slot, RESTORE)
+            restored = True
+        finally:
+            if restored:
+                self.slot_of[lender], self.restores = slot, self.restores + 1
+            else:
+                pool.policy.remove(lender)
+                pool.free.append(slot)
+
+    def _fill(self, pool: Pool, key: Key, evicted: Key | None) -> Iterator[Grant]:
+        """Grant a free slot; the key becomes resident only once the caller comes back for more."""
+        slot, filled = pool.free.pop(), False
+        try:
+            yield Grant(key, slot, MISS, evicted)
+            filled = True
+        finally:
+            if filled:
+                self.slot_of[key] = slot
+                pool.policy.insert(key)
+            else:
+                pool.free.append(slot)
+
+    def _evict(self, pool: Pool, key: Key) -> None:
+        pool.policy.remove(key)
+        pool.free.append(self.slot_of.pop(key))
+        self.evictions += 1

@@ -1,0 +1,244 @@
+"""Reads model folders in the layout of the Hugging Face Hub, expert by expert.
+
+Every byte range comes from headers that are checked before use: sizes, shapes, dtypes, names of files. Nothing is
+unpickled, evaluated or imported from a model folder. Does not know caches or budgets.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from mixoff.errors import CheckpointError
+from mixoff.shapes import Site
+
+DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}  # of experts that we serve unquantized
+ITEM_BITS = {
+    "F64": 64,
+    "I64": 64,
+    "U64": 64,
+    "F32": 32,
+    "I32": 32,
+    "U32": 32,
+    "F16": 16,
+    "BF16": 16,
+    "I16": 16,
+    "U16": 16,
+}
+ITEM_BITS |= {"F8_E4M3": 8, "F8_E5M2": 8, "I8": 8, "U8": 8, "BOOL": 8}
+MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors format itself
+INDEX = "model.safetensors.index.json"
+
+EXPERT_KEY = re.compile(r"(?:^|\.)layers\.(\d+)\..*\bexperts\.(\d+)\.(\w+)\.weight$")
+FUSED_KEY = re.compile(r"(?:^|\.)layers\.(\d+)\..*\bexperts\.(gate_up_proj|down_proj)$")
+# where the matrices of one expert go: part, and which half of it
+ROLES = {
+    "w1": ("gate_up_proj", 0),
+    "gate_proj": ("gate_up_proj", 0),
+    "w3": ("gate_up_proj", 1),
+    "up_proj": ("gate_up_proj", 1),
+}
+ROLES |= {"w2": ("down_proj", 0), "down_proj": ("down_proj", 0)}
+
+
+@dataclass(frozen=True)
+class TensorRange:
+    """One tensor in a safetensors file: `offset` and `nbytes` in the file, dtype by safetensors' name."""
+
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Extent:
+    """`nbytes` at `offset` of `file` belong at `place` of an expert's image."""
+
+    file: str
+    offset: int
+    place: int
+    nbytes: int
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object from `path`. Raises CheckpointError when it is missing, no JSON, or no object."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{path.parent} has no {path.name}: a model folder holds config.json and *.safetensors"
+        ) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not readable JSON ({error}): copy it again from its source") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(
+            f"{path} holds a {type(value).__name__}, expected a JSON object: copy it again from its source"
+        )
+    return value
+
+
+def read_header(path: Path) -> dict[str, TensorRange]:
+    """The tensors of one safetensors file, each range checked against its shape, its dtype and the file's size."""
+    size = path.stat().st_size
+    with path.open("rb") as f:
+        length = int.from_bytes(f.read(8), "little")
+        if size < 8 or not 2 <= length <= min(size - 8, MAX_HEADER):
+            raise CheckpointError(
+                f"{path} is truncated or no safetensors file ({size} bytes): copy it again from its source"
+            )
+        raw = f.read(length)
+    try:
+        header = json.loads(raw)
+        header.pop("__metadata__", None)
+        tensors = {name: _tensor_range(path.name, entry, 8 + length) for name, entry in header.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path} has a damaged header ({error}): copy it again from its source") from None
+    end = 8 + length
+    for name, t in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
+        if t.offset != end:
+            raise CheckpointError(
+                f"{path}: {name!r} begins at byte {t.offset}, expected {end}: copy the file again from its source"
+            )
+        end += t.nbytes
+    if end != size:
+        raise CheckpointError(
+            f"{path} holds {size} bytes, its header promises {end}: the copy is incomplete, fetch it again"
+        )
+    return tensors
+
+
+def _tensor_range(file: str, entry: dict, base: int) -> TensorRange:
+    dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if dtype not in ITEM_BITS:
+        raise ValueError(f"unknown dtype {dtype!r}")
+    if not all(type(n) is int and n >= 0 for n in [*shape, begin, end]):
+        raise ValueError("a shape or an offset is not a whole number")
+    if (nbytes := math.prod(shape) * ITEM_BITS[dtype] // 8) != end - begin:
+        raise ValueError(f"shape {shape} of {dtype} takes {nbytes} bytes, the header gives {end - begin}")
+    return TensorRange(file, dtype, tuple(shape), base + begin, nbytes)
+
+
+class Checkpoint:
+    """The safetensors files of one model folder. Opening it reads headers only.
+
+    `tensors`: every tensor by its name in the files. Raises CheckpointError for anything missing, damaged or unsafe.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        if not self.folder.is_dir():
+            raise CheckpointError(
+                f"no model folder at {folder}: give the folder that holds config.json and *.safetensors"
+            )
+        _refuse_quantized(read_json(self.folder / "config.json"), self.folder)
+        self.files = _weight_files(self.folder)
+        self.tensors: dict[str, TensorRange] = {}
+        for file in self.files:
+            for name, t in read_header(self.folder / file).items():
+                if name in self.tensors:
+                    raise CheckpointError(
+                        f"{name!r} stands in {t.file} and in {self.tensors[name].file}: keep one of them"
+                    )
+                self.tensors[name] = t
+
+    def expert_names(self) -> set[str]:
+        """Names of the tensors that belong to experts; all others are the backbone."""
+        return {name for name in self.tensors if EXPERT_KEY.search(name) or FUSED_KEY.search(name)}
+
+    def expert_dtype(self) -> str:
+        """The one dtype that all experts are stored in, by torch's name."""
+        found = {self.tensors[name].dtype for name in self.expert_names()}
+        if not found:
+            raise CheckpointError(
+                f"{self.folder} has no expert weights under a name that mixoff knows (…layers.0.….experts.0.w1.weight)"
+            )
+        if len(found) > 1 or not found <= DTYPES.keys():
+            raise CheckpointError(
+                f"experts are stored as {', '.join(sorted(found))}: "
+                f"mixoff reads checkpoints that have one of {', '.join(DTYPES)} for all experts"
+            )
+        return DTYPES[found.pop()]
+
+    def extents(self, sites: Iterable[Site]) -> dict[tuple[int, int], list[Extent]]:
+        """Where the bytes of each expert stand, by (site, expert). Every part of every expert is covered, once."""
+        by_place = self._by_place()
+        return {
+            (i, e): [extent for part in site.parts for extent in self._part_extents(by_place, site, e, part)]
+            for i, site in enumerate(sites)
+            for e in range(site.num_experts)
+        }
+
+    def _by_place(self) -> dict[tuple, TensorRange]:
+        """Tensors by (layer, expert, part, half), or by (layer, part) when the file holds all experts in one tensor."""
+        places = {}
+        for name, t in self.tensors.items():
+            if (m := EXPERT_KEY.search(name)) and m[3] in ROLES:
+                places[(int(m[1]), int(m[2]), *ROLES[m[3]])] = t
+            elif m := FUSED_KEY.search(name):
+                places[int(m[1]), m[2]] = t
+        return places
+
+    def _part_extents(self, places: dict, site: Site, e: int, part) -> list[Extent]:
+        if fused := places.get((site.layer, part.name)):
+            self._expect(fused, (site.num_experts, *part.shape), site, e)
+            return [Extent(fused.file, fused.offset + e * part.nbytes, part.offset, part.nbytes)]
+        halves = 2 if part.name == "gate_up_proj" else 1
+        rows, nbytes = part.shape[0] // halves, part.nbytes // halves
+        found = [places.get((site.layer, e, part.name, half)) for half in range(halves)]
+        for t in found:
+            self._expect(t, (rows, *part.shape[1:]), site, e)
+        return [Extent(t.file, t.offset, part.offset + half * nbytes, nbytes) for half, t in enumerate(found)]
+
+    def _expect(self, t: TensorRange | None, shape: tuple[int, ...], site: Site, e: int) -> None:
+        if t is None:
+            raise CheckpointError(
+                f"{self.folder} lacks weights of expert {e} in layer {site.layer}: "
+                "the download is incomplete, fetch it again"
+            )
+        if t.shape != shape:
+            raise CheckpointError(
+                f"expert {e} of layer {site.layer} has shape {t.shape} in {t.file}, config.json says {shape}"
+            )
+
+
+def _refuse_quantized(config: dict, folder: Path) -> None:
+    for holder in (config, config.get("text_config") or {}):
+        if quantization := holder.get("quantization_config"):
+            method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
+            raise CheckpointError(
+                f"{folder} is quantized already ({method}): give mixoff the 16-bit original of this model"
+            )
+
+
+def _weight_files(folder: Path) -> list[str]:
+    """Names of the safetensors files, from the index where there is one. Only plain names inside the folder."""
+    if (folder / INDEX).exists():
+        weight_map = read_json(folder / INDEX).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
+            raise CheckpointError(f"{folder / INDEX} has no weight_map: copy it again from its source")
+        files = sorted(set(weight_map.values()))
+    else:
+        files = sorted(p.name for p in folder.glob("*.safetensors"))
+    if not files and (any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth"))):
+        raise CheckpointError(
+            f"{folder} holds pickle files, which can run code when opened: use a copy with *.safetensors files"
+        )
+    if not files:
+        raise CheckpointError(
+            f"{folder} has no *.safetensors files: the download is incomplete, or this is no model folder"
+        )
+    for file in files:
+        if Path(file).name != file or not file.endswith(".safetensors"):
+            raise CheckpointError(
+                f"{folder / INDEX} points to {file!r}, which is no plain name of a *.safetensors file: "
+                "do not trust this folder"
+            )
+        if not (folder / file).is_file():
+            raise CheckpointError(f"{folder} lacks {file}: the download is incomplete, fetch it again")
+    return files

@@ -1,0 +1,172 @@
+"""The command line: `mixoff demo, run, convert, bench`.
+
+Every command takes `--json`: then standard output holds one JSON object and nothing else. What is wrong with a
+request is one line on standard error and exit code 2. Does not know any arithmetic.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+
+from mixoff import __version__
+from mixoff.errors import MixoffError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    args = _parser().parse_args(argv)
+    _hush()
+    try:
+        return args.run(args)
+    except MixoffError as error:
+        print(f"mixoff: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # the reader of our output went away, as `| head` does
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        return 1
+    except KeyboardInterrupt:
+        print("mixoff: interrupted", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mixoff", description="Mixture-of-Experts models in less memory than they need, exactly."
+    )
+    parser.add_argument("--version", action="version", version=f"mixoff {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for add in (_add_demo, _add_run, _add_convert, _add_bench):
+        add(commands)
+    return parser
+
+
+def _hush() -> None:
+    """No progress bars or advice from libraries between our lines."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def _quiet_transformers() -> None:
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
+def _add_command(commands: argparse._SubParsersAction, name: str, run: object, text: str) -> argparse.ArgumentParser:
+    command = commands.add_parser(name, help=text, description=text)
+    command.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    command.set_defaults(run=run)
+    return command
+
+
+def _add_budget(command: argparse.ArgumentParser, default: str) -> None:
+    command.add_argument(
+        "--fast-bytes",
+        default=default,
+        metavar="SIZE",
+        help=f"bytes of experts in the fast tier, as in 500MB or 6GiB ({default})",
+    )
+
+
+def _add_demo(commands: argparse._SubParsersAction) -> None:
+    command = _add_command(
+        commands, "demo", _demo, "watch the bundled model write with most of its experts outside the fast tier"
+    )
+    _add_budget(command, "6MB")
+    command.add_argument("--prompt", help="text to continue")
+    command.add_argument("--max-new-tokens", type=int, default=160, metavar="N")
+    command.add_argument("--seed", type=int, default=3)
+    command.add_argument("--svg", metavar="FILE", help="also save a picture of the last screen")
+
+
+def _demo(args: argparse.Namespace) -> int:
+    _quiet_transformers()
+    from mixoff import demo
+
+    return demo.run(
+        args.fast_bytes, args.prompt or demo.PROMPT, args.max_new_tokens, args.seed, args.svg, as_json=args.json
+    )
+
+
+def _add_run(commands: argparse._SubParsersAction) -> None:
+    command = _add_command(commands, "run", _run, "generate text from a store, or from a plain checkpoint folder")
+    command.add_argument("path", metavar="PATH", help="folder of a store or checkpoint, or the name of a bundled model")
+    command.add_argument("--prompt", required=True, help="text to continue")
+    command.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
+    _add_budget(command, "6GiB")
+    command.add_argument(
+        "--scheme", default="none", help="quantization of a plain checkpoint; 'none' keeps its own precision (none)"
+    )
+    command.add_argument(
+        "--scope", default="layer", help="'layer': slots of each MoE layer apart; 'global': one pool (layer)"
+    )
+    command.add_argument("--policy", default="lru", help="which resident to evict (lru)")
+    command.add_argument("--dtype", default="auto", help="of the computation: auto, float32, bfloat16, float16 (auto)")
+    command.add_argument("--temperature", type=float, default=0.0, help="0 is greedy; else sample (0)")
+    command.add_argument("--seed", type=int, default=0, help="of sampling (0)")
+
+
+def _run(args: argparse.Namespace) -> int:
+    _quiet_transformers()
+    from mixoff import generation, offload
+
+    if args.scheme != "none":
+        raise MixoffError(f"unknown scheme {args.scheme!r}: this version serves scheme 'none' only")
+    with offload.load(args.path, args.fast_bytes, policy=args.policy, scope=args.scope, dtype=args.dtype) as model:
+        tokenizer = generation.load_tokenizer(model.mixoff.source.folder)
+        on_text = None if args.json else lambda piece: print(piece, end="", flush=True)
+        result = generation.generate(
+            model, tokenizer, args.prompt, args.max_new_tokens, args.temperature, args.seed, on_text
+        )
+        info, device = model.mixoff.info(), str(model.device)
+    report = {"text": result.text, "token_ids": result.token_ids, "tokens_per_s": result.tokens_per_s} | info.to_dict()
+    report |= {"slots": info.capacity, "device": device}
+    print(json.dumps(report) if args.json else f"\n\n{result.tokens_per_s:.1f} tokens/s (measured) on {device}; {info}")
+    return 0
+
+
+def _add_convert(commands: argparse._SubParsersAction) -> None:
+    command = _add_command(commands, "convert", _convert, "write a checkpoint as a store: one aligned range an expert")
+    command.add_argument(
+        "source", metavar="SOURCE", help="folder of a plain checkpoint, or the name of a bundled model"
+    )
+    command.add_argument("target", metavar="TARGET", help="folder to make; must not exist")
+    command.add_argument("--scheme", default="none", help="quantization; 'none' keeps every weight as it is (none)")
+
+
+def _convert(args: argparse.Namespace) -> int:
+    _quiet_transformers()
+    from mixoff import store
+    from mixoff.units import format_nbytes
+
+    target = store.convert(args.source, args.target, args.scheme)
+    nbytes = sum(p.stat().st_size for p in target.iterdir())
+    report = {"target": str(target), "nbytes": nbytes}
+    print(json.dumps(report) if args.json else f"wrote {target}: {format_nbytes(nbytes)}")
+    return 0
+
+
+def _add_bench(commands: argparse._SubParsersAction) -> None:
+    command = _add_command(
+        commands, "bench", _bench, "tokens/s of the bundled model by budget, beside what bytes and bandwidth allow"
+    )
+    command.add_argument("--runs", type=int, default=5, help="runs of each setting, in turns; the median is shown (5)")
+    command.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
+    command.add_argument(
+        "--threads", type=int, default=1, help="threads of a product (1: the bundled model's are tiny)"
+    )
+
+
+def _bench(args: argparse.Namespace) -> int:
+    _quiet_transformers()
+    from mixoff import bench
+
+    table = bench.run(args.runs, args.max_new_tokens, args.threads)
+    print(json.dumps(table.to_dict()) if args.json else table)
+    return 0

@@ -1,0 +1,1 @@
+"""Matrix products with expert weights, each way of computing them behind the same signature."""

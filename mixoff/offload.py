@@ -1,0 +1,418 @@
+"""The runtime: experts wait in the slow tier and are computed from the fast one, within a budget of bytes.
+
+Letters: **T** tokens of a call, **K** experts a token, **D** model width, **S** slots.
+transformers calls `experts_forward` in place of its own loop over experts. The arena of S slots is allocated once; a
+slot is computed from only after its bytes arrived, so the output is that of the resident model, bit for bit, for any
+budget.
+
+Source of the idea: Eliseev and Mazur, arXiv 2312.17238, section 3. Built in notebooks/00.
+Does not know file layouts.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from mixoff import shapes, store
+from mixoff.cache import BYPASS, HIT, RESTORE, ExpertCache, Grant
+from mixoff.errors import BudgetError, CheckpointError, MixoffError
+from mixoff.kernels import reference
+from mixoff.units import format_nbytes, parse_nbytes
+
+SCOPES = ("layer", "global")
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Event:
+    """One thing that happened to one expert.
+
+    token: number of tokens that the model had processed, those of this pass included.
+    kind: `hit`, `miss` (fetched, then computed), `evict`, or `prefetch` (fetched without being asked for).
+    nbytes: bytes moved from the slow tier. t0, t1: seconds since the runtime was made, start and end of the fetch.
+    """
+
+    token: int
+    layer: int
+    expert: int
+    kind: str
+    nbytes: int
+    t0: float
+    t1: float
+
+
+@dataclass(frozen=True)
+class CacheInfo:
+    """What the cache did so far, in functools' words.
+
+    hits, misses, evictions: requests of decoding; those of prompts stand apart. capacity, resident: slots, and how many
+    hold an expert. bytes_moved: all bytes from the slow tier, for prompts, decoding and `restores` (experts that lent
+    their slot to a prompt). fast_bytes: the budget; fast_bytes_peak: what was allocated within it.
+    """
+
+    hits: int
+    misses: int
+    evictions: int
+    capacity: int
+    resident: int
+    bytes_moved: int
+    prompt_hits: int
+    prompt_misses: int
+    restores: int
+    expert_nbytes: int
+    num_experts: int
+    fast_bytes: int
+    fast_bytes_peak: int
+
+    @property
+    def hit_rate(self) -> float | None:
+        """Share of decoding's requests that found their expert in the fast tier; None before the first."""
+        return self.hits / (self.hits + self.misses) if self.hits + self.misses else None
+
+    def to_dict(self) -> dict:
+        """All counters under their names, `hit_rate` included."""
+        return asdict(self) | {"hit_rate": self.hit_rate}
+
+    def __str__(self) -> str:
+        rate = "no decoding yet" if self.hit_rate is None else f"hit rate {self.hit_rate:.3f}"
+        return (
+            f"{self.hits} hits, {self.misses} misses ({rate}), {self.evictions} evictions; "
+            f"{self.resident} of {self.num_experts} experts resident in {self.capacity} slots; "
+            f"{format_nbytes(self.bytes_moved)} moved; "
+            f"fast tier {format_nbytes(self.fast_bytes_peak)} of {format_nbytes(self.fast_bytes)}"
+        )
+
+    def _repr_html_(self) -> str:
+        rate = "-" if self.hit_rate is None else f"{self.hit_rate:.3f}"
+        cells = {
+            "hits": self.hits, "misses": self.misses, "hit rate": rate, "evictions": self.evictions,
+            "slots": f"{self.capacity} of {self.num_experts} experts", "moved": format_nbytes(self.bytes_moved),
+            "fast tier": f"{format_nbytes(self.fast_bytes_peak)} of {format_nbytes(self.fast_bytes)}",
+        }  # fmt: skip
+        head, row = ("".join(f"<{tag}>{x}</{tag}>" for x in xs) for tag, xs in (("th", cells), ("td", cells.values())))
+        return f"<table><tr>{head}</tr><tr>{row}</tr></table>"
+
+
+def plan_slots(sites: tuple[shapes.Site, ...], fast_bytes: int, scratch: int, scope: str) -> list[int]:
+    """Slots of each pool within `fast_bytes`: one pool a layer, or a single one. Raises BudgetError below the minimum.
+
+    Slots that do not divide evenly go to the first layers.
+    """
+    if scope not in SCOPES:
+        raise MixoffError(f"unknown scope {scope!r}: choose one of {', '.join(SCOPES)}")
+    slot_nbytes = max(site.expert_nbytes for site in sites)
+    slots = (fast_bytes - scratch) // slot_nbytes
+    least = len(sites) if scope == "layer" else 1
+    if slots < least:
+        need = least * slot_nbytes + scratch
+        what = (
+            f"{len(sites)} MoE layers need at least one slot each"
+            if scope == "layer"
+            else "at least one slot is needed"
+        )
+        raise BudgetError(
+            f"{what}: fast_bytes is {fast_bytes:,} bytes ({format_nbytes(fast_bytes)}), "
+            f"raise it to {need:,} bytes ({format_nbytes(need)}) or more"
+        )
+    if scope == "global":
+        return [min(slots, sum(site.num_experts for site in sites))]
+    return [min(slots // len(sites) + (i < slots % len(sites)), site.num_experts) for i, site in enumerate(sites)]
+
+
+class Runtime:
+    """Serves the experts of one model from an arena of slots. `load` makes it; `model.mixoff` is it.
+
+    Safe to use from several threads: calls of MoE layers take turns. Usable as a context manager.
+    """
+
+    def __init__(self, source: store.Source, fast_bytes: int, policy: str, scope: str, compute: torch.dtype) -> None:
+        stored = shapes.torch_dtype(source.dtype)
+        scratch = reference.scratch_nbytes([p.shape[-1] for site in source.sites for p in site.parts], stored, compute)
+        pools = plan_slots(source.sites, fast_bytes, scratch, scope)
+        self.source, self.scope, self.fast_bytes = source, scope, fast_bytes
+        self.cache = ExpertCache(pools, policy)
+        self.arena = store.slab(self.cache.capacity * source.expert_nbytes).view(self.cache.capacity, -1)  # (S, nbytes)
+        self.scratch = store.slab(scratch)
+        self.allocated_nbytes = sum(t.untyped_storage().nbytes() for t in (self.arena, self.scratch))
+        self.images = [memoryview(slot.numpy()) for slot in self.arena]
+        self.bytes_moved = 0
+        self._listeners: list[Callable[[Event], None]] = []
+        self._lock = threading.RLock()
+        self._pass = (
+            threading.local()
+        )  # of each thread: is this forward pass a prompt, and which token does it end with
+        self._tokens, self._start, self._closed = 0, time.perf_counter(), False
+
+    @property
+    def slots(self) -> int:
+        """Slots in all, over all layers."""
+        return self.cache.capacity
+
+    def info(self) -> CacheInfo:
+        """Counters since loading, or since `reset_counts`."""
+        c = self.cache
+        return CacheInfo(
+            hits=c.hits,
+            misses=c.misses,
+            evictions=c.evictions,
+            capacity=c.capacity,
+            resident=len(c.slot_of),
+            bytes_moved=self.bytes_moved,
+            prompt_hits=c.prompt_hits,
+            prompt_misses=c.prompt_misses,
+            restores=c.restores,
+            expert_nbytes=self.source.expert_nbytes,
+            num_experts=sum(site.num_experts for site in self.source.sites),
+            fast_bytes=self.fast_bytes,
+            fast_bytes_peak=self.allocated_nbytes,
+        )
+
+    def reset_counts(self) -> None:
+        """Start counting anew; residents stay where they are."""
+        with self._lock:
+            self.cache.reset_counts()
+            self.bytes_moved = 0
+
+    def resident(self) -> set[tuple[int, int]]:
+        """The experts in the fast tier now, as (layer, expert)."""
+        with self._lock:
+            return {(self.source.sites[site].layer, expert) for site, expert in self.cache.slot_of}
+
+    def on_event(self, fn: Callable[[Event], None]) -> Callable[[], None]:
+        """Call `fn(event)` for every event from now on; returns a function that ends it."""
+        self._listeners.append(fn)
+        return lambda: self._listeners.remove(fn)
+
+    def close(self) -> None:
+        """Give back the arena and close the files. The model cannot run afterwards."""
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                self.images, self.arena, self.scratch = [], None, None
+                self.source.reader.close()
+
+    def __enter__(self) -> Runtime:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else str(self.info())
+        return f"Runtime({state})"
+
+    def begin_pass(self, tokens: int, length: int) -> None:
+        """Note that a pass over `tokens` tokens begins, `length` of each sequence: more than one is a prompt."""
+        with self._lock:
+            self._tokens += tokens
+            self._pass.prompt, self._pass.token = length > 1, self._tokens
+
+    def serve(self, site: int, experts: list[int], compute: Callable[[int, dict[str, torch.Tensor]], None]) -> None:
+        """Call `compute(expert, weights)` once for each of `experts` (router order), residents first.
+
+        `weights` are views of the slot, by part name, in the store's dtype, good during that call only.
+        """
+        with self._lock:
+            if self._closed:
+                raise RuntimeError("this model was closed: load it again to generate")
+            prompt, keys = getattr(self._pass, "prompt", False), [(site, e) for e in experts]
+            with closing(self.cache.access(0 if self.scope == "global" else site, keys, prompt)) as grants:
+                for grant in grants:
+                    if grant.kind != HIT:
+                        self._fetch(grant)
+                    elif self._listeners:
+                        self._tell(grant.key, "hit", 0, time.perf_counter())
+                    if grant.kind != RESTORE:
+                        compute(grant.key[1], self._weights(grant))
+
+    def _fetch(self, grant: Grant) -> None:
+        """Fill the grant's slot from the slow tier; on return the bytes are there."""
+        t0 = time.perf_counter()
+        if grant.evicted is not None and self._listeners:
+            self._tell(grant.evicted, "evict", 0, t0)
+        nbytes = self.source.reader.read_into(*grant.key, self.images[grant.slot])
+        self.bytes_moved += nbytes
+        if self._listeners:
+            self._tell(grant.key, "prefetch" if grant.kind == RESTORE else "miss", nbytes, t0)
+            if grant.kind == BYPASS:
+                self._tell(grant.key, "evict", 0, time.perf_counter())
+
+    def _tell(self, key: tuple[int, int], kind: str, nbytes: int, t0: float) -> None:
+        layer, t1 = self.source.sites[key[0]].layer, time.perf_counter()
+        token = getattr(self._pass, "token", 0)
+        event = Event(token, layer, key[1], kind, nbytes, t0 - self._start, t1 - self._start)
+        for fn in tuple(self._listeners):
+            fn(event)
+
+    def _weights(self, grant: Grant) -> dict[str, torch.Tensor]:
+        image = self.arena[grant.slot]
+        return {
+            p.name: image[p.offset : p.offset + p.nbytes].view(shapes.torch_dtype(p.dtype)).view(p.shape)
+            for p in self.source.sites[grant.key[0]].parts
+        }
+
+
+def by_expert(top_k_index: torch.Tensor, num_experts: int) -> dict[int, torch.Tensor]:
+    """Positions of each expert in the flattened (T, K) choice, experts in router order.
+
+    The sort is the one of transformers' `grouped_mm`, which is not stable: on several threads a row's last bit may
+    depend on its place among the rows of a product, so rows keep that order. An index of `num_experts` or more is
+    transformers' mark for "no expert" and is left out.
+
+    >>> by_expert(torch.tensor([[3, 1], [1, 9]]), 8)
+    {3: tensor([0]), 1: tensor([1, 2])}
+    """
+    flat = top_k_index.flatten()  # (T * K,)
+    router_order = dict.fromkeys(flat.tolist())  # the one look at the router's choice
+    experts, order = torch.sort(flat)
+    distinct, counts = torch.unique_consecutive(experts, return_counts=True)
+    positions = dict(zip(distinct.tolist(), order.split(counts.tolist()), strict=True))
+    return {expert: positions[expert] for expert in router_order if expert < num_experts}
+
+
+@torch.compiler.disable
+def experts_forward(
+    self: torch.nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """The experts backend of transformers: hidden_states (T, D), choice and weights (T, K) -> (T, D).
+
+    All rows of an expert are one product, and each row's place and sum over K are those of transformers' `grouped_mm`.
+    """
+    runtime, site = self._mixoff
+    if hidden_states.requires_grad:
+        raise RuntimeError(
+            "offloaded experts can run but not train: keep the parameters frozen, or call under torch.no_grad()"
+        )
+    (T, K), D = top_k_index.shape, hidden_states.shape[-1]
+    where = by_expert(top_k_index, self.num_experts)
+    out = hidden_states.new_zeros(T * K, D)
+
+    def compute(expert: int, weights: dict[str, torch.Tensor]) -> None:
+        positions = where[expert]  # (R,) rows of this expert
+        x = hidden_states[positions // K]  # (R, D)
+        h = self._apply_gate(reference.linear(x, weights["gate_up_proj"], runtime.scratch))  # (R, F)
+        out[positions] = reference.linear(h, weights["down_proj"], runtime.scratch)  # (R, D)
+
+    runtime.serve(site, list(where), compute)
+    weighted = out * top_k_weights.reshape(-1, 1)  # (T * K, D)
+    return weighted.view(T, K, D).sum(dim=1).to(hidden_states.dtype)  # (T, D)
+
+
+def load(
+    path: str | Path,
+    fast_bytes: int | str = "6GiB",
+    *,
+    policy: str = "lru",
+    scope: str = "layer",
+    device: str = "auto",
+    dtype: str | torch.dtype = "auto",
+) -> PreTrainedModel:
+    """A transformers model whose experts stay in the store, or in a plain checkpoint folder, until the router asks.
+
+    fast_bytes: bytes for experts in the fast tier, slots and scratch together (`"6GiB"`, `"500MB"`, or an int).
+    scope: `"layer"` gives every MoE layer its own slots, `"global"` shares one pool. dtype: of the computation;
+    `"auto"` takes the files', except fp16 on a CPU, which computes in fp32. Experts keep the files' dtype in both tiers.
+    Raises CheckpointError or BudgetError. Tested bit for bit against transformers' `grouped_mm` with all resident.
+    """
+    if device not in ("auto", "cpu"):
+        raise MixoffError(f"device {device!r} is not served by this version: use 'cpu'")
+    budget, source = parse_nbytes(fast_bytes), store.open_source(path)
+    try:
+        compute = _compute_dtype(dtype, source.dtype)
+        runtime = Runtime(source, budget, policy, scope, compute)
+        model = _load_backbone(source, compute)
+    except BaseException:
+        source.reader.close()
+        raise
+    return _bind(model, runtime)
+
+
+def _compute_dtype(dtype: str | torch.dtype, stored: str) -> torch.dtype:
+    name = str(dtype).removeprefix("torch.")
+    if name == "auto":
+        name = "float32" if stored == "float16" else stored
+    if name not in DTYPES:
+        raise MixoffError(f"cannot compute in {dtype}: choose one of auto, {', '.join(DTYPES)}")
+    return shapes.torch_dtype(name)
+
+
+def _load_backbone(source: store.Source, compute: torch.dtype) -> PreTrainedModel:
+    """`from_pretrained` of everything but the experts: their parameters are removed before weights are looked for."""
+    config = shapes.read_config(source.folder)
+    base = AutoModelForCausalLM._model_mapping[type(config)]
+    try:
+        model = _shell(base).from_pretrained(
+            source.folder,
+            config=config,
+            dtype=compute,
+            experts_implementation="mixoff",
+            local_files_only=True,
+            use_safetensors=True,
+        )
+    except (OSError, RuntimeError, ValueError, KeyError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise CheckpointError(f"transformers cannot load the backbone of {source.folder}: {reason}") from error
+    model.generation_config.disable_compile = True  # the experts are not a graph
+    return model.requires_grad_(False).eval()
+
+
+def _shell(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """`base` without expert weights: nothing of them is made, looked for, moved or counted."""
+
+    def __init__(self: PreTrainedModel, config: object, *args: object, **kwargs: object) -> None:
+        base.__init__(self, config, *args, **kwargs)
+        for module in shapes.expert_modules(self).values():
+            for name in [name for name, _ in module.named_parameters(recurse=False)]:
+                del module._parameters[name]
+            module._is_hf_initialized = True  # or transformers would initialize what is no longer there
+
+    def save_pretrained(self: PreTrainedModel, *args: object, **kwargs: object) -> None:
+        raise MixoffError(
+            "this model's experts are offloaded, so save_pretrained would lose them: "
+            "use mixoff.convert, or copy the folder"
+        )
+
+    def __enter__(self: PreTrainedModel) -> PreTrainedModel:
+        return self
+
+    def __exit__(self: PreTrainedModel, *exc: object) -> None:
+        self.mixoff.close()
+
+    members = {"__init__": __init__, "save_pretrained": save_pretrained, "__enter__": __enter__, "__exit__": __exit__}
+    # __module__ is the base's, or transformers takes the class for custom code and ignores experts_implementation;
+    # ignoring the experts' keys spares a warning about every expert of a plain checkpoint
+    ignored = [*(base._keys_to_ignore_on_load_unexpected or []), r"\.experts\.\d+\.", r"\.experts\.(gate_up|down)_proj"]
+    return type(
+        base.__name__,
+        (base,),
+        {**members, "__module__": base.__module__, "_keys_to_ignore_on_load_unexpected": ignored},
+    )
+
+
+def _bind(model: PreTrainedModel, runtime: Runtime) -> PreTrainedModel:
+    modules: Iterable[torch.nn.Module] = shapes.expert_modules(model).values()
+    for i, module in enumerate(modules):
+        module._mixoff = (runtime, i)
+    model.base_model.register_forward_pre_hook(
+        lambda _, args, kwargs: _note_pass(runtime, args, kwargs), with_kwargs=True
+    )
+    model.mixoff = runtime
+    return model
+
+
+def _note_pass(runtime: Runtime, args: tuple, kwargs: dict) -> None:
+    ids = next((x for x in (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if x is not None), None)
+    if ids is not None:
+        runtime.begin_pass(ids.shape[0] * ids.shape[1], ids.shape[1])
+
+
+ALL_EXPERTS_FUNCTIONS.register("mixoff", experts_forward)

@@ -1,0 +1,134 @@
+"""Where a model keeps its experts, and what one expert looks like.
+
+Letters: **E** experts, **D** model width, **F** expert width.
+Read off a skeleton on the meta device, so a 47 B-parameter model costs no memory. Does not know files or caches.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mixoff.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig, PreTrainedModel
+
+PART_ALIGN = 64  # bytes; a cache line, and the widest SIMD load
+
+
+@dataclass(frozen=True)
+class Part:
+    """One weight of an expert: its shape, and its place in the expert's image in bytes."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    offset: int
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * dtype_nbytes(self.dtype)
+
+
+@dataclass(frozen=True)
+class Site:
+    """One set of experts in the model: a module's name, its layer, E, and the parts that each expert has."""
+
+    name: str
+    layer: int
+    num_experts: int
+    parts: tuple[Part, ...]
+
+    @property
+    def expert_nbytes(self) -> int:
+        return self.parts[-1].offset + self.parts[-1].nbytes
+
+
+def dtype_nbytes(dtype: str) -> int:
+    """Bytes of one element of `"float16"`, `"bfloat16"` or `"float32"`."""
+    return {"float16": 2, "bfloat16": 2, "float32": 4}[dtype]
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """torch's dtype of that name."""
+    import torch
+
+    return getattr(torch, name)
+
+
+def read_config(folder: Path) -> PretrainedConfig:
+    """The configuration in `folder`, never running code from it. Raises CheckpointError."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # transformers raises many kinds here; to the user all of them are one
+        reason = str(error).strip().split("\n")[0]
+        raise CheckpointError(
+            f"{folder / 'config.json'} is not a configuration that transformers can read: {reason}"
+        ) from error
+
+
+def skeleton(config: PretrainedConfig) -> PreTrainedModel:
+    """The causal language model of `config` on the meta device: shapes without memory."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise CheckpointError(f"transformers cannot build a language model from this config.json: {reason}") from error
+
+
+def expert_modules(model: PreTrainedModel) -> dict[str, torch.nn.Module]:
+    """The modules that hold experts, by name: those that transformers decorates with `use_experts_implementation`."""
+    return {n: m for n, m in model.named_modules() if hasattr(m, "_apply_gate") and hasattr(m, "is_transposed")}
+
+
+def expert_sites(model: PreTrainedModel, dtype: str) -> tuple[Site, ...]:
+    """The sites of `model`, in layer order, for experts stored as `dtype`. Raises CheckpointError for a dense model."""
+    modules = expert_modules(model)
+    if not modules:
+        raise CheckpointError(
+            f"{type(model).__name__} has no experts, so there is nothing to offload: "
+            "mixoff runs Mixture-of-Experts models, such as Mixtral; run a dense model with transformers itself"
+        )
+    return tuple(_site(name, module, dtype) for name, module in modules.items())
+
+
+def _site(name: str, module: torch.nn.Module, dtype: str) -> Site:
+    _refuse_unserved(module)
+    parts, offset = [], 0
+    for key, weight in module.named_parameters(recurse=False):
+        offset = -(-offset // PART_ALIGN) * PART_ALIGN
+        parts.append(Part(key, tuple(weight.shape[1:]), dtype, offset))
+        offset += parts[-1].nbytes
+    layer = re.search(r"layers\.(\d+)\.", name)
+    return Site(name, int(layer[1]) if layer else 0, module.num_experts, tuple(parts))
+
+
+def _refuse_unserved(module: torch.nn.Module) -> None:
+    """Mixtral's layout is served: gate and up in one matrix, then down. Others are refused by name."""
+    plain = {
+        "has_gate": True,
+        "has_bias": False,
+        "has_post_expert_norm": False,
+        "is_transposed": False,
+        "is_concatenated": True,
+    }
+    flags = {k: v for k, v in vars(module).items() if k.startswith(("has_", "is_")) and isinstance(v, bool)}
+    odd = {k: v for k, v in flags.items() if plain.get(k, False) != v}
+    names = [key for key, _ in module.named_parameters(recurse=False)]
+    if odd or names != ["gate_up_proj", "down_proj"]:
+        what = ", ".join(f"{k}={v}" for k, v in odd.items()) or f"weights {names}"
+        raise CheckpointError(
+            f"{type(module).__name__} is not served yet ({what}): "
+            "this version serves families with Mixtral's experts, a gate_up_proj and a down_proj without biases"
+        )

@@ -1,0 +1,50 @@
+"""Bytes as people write them, and back.
+
+Built in notebooks/00. Does not know what the bytes are for.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+
+from mixoff.errors import BudgetError
+
+UNITS = {"": 1, "B": 1}
+UNITS |= {f"{p}B": 1000**i for i, p in enumerate("KMGT", 1)} | {f"{p}IB": 1024**i for i, p in enumerate("KMGT", 1)}
+SIZE = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([A-Za-z]*)\s*")
+
+
+def parse_nbytes(size: int | float | str) -> int:
+    """Bytes in `size`: an int, or a number with a unit (decimal `MB`, binary `MiB`).
+
+    Raises BudgetError for a negative, infinite or unreadable size.
+
+    >>> parse_nbytes("6MB"), parse_nbytes("1.5 GiB"), parse_nbytes(4096)
+    (6000000, 1610612736, 4096)
+    """
+    if isinstance(size, str):
+        match = SIZE.fullmatch(size)
+        if not match or match[2].upper() not in UNITS:
+            raise BudgetError(
+                f"cannot read {size!r} as a size: write a positive number with a unit, as in 500MB or 6GiB"
+            )
+        return int(float(match[1]) * UNITS[match[2].upper()])
+    if isinstance(size, bool) or not isinstance(size, (int, float)) or not math.isfinite(size) or size < 0:
+        raise BudgetError(f"cannot use {size!r} as a size: give a positive number of bytes, or text as in '6GiB'")
+    return int(size)
+
+
+def format_nbytes(nbytes: int | float) -> str:
+    """`nbytes` with a binary unit and three significant digits.
+
+    >>> format_nbytes(6_000_000), format_nbytes(221184), format_nbytes(12)
+    ('5.72 MiB', '216 KiB', '12 B')
+    """
+    value, unit = float(nbytes), "B"
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if abs(value) < 1024 or unit == "TiB":
+            break
+        value /= 1024
+    digits = 0 if unit == "B" or abs(value) >= 100 else 1 if abs(value) >= 10 else 2
+    return f"{value:.{digits}f} {unit}"
