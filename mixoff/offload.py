@@ -136,7 +136,7 @@ class Runtime:
 
     def __init__(self, source: store.Source, fast_bytes: int, policy: str, scope: str, compute: torch.dtype) -> None:
         stored = shapes.torch_dtype(source.dtype)
-        scratch = reference.scratch_nbytes([p.shape[-1] for site in source.sites for p in site.parts], stored, compute)
+        scratch = reference.scratch_nbytes([p.shape for site in source.sites for p in site.parts], stored, compute)
         pools = plan_slots(source.sites, fast_bytes, scratch, scope)
         self.source, self.scope, self.fast_bytes = source, scope, fast_bytes
         self.cache = ExpertCache(pools, policy)
@@ -279,6 +279,22 @@ def by_expert(top_k_index: torch.Tensor, num_experts: int) -> dict[int, torch.Te
     return {expert: positions[expert] for expert in router_order if expert < num_experts}
 
 
+class _Untrainable(torch.autograd.Function):
+    """Lets a forward pass through in any mode, and says in words that no gradient comes back.
+
+    The backbone is not frozen instead: for a weight that requires no gradient ATen takes another path to the product,
+    with other last bits than plain transformers has.
+    """
+
+    @staticmethod
+    def forward(ctx: object, out: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: object, grad: torch.Tensor) -> None:
+        raise RuntimeError("offloaded experts can run but not train: load the model with transformers to train it")
+
+
 @torch.compiler.disable
 def experts_forward(
     self: torch.nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -287,11 +303,15 @@ def experts_forward(
 
     All rows of an expert are one product, and each row's place and sum over K are those of transformers' `grouped_mm`.
     """
+    with torch.no_grad():
+        out = _served(self, hidden_states, top_k_index, top_k_weights)
+    return _Untrainable.apply(out, hidden_states) if hidden_states.requires_grad else out
+
+
+def _served(
+    self: torch.nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
     runtime, site = self._mixoff
-    if hidden_states.requires_grad:
-        raise RuntimeError(
-            "offloaded experts can run but not train: keep the parameters frozen, or call under torch.no_grad()"
-        )
     (T, K), D = top_k_index.shape, hidden_states.shape[-1]
     where = by_expert(top_k_index, self.num_experts)
     out = hidden_states.new_zeros(T * K, D)
@@ -362,7 +382,7 @@ def _load_backbone(source: store.Source, compute: torch.dtype) -> PreTrainedMode
         reason = str(error).strip().split("\n")[0]
         raise CheckpointError(f"transformers cannot load the backbone of {source.folder}: {reason}") from error
     model.generation_config.disable_compile = True  # the experts are not a graph
-    return model.requires_grad_(False).eval()
+    return model.eval()
 
 
 def _shell(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
