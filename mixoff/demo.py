@@ -154,7 +154,7 @@ def _summary(
 ) -> str:
     verdict = "equal, token for token" if same else "DIFFERENT: please report this"
     rows = {
-        "tokens/s": f"{result.tokens_per_s:.1f} measured; fully resident in plain transformers {reference.tokens_per_s:.1f}",
+        "tokens/s": f"{result.tokens_per_s:.1f} measured; all resident in transformers {reference.tokens_per_s:.1f}",
         "hit rate": f"{info.hit_rate or 0:.3f} while decoding: {info.hits} hits, {info.misses} misses",
         "moved": f"{format_nbytes(info.bytes_moved)} from the slow tier ({info.bytes_moved:,} bytes)",
         "fast tier": f"{format_nbytes(info.fast_bytes_peak)} at its peak ({info.fast_bytes_peak:,} bytes of "

@@ -340,7 +340,7 @@ def load(
 
     fast_bytes: bytes for experts in the fast tier, slots and scratch together (`"6GiB"`, `"500MB"`, or an int).
     scope: `"layer"` gives every MoE layer its own slots, `"global"` shares one pool. dtype: of the computation;
-    `"auto"` takes the files', except fp16 on a CPU, which computes in fp32. Experts keep the files' dtype in both tiers.
+    `"auto"` takes the files', except fp16 on a CPU, which computes in fp32. Experts keep the files' dtype throughout.
     Raises CheckpointError or BudgetError. Tested bit for bit against transformers' `grouped_mm` with all resident.
     """
     if device not in ("auto", "cpu"):

@@ -19,12 +19,12 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from io import FileIO
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
-from mixoff import shapes
-from mixoff.checkpoint import Checkpoint, Extent, read_json
+from mixoff import models, shapes
+from mixoff.checkpoint import INDEX, Checkpoint, Extent, TensorRange, read_json
 from mixoff.errors import CheckpointError, MixoffError
-from mixoff.shapes import Part, Site
+from mixoff.shapes import PART_ALIGN, Part, Site
 
 if TYPE_CHECKING:
     import torch
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 MANIFEST = "mixoff.json"
 FORMAT, VERSION = "mixoff-store", 1
 ALIGN = 4096  # bytes; what direct I/O asks for, and a page
-BACKBONE = "model.safetensors"
+CHUNK = 1 << 22  # bytes copied at a time
 SIDE_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "README.md", "LICENSE*", "NOTICE*")  # tokenizer, card, licences
 
 
@@ -49,7 +49,10 @@ class ExpertReader:
         self.lock = threading.Lock()  # for systems without preadv, where a file has one position for all threads
 
     def read_into(self, site: int, expert: int, image: memoryview) -> int:
-        """Fill `image` (writable bytes) with one expert; returns the bytes read. CheckpointError if some are missing."""
+        """Fill `image` (writable bytes) with one expert; returns the bytes read.
+
+        Raises CheckpointError when the file ends too early.
+        """
         total = 0
         for x in self.extents[site, expert]:
             self._read_exactly(image[x.place : x.place + x.nbytes], x)
@@ -98,7 +101,7 @@ class Source:
 
 
 def open_source(path: str | Path) -> Source:
-    """Open a store or a plain checkpoint folder for reading, or a Hub id that is in the local Hub cache."""
+    """Open a store or a plain checkpoint for reading: a folder, a bundled model, or a Hub id in the local Hub cache."""
     folder = _local_folder(path)
     if (folder / MANIFEST).exists():
         return _open_store(folder)
@@ -116,6 +119,8 @@ def checkpoint_dtype(checkpoint: Checkpoint) -> str:
 
 
 def _local_folder(path: str | Path) -> Path:
+    if str(path) in models.names():
+        return models.path(str(path))
     folder = Path(path).expanduser()
     if folder.exists() or str(path).count("/") != 1 or str(path).startswith((".", "~")):
         return folder
@@ -144,7 +149,7 @@ def _open_store(folder: Path) -> Source:
             for e in range(sites[i].num_experts)
         }
         files = [(entry["file"], entry["stride"] * entry["num_experts"]) for entry in manifest["sites"]]
-        files.append((BACKBONE, manifest["backbone"]["nbytes"]))
+        files += [(entry["file"], entry["nbytes"]) for entry in manifest["backbone"]]
         dtype = manifest["dtype"]
         shapes.dtype_nbytes(dtype)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -181,7 +186,7 @@ def _site_from_json(entry: dict) -> Site:
 def convert(source: str | Path, target: str | Path, scheme: str = "none") -> Path:
     """Write the checkpoint in folder `source` as a store into the new folder `target`; returns the target.
 
-    `scheme="none"` keeps every weight as it is. Memory: the backbone and one expert. The store appears under its name
+    `scheme="none"` keeps every weight as it is. Memory: one expert. The store appears under its name
     only when it is complete; an interrupted conversion leaves `target.partial`, which the next one replaces.
     """
     if scheme != "none":
@@ -215,7 +220,7 @@ def _write_store(source: Source, folder: Path) -> None:
         parts = [asdict(part) | {"shape": list(part.shape)} for part in site.parts]
         entries.append({"name": site.name, "layer": site.layer, "num_experts": site.num_experts, "file": file,
                         "stride": stride, "parts": parts, "sha256": hashes})  # fmt: skip
-    backbone = _write_backbone(Checkpoint(source.folder), folder / BACKBONE)
+    backbone = _write_backbone(Checkpoint(source.folder), folder)
     for pattern in SIDE_FILES:
         for side in source.folder.glob(pattern):
             if not side.name.endswith(".index.json"):
@@ -245,16 +250,47 @@ def _write_image(path: Path, image: bytearray) -> str:
     return hashlib.sha256(image).hexdigest()
 
 
-def _write_backbone(checkpoint: Checkpoint, path: Path) -> dict:
-    from safetensors import safe_open
-    from safetensors.torch import save_file
-
-    experts, tensors = checkpoint.expert_names(), {}
+def _write_backbone(checkpoint: Checkpoint, folder: Path) -> list[dict]:
+    """Copy all but the experts, shard by shard under the shards' own names; memory: one chunk of a file."""
+    experts, weight_map, entries = checkpoint.expert_names(), {}, []
     for file in checkpoint.files:
-        with safe_open(checkpoint.folder / file, framework="pt") as f:
-            tensors |= {name: f.get_tensor(name) for name in f.keys() if name not in experts}
-    save_file(tensors, path, metadata={"format": "pt"})
-    return {"file": path.name, "nbytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+        tensors = {n: t for n, t in checkpoint.tensors.items() if t.file == file and n not in experts}
+        if tensors:
+            sha256 = _copy_tensors(checkpoint.folder / file, tensors, folder / file)
+            entries.append({"file": file, "nbytes": (folder / file).stat().st_size, "sha256": sha256})
+            weight_map |= dict.fromkeys(tensors, file)
+    if (checkpoint.folder / INDEX).exists():
+        total = sum(checkpoint.tensors[name].nbytes for name in weight_map)
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+    return entries
+
+
+def _copy_tensors(source: Path, tensors: dict[str, TensorRange], target: Path) -> str:
+    """Write a safetensors file with some of another's tensors, in the same order; returns its SHA-256.
+
+    The data begins at the same place modulo 64 as in the source: transformers computes from the mapped file, and the
+    last bits of a BLAS product may depend on the alignment of its operands.
+    """
+    ordered = sorted(tensors.items(), key=lambda item: item[1].offset)
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, t in ordered:
+        header[name] = {"dtype": t.dtype, "shape": t.shape, "data_offsets": [end, end := end + t.nbytes]}
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * ((ordered[0][1].offset - 8 - len(raw)) % PART_ALIGN)  # the format allows spaces after the header
+    digest = hashlib.sha256()
+    with source.open("rb") as f, target.open("wb") as out:
+        for piece in (len(raw).to_bytes(8, "little"), raw, *(p for _, t in ordered for p in _pieces(f, t))):
+            digest.update(piece)
+            out.write(piece)
+    return digest.hexdigest()
+
+
+def _pieces(file: BinaryIO, t: TensorRange) -> Iterator[bytes]:
+    """The bytes of one tensor, a chunk at a time."""
+    file.seek(t.offset)
+    for start in range(0, t.nbytes, CHUNK):
+        yield file.read(min(CHUNK, t.nbytes - start))
 
 
 def slab(nbytes: int) -> torch.Tensor:

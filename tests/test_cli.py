@@ -1,0 +1,210 @@
+"""The command line: JSON alone on stdout, one line and exit code 2 for what is wrong, and no network."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from rich.console import Console
+from test_store import DAMAGE
+from tiny import BUNDLED
+
+from mixoff import demo, models
+from mixoff.cli import main
+
+PROMPT = "And the LORD said unto Moses,"
+KEYS = {
+    "text",
+    "token_ids",
+    "tokens_per_s",
+    "hits",
+    "misses",
+    "hit_rate",
+    "bytes_moved",
+    "fast_bytes_peak",
+    "slots",
+    "device",
+}
+
+
+def run_json(capsys, *arguments):
+    assert main([*map(str, arguments), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def generate(capsys, path, *arguments):
+    return run_json(capsys, "run", path, "--prompt", PROMPT, "--max-new-tokens", 12, "--fast-bytes", "6MB", *arguments)
+
+
+def test_run_reports_what_it_did(capsys):
+    report = generate(capsys, BUNDLED)
+    assert report.keys() >= KEYS | {"slots", "device"}
+    assert len(report["token_ids"]) == 12 and report["text"] and PROMPT not in report["text"]
+    assert report["slots"] == 27 and report["device"] == "cpu"
+    assert 0 < report["fast_bytes_peak"] <= 6_000_000
+    assert report["hit_rate"] == report["hits"] / (report["hits"] + report["misses"])
+    assert report["hits"] + report["misses"] == 11 * 8 * 2, "decoding asks for two experts in each of eight layers"
+    assert report["bytes_moved"] == (report["misses"] + report["prompt_misses"] + report["restores"]) * 221_184
+    assert report["tokens_per_s"] > 0
+
+
+def test_checkpoint_store_and_name_give_the_same_tokens(capsys, tmp_path):
+    target = tmp_path / "store"
+    converted = run_json(capsys, "convert", BUNDLED, target)
+    assert converted["nbytes"] == sum(p.stat().st_size for p in target.iterdir())
+    tokens = [generate(capsys, path)["token_ids"] for path in (BUNDLED, target, "tiny-mixtral")]
+    assert tokens[0] == tokens[1] == tokens[2]
+
+
+def test_greedy_is_the_default_and_sampling_follows_its_seed(capsys):
+    greedy = [generate(capsys, BUNDLED)["token_ids"] for _ in range(2)]
+    warm = [generate(capsys, BUNDLED, "--temperature", 1.5, "--seed", seed)["token_ids"] for seed in (1, 1, 2)]
+    assert greedy[0] == greedy[1] and warm[0] == warm[1] and warm[0] not in (greedy[0], warm[2])
+
+
+def test_one_token_is_enough(capsys):
+    assert main(["run", str(BUNDLED), "--prompt", "Y", "--max-new-tokens", "1", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert len(report["token_ids"]) == 1 and report["hit_rate"] is None and report["tokens_per_s"] > 0
+
+
+def test_text_streams_without_json(capsys):
+    expected = generate(capsys, BUNDLED)["text"]
+    assert main(["run", str(BUNDLED), "--prompt", PROMPT, "--max-new-tokens", "12", "--fast-bytes", "6MB"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(expected) and "tokens/s (measured) on cpu" in out
+
+
+BAD = {
+    "missing path": (["run", "no/such/folder"], "no model folder at no/such/folder"),
+    "missing Hub id": (["run", "nobody/no-such-model"], "hf download nobody/no-such-model"),
+    "no budget": (["run", BUNDLED, "--fast-bytes", "0"], "raise it to 1,794,048 bytes"),
+    "negative budget": (["run", BUNDLED, "--fast-bytes=-1GB"], "cannot read '-1GB' as a size"),
+    "absurd budget": (["run", BUNDLED, "--fast-bytes", "6 parsecs"], "cannot read '6 parsecs' as a size"),
+    "unknown scheme": (["run", BUNDLED, "--scheme", "0-bit"], "unknown scheme '0-bit'"),
+    "unknown policy": (["run", BUNDLED, "--policy", "psychic"], "choose one of lru"),
+    "no tokens": (["run", BUNDLED, "--max-new-tokens", "0"], "at least one token"),
+    "too many tokens": (["run", BUNDLED, "--max-new-tokens", "600"], "context of 512"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_requests_are_one_line_and_exit_code_2(capsys, case):
+    arguments, message = BAD[case]
+    assert main([*map(str, arguments), "--prompt", PROMPT, "--json"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and message in err
+    assert err.startswith("mixoff: ") and err.count("\n") == 1 and "Traceback" not in err
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_folders_are_one_line_and_exit_code_2(capsys, tmp_path, damage):
+    import shutil
+
+    folder = shutil.copytree(BUNDLED, tmp_path / "copy")
+    DAMAGE[damage][0](folder)
+    for command in (["run", str(folder), "--prompt", "Y"], ["convert", str(folder), str(tmp_path / "target")]):
+        assert main(command) == 2
+        out, err = capsys.readouterr()
+        assert out == "" and err.startswith("mixoff: ") and err.count("\n") == 1
+    assert {p.name for p in tmp_path.iterdir()} <= {"copy"}
+
+
+def test_a_folder_without_tokenizer_is_refused(capsys, tmp_path):
+    import shutil
+
+    folder = shutil.copytree(BUNDLED, tmp_path / "copy")
+    for path in folder.glob("*token*"):
+        path.unlink()
+    assert main(["run", str(folder), "--prompt", "Y"]) == 2
+    assert "no tokenizer that transformers can load" in capsys.readouterr().err
+
+
+NO_NETWORK = """
+import socket, sys
+def refuse(*args, **kwargs): sys.exit("a socket was used: %r" % (args,))
+socket.socket.connect = socket.socket.connect_ex = socket.socket.bind = socket.getaddrinfo = refuse
+from mixoff.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_generation_needs_no_network(monkeypatch):
+    """A fresh process, without the environment that would tell libraries to stay offline, cannot use any socket."""
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    arguments = ["run", str(BUNDLED), "--prompt", PROMPT, "--max-new-tokens", "3", "--fast-bytes", "6MB", "--json"]
+    done = subprocess.run([sys.executable, "-c", NO_NETWORK, *arguments], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads(done.stdout)["token_ids"]) == 3 and done.stderr == ""
+
+
+def test_module_and_errors_in_a_real_process(tmp_path):
+    """`python -m mixoff` as a person runs it: a missing path, exit code 2, no traceback."""
+    command = [sys.executable, "-m", "mixoff", "run", str(tmp_path / "none"), "--prompt", "x"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.count("\n") == 1 and "no model folder" in done.stderr
+
+
+def test_bundled_models_have_names(capsys):
+    assert models.names() == ["tiny-mixtral"]
+    with pytest.raises(Exception, match="there are: tiny-mixtral"):
+        models.path("huge-mixtral")
+
+
+# --- the demo ---------------------------------------------------------------------------------------------------------
+
+
+def test_demo_states_its_figures_and_that_the_tokens_are_equal(capsys, tmp_path):
+    assert demo.run("6MB", max_new_tokens=24, svg=str(tmp_path / "demo.svg")) == 0
+    out = capsys.readouterr().out
+    for words in ("tokens/s", "hit rate", "moved", "fast tier", "27 slots for 64 experts", "equal, token for token"):
+        assert words in out
+    picture = (tmp_path / "demo.svg").read_text()
+    assert picture.startswith("<svg") and "http" not in picture.replace("http://www.w3.org/2000/svg", "")
+
+
+def test_demo_fails_when_tokens_differ(capsys, monkeypatch):
+    honest, calls = demo.generation.generate, []
+
+    def tamper(*args, **kwargs):
+        calls.append(honest(*args, **kwargs))
+        if len(calls) == 2:
+            calls[-1].token_ids[-1] ^= 1
+        return calls[-1]
+
+    monkeypatch.setattr(demo.generation, "generate", tamper)
+    assert demo.run("6MB", max_new_tokens=4) == 1
+    assert "DIFFERENT" in capsys.readouterr().out
+
+
+def test_demo_as_json(capsys):
+    report = run_json(capsys, "demo", "--max-new-tokens", 6)
+    assert report["equal"] is True and report["fast_bytes_peak"] <= 6_000_000
+
+
+def test_grid_marks_what_happened_to_the_newest_token(capsys):
+    from mixoff import offload
+    from mixoff.generation import generate, load_tokenizer
+
+    with offload.load(BUNDLED, fast_bytes="6MB") as model:
+        grid = demo.Grid(model.mixoff)
+        model.mixoff.on_event(grid.note)
+        generate(model, load_tokenizer(BUNDLED), PROMPT, 6)
+        resident = model.mixoff.resident()
+        text = grid.render().plain.splitlines()
+    rows = [line.split()[2:] for line in text[:8]]
+    assert all(len(row) == 8 for row in rows)
+    marks = {(layer, e): mark for layer, row in enumerate(rows) for e, mark in enumerate(row)}
+    assert all(sum(mark in "HM" for mark in row) == 2 for row in rows), "two experts a layer for one token"
+    assert {at for at, mark in marks.items() if mark != "·"} == resident
+
+
+def test_demo_redraws_in_a_terminal(monkeypatch):
+    """Every piece of text is a new frame; the last frame is what is left on the screen."""
+    frames = []
+    console = Console(force_terminal=True, width=100, file=open("/dev/null", "w"))  # noqa: SIM115
+    with demo._display(console, lambda: frames.append(1) or "frame") as show:
+        for _ in range(5):
+            show()
+    assert len(frames) == 6

@@ -1,0 +1,351 @@
+"""Stores: what goes in comes out byte for byte, and what is damaged is refused before it is used."""
+
+import hashlib
+import json
+import os
+import shutil
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from tiny import BUNDLED, FAMILIES, decode, resident, save_random
+
+import mixoff
+from mixoff import CheckpointError, MixoffError, store
+from mixoff.checkpoint import INDEX, Checkpoint, read_header
+from mixoff.store import MANIFEST
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory):
+    return mixoff.convert(BUNDLED, tmp_path_factory.mktemp("store") / "tiny")
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """A copy of the bundled checkpoint, to damage."""
+    return shutil.copytree(BUNDLED, tmp_path / "copy")
+
+
+def image(source, site, expert):
+    buffer = bytearray(source.sites[site].expert_nbytes)
+    assert source.reader.read_into(site, expert, memoryview(buffer)) <= len(buffer)
+    return bytes(buffer)
+
+
+# --- what goes in comes out -------------------------------------------------------------------------------------------
+
+
+def test_every_expert_of_a_store_is_the_checkpoints(converted):
+    plain, stored = store.open_source(BUNDLED), store.open_source(converted)
+    assert plain.sites == stored.sites and plain.dtype == stored.dtype == "float16"
+    for site in range(8):
+        for expert in range(8):
+            assert image(plain, site, expert) == image(stored, site, expert)
+
+
+def test_an_image_is_gate_up_then_down(converted):
+    """The bytes against the tensors, read by safetensors' own reader."""
+    weights = {}
+    for file in sorted(BUNDLED.glob("*.safetensors")):
+        weights |= load_file(file)
+    name = "model.layers.5.block_sparse_moe.experts.3.{}.weight"
+    parts = torch.cat([weights[name.format(w)] for w in ("w1", "w3")]), weights[name.format("w2")]
+    assert image(store.open_source(converted), 5, 3) == b"".join(p.numpy().tobytes() for p in parts)
+
+
+def test_the_manifest_tells_the_truth(converted):
+    manifest = json.loads((converted / MANIFEST).read_text())
+    for entry in manifest["sites"]:
+        raw = (converted / entry["file"]).read_bytes()
+        assert len(raw) == entry["stride"] * entry["num_experts"] and entry["stride"] % 4096 == 0
+        ranges = [raw[e * entry["stride"] :][: entry["stride"]] for e in range(entry["num_experts"])]
+        assert [hashlib.sha256(r).hexdigest() for r in ranges] == entry["sha256"]
+    for entry in manifest["backbone"]:
+        assert hashlib.sha256((converted / entry["file"]).read_bytes()).hexdigest() == entry["sha256"]
+
+
+def test_the_backbone_is_the_checkpoints_tensor_by_tensor(converted):
+    """Same shards, same order, same place modulo 64: what transformers computes from them has the same last bits."""
+    old, new = Checkpoint(BUNDLED), Checkpoint(converted)
+    assert new.tensors.keys() == old.tensors.keys() - old.expert_names()
+    for name, t in new.tensors.items():
+        was = old.tensors[name]
+        assert (t.file, t.shape, t.dtype, t.offset % 64) == (was.file, was.shape, was.dtype, was.offset % 64)
+    for file in new.files:
+        before = load_file(BUNDLED / file)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in load_file(converted / file).items())
+
+
+def test_converting_twice_gives_the_same_bytes(converted, tmp_path):
+    again = mixoff.convert(BUNDLED, tmp_path / "again")
+    assert {p.name: p.read_bytes() for p in again.iterdir()} == {p.name: p.read_bytes() for p in converted.iterdir()}
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_store_generates_what_its_checkpoint_does(tmp_path, family, dtype):
+    folder = save_random(tmp_path / "model", family, dtype)
+    ids = torch.arange(5, 14)[None]
+    with mixoff.load(mixoff.convert(folder, tmp_path / "store"), fast_bytes="300KB", scope="global") as model:
+        tokens, logits = decode(model, ids)
+        assert model.mixoff.info().evictions > 0
+    want_tokens, want_logits = decode(resident(folder, dtype), ids)
+    assert torch.equal(tokens, want_tokens) and torch.equal(logits, want_logits)
+
+
+def test_a_store_is_an_ordinary_folder_beside_its_experts(converted):
+    """Tokenizer, configuration and card travel along; transformers reads all but the experts."""
+    for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
+        assert (converted / name).read_bytes() == (BUNDLED / name).read_bytes()
+    from transformers import AutoTokenizer
+
+    assert AutoTokenizer.from_pretrained(converted).vocab_size == 4096
+
+
+def test_fused_checkpoints_are_read_expert_by_expert(tmp_path):
+    """All experts of a layer in one tensor, as transformers keeps them in memory."""
+    folder = save_random(tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    for layer in range(3):
+        old, new = f"model.layers.{layer}.block_sparse_moe.experts", f"model.layers.{layer}.mlp.experts"
+        take = {w: torch.stack([weights.pop(f"{old}.{e}.{w}.weight") for e in range(4)]) for w in ("w1", "w3", "w2")}
+        weights[f"{new}.gate_up_proj"] = torch.cat([take["w1"], take["w3"]], dim=1)
+        weights[f"{new}.down_proj"] = take["w2"]
+    fused = shutil.copytree(folder, tmp_path / "fused")
+    save_file(weights, fused / "model.safetensors", metadata={"format": "pt"})
+    a, b = store.open_source(folder), store.open_source(fused)
+    assert all(image(a, *key) == image(b, *key) for key in a.reader.extents)
+
+
+def test_one_file_or_many_are_the_same(tmp_path):
+    one, many = save_random(tmp_path / "one"), save_random(tmp_path / "many", max_shard_size="100KB")
+    assert len(list(many.glob("*.safetensors"))) > 3
+    a, b = store.open_source(one), store.open_source(many)
+    assert all(image(a, *key) == image(b, *key) for key in a.reader.extents)
+
+
+# --- converting refuses and cleans up ---------------------------------------------------------------------------------
+
+
+def test_an_existing_target_is_never_touched(tmp_path):
+    target = tmp_path / "precious"
+    target.mkdir()
+    (target / "file").write_text("mine")
+    with pytest.raises(CheckpointError, match="exists already"):
+        mixoff.convert(BUNDLED, target)
+    assert [p.name for p in tmp_path.iterdir()] == ["precious"] and (target / "file").read_text() == "mine"
+
+
+def test_a_store_is_not_converted_again(converted, tmp_path):
+    with pytest.raises(CheckpointError, match="store already"):
+        mixoff.convert(converted, tmp_path / "x")
+
+
+def test_an_unknown_scheme_is_refused(tmp_path):
+    with pytest.raises(MixoffError, match="unknown scheme"):
+        mixoff.convert(BUNDLED, tmp_path / "x", scheme="1-bit")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
+    written = []
+
+    def full(path, image):
+        written.append(path)
+        if len(written) > 20:
+            raise OSError(28, "No space left on device")
+        path.write_bytes(image)
+        return ""
+
+    monkeypatch.setattr(store, "_write_image", full)
+    with pytest.raises(CheckpointError, match="No space left on device; nothing was kept"):
+        mixoff.convert(BUNDLED, tmp_path / "x")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_interrupted_conversion_is_no_store_and_can_be_repeated(tmp_path, monkeypatch):
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(store, "_write_backbone", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+        mixoff.convert(BUNDLED, tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+    assert (mixoff.convert(BUNDLED, tmp_path / "x") / MANIFEST).exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
+# --- damaged or hostile folders ---------------------------------------------------------------------------------------
+
+
+def edit_json(path, change):
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
+
+
+def cut(path, nbytes):
+    os.truncate(path, path.stat().st_size - nbytes)
+
+
+SHARD = "model-00002-of-00004.safetensors"
+
+
+def swap_header(path, old, new):
+    raw = path.read_bytes()
+    n = int.from_bytes(raw[:8], "little")
+    header = raw[8 : 8 + n].replace(old, new, 1)
+    path.write_bytes(len(header).to_bytes(8, "little") + header + raw[8 + n :])
+
+
+def dense(folder):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shutil.rmtree(folder)
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(**shape, vocab_size=64)).save_pretrained(folder)
+
+
+def only_pickles(folder):
+    for p in folder.glob("model*"):
+        p.unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+
+
+DAMAGE = {
+    "missing": (shutil.rmtree, "no model folder at"),
+    "no config": (lambda d: (d / "config.json").unlink(), "has no config.json"),
+    "config is no JSON": (lambda d: (d / "config.json").write_text("{"), "not readable JSON"),
+    "config is a list": (lambda d: (d / "config.json").write_text("[]"), "holds a list"),
+    "unknown model type": (
+        lambda d: edit_json(d / "config.json", lambda c: c.update(model_type="perpetuum")),
+        "not a configuration that transformers can read",
+    ),
+    "absurd config": (
+        lambda d: edit_json(d / "config.json", lambda c: c.update(num_hidden_layers=-3)),
+        "no experts|not a configuration|cannot build",
+    ),
+    "wrong width": (
+        lambda d: edit_json(d / "config.json", lambda c: c.update(intermediate_size=96)),
+        r"shape \(192, 192\) in .*, config.json says \(96, 192\)",
+    ),
+    "too many experts": (
+        lambda d: edit_json(d / "config.json", lambda c: c.update(num_local_experts=9)),
+        "lacks weights of expert 8 in layer 0",
+    ),
+    "dense": (dense, "LlamaForCausalLM has no experts"),
+    "GPTQ": (
+        lambda d: edit_json(d / "config.json", lambda c: c.update(quantization_config={"quant_method": "gptq"})),
+        "quantized already .gptq.*16-bit original",
+    ),
+    "AWQ": (
+        lambda d: edit_json(d / "config.json", lambda c: c.update(quantization_config={"quant_method": "awq"})),
+        "quantized already .awq",
+    ),
+    "pickles": (only_pickles, "pickle files, which can run code"),
+    "no weights": (lambda d: [p.unlink() for p in d.glob("model*")], "no .*safetensors files"),
+    "a shard is missing": (lambda d: (d / SHARD).unlink(), f"lacks {SHARD}"),
+    "a shard is cut": (lambda d: cut(d / SHARD, 1), "the copy is incomplete"),
+    "a shard is cut to its header": (lambda d: os.truncate(d / SHARD, 3), "truncated or no safetensors file"),
+    "a shard is empty": (lambda d: (d / SHARD).write_bytes(b""), "truncated or no safetensors file"),
+    "an absurd header length": (
+        lambda d: (d / SHARD).write_bytes(b"\xff" * 8 + b"{}"),
+        "truncated or no safetensors file",
+    ),
+    "a header that is no JSON": (lambda d: swap_header(d / SHARD, b"{", b"["), "damaged header"),
+    "a shape that lies": (lambda d: swap_header(d / SHARD, b"[192,192]", b"[192,193]"), "damaged header"),
+    "a negative shape": (lambda d: swap_header(d / SHARD, b"[192,192]", b"[-1,-36864]"), "damaged header"),
+    "a dtype that lies": (lambda d: swap_header(d / SHARD, b'"F16"', b'"F32"'), "damaged header"),
+    "an unknown dtype": (lambda d: swap_header(d / SHARD, b'"F16"', b'"X99"'), "unknown dtype 'X99'"),
+    "a path in the index": (
+        lambda d: edit_json(d / INDEX, lambda c: c["weight_map"].update({"x": "../../secret.safetensors"})),
+        "do not trust this folder",
+    ),
+    "an index without a map": (lambda d: edit_json(d / INDEX, lambda c: c.pop("weight_map")), "has no weight_map"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("use", ["load", "convert"])
+def test_damaged_checkpoints(copy, tmp_path, damage, use):
+    """Refused with a cause and a way out, before anything is allocated or written."""
+    how, message = DAMAGE[damage]
+    how(copy)
+    with pytest.raises(CheckpointError, match=message):
+        mixoff.load(copy, fast_bytes="6MB") if use == "load" else mixoff.convert(copy, tmp_path / "target")
+    assert {p.name for p in tmp_path.iterdir()} <= {"copy"}
+
+
+def test_mixed_dtypes_are_refused(tmp_path):
+    folder = save_random(tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    name = "model.layers.1.block_sparse_moe.experts.2.w3.weight"
+    weights[name] = weights[name].half()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="experts are stored as F16, F32"):
+        mixoff.load(folder)
+
+
+STORE_DAMAGE = {
+    "an expert file is cut": (lambda d: cut(d / "experts-004.bin", 1), "the copy is incomplete"),
+    "an expert file is missing": (lambda d: (d / "experts-004.bin").unlink(), "lacks experts-004.bin"),
+    "the backbone is cut": (lambda d: cut(d / SHARD, 9), "the copy is incomplete"),
+    "another version": (lambda d: edit_json(d / MANIFEST, lambda m: m.update(version=99)), "no store of version"),
+    "a manifest without sites": (lambda d: edit_json(d / MANIFEST, lambda m: m.pop("sites")), "is damaged"),
+    "a site without parts": (lambda d: edit_json(d / MANIFEST, lambda m: m["sites"][0].pop("parts")), "is damaged"),
+    "a path outside": (
+        lambda d: edit_json(d / MANIFEST, lambda m: m["sites"][0].update(file="../experts-000.bin")),
+        "do not trust this store",
+    ),
+    "other experts than the configuration's": (
+        lambda d: edit_json(d / "config.json", lambda c: c.update(intermediate_size=96)),
+        "describe different experts",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", STORE_DAMAGE)
+def test_damaged_stores(converted, tmp_path, damage):
+    folder = shutil.copytree(converted, tmp_path / "copy")
+    how, message = STORE_DAMAGE[damage]
+    how(folder)
+    with pytest.raises(CheckpointError, match=message):
+        mixoff.load(folder, fast_bytes="6MB")
+
+
+def test_a_file_that_shrinks_while_in_use_is_an_error_not_a_wrong_weight(converted, tmp_path):
+    folder = shutil.copytree(converted, tmp_path / "copy")
+    with mixoff.load(folder, fast_bytes="2MB") as model:
+        for path in folder.glob("experts-*.bin"):
+            os.truncate(path, 1000)
+        with pytest.raises(CheckpointError, match="it was changed or cut"), torch.no_grad():
+            model(torch.tensor([[1, 2, 3]]))
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_no_corrupted_header_gets_through(tmp_path, data):
+    """Flip, cut or insert bytes anywhere in the header: refused, or the very same ranges are read."""
+    path = tmp_path / "x.safetensors"
+    save_file({"a": torch.zeros(4, 6), "b": torch.ones(3, dtype=torch.float16)}, path)
+    honest, raw = read_header(path), bytearray(path.read_bytes())
+    header = 8 + int.from_bytes(raw[:8], "little")
+    at = data.draw(st.integers(0, header - 1))
+    raw[at : at + data.draw(st.integers(0, 3))] = data.draw(st.binary(max_size=4))
+    path.write_bytes(raw)
+    try:
+        got = read_header(path)
+    except CheckpointError:
+        return
+    size = len(raw)
+    assert all(t.offset >= 0 and t.offset + t.nbytes <= size for t in got.values())
+    assert sum(t.nbytes for t in got.values()) == sum(t.nbytes for t in honest.values())
+
+
+def test_headers_agree_with_safetensors():
+    checkpoint = Checkpoint(BUNDLED)
+    for file in checkpoint.files:
+        raw = (BUNDLED / file).read_bytes()
+        for name, tensor in load_file(BUNDLED / file).items():
+            t = checkpoint.tensors[name]
+            assert t.shape == tuple(tensor.shape) and raw[t.offset : t.offset + t.nbytes] == tensor.numpy().tobytes()
