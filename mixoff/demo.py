@@ -10,21 +10,19 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
+import torch
 from rich.console import Console, Group
 from rich.live import Live
 from rich.panel import Panel
 from rich.text import Text
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from mixoff import generation, models, offload
 from mixoff.units import format_nbytes
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
 PROMPT = "It was a fine morning in the spring, and Elizabeth"
-WIDTH = 92  # columns of the picture
+WIDTH, BAR = 92, 32  # columns of the picture, and of a layer's bar
 # marks differ by letter as well as by colour (Okabe and Ito's palette, which colour-blind readers can tell apart)
 MARKS = {
     "slow": ("·", "grey50"),
@@ -32,41 +30,50 @@ MARKS = {
     "hit": ("H", "bold #009E73"),
     "miss": ("M", "bold #D55E00"),
 }
+LABELS = {"hit": "hit", "miss": "fetched", "resident": "in the fast tier", "slow": "in the slow tier"}
 
 
 @dataclass
 class Grid:
-    """What each expert is now, and did for the newest token, (L, E)."""
+    """What each expert is now, and did for the newest token, (L, E); and each layer's hits so far, prompt left out."""
 
     runtime: offload.Runtime
     token: int = 0
     last: dict[tuple[int, int], str] = field(default_factory=dict)
+    counts: dict[int, list[int]] = field(default_factory=dict)  # layer: [hits, requests] of decoding
 
     def note(self, event: offload.Event) -> None:
         """Take in one event of the runtime."""
         if event.token != self.token:
             self.token, self.last = event.token, {}
-        if event.kind in ("hit", "miss"):
-            self.last[event.layer, event.expert] = event.kind
+        if event.kind not in ("hit", "miss"):
+            return
+        self.last[event.layer, event.expert] = event.kind
+        if event.phase == "decode":
+            count = self.counts.setdefault(event.layer, [0, 0])
+            count[0] += event.kind == "hit"
+            count[1] += 1
 
     def render(self) -> Text:
-        """One row a layer, one mark an expert."""
+        """One row a layer: one mark an expert, then the share of requests that were hits."""
         resident, rows = self.runtime.resident(), Text()
         for site in self.runtime.source.sites:
             rows.append(f"layer {site.layer:<2} ", "dim")
             for expert in range(site.num_experts):
                 at = (site.layer, expert)
                 mark, style = MARKS[self.last.get(at) or ("resident" if at in resident else "slow")]
-                rows.append(f" {mark}", style)
-            rows.append("\n")
-        for name, label in {
-            "hit": "hit",
-            "miss": "fetched",
-            "resident": "in the fast tier",
-            "slow": "in the slow tier",
-        }.items():
+                rows.append(f"  {mark}", style)
+            rows.append_text(self._bar(site.layer))
+        for name, label in LABELS.items():
             rows.append(f"{MARKS[name][0]} ", MARKS[name][1]).append(f"{label}   ", "dim")
         return rows
+
+    def _bar(self, layer: int) -> Text:
+        hits, requests = self.counts.get(layer, (0, 0))
+        share = hits / requests if requests else 0.0
+        full = round(share * BAR)
+        bar = Text("     ").append("━" * full, MARKS["hit"][1]).append("╌" * (BAR - full), MARKS["miss"][1])
+        return bar.append(f"  {share:.2f} hits\n", "dim")
 
 
 def screen(grid: Grid, prompt: str, text: str) -> Group:
@@ -91,6 +98,7 @@ def run(
     as_json: bool = False,
 ) -> int:
     """Generate under `fast_bytes`, then with all experts resident in plain transformers; 0 when the tokens agree."""
+    torch.set_num_threads(1)  # the bundled model's products are too small to share
     folder = models.path()
     tokenizer = generation.load_tokenizer(folder)
     console = Console(quiet=as_json)
@@ -119,9 +127,6 @@ def run(
 
 def resident_model() -> PreTrainedModel:
     """The bundled model in plain transformers, every expert resident: what offloading has to equal."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
     return AutoModelForCausalLM.from_pretrained(
         models.path(), dtype=torch.float32, experts_implementation="grouped_mm"
     ).eval()

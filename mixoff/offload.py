@@ -39,6 +39,7 @@ class Event:
     token: number of tokens that the model had processed, those of this pass included.
     kind: `hit`, `miss` (fetched, then computed), `evict`, or `prefetch` (fetched without being asked for).
     nbytes: bytes moved from the slow tier. t0, t1: seconds since the runtime was made, start and end of the fetch.
+    phase: `prompt` or `decode`.
     """
 
     token: int
@@ -48,6 +49,7 @@ class Event:
     nbytes: int
     t0: float
     t1: float
+    phase: str
 
 
 @dataclass(frozen=True)
@@ -224,8 +226,8 @@ class Runtime:
         with self._lock:
             if self._closed:
                 raise RuntimeError("this model was closed: load it again to generate")
-            prompt, keys = getattr(self._pass, "prompt", False), [(site, e) for e in experts]
-            with closing(self.cache.access(0 if self.scope == "global" else site, keys, prompt)) as grants:
+            pool, keys = 0 if self.scope == "global" else site, [(site, e) for e in experts]
+            with closing(self.cache.access(pool, keys, self._in_prompt())) as grants:
                 for grant in grants:
                     if grant.kind != HIT:
                         self._fetch(grant)
@@ -233,6 +235,9 @@ class Runtime:
                         self._tell(grant.key, "hit", 0, time.perf_counter())
                     if grant.kind != RESTORE:
                         compute(grant.key[1], self._weights(grant))
+
+    def _in_prompt(self) -> bool:
+        return getattr(self._pass, "prompt", False)
 
     def _fetch(self, grant: Grant) -> None:
         """Fill the grant's slot from the slow tier; on return the bytes are there."""
@@ -248,8 +253,8 @@ class Runtime:
 
     def _tell(self, key: tuple[int, int], kind: str, nbytes: int, t0: float) -> None:
         layer, t1 = self.source.sites[key[0]].layer, time.perf_counter()
-        token = getattr(self._pass, "token", 0)
-        event = Event(token, layer, key[1], kind, nbytes, t0 - self._start, t1 - self._start)
+        token, phase = getattr(self._pass, "token", 0), "prompt" if self._in_prompt() else "decode"
+        event = Event(token, layer, key[1], kind, nbytes, t0 - self._start, t1 - self._start, phase)
         for fn in tuple(self._listeners):
             fn(event)
 

@@ -193,7 +193,7 @@ def test_grid_marks_what_happened_to_the_newest_token(capsys):
         generate(model, load_tokenizer(BUNDLED), PROMPT, 6)
         resident = model.mixoff.resident()
         text = grid.render().plain.splitlines()
-    rows = [line.split()[2:] for line in text[:8]]
+    rows = [line.split()[2:10] for line in text[:8]]
     assert all(len(row) == 8 for row in rows)
     marks = {(layer, e): mark for layer, row in enumerate(rows) for e, mark in enumerate(row)}
     assert all(sum(mark in "HM" for mark in row) == 2 for row in rows), "two experts a layer for one token"

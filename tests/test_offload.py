@@ -217,6 +217,7 @@ def test_events_tell_all_that_info_counts(inputs):
     assert [e.token for e in events] == sorted(e.token for e in events)
     assert all(0 <= e.layer < 8 and 0 <= e.expert < 8 and 0 <= e.t0 <= e.t1 for e in events)
     prompt = inputs["one"]["input_ids"].shape[1]
+    assert all((e.phase == "prompt") == (e.token == prompt) for e in events)
     assert {e.token for e in events} == {prompt, *range(prompt + 1, prompt + 10)}
 
 
