@@ -7,9 +7,13 @@ from importlib import import_module
 
 __version__ = "0.1.0"
 
-_HOMES = {"load": "offload", "Runtime": "offload", "CacheInfo": "offload", "Event": "offload", "convert": "store"}
+_HOMES = {"load": "offload", "Runtime": "offload", "CacheInfo": "offload", "Event": "offload", "convert": "conversion"}
 _HOMES |= {"MixoffError": "errors", "CheckpointError": "errors", "BudgetError": "errors", "ExpertCache": "cache"}
-_MODULES = ("bench", "cache", "checkpoint", "errors", "models", "offload", "shapes", "store", "units")
+_HOMES |= {"Scheme": "quantize", "QTensor": "quantize", "verify": "store"}
+_MODULES = (
+    "bench", "cache", "checkpoint", "conversion", "errors", "generation", "models", "offload", "quantize", "shapes",
+    "store", "units",
+)  # fmt: skip
 __all__ = [*_HOMES, *_MODULES]
 
 

@@ -1,4 +1,4 @@
-"""The command line: `mixoff demo, run, convert, bench`.
+"""The command line: `mixoff demo, run, convert, verify, bench`.
 
 Every command takes `--json`: then standard output holds one JSON object and nothing else. What is wrong with a
 request is one line on standard error and exit code 2. Does not know any arithmetic.
@@ -13,7 +13,9 @@ import sys
 from collections.abc import Sequence
 
 from mixoff import __version__
-from mixoff.errors import MixoffError
+from mixoff.errors import CheckpointError, MixoffError
+
+SCHEMES = "mixed, paper, small, quality or none"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,7 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"mixoff {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (_add_demo, _add_run, _add_convert, _add_bench):
+    for add in (_add_demo, _add_run, _add_convert, _add_verify, _add_bench):
         add(commands)
     return parser
 
@@ -100,9 +102,7 @@ def _add_run(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--prompt", required=True, help="text to continue")
     command.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
     _add_budget(command, "6GiB")
-    command.add_argument(
-        "--scheme", default="none", help="quantization of a plain checkpoint; 'none' keeps its own precision (none)"
-    )
+    command.add_argument("--scheme", help=f"quantize a plain checkpoint first: {SCHEMES}")
     command.add_argument(
         "--scope", default="layer", help="'layer': slots of each MoE layer apart; 'global': one pool (layer)"
     )
@@ -116,9 +116,8 @@ def _run(args: argparse.Namespace) -> int:
     _quiet_transformers()
     from mixoff import generation, offload
 
-    if args.scheme != "none":
-        raise MixoffError(f"unknown scheme {args.scheme!r}: this version serves scheme 'none' only")
-    with offload.load(args.path, args.fast_bytes, policy=args.policy, scope=args.scope, dtype=args.dtype) as model:
+    how = {"scheme": args.scheme, "policy": args.policy, "scope": args.scope, "dtype": args.dtype}
+    with offload.load(args.path, args.fast_bytes, **how) as model:
         tokenizer = generation.load_tokenizer(model.mixoff.source.folder)
         on_text = None if args.json else lambda piece: print(piece, end="", flush=True)
         result = generation.generate(
@@ -137,19 +136,47 @@ def _add_convert(commands: argparse._SubParsersAction) -> None:
         "source", metavar="SOURCE", help="folder of a plain checkpoint, or the name of a bundled model"
     )
     command.add_argument("target", metavar="TARGET", help="folder to make; must not exist")
-    command.add_argument("--scheme", default="none", help="quantization; 'none' keeps every weight as it is (none)")
+    command.add_argument("--scheme", default="none", help=f"quantization: {SCHEMES} (none)")
 
 
 def _convert(args: argparse.Namespace) -> int:
     _quiet_transformers()
-    from mixoff import store
+    from mixoff import conversion
     from mixoff.units import format_nbytes
 
-    target = store.convert(args.source, args.target, args.scheme)
+    target = conversion.convert(args.source, args.target, args.scheme)
     nbytes = sum(p.stat().st_size for p in target.iterdir())
     report = {"target": str(target), "nbytes": nbytes}
     print(json.dumps(report) if args.json else f"wrote {target}: {format_nbytes(nbytes)}")
     return 0
+
+
+def _add_verify(commands: argparse._SubParsersAction) -> None:
+    command = _add_command(commands, "verify", _verify, "check a store: files and sizes, or every byte of it")
+    command.add_argument("path", metavar="STORE", help="folder of the store")
+    command.add_argument("--full", action="store_true", help="also the SHA-256 of every tensor")
+
+
+def _verify(args: argparse.Namespace) -> int:
+    """Exit code 0 for a sound store, 1 for a damaged one, 2 for what is no store at all."""
+    _quiet_transformers()
+    from mixoff import store
+    from mixoff.units import format_nbytes
+
+    if not store.is_store(args.path):
+        raise CheckpointError(f"{args.path} is no store: make one with `mixoff convert`")
+    try:
+        report = {"ok": True} | store.verify(args.path, args.full)
+    except CheckpointError as error:
+        report = {"ok": False, "error": str(error)}
+    if args.json:
+        print(json.dumps(report))
+    elif report["ok"]:
+        what = "every byte" if args.full else "files and sizes"
+        print(f"{what} as written: {report['tensors']} tensors, {format_nbytes(report['nbytes'])}")
+    else:
+        print(f"mixoff: {report['error']}", file=sys.stderr)
+    return 0 if report["ok"] else 1
 
 
 def _add_bench(commands: argparse._SubParsersAction) -> None:

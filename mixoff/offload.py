@@ -17,15 +17,17 @@ from collections.abc import Callable, Iterable
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from mixoff import shapes, store
+from mixoff import conversion, layers, shapes, store
 from mixoff.cache import BYPASS, HIT, RESTORE, ExpertCache, Grant
 from mixoff.errors import BudgetError, CheckpointError, MixoffError
 from mixoff.kernels import reference
+from mixoff.quantize import QTensor, Scheme
 from mixoff.units import format_nbytes, parse_nbytes
 
 SCOPES = ("layer", "global")
@@ -137,14 +139,14 @@ class Runtime:
     """
 
     def __init__(self, source: store.Source, fast_bytes: int, policy: str, scope: str, compute: torch.dtype) -> None:
-        stored = shapes.torch_dtype(source.dtype)
-        scratch = reference.scratch_nbytes([p.shape for site in source.sites for p in site.parts], stored, compute)
+        scratch = reference.scratch_nbytes((part for site in source.sites for part in site.parts), compute)
         pools = plan_slots(source.sites, fast_bytes, scratch, scope)
         self.source, self.scope, self.fast_bytes = source, scope, fast_bytes
         self.cache = ExpertCache(pools, policy)
         self.arena = store.slab(self.cache.capacity * source.expert_nbytes).view(self.cache.capacity, -1)  # (S, nbytes)
-        self.scratch = store.slab(scratch)
-        self.allocated_nbytes = sum(t.untyped_storage().nbytes() for t in (self.arena, self.scratch))
+        quantized = source.scheme.experts is not None  # then torch makes the blocks, and the scratch is their bound
+        self.scratch = store.slab(0 if quantized else scratch)
+        self.allocated_nbytes = self.arena.numel() + scratch
         self.images = [memoryview(slot.numpy()) for slot in self.arena]
         self.bytes_moved = 0
         self._listeners: list[Callable[[Event], None]] = []
@@ -200,7 +202,7 @@ class Runtime:
             if not self._closed:
                 self._closed = True
                 self.images, self.arena, self.scratch = [], None, None
-                self.source.reader.close()
+                self.source.close()
 
     def __enter__(self) -> Runtime:
         return self
@@ -258,12 +260,16 @@ class Runtime:
         for fn in tuple(self._listeners):
             fn(event)
 
-    def _weights(self, grant: Grant) -> dict[str, torch.Tensor]:
-        image = self.arena[grant.slot]
-        return {
-            p.name: image[p.offset : p.offset + p.nbytes].view(shapes.torch_dtype(p.dtype)).view(p.shape)
-            for p in self.source.sites[grant.key[0]].parts
-        }
+    def _weights(self, grant: Grant) -> dict[str, torch.Tensor | QTensor]:
+        image, parts = self.arena[grant.slot], self.source.sites[grant.key[0]].parts
+        return {part.name: _view(image, part) for part in parts}
+
+
+def _view(image: torch.Tensor, part: shapes.Part) -> torch.Tensor | QTensor:
+    """A part of an expert's image (nbytes,), as the weight that it is, without a copy."""
+    if part.form is not None:
+        return QTensor.from_buffer(image, part.offset, part.shape, *part.form)
+    return image[part.offset : part.offset + part.nbytes].view(shapes.torch_dtype(part.dtype)).view(part.shape)
 
 
 def by_expert(top_k_index: torch.Tensor, num_experts: int) -> dict[int, torch.Tensor]:
@@ -336,6 +342,7 @@ def load(
     path: str | Path,
     fast_bytes: int | str = "6GiB",
     *,
+    scheme: str | Scheme | None = None,
     policy: str = "lru",
     scope: str = "layer",
     device: str = "auto",
@@ -344,21 +351,37 @@ def load(
     """A transformers model whose experts stay in the store, or in a plain checkpoint folder, until the router asks.
 
     fast_bytes: bytes for experts in the fast tier, slots and scratch together (`"6GiB"`, `"500MB"`, or an int).
-    scope: `"layer"` gives every MoE layer its own slots, `"global"` shares one pool. dtype: of the computation;
-    `"auto"` takes the files', except fp16 on a CPU, which computes in fp32. Experts keep the files' dtype throughout.
+    scheme: None takes the folder as it is; a `Scheme`, or a preset's name, quantizes a plain checkpoint first, into a
+    temporary store. scope: `"layer"` gives every MoE layer its own slots, `"global"` shares one pool. dtype: of the
+    computation; `"auto"` takes the files', except fp16 on a CPU, which computes in fp32. Experts stay as stored.
     Raises CheckpointError or BudgetError. Tested bit for bit against transformers' `grouped_mm` with all resident.
     """
     if device not in ("auto", "cpu"):
         raise MixoffError(f"device {device!r} is not served by this version: use 'cpu'")
-    budget, source = parse_nbytes(fast_bytes), store.open_source(path)
+    budget, source = parse_nbytes(fast_bytes), _open(path, scheme)
     try:
         compute = _compute_dtype(dtype, source.dtype)
         runtime = Runtime(source, budget, policy, scope, compute)
         model = _load_backbone(source, compute)
     except BaseException:
-        source.reader.close()
+        source.close()
         raise
     return _bind(model, runtime)
+
+
+def _open(path: str | Path, scheme: str | Scheme | None) -> store.Source:
+    """The source at `path`, in the precision of `scheme` if one is given."""
+    source = store.open_source(path)
+    scheme = Scheme.preset(scheme) if isinstance(scheme, str) else scheme
+    if scheme is None or scheme == source.scheme:
+        return source
+    source.close()
+    if source.is_store:
+        raise MixoffError(f"{path} is a store in another scheme: load it without one, or convert the original again")
+    temporary = TemporaryDirectory(prefix="mixoff-", ignore_cleanup_errors=True)
+    converted = store.open_source(conversion.convert(path, Path(temporary.name) / "store", scheme))
+    converted.temporary = temporary
+    return converted
 
 
 def _compute_dtype(dtype: str | torch.dtype, stored: str) -> torch.dtype:
@@ -373,25 +396,33 @@ def _compute_dtype(dtype: str | torch.dtype, stored: str) -> torch.dtype:
 def _load_backbone(source: store.Source, compute: torch.dtype) -> PreTrainedModel:
     """`from_pretrained` of everything but the experts: their parameters are removed before weights are looked for."""
     config = shapes.read_config(source.folder)
+    quantized = store.read_quantized(source.folder) if source.is_store else {}
+    layers.untie(config, quantized)
     base = AutoModelForCausalLM._model_mapping[type(config)]
     try:
-        model = _shell(base).from_pretrained(
+        model, report = _shell(base, list(quantized)).from_pretrained(
             source.folder,
             config=config,
             dtype=compute,
             experts_implementation="mixoff",
             local_files_only=True,
             use_safetensors=True,
+            output_loading_info=True,
         )
     except (OSError, RuntimeError, ValueError, KeyError) as error:
         reason = str(error).strip().split("\n")[0]
         raise CheckpointError(f"transformers cannot load the backbone of {source.folder}: {reason}") from error
+    if lacking := sorted(report["missing_keys"]):  # transformers would make them up at random, with a warning
+        raise CheckpointError(
+            f"{source.folder} lacks {', '.join(lacking[:3])}: the download is incomplete, fetch it again"
+        )
+    layers.fill(model, quantized, compute)
     model.generation_config.disable_compile = True  # the experts are not a graph
     return model.eval()
 
 
-def _shell(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    """`base` without expert weights: nothing of them is made, looked for, moved or counted."""
+def _shell(base: type[PreTrainedModel], quantized: list[str]) -> type[PreTrainedModel]:
+    """`base` without expert weights, nor those named `quantized`: none is made, looked for, moved or counted."""
 
     def __init__(self: PreTrainedModel, config: object, *args: object, **kwargs: object) -> None:
         base.__init__(self, config, *args, **kwargs)
@@ -399,6 +430,7 @@ def _shell(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
             for name in [name for name, _ in module.named_parameters(recurse=False)]:
                 del module._parameters[name]
             module._is_hf_initialized = True  # or transformers would initialize what is no longer there
+        layers.hollow(self, quantized)
 
     def save_pretrained(self: PreTrainedModel, *args: object, **kwargs: object) -> None:
         raise MixoffError(

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,16 +24,26 @@ PART_ALIGN = 64  # bytes; a cache line, and the widest SIMD load
 
 @dataclass(frozen=True)
 class Part:
-    """One weight of an expert: its shape, and its place in the expert's image in bytes."""
+    """One weight of an expert: its shape, and its place and size in the expert's image in bytes.
+
+    dtype: as in the checkpoint. form: of a quantized weight, `(bits, group size, bits of metadata)`.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: str
     offset: int
+    nbytes: int
+    form: tuple[int, int, int] | None = None
 
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * dtype_nbytes(self.dtype)
+
+def place(parts: Iterable[Part]) -> tuple[Part, ...]:
+    """The parts one behind the other in an image, each aligned."""
+    placed, offset = [], 0
+    for part in parts:
+        placed.append(replace(part, offset=-(-offset // PART_ALIGN) * PART_ALIGN))
+        offset = placed[-1].offset + part.nbytes
+    return tuple(placed)
 
 
 @dataclass(frozen=True)
@@ -105,13 +116,12 @@ def expert_sites(model: PreTrainedModel, dtype: str) -> tuple[Site, ...]:
 
 def _site(name: str, module: torch.nn.Module, dtype: str) -> Site:
     _refuse_unserved(module)
-    parts, offset = [], 0
-    for key, weight in module.named_parameters(recurse=False):
-        offset = -(-offset // PART_ALIGN) * PART_ALIGN
-        parts.append(Part(key, tuple(weight.shape[1:]), dtype, offset))
-        offset += parts[-1].nbytes
+    parts = [
+        Part(key, tuple(weight.shape[1:]), dtype, 0, math.prod(weight.shape[1:]) * dtype_nbytes(dtype))
+        for key, weight in module.named_parameters(recurse=False)
+    ]
     layer = re.search(r"layers\.(\d+)\.", name)
-    return Site(name, int(layer[1]) if layer else 0, module.num_experts, tuple(parts))
+    return Site(name, int(layer[1]) if layer else 0, module.num_experts, place(parts))
 
 
 def _refuse_unserved(module: torch.nn.Module) -> None:
@@ -132,3 +142,23 @@ def _refuse_unserved(module: torch.nn.Module) -> None:
             f"{type(module).__name__} is not served yet ({what}): "
             "this version serves families with Mixtral's experts, a gate_up_proj and a down_proj without biases"
         )
+
+
+ROLES = (  # of layers of the backbone, by their name: what a scheme may quantize of it
+    ("attention", re.compile(r"\.(self_attn|attention|attn)\.")),
+    ("shared_experts", re.compile(r"\.(shared_experts?|shared_mlp)\.")),
+    ("head", re.compile(r"^lm_head$")),
+    ("embeddings", re.compile(r"\bembed_tokens$")),
+)
+
+
+def backbone_roles(model: PreTrainedModel) -> dict[str, str]:
+    """Role of every weight of the backbone that a scheme may quantize, by the weight's name."""
+    from torch import nn
+
+    roles = {}
+    for name, module in model.named_modules():
+        role = next((role for role, pattern in ROLES if pattern.search(name)), None)
+        if role and isinstance(module, nn.Embedding if role == "embeddings" else nn.Linear):
+            roles[f"{name}.weight"] = role
+    return roles

@@ -1,8 +1,9 @@
 """The slow tier: expert images on disk, and the store that keeps each of them in one aligned range.
 
 A store is an ordinary model folder with the backbone (all that is not an expert), beside `experts-NNN.bin`, one file a
-MoE layer, one range an expert, and `mixoff.json`, which says what stands where. A plain checkpoint serves as well:
-there an expert is gathered from the tensors that hold it.
+MoE layer, one range an expert, and `mixoff.json`, which says what stands where. What a scheme quantizes of the backbone
+is in `quantized.safetensors`. A plain checkpoint serves as well: there an expert is gathered from the tensors that
+hold it.
 
 Does not know caches or policies.
 """
@@ -13,27 +14,25 @@ import hashlib
 import json
 import mmap
 import os
-import shutil
 import threading
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from io import FileIO
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from tempfile import TemporaryDirectory
+
+import torch
 
 from mixoff import models, shapes
-from mixoff.checkpoint import INDEX, Checkpoint, Extent, TensorRange, read_json
-from mixoff.errors import CheckpointError, MixoffError
-from mixoff.shapes import PART_ALIGN, Part, Site
-
-if TYPE_CHECKING:
-    import torch
+from mixoff.checkpoint import Checkpoint, Extent, read_header, read_json
+from mixoff.errors import CheckpointError
+from mixoff.quantize import QTensor, Scheme, layout, packed_nbytes
+from mixoff.shapes import Part, Site
 
 MANIFEST = "mixoff.json"
+QUANTIZED = "quantized.safetensors"
 FORMAT, VERSION = "mixoff-store", 1
 ALIGN = 4096  # bytes; what direct I/O asks for, and a page
-CHUNK = 1 << 22  # bytes copied at a time
-SIDE_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "README.md", "LICENSE*", "NOTICE*")  # tokenizer, card, licences
 
 
 class ExpertReader:
@@ -86,18 +85,32 @@ class ExpertReader:
 class Source:
     """A model folder that experts are served from: a store or a plain checkpoint.
 
-    `dtype` is the one that expert weights are stored in, by torch's name.
+    dtype: of the weights before any quantization, by torch's name. scheme: how they are stored. temporary: a folder
+    that is removed on closing.
     """
 
     folder: Path
     sites: tuple[Site, ...]
     dtype: str
+    scheme: Scheme
     reader: ExpertReader
+    temporary: TemporaryDirectory | None = None
+
+    @property
+    def is_store(self) -> bool:
+        """Whether the folder is a store, rather than a plain checkpoint."""
+        return (self.folder / MANIFEST).exists()
 
     @property
     def expert_nbytes(self) -> int:
         """Bytes of the largest expert image: the size of a slot."""
         return max(site.expert_nbytes for site in self.sites)
+
+    def close(self) -> None:
+        """Close the files, and remove them if they are temporary."""
+        self.reader.close()
+        if self.temporary:
+            self.temporary.cleanup()
 
 
 def open_source(path: str | Path) -> Source:
@@ -108,7 +121,7 @@ def open_source(path: str | Path) -> Source:
     checkpoint = Checkpoint(folder)
     dtype = checkpoint_dtype(checkpoint)
     sites = shapes.expert_sites(shapes.skeleton(shapes.read_config(folder)), dtype)
-    return Source(folder, sites, dtype, ExpertReader(folder, checkpoint.extents(sites)))
+    return Source(folder, sites, dtype, Scheme(), ExpertReader(folder, checkpoint.extents(sites)))
 
 
 def checkpoint_dtype(checkpoint: Checkpoint) -> str:
@@ -135,29 +148,74 @@ def _local_folder(path: str | Path) -> Path:
         ) from None
 
 
-def _open_store(folder: Path) -> Source:
+# Stores ---------------------------------------------------------------------------------------------------------------
+
+
+def is_store(path: str | Path) -> bool:
+    """Whether `path` is the folder of a store, sound or not."""
+    return (_local_folder(path) / MANIFEST).exists()
+
+
+def stride(site: Site) -> int:
+    """Bytes from one expert to the next in a store's file."""
+    return -(-site.expert_nbytes // ALIGN) * ALIGN
+
+
+def quantized_sites(sites: tuple[Site, ...], scheme: Scheme) -> tuple[Site, ...]:
+    """The sites as they are stored under `scheme`. Raises MixoffError when a group does not divide a width."""
+    precision = scheme.precision("experts")
+    if precision is None:
+        return sites
+    form = (precision.bits, precision.group_size, scheme.metadata_bits)
+
+    def quantized(part: Part) -> Part:
+        return replace(part, form=form, nbytes=packed_nbytes(part.shape, *form))
+
+    return tuple(replace(site, parts=shapes.place(map(quantized, site.parts))) for site in sites)
+
+
+def read_manifest(folder: Path) -> dict:
+    """The manifest of the store in `folder`, of this version, with every file it names present in full."""
     manifest = read_json(folder / MANIFEST)
     if manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
         raise CheckpointError(
             f"{folder / MANIFEST} is no store of version {VERSION}: convert the original again with this mixoff"
         )
     try:
-        sites = tuple(_site_from_json(entry) for entry in manifest["sites"])
-        extents = {
-            (i, e): [Extent(entry["file"], e * entry["stride"], 0, sites[i].expert_nbytes)]
-            for i, entry in enumerate(manifest["sites"])
-            for e in range(sites[i].num_experts)
-        }
         files = [(entry["file"], entry["stride"] * entry["num_experts"]) for entry in manifest["sites"]]
         files += [(entry["file"], entry["nbytes"]) for entry in manifest["backbone"]]
-        dtype = manifest["dtype"]
-        shapes.dtype_nbytes(dtype)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{folder / MANIFEST} is damaged ({error!r}): convert the original again") from None
+    except (KeyError, TypeError) as error:
+        raise _damaged(folder, error) from None
     for file, nbytes in files:
         _expect_file(folder, file, nbytes)
-    _expect_sites(sites, shapes.expert_sites(shapes.skeleton(shapes.read_config(folder)), dtype), folder)
-    return Source(folder, sites, dtype, ExpertReader(folder, extents))
+    return manifest
+
+
+def _damaged(folder: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(f"{folder / MANIFEST} is damaged ({error!r}): convert the original again")
+
+
+def _open_store(folder: Path) -> Source:
+    """Sites follow from configuration and scheme; the manifest has to say the same of them."""
+    manifest = read_manifest(folder)
+    try:
+        scheme, dtype = Scheme.from_json(json.dumps(manifest["scheme"])), manifest["dtype"]
+        shapes.dtype_nbytes(dtype)
+        built = quantized_sites(shapes.expert_sites(shapes.skeleton(shapes.read_config(folder)), dtype), scheme)
+        stored = [{key: entry[key] for key in ("stride", *asdict(built[0]))} for entry in manifest["sites"]]
+        files = [entry["file"] for entry in manifest["sites"]]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise _damaged(folder, error) from None
+    if json.dumps(stored) != json.dumps([{"stride": stride(site), **asdict(site)} for site in built]):
+        raise CheckpointError(
+            f"{folder}: mixoff.json and config.json describe different experts: convert the original again"
+        )
+    extents = {
+        (i, e): [Extent(file, e * stride(site), 0, site.expert_nbytes)]
+        for i, (site, file) in enumerate(zip(built, files, strict=True))
+        for e in range(site.num_experts)
+    }
+    return Source(folder, built, dtype, scheme, ExpertReader(folder, extents))
 
 
 def _expect_file(folder: Path, file: str, nbytes: int) -> None:
@@ -171,132 +229,79 @@ def _expect_file(folder: Path, file: str, nbytes: int) -> None:
         )
 
 
-def _expect_sites(stored: tuple[Site, ...], built: tuple[Site, ...], folder: Path) -> None:
-    if stored != built:
-        raise CheckpointError(
-            f"{folder}: mixoff.json and config.json describe different experts: convert the original again"
-        )
+def read_quantized(folder: Path) -> dict[str, QTensor]:
+    """The quantized weights of a store's backbone by name, none where its scheme keeps the backbone as it is."""
+    from safetensors import SafetensorError, safe_open
 
-
-def _site_from_json(entry: dict) -> Site:
-    parts = tuple(Part(p["name"], tuple(p["shape"]), p["dtype"], p["offset"]) for p in entry["parts"])
-    return Site(entry["name"], entry["layer"], entry["num_experts"], parts)
-
-
-def convert(source: str | Path, target: str | Path, scheme: str = "none") -> Path:
-    """Write the checkpoint in folder `source` as a store into the new folder `target`; returns the target.
-
-    `scheme="none"` keeps every weight as it is. Memory: one expert. The store appears under its name
-    only when it is complete; an interrupted conversion leaves `target.partial`, which the next one replaces.
-    """
-    if scheme != "none":
-        raise MixoffError(f"unknown scheme {scheme!r}: this version converts with scheme 'none' only")
-    target = Path(target)
-    if target.exists():
-        raise CheckpointError(f"{target} exists already: choose another folder, or remove it first")
-    opened = open_source(source)
-    if (opened.folder / MANIFEST).exists():
-        opened.reader.close()
-        raise CheckpointError(f"{source} is a store already: load it as it is, or copy the folder")
-    partial = target.with_name(target.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    if not (folder / QUANTIZED).exists():
+        return {}
     try:
-        _write_store(opened, partial)
-        os.replace(partial, target)
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise CheckpointError(f"could not write {target}: {error.strerror or error}; nothing was kept") from error
-    finally:
-        opened.reader.close()
-    return target
+        with safe_open(folder / QUANTIZED, framework="pt") as f:
+            described = json.loads(f.metadata()["mixoff"])
+            return {
+                name: QTensor.from_tensors({p: f.get_tensor(f"{name}.{p}") for p in part_names(meta)}, meta)
+                for name, meta in described.items()
+            }
+    except (SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{folder / QUANTIZED} is damaged ({error}): convert the original again") from None
 
 
-def _write_store(source: Source, folder: Path) -> None:
-    entries = []
-    for i, site in enumerate(source.sites):
-        file, stride = f"experts-{i:03d}.bin", -(-site.expert_nbytes // ALIGN) * ALIGN
-        hashes = [_write_image(folder / file, image) for image in _images(source, i, stride)]
-        parts = [asdict(part) | {"shape": list(part.shape)} for part in site.parts]
-        entries.append({"name": site.name, "layer": site.layer, "num_experts": site.num_experts, "file": file,
-                        "stride": stride, "parts": parts, "sha256": hashes})  # fmt: skip
-    backbone = _write_backbone(Checkpoint(source.folder), folder)
-    for pattern in SIDE_FILES:
-        for side in source.folder.glob(pattern):
-            if not side.name.endswith(".index.json"):
-                shutil.copyfile(side, folder / side.name)
-    manifest = {
-        "format": FORMAT,
-        "version": VERSION,
-        "scheme": "none",
-        "dtype": source.dtype,
-        "backbone": backbone,
-        "sites": entries,
-    }
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+def part_names(meta: dict) -> list[str]:
+    """Names of the parts of a quantized weight that is described so."""
+    return [
+        name for name, _, _ in layout(tuple(meta["shape"]), meta["bits"], meta["group_size"], meta["metadata_bits"])
+    ]
 
 
-def _images(source: Source, site: int, stride: int) -> Iterator[bytearray]:
-    """Each expert of a site, padded to the stride with zeros."""
-    for expert in range(source.sites[site].num_experts):
-        image = bytearray(stride)
-        source.reader.read_into(site, expert, memoryview(image))
-        yield image
+def verify(path: str | Path, full: bool = False) -> dict:
+    """Check the store at `path`: every file and size, and with `full` the SHA-256 of every tensor.
 
-
-def _write_image(path: Path, image: bytearray) -> str:
-    with path.open("ab") as f:
-        f.write(image)
-    return hashlib.sha256(image).hexdigest()
-
-
-def _write_backbone(checkpoint: Checkpoint, folder: Path) -> list[dict]:
-    """Copy all but the experts, shard by shard under the shards' own names; memory: one chunk of a file."""
-    experts, weight_map, entries = checkpoint.expert_names(), {}, []
-    for file in checkpoint.files:
-        tensors = {n: t for n, t in checkpoint.tensors.items() if t.file == file and n not in experts}
-        if tensors:
-            sha256 = _copy_tensors(checkpoint.folder / file, tensors, folder / file)
-            entries.append({"file": file, "nbytes": (folder / file).stat().st_size, "sha256": sha256})
-            weight_map |= dict.fromkeys(tensors, file)
-    if (checkpoint.folder / INDEX).exists():
-        total = sum(checkpoint.tensors[name].nbytes for name in weight_map)
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
-    return entries
-
-
-def _copy_tensors(source: Path, tensors: dict[str, TensorRange], target: Path) -> str:
-    """Write a safetensors file with some of another's tensors, in the same order; returns its SHA-256.
-
-    The data begins at the same place modulo 64 as in the source: transformers computes from the mapped file, and the
-    last bits of a BLAS product may depend on the alignment of its operands.
+    Returns `{"experts": n, "tensors": n, "nbytes": n}` of what was checked. Raises CheckpointError, which names the
+    first tensor that is not what the conversion wrote.
     """
-    ordered = sorted(tensors.items(), key=lambda item: item[1].offset)
-    header, end = {"__metadata__": {"format": "pt"}}, 0
-    for name, t in ordered:
-        header[name] = {"dtype": t.dtype, "shape": t.shape, "data_offsets": [end, end := end + t.nbytes]}
-    raw = json.dumps(header, separators=(",", ":")).encode()
-    raw += b" " * ((ordered[0][1].offset - 8 - len(raw)) % PART_ALIGN)  # the format allows spaces after the header
+    folder = _local_folder(path)
+    source, manifest = _open_store(folder), read_manifest(folder)
+    source.close()
+    checked = {"experts": sum(site.num_experts for site in source.sites), "tensors": 0, "nbytes": 0}
+    for file, offset, nbytes, name, sha256 in _hashed_ranges(folder, source, manifest):
+        if full and _sha256(folder / file, offset, nbytes) != sha256:
+            raise CheckpointError(f"{name} in {folder / file} is damaged: copy or convert the store again")
+        checked["tensors"], checked["nbytes"] = checked["tensors"] + 1, checked["nbytes"] + nbytes
+    return checked
+
+
+def _hashed_ranges(folder: Path, source: Source, manifest: dict) -> Iterator[tuple[str, int, int, str, str]]:
+    """File, offset, size, name and SHA-256 of every tensor of a store."""
+    try:
+        for site, entry in zip(source.sites, manifest["sites"], strict=True):
+            for e in range(site.num_experts):
+                for part, sha256 in zip(site.parts, entry["sha256"][e], strict=True):
+                    offset = e * stride(site) + part.offset
+                    yield entry["file"], offset, part.nbytes, f"{site.name}.{e}.{part.name}", sha256
+        for entry in manifest["backbone"]:
+            tensors = read_header(folder / entry["file"])
+            if tensors.keys() != entry["sha256"].keys():
+                raise CheckpointError(f"{folder / entry['file']} holds other tensors than were written: convert again")
+            for name, t in tensors.items():
+                yield t.file, t.offset, t.nbytes, name, entry["sha256"][name]
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise _damaged(folder, error) from None
+
+
+def _sha256(path: Path, offset: int, nbytes: int) -> str:
     digest = hashlib.sha256()
-    with source.open("rb") as f, target.open("wb") as out:
-        for piece in (len(raw).to_bytes(8, "little"), raw, *(p for _, t in ordered for p in _pieces(f, t))):
+    with path.open("rb") as f:
+        f.seek(offset)
+        while nbytes > 0 and (piece := f.read(min(nbytes, 1 << 22))):
             digest.update(piece)
-            out.write(piece)
+            nbytes -= len(piece)
     return digest.hexdigest()
-
-
-def _pieces(file: BinaryIO, t: TensorRange) -> Iterator[bytes]:
-    """The bytes of one tensor, a chunk at a time."""
-    file.seek(t.offset)
-    for start in range(0, t.nbytes, CHUNK):
-        yield file.read(min(CHUNK, t.nbytes - start))
 
 
 def slab(nbytes: int) -> torch.Tensor:
     """`nbytes` of memory as a uint8 tensor, aligned to a page, allocated once and given back with its last view."""
-    import torch
-
     if nbytes == 0:
         return torch.empty(0, dtype=torch.uint8)
     return torch.frombuffer(mmap.mmap(-1, nbytes), dtype=torch.uint8)

@@ -276,6 +276,16 @@ def test_damaged_checkpoints(copy, tmp_path, damage, use):
     assert {p.name for p in tmp_path.iterdir()} <= {"copy"}
 
 
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.1.self_attn.v_proj.weight"])
+def test_a_missing_weight_of_the_backbone_is_not_made_up(tmp_path, name):
+    folder = save_random(tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    del weights[name]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=f"lacks {name}"):
+        mixoff.load(folder, fast_bytes="1MB")
+
+
 def test_mixed_dtypes_are_refused(tmp_path):
     folder = save_random(tmp_path / "model")
     weights = load_file(folder / "model.safetensors")

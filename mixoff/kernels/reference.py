@@ -1,19 +1,25 @@
-"""Dense products in the dtype of the activations, straight from weights in the dtype of the store.
+"""Dense products in the dtype of the activations, straight from weights as the store keeps them.
 
 Letters: **T** rows of activations, **N** outputs, **K** inputs, **B** rows of a block.
-Where the two dtypes differ (fp16 files on a CPU, which computes in fp32), the weight is widened block by block into a
-small scratch, never as a whole: the scratch counts against the budget. Bit for bit equal to one product with the whole
-widened weight, because each output is its own sum over K; tests/test_kernels.py holds it to that.
+A weight in another dtype (fp16 files on a CPU, which computes in fp32) is widened block by block into a small scratch,
+and a quantized one dequantized so: never as a whole, since scratch counts against the budget. Widened weights give the
+bits of one product with the whole, because each output is its own sum over K; tests/test_kernels.py holds it to that.
 
 Does not know experts or caches.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
+
+from mixoff.quantize import BLOCK, QTensor
+from mixoff.shapes import Part, torch_dtype
 
 BLOCK_ROWS = 32  # rows of a weight widened at a time; at K = 4096 in fp32 a block is 512 KiB and stays in the L2 cache
 EVEN_ROWS = 8  # BLAS sums the odd rows at the end of a matrix in another order: such a weight is one block
+DEQUANTIZED = 4 * torch.float32.itemsize  # bytes an item of a block: codes, shifted codes, weights, and the last copy
 
 
 def block_rows(n: int) -> int:
@@ -25,13 +31,25 @@ def block_rows(n: int) -> int:
     return min(BLOCK_ROWS, n) if n % EVEN_ROWS == 0 else n
 
 
-def scratch_nbytes(shapes: list[tuple[int, int]], stored: torch.dtype, compute: torch.dtype) -> int:
-    """Bytes of scratch that `linear` needs for weights of `shapes` (N, K); none when no widening is due."""
-    return 0 if stored == compute else max(block_rows(n) * k for n, k in shapes) * compute.itemsize
+def scratch_nbytes(parts: Iterable[Part], compute: torch.dtype) -> int:
+    """Bytes of scratch that `linear` needs at most for any of these weights; none when no widening is due."""
+    return max(_part_scratch(part, compute) for part in parts)
 
 
-def linear(x: torch.Tensor, w: torch.Tensor, scratch: torch.Tensor) -> torch.Tensor:
-    """`x @ w.T` for x (T, K) and w (N, K), in x's dtype -> (T, N). `scratch`: uint8, see `scratch_nbytes`."""
+def _part_scratch(part: Part, compute: torch.dtype) -> int:
+    N, K = part.shape
+    if part.form is not None:
+        return min(BLOCK, N) * K * DEQUANTIZED
+    return 0 if torch_dtype(part.dtype) == compute else block_rows(N) * K * compute.itemsize
+
+
+def linear(x: torch.Tensor, w: torch.Tensor | QTensor, scratch: torch.Tensor | None = None) -> torch.Tensor:
+    """`x @ w.T` for x (T, K) and w (N, K), in x's dtype -> (T, N).
+
+    `scratch`: uint8, `scratch_nbytes` long; a quantized weight takes its scratch from torch, no more than that.
+    """
+    if isinstance(w, QTensor):
+        return _from_codes(x, w)
     if w.dtype == x.dtype:
         return torch.mm(x, w.t())
     N, K = w.shape
@@ -42,4 +60,12 @@ def linear(x: torch.Tensor, w: torch.Tensor, scratch: torch.Tensor) -> torch.Ten
         start = min(start, N - B)  # the last block reaches back, so that all are alike
         wide.copy_(w[start : start + B])
         torch.mm(x, wide.t(), out=out[:, start : start + B])  # (T, B)
+    return out
+
+
+def _from_codes(x: torch.Tensor, w: QTensor) -> torch.Tensor:
+    out = x.new_empty(x.shape[0], w.shape[0])  # (T, N)
+    for start, stop in w.blocks():
+        weights = w.block_weights(start, stop).to(x.dtype)  # (B, K)
+        torch.mm(x, weights.t(), out=out[:, start:stop])  # (T, B)
     return out

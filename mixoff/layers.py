@@ -1,0 +1,93 @@
+"""Layers of the backbone that keep their weight quantized: a linear layer and an embedding.
+
+Letters: **N** outputs or vocabulary, **K** inputs or model width.
+They are made empty, in place of the layers of a model that is about to be loaded, and filled afterwards. Does not know
+experts.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from mixoff.errors import CheckpointError
+from mixoff.kernels import reference
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from mixoff.quantize import QTensor
+
+
+class QuantizedLinear(nn.Module):
+    """`x @ w.T + bias` for a quantized w (N, K). Made from the layer that it replaces; `quantized` is set later."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.shape = (linear.out_features, linear.in_features)
+        self.bias = linear.bias
+        self.quantized: QTensor | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x (..., K) -> (..., N), in x's dtype."""
+        out = reference.linear(x.reshape(-1, self.shape[1]), self.quantized).view(*x.shape[:-1], -1)
+        return out if self.bias is None else out + self.bias
+
+    def extra_repr(self) -> str:
+        return repr(self.quantized) if self.quantized else f"{self.shape}, empty"
+
+
+class QuantizedEmbedding(nn.Module):
+    """Rows of a quantized w (N, K) by their number."""
+
+    def __init__(self, embedding: nn.Embedding) -> None:
+        super().__init__()
+        self.shape = (embedding.num_embeddings, embedding.embedding_dim)
+        self.dtype = torch.get_default_dtype()
+        self.quantized: QTensor | None = None
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """ids (...) -> (..., K)."""
+        out = torch.empty(*ids.shape, self.shape[1], dtype=self.dtype)
+        for start, stop in self.quantized.blocks():
+            inside = (ids >= start) & (ids < stop)  # (...)
+            if inside.any():
+                out[inside] = self.quantized.block_weights(start, stop)[ids[inside] - start].to(self.dtype)
+        return out
+
+    def extra_repr(self) -> str:
+        return repr(self.quantized) if self.quantized else f"{self.shape}, empty"
+
+
+def untie(config: PretrainedConfig, weights: dict[str, QTensor]) -> None:
+    """Where the head is the embedding and that is quantized, let both layers hold the same quantized weight."""
+    shared = next((q for name, q in weights.items() if name.endswith("embed_tokens.weight")), None)
+    if shared is not None and config.tie_word_embeddings:
+        config.tie_word_embeddings = False
+        weights["lm_head.weight"] = shared
+
+
+def hollow(model: nn.Module, names: list[str]) -> None:
+    """Put an empty quantized layer where each tensor of `names` (`….q_proj.weight`) has its layer."""
+    modules = dict(model.named_modules())
+    for name in names:
+        parent, _, child = name.removesuffix(".weight").rpartition(".")
+        layer = modules.get(name.removesuffix(".weight"))
+        if not isinstance(layer, (nn.Linear, nn.Embedding)):
+            raise CheckpointError(
+                f"{name} is quantized in the store, but the model has no such layer: convert it again"
+            )
+        kind = QuantizedLinear if isinstance(layer, nn.Linear) else QuantizedEmbedding
+        setattr(modules[parent], child, kind(layer))
+
+
+def fill(model: nn.Module, weights: dict[str, QTensor], dtype: torch.dtype) -> None:
+    """Give each hollow layer its weight. Raises CheckpointError when a shape is not the layer's."""
+    modules = dict(model.named_modules())
+    for name, q in weights.items():
+        layer = modules[name.removesuffix(".weight")]
+        if layer.shape != q.shape:
+            raise CheckpointError(f"{name} has shape {q.shape} in the store, config.json says {layer.shape}")
+        layer.quantized, layer.dtype = q, dtype
