@@ -4,11 +4,14 @@ within the budget while it is made.
 No tolerance anywhere in this file: everything is compared with `torch.equal`.
 """
 
+import subprocess
+import sys
 import threading
 
 import pytest
 import torch
 from tiny import BUNDLED, FAMILIES, decode, resident, save_random
+from transformers import AutoModelForCausalLM, MixtralConfig
 
 import mixoff
 from mixoff import BudgetError, MixoffError
@@ -169,6 +172,35 @@ def test_decoding_allocates_no_weights_outside_the_budget():
         with Allocations() as seen:
             model(torch.tensor([[7]]), past_key_values=past)
     assert 0 < seen.largest <= model.config.vocab_size * 4 < SLOT // 4
+
+
+MEASURE_MEMORY = """
+import pathlib, re, sys, torch, mixoff
+from transformers import AutoModelForCausalLM
+torch.set_num_threads(1)
+
+def anonymous():
+    return 1024 * int(re.search(r"RssAnon:\\s+(\\d+)", pathlib.Path("/proc/self/status").read_text())[1])
+
+with mixoff.load("tiny-mixtral", fast_bytes="2MB") as model:  # imports and first uses of libraries
+    model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=2)
+before = anonymous()
+model = mixoff.load(sys.argv[1], fast_bytes="16MB", scope="global")
+model.generate(torch.arange(9)[None], max_new_tokens=8, min_new_tokens=8)
+print(anonymous() - before, model.mixoff.info().evictions)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells anonymous memory apart")
+def test_anonymous_memory_grows_by_the_budget_not_by_the_experts(tmp_path):
+    """64 experts of 3.1 MB, 201 MB in all, run in 16 MB; 32 MB are granted for the allocator and the passes."""
+    shape = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 8, "vocab_size": 512}
+    config = MixtralConfig(**shape, num_attention_heads=8, num_key_value_heads=2, num_local_experts=8)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path)
+    done = subprocess.run([sys.executable, "-c", MEASURE_MEMORY, tmp_path], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    grown, evictions = map(int, done.stdout.split())
+    assert evictions > 0 and grown < 48_000_000 < 201_000_000
 
 
 @pytest.mark.parametrize("scope", ["layer", "global"])

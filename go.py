@@ -1,0 +1,191 @@
+#!/usr/bin/env python3
+"""One file, standard library only: makes the environment on first use, then runs a job inside it.
+
+    python3 go.py demo      a trained Mixture-of-Experts model writes text under a byte budget
+    python3 go.py lab       JupyterLab, opened at the first chapter
+    python3 go.py test      every test, every chapter            (test --all adds what is slow)
+    python3 go.py e2e       chapters in a real browser; needs Chromium
+    python3 go.py bench     tokens/s on this machine beside its own roofline
+
+What follows the job is passed on to it: `python3 go.py test -k cache -x`.
+The environment is `.venv` beside this file. Nothing is installed twice: a stamp inside remembers what stands there.
+
+Variables:
+    MIXOFF_TORCH           what pip installs for torch, before all else, such as torch==2.13.0 or the arguments that
+                           pytorch.org names for a machine without a GPU
+    MIXOFF_REQUIRE_ALL=1   `test` installs the extras for browser and Triton tests too, and a skipped test is a failure
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import pathlib
+import shlex
+import shutil
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).resolve().parent
+VENV = ROOT / ".venv"
+STAMP = VENV / "mixoff.json"
+OLDEST, FIRST_UNTRIED = (3, 10), (3, 14)
+
+JOBS = ("demo", "lab", "test", "e2e", "bench")
+EXTRAS = {"lab": {"lab"}, "test": {"lab", "test", "reference"}, "e2e": {"lab", "test", "e2e"}}
+ALL_EXTRAS = {"lab", "test", "reference", "e2e", "triton"}
+
+NBVAL = (
+    "--nbval",
+    "--nbval-current-env",
+    "--nbval-cell-timeout=300",
+    "--nbval-kernel-startup-timeout=120",
+    "--nbval-sanitize-with=tests/nbval_sanitize.cfg",
+)
+NO_VENV = """\
+This Python cannot make virtual environments: its `venv` module is incomplete, and there is no `uv` on the path.
+Install one of them, then run the same command again:
+    Debian, Ubuntu    sudo apt install python3-venv
+    anywhere          pip install uv"""
+
+
+# ---------------------------------------------------------------- the environment
+
+
+def python_in(venv: pathlib.Path) -> pathlib.Path:
+    """The interpreter of an environment, on this system."""
+    return venv / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+
+
+def run(*command, **env) -> int:
+    """Shows a command, runs it at the repository's root and returns its exit code."""
+    words = [str(word) for word in command]
+    print("+", shlex.join(words), flush=True)
+    return subprocess.run(words, cwd=ROOT, env={**os.environ, **env}).returncode
+
+
+def must(*command, failed: str, **env) -> None:
+    """Runs a command and stops with the sentence `failed` if it does not succeed."""
+    if run(*command, **env):
+        sys.exit(failed)
+
+
+def required_extras(job: str) -> set[str]:
+    """The extras of pyproject.toml that a job needs."""
+    if job == "test" and os.environ.get("MIXOFF_REQUIRE_ALL") == "1":
+        return ALL_EXTRAS
+    return EXTRAS.get(job, set())
+
+
+def dependency_key() -> str:
+    """Changes when an installation would: dependencies, extras or entry points of pyproject.toml, or the folder."""
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    try:
+        import tomllib
+    except ModuleNotFoundError:  # Python 3.10: any change of the file counts
+        content = text
+    else:
+        project = tomllib.loads(text)["project"]
+        names = ("requires-python", "dependencies", "optional-dependencies", "scripts")
+        content = json.dumps([project.get(name) for name in names])
+    return hashlib.sha256(f"{ROOT}\n{content}".encode()).hexdigest()
+
+
+def read_stamp() -> dict:
+    """What the environment holds, as written after the last installation; empty where nothing is known."""
+    try:
+        return json.loads(STAMP.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def make_venv() -> None:
+    """Makes `.venv` with this Python, by venv where it is whole (Debian splits it), else by uv."""
+    if not OLDEST <= sys.version_info[:2] < FIRST_UNTRIED:
+        sys.exit(f"mixoff needs Python 3.10 to 3.13, this is {sys.version.split()[0]}: run go.py with another python3")
+    if importlib.util.find_spec("venv") and importlib.util.find_spec("ensurepip"):
+        command = (sys.executable, "-m", "venv", VENV)
+    elif shutil.which("uv"):
+        command = ("uv", "venv", "--seed", "--python", sys.executable, VENV)
+    else:
+        sys.exit(NO_VENV)
+    must(*command, failed=f"could not make {VENV}")
+
+
+def install(extras: set[str], torch: str) -> None:
+    """Installs torch as chosen, then mixoff from this folder, editable, with its extras."""
+    pip = (python_in(VENV), "-m", "pip", "install", "--quiet", "--disable-pip-version-check")
+    if torch:
+        words = shlex.split(torch, posix=os.name != "nt")
+        must(*pip, *words, failed=f"pip could not install {torch!r}, the value of MIXOFF_TORCH")
+    needed = ",".join(sorted(extras - {"reference"}))
+    package = f".[{needed}]" if needed else "."
+    must(*pip, "--editable", package, failed="pip could not install mixoff: its message stands above")
+    # hqq's setup would look for nvcc and build kernels that nothing here uses
+    if "reference" in extras and run(*pip, "--editable", ".[reference]", DISABLE_CUDA="1"):
+        print("hqq could not be installed: the tests that compare with it will be skipped, all else works")
+
+
+def ensure(job: str) -> None:
+    """Brings the environment to what a job needs; does nothing where it is so already."""
+    stamp, key, torch = read_stamp(), dependency_key(), os.environ.get("MIXOFF_TORCH", "")
+    have, want = set(stamp.get("extras", ())), required_extras(job)
+    fresh = not python_in(VENV).exists()
+    if not fresh and stamp.get("key") == key and want <= have and torch in ("", stamp.get("torch")):
+        return
+    if fresh:
+        make_venv()
+        have = set()
+    install(have | want, torch)
+    stamp = {"key": key, "extras": sorted(have | want), "torch": torch or stamp.get("torch", "")}
+    STAMP.write_text(json.dumps(stamp) + "\n", encoding="utf-8")
+
+
+# ---------------------------------------------------------------- the jobs
+
+
+def test_commands(arguments: list[str]) -> list[list[str]]:
+    """Two guards, then one pytest run over tests and chapters."""
+    arguments = ["--run-slow" if a == "--all" else a for a in arguments]
+    return [
+        ["tools/nb.py", "check"],
+        ["tools/make_colab.py", "--check"],
+        ["-m", "pytest", *NBVAL, "tests", "notebooks", *arguments],
+    ]
+
+
+def commands(job: str, arguments: list[str]) -> list[list[str]]:
+    """What the environment's Python is called with for a job, in order."""
+    if job == "test":
+        return test_commands(arguments)
+    single = {
+        "demo": ["-m", "mixoff", "demo"],
+        "lab": ["-m", "jupyterlab", "notebooks/00_start_here.ipynb"],
+        "e2e": ["-m", "pytest", "-m", "e2e", "tests/e2e"],
+        "bench": ["-m", "mixoff", "bench"],
+    }
+    return [single[job] + arguments]
+
+
+def main(argv: list[str]) -> int:
+    """Runs the job named first; returns the exit code of the first command that fails, else 0."""
+    if not argv or argv[0] not in JOBS:
+        asked_for_help = argv[:1] in (["-h"], ["--help"], ["help"])
+        print(__doc__ if asked_for_help or not argv else f"no job named {argv[0]!r}, there are: {', '.join(JOBS)}")
+        return 0 if asked_for_help else 2
+    job, *arguments = argv
+    ensure(job)
+    for command in commands(job, arguments):
+        code = run(python_in(VENV), *command)
+        if code:
+            return code
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,119 @@
+"""Checks of exercises: `check.name(fn)` runs the learner's function on a few cases and prints one line. Never raises.
+
+    [ .. ] not attempted yet
+    [ ok ] 6 cases
+    [FAIL] case 2: shape (3, 8), expected (3, 2)
+
+One check per exercise stands at the end of this file, with the cases it tries. Does not know how answers are found.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+REL_TOL = 1e-6  # answers are sums and quotients of a few exact numbers: double precision leaves room to spare
+SHOWN = 60  # characters of a wrong answer
+
+
+@dataclass(frozen=True)
+class Check:
+    """The cases of one exercise: pairs of arguments and the answer that is expected for them."""
+
+    cases: tuple[tuple[tuple, object], ...]
+
+    def __call__(self, fn: Callable) -> None:
+        """Prints how `fn` does; stops at the first case that is wrong."""
+        print(self.verdict(fn))
+
+    def verdict(self, fn: Callable) -> str:
+        """The line to print."""
+        if not callable(fn):
+            return f"[FAIL] pass the function itself, not {describe(fn)}"
+        for n, (arguments, expected) in enumerate(self.cases, start=1):
+            try:
+                answer = fn(*copy.deepcopy(arguments))
+                complaint = difference(answer, expected)
+            except NotImplementedError:
+                return "[ .. ] not attempted yet"
+            except Exception as error:  # whatever the learner's code raises is an answer of a kind
+                complaint = f"raised {type(error).__name__}: {error}"
+            if complaint:
+                return f"[FAIL] case {n}: {complaint}"
+        return f"[ ok ] {len(self.cases)} cases"
+
+
+def describe(value: object) -> str:
+    """A value in at most SHOWN characters."""
+    text = repr(value)
+    return text if len(text) <= SHOWN else text[: SHOWN - 1] + "…"
+
+
+def difference(answer: object, expected: object) -> str | None:
+    """What is wrong with an answer, in words; None where it is right.
+
+    >>> difference([1, 2], [1, 3])
+    'position 1 is 2, expected 3'
+    >>> difference(0.1 + 0.2, 0.3) is None
+    True
+    """
+    if answer is None:
+        return f"returned nothing, expected {describe(expected)}"
+    if isinstance(expected, (str, bool, dict, set)):
+        return None if answer == expected else f"{describe(answer)}, expected {describe(expected)}"
+    return array_difference(np.asarray(answer), np.asarray(expected))
+
+
+def array_difference(answer: np.ndarray, expected: np.ndarray) -> str | None:
+    """The same for numbers, lists of numbers and arrays: shape first, then the first value that differs."""
+    if answer.shape != expected.shape:
+        return f"shape {answer.shape}, expected {expected.shape}"
+    if not np.issubdtype(answer.dtype, np.number):
+        return f"{describe(answer.tolist())} is not a number, expected {describe(expected.tolist())}"
+    wrong = np.argwhere(~np.isclose(answer, expected, rtol=REL_TOL, atol=0, equal_nan=True))
+    if not len(wrong):
+        return None
+    where = tuple(int(i) for i in wrong[0])
+    have, want = answer[where].item(), expected[where].item()
+    if not where:
+        return f"{have}, expected {want}"
+    return f"position {where[0] if len(where) == 1 else where} is {have}, expected {want}"
+
+
+# ---------------------------------------------------------------- chapter 00
+
+# (budget in bytes, bytes of one expert, MoE layers, experts a layer) -> experts that fit, the same number in each layer
+slots_per_layer = Check(
+    (
+        ((6_000_000, 221_184, 8, 8), 3),
+        ((221_184 * 8, 221_184, 8, 8), 1),
+        ((221_184 * 8 - 1, 221_184, 8, 8), 0),
+        ((10**9, 221_184, 8, 8), 8),
+        ((12 * 2**30, 66_406_180, 32, 8), 6),
+    )
+)
+
+# (experts asked for, number of slots) -> hits of a least-recently-used cache
+lru_hits = Check(
+    (
+        (([], 2), 0),
+        (([1, 1, 1], 1), 2),
+        (([1, 2, 1, 2], 1), 0),
+        (([1, 2, 1, 2], 2), 2),
+        (([1, 2, 1, 3, 1, 2], 2), 2),
+        (([0, 1, 2, 0, 1, 2], 2), 0),
+    )
+)
+
+# (experts asked for a token, bytes of one expert, hit rate, bytes/s of the link) -> seconds a token spent on copies
+copy_s_per_token = Check(
+    (
+        ((64, 66_406_180, 0.0, 12e9), 64 * 66_406_180 / 12e9),
+        ((64, 66_406_180, 0.6, 12e9), 64 * 66_406_180 * 0.4 / 12e9),
+        ((64, 66_406_180, 1.0, 12e9), 0.0),
+        ((16, 221_184, 0.5, 1e9), 16 * 221_184 * 0.5 / 1e9),
+    )
+)

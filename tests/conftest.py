@@ -1,0 +1,71 @@
+"""Runs every test alike: one thread, no network, slow tests on request, and skips that count as failures where asked.
+
+    --run-slow              also what is marked slow (`go.py test --all`)
+    MIXOFF_REQUIRE_ALL=1    a skip is a failure: .ci/run sets it after installing everything
+
+Every skip that can happen stands in QUARANTINE.md; test_quarantine.py holds that list to the code.
+"""
+
+import os
+import pathlib
+import subprocess
+
+import pytest
+
+# before anything imports torch or numpy: sums run in the same order, and two test runs do not fight for cores
+os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", NUMBA_NUM_THREADS="1", HF_HUB_OFFLINE="1")
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+REQUIRE_ALL = os.environ.get("MIXOFF_REQUIRE_ALL") == "1"
+
+
+def pytest_addoption(parser):
+    parser.addoption("--run-slow", action="store_true", help="also run what is marked slow")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--run-slow"):
+        return
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    if slow:
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if item not in slow]
+
+
+def forbid_skip(report):
+    """Turns a skip into a failure that names its reason; expected failures stay what they are."""
+    if REQUIRE_ALL and report.skipped and not hasattr(report, "wasxfail"):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        report.outcome = "failed"
+        report.longrepr = f"{reason}\nMIXOFF_REQUIRE_ALL=1 makes a skip a failure: install what is missing"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    forbid_skip(report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector):
+    report = yield
+    forbid_skip(report)
+    return report
+
+
+@pytest.fixture(scope="session")
+def root():
+    """The repository's root."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def project_files():
+    """Every file that is or would be committed; of an unpacked source distribution, every file."""
+    git = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    try:
+        listed = subprocess.run(git, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    except (OSError, subprocess.CalledProcessError):
+        listed = [p.relative_to(ROOT).as_posix() for p in ROOT.rglob("*") if ".venv" not in p.parts]
+    return [name for name in sorted(listed) if (ROOT / name).is_file()]

@@ -1,0 +1,59 @@
+"""Chapters as their readers meet them: opened in JupyterLab, run from top to bottom, looked at.
+
+    python3 go.py e2e --basetemp=SOMEWHERE      keeps the screenshots
+"""
+
+import pytest
+
+import badges
+
+pytestmark = pytest.mark.e2e
+
+RUN_TIMEOUT_MS = 180_000
+RUN_ALL = "() => { window.jupyterapp.commands.execute('notebook:run-all-cells'); }"
+CODE_CELLS = """() => window.jupyterapp.shell.currentWidget.content.model.toJSON().cells
+    .filter(cell => cell.cell_type === 'code' && !(cell.metadata.tags || []).includes('nbval-skip'))
+    .map(cell => ({count: cell.execution_count, tags: cell.metadata.tags || [],
+                   errors: cell.outputs.filter(out => out.output_type === 'error').map(out => out.ename),
+                   images: cell.outputs.filter(out => out.data && out.data['image/png']).length}))"""
+CLEAR = "() => { window.jupyterapp.commands.execute('notebook:clear-all-cell-outputs'); }"
+ALL_COUNTED = f"""() => {{
+    const kernel = window.jupyterapp.shell.currentWidget.context.sessionContext.session.kernel;
+    const cells = ({CODE_CELLS})();
+    return kernel.status === 'idle' && cells.every(cell => cell.count !== null);
+}}"""
+TO_TOP = """() => {
+    document.querySelector('.jp-WindowedPanel-outer').scrollTop = 0;
+    const last = [...document.querySelectorAll('.jp-Notebook .jp-Cell')].pop();
+    return Math.ceil(last.getBoundingClientRect().bottom) + 60;
+}"""
+WIDTH_PX, TALLEST_PX = 1200, 16_000  # 16,384 is Chromium's limit for one screenshot
+
+
+def run_all(page):
+    """Clears stored outputs, runs every cell, waits for the last one."""
+    page.evaluate(CLEAR)
+    page.wait_for_function(f"() => ({CODE_CELLS})().every(cell => cell.count === null)")
+    page.evaluate(RUN_ALL)
+    page.wait_for_function(ALL_COUNTED, timeout=RUN_TIMEOUT_MS)
+    return page.evaluate(CODE_CELLS)
+
+
+def photograph(page, path):
+    """One tall screenshot of the whole chapter."""
+    for _ in range(2):  # a taller window may change the height of what is in it
+        page.set_viewport_size({"width": WIDTH_PX, "height": min(page.evaluate(TO_TOP), TALLEST_PX)})
+        page.wait_for_timeout(500)
+    page.screenshot(path=path)
+
+
+@pytest.mark.parametrize("chapter", badges.chapters(), ids=lambda path: path.stem)
+def test_chapter_runs_from_top_to_bottom(chapter, open_notebook, tmp_path):
+    page = open_notebook(chapter)
+    cells = run_all(page)
+    assert [cell["count"] for cell in cells] == list(range(1, len(cells) + 1))
+    assert [cell for cell in cells if cell["errors"] and "raises-exception" not in cell["tags"]] == []
+    assert sum(cell["images"] for cell in cells) > 0, "a chapter shows at least one figure"
+    photograph(page, tmp_path / f"{chapter.stem}.png")
+    assert page.locator(".jp-RenderedImage img").count() > 0
+    assert page.complaints == []

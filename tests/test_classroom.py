@@ -1,0 +1,131 @@
+"""What notebooks lean on: checks that never raise, figures that carry their captions, a setup that can be repeated."""
+
+import html
+import subprocess
+import sys
+
+import matplotlib
+import numpy as np
+import pytest
+
+matplotlib.use("Agg")
+
+from mixoff.classroom import check, plots, setup, show
+from mixoff.classroom.checks import Check, difference
+
+double = Check((((2,), 4), ((5,), 10)))
+pair = Check(((([1, 2], 3), np.array([[1, 2]] * 3)),))
+
+
+def broken(*_):
+    raise ZeroDivisionError("division by zero")
+
+
+def unattempted(*_):
+    raise NotImplementedError
+
+
+@pytest.mark.parametrize(
+    ("exercise", "answer", "line"),
+    [
+        (double, lambda x: 2 * x, "[ ok ] 2 cases"),
+        (double, lambda x: np.float64(2 * x), "[ ok ] 2 cases"),
+        (double, lambda x: 4, "[FAIL] case 2: 4, expected 10"),
+        (double, unattempted, "[ .. ] not attempted yet"),
+        (double, broken, "[FAIL] case 1: raised ZeroDivisionError: division by zero"),
+        (double, lambda x: None, "[FAIL] case 1: returned nothing, expected 4"),
+        (double, lambda x: "four", "[FAIL] case 1: 'four' is not a number, expected 4"),
+        (double, lambda: 4, "[FAIL] case 1: raised TypeError: <lambda>() takes 0 positional arguments but 1 was given"),
+        (double, lambda x: [1, [2]], "[FAIL] case 1: raised ValueError"),
+        (double, 4, "[FAIL] pass the function itself, not 4"),
+        (double, lambda x: float("nan"), "[FAIL] case 1: nan, expected 4"),
+        (pair, lambda row, n: np.array([row] * n), "[ ok ] 1 cases"),
+        (pair, lambda row, n: np.zeros((3, 8)), "[FAIL] case 1: shape (3, 8), expected (3, 2)"),
+        (pair, lambda row, n: [[1, 2], [1, 2], [1, 9]], "[FAIL] case 1: position (2, 1) is 9, expected 2"),
+    ],
+)
+def test_check_says(exercise, answer, line, capsys):
+    assert exercise(answer) is None
+    assert capsys.readouterr().out.startswith(line)
+
+
+def test_cases_survive_a_learner_who_changes_arguments(capsys):
+    sort = Check(((([3, 1],), [1, 3]), (([3, 1],), [1, 3])))
+    sort(lambda x: x.sort() or x)
+    sort(sorted)
+    assert capsys.readouterr().out == "[ ok ] 2 cases\n" * 2
+
+
+@pytest.mark.parametrize(("answer", "expected"), [("a", "b"), (True, False), ({1}, {2}), ({"a": 1}, {}), ([], [1])])
+def test_other_kinds_of_answers(answer, expected):
+    assert difference(answer, expected) and difference(expected, expected) is None
+
+
+def test_chapter_00_lru_hits_are_those_of_the_package():
+    """The cases' answers against the package's own cache, one request at a time."""
+    from mixoff.cache import HIT, ExpertCache
+
+    def hits(wanted, slots):
+        cache = ExpertCache([slots], "lru")
+        return sum(grant.kind == HIT for e in wanted for grant in cache.access(0, [(0, e)], False))
+
+    assert check.lru_hits.verdict(hits) == "[ ok ] 6 cases"
+
+
+# ---------------------------------------------------------------- figures
+
+
+@pytest.fixture
+def shown(monkeypatch):
+    """What would have been displayed: pairs of data and metadata."""
+    found = []
+    monkeypatch.setattr("IPython.display.display", lambda data, raw, metadata=None: found.append((data, metadata)))
+    return found
+
+
+def test_show_gives_image_caption_and_alternative_text(shown):
+    fig = plots.byte_bars({"experts": 6.0, "rest": 2.0}, {"limit": 3.0}, "MB")
+    show(fig, "Experts < all", alt="A bar")
+    (image, metadata), (below, _) = shown
+    assert set(image) == {"image/png", "text/plain"} and image["text/plain"] == "Experts < all"
+    assert metadata == {"image/png": {"alt": "A bar"}}
+    assert html.escape("Experts < all") in below["text/html"] and below["text/plain"] == "Experts < all"
+    assert not matplotlib.pyplot.fignum_exists(fig.number), "a closed figure is not shown twice"
+
+
+def test_states_differ_without_colour():
+    """Hit and miss by letter, and every state by lightness, for readers who see no colours and for printers."""
+    from matplotlib.colors import to_rgb
+
+    letters = [letter for _, letter, _ in plots.STATES if letter]
+    assert len(set(letters)) == len(letters) == 2
+    lightness = sorted(np.dot(to_rgb(colour), (0.299, 0.587, 0.114)) for _, _, colour in plots.STATES)
+    assert min(np.diff(lightness)) > 0.08
+
+
+def test_grids_are_drawn_with_a_letter_for_each_hit_and_miss():
+    grid = np.array([[plots.HIT, plots.MISS, plots.AWAY], [plots.RESIDENT, plots.MISS, plots.AWAY]])
+    fig = plots.expert_grids([grid, grid], ["token 1", "token 2"], columns=2)
+    for ax in fig.axes:
+        assert sorted(t.get_text() for t in ax.texts if t.get_text()) == ["M", "M", "h"]
+    matplotlib.pyplot.close(fig)
+
+
+# ---------------------------------------------------------------- setup
+
+
+def test_setup_is_quiet_repeatable_and_the_same_twice():
+    code = (
+        "from mixoff.classroom import setup; setup(); import torch; a = torch.rand(3); setup(); b = torch.rand(3);"
+        "assert torch.equal(a, b) and torch.get_num_threads() == 1"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.stdout, done.stderr, done.returncode) == ("mixoff is ready\n" * 2, "", 0)
+
+
+def test_setup_quiets_transformers():
+    from transformers.utils import logging
+
+    logging.set_verbosity_info()
+    setup()
+    assert logging.get_verbosity() == logging.ERROR
