@@ -76,7 +76,7 @@ class Table:
         return "\n".join([head, *(f"| {' | '.join(cells)} |" for cells in rows)])
 
 
-def run(runs: int = 5, max_new_tokens: int = 128, threads: int = 1) -> Table:
+def run(runs: int = 5, max_new_tokens: int = 64, threads: int = 1) -> Table:
     """Measure every budget and plain transformers in turns, `runs` times each, over the same three prompts."""
     torch.set_num_threads(threads)
     tokenizer, folder = generation.load_tokenizer(models.path()), models.path()

@@ -184,7 +184,7 @@ def _add_bench(commands: argparse._SubParsersAction) -> None:
         commands, "bench", _bench, "tokens/s of the bundled model by budget, beside what bytes and bandwidth allow"
     )
     command.add_argument("--runs", type=int, default=5, help="runs of each setting, in turns; the median is shown (5)")
-    command.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
+    command.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
     command.add_argument(
         "--threads", type=int, default=1, help="threads of a product (1: the bundled model's are tiny)"
     )

@@ -343,7 +343,9 @@ def load(
     fast_bytes: int | str = "6GiB",
     *,
     scheme: str | Scheme | None = None,
+    ram_bytes: int | str | None = None,
     policy: str = "lru",
+    prefetch: str = "auto",
     scope: str = "layer",
     device: str = "auto",
     dtype: str | torch.dtype = "auto",
@@ -354,10 +356,15 @@ def load(
     scheme: None takes the folder as it is; a `Scheme`, or a preset's name, quantizes a plain checkpoint first, into a
     temporary store. scope: `"layer"` gives every MoE layer its own slots, `"global"` shares one pool. dtype: of the
     computation; `"auto"` takes the files', except fp16 on a CPU, which computes in fp32. Experts stay as stored.
+    ram_bytes (a tier between disk and arena) and prefetch are for later versions: None and `"auto"`, which is off.
     Raises CheckpointError or BudgetError. Tested bit for bit against transformers' `grouped_mm` with all resident.
     """
     if device not in ("auto", "cpu"):
         raise MixoffError(f"device {device!r} is not served by this version: use 'cpu'")
+    if ram_bytes is not None or prefetch not in ("auto", "none"):
+        raise MixoffError(
+            "this version has neither a RAM tier nor prefetch: leave ram_bytes at None, prefetch at 'auto'"
+        )
     budget, source = parse_nbytes(fast_bytes), _open(path, scheme)
     try:
         compute = _compute_dtype(dtype, source.dtype)

@@ -18,6 +18,15 @@ def names() -> list[str]:
     return sorted(p.parent.name for p in HERE.glob("*/config.json"))
 
 
+def heldout() -> dict[str, str]:
+    """Held-out text by domain, which no bundled model was trained on; sources and licences stand beside the files.
+
+    >>> sorted(heldout())
+    ['code', 'facts', 'novel', 'scripture', 'spanish']
+    """
+    return {p.stem: p.read_text(encoding="utf-8") for p in (HERE / "heldout").glob("*.txt")}
+
+
 def path(name: str = "tiny-mixtral") -> Path:
     """Folder of a bundled model, in the layout of the Hugging Face Hub. Raises CheckpointError for an unknown name."""
     if name not in names():
