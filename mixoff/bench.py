@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from mixoff import demo, generation, models, offload, store
+from mixoff.kernels import reference
 
 PROMPTS = (
     "It was a fine morning in the spring, and Elizabeth",
@@ -80,9 +81,8 @@ def run(runs: int = 5, max_new_tokens: int = 64, threads: int = 1) -> Table:
     """Measure every budget and plain transformers in turns, `runs` times each, over the same three prompts."""
     torch.set_num_threads(threads)
     tokenizer, folder = generation.load_tokenizer(models.path()), models.path()
-    link, slot, scratch = link_bandwidth(), *_slot_and_scratch()
-    budgets = [n * len(_sites()) * slot + scratch for n in SLOTS]
-    loaded = [offload.load(folder, fast_bytes=b) for b in budgets]
+    link, sizes = link_bandwidth(), budgets()
+    loaded = [offload.load(folder, fast_bytes=size) for size in sizes]
     contenders = [*loaded, demo.resident_model()]
     for model in contenders:  # one short run each, so that nobody pays for the first use of a library
         _decode_ms(model, tokenizer, 4)
@@ -93,7 +93,7 @@ def run(runs: int = 5, max_new_tokens: int = 64, threads: int = 1) -> Table:
         for i, model in enumerate(contenders):
             times[i].append(_decode_ms(model, tokenizer, max_new_tokens))
     resident = statistics.median(times[len(loaded) - 1])
-    rows = [_row(m, times[i], resident, link, budgets[i]) for i, m in enumerate(loaded)]
+    rows = [_row(m, times[i], resident, link, sizes[i]) for i, m in enumerate(loaded)]
     for model in loaded:
         model.mixoff.close()
     return Table(tuple(rows), statistics.median(times[-1]), resident, link, runs, threads)
@@ -108,21 +108,16 @@ def link_bandwidth(rounds: int = 5) -> float:
         start = time.perf_counter()
         nbytes = sum(source.reader.read_into(*key, image) for key in source.reader.extents)
         best = max(best, nbytes / (time.perf_counter() - start))
-    source.reader.close()
+    source.close()
     return best
 
 
-def _sites() -> tuple:
+def budgets() -> list[int]:
+    """`fast_bytes` that give each layer of the bundled model the numbers of slots in SLOTS."""
     source = store.open_source(models.path())
-    source.reader.close()
-    return source.sites
-
-
-def _slot_and_scratch() -> tuple[int, int]:
-    with offload.load(models.path(), fast_bytes="1GiB") as model:
-        runtime = model.mixoff
-        slot = runtime.source.expert_nbytes
-        return slot, runtime.allocated_nbytes - slot * runtime.slots
+    source.close()
+    scratch = reference.scratch_nbytes((part for site in source.sites for part in site.parts), torch.float32)
+    return [n * len(source.sites) * source.expert_nbytes + scratch for n in SLOTS]
 
 
 def _decode_ms(model: PreTrainedModel, tokenizer: object, max_new_tokens: int) -> float:

@@ -2,53 +2,18 @@
 
 Letters: **S** slots. A key is `(site, expert)`, a slot is an index into the fast tier's arena.
 `ExpertCache.access` is one call of one MoE layer: residents are granted first, then misses, each with the slot that the
-caller fills. The runtime and the simulator drive the same object, so both count the same hits.
+caller fills. The simulator replays the same rules in arrays; tests hold the two equal.
 
 Does not know tensors, files or time.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Collection, Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from mixoff.errors import BudgetError, MixoffError
-
-Key = Hashable
-
-
-class Policy(Protocol):
-    """The order in which residents of one pool are given up."""
-
-    def insert(self, key: Key) -> None: ...
-    def touch(self, key: Key) -> None: ...
-    def remove(self, key: Key) -> None: ...
-    def victim(self, keep: Collection[Key]) -> Key | None:
-        """The resident to give up next among those not in `keep`, or None when all are kept."""
-
-
-class LRU:
-    """Least recently used: keys in the order of their last use, oldest first."""
-
-    def __init__(self) -> None:
-        self.order: OrderedDict[Key, None] = OrderedDict()
-
-    def insert(self, key: Key) -> None:
-        self.order[key] = None
-
-    def touch(self, key: Key) -> None:
-        self.order.move_to_end(key)
-
-    def remove(self, key: Key) -> None:
-        del self.order[key]
-
-    def victim(self, keep: Collection[Key]) -> Key | None:
-        return next((key for key in self.order if key not in keep), None)
-
-
-POLICIES: dict[str, type[Policy]] = {"lru": LRU}
+from mixoff.policies import POLICIES, Key, Policy
 
 HIT, MISS, BYPASS, RESTORE = "hit", "miss", "bypass", "restore"
 

@@ -152,6 +152,19 @@ def test_bundled_models_have_names(capsys):
         models.path("huge-mixtral")
 
 
+def test_bench_shows_measured_beside_modelled(capsys):
+    report = run_json(capsys, "bench", "--runs", 1, "--max-new-tokens", 3)
+    rows = report["rows"]
+    assert [row["slots_per_layer"] for row in rows] == [1, 2, 3, 4, 6, 8]
+    rates = [row["hit_rate"] for row in rows]
+    assert rates == sorted(rates)
+    for row in rows:
+        copies = 1000 * row["bytes_per_token"] / report["link_Bps"]
+        assert row["modelled_ms"] == pytest.approx(report["resident_ms"] + copies)
+        assert 0 < row["measured_min_ms"] <= row["measured_ms"] <= row["measured_max_ms"]
+    assert rows[-1]["measured_ms"] == report["resident_ms"]
+
+
 # --- the demo ---------------------------------------------------------------------------------------------------------
 
 

@@ -21,4 +21,4 @@ def test_examples_of(name):
 def test_there_are_examples():
     """The check cannot pass by finding nothing."""
     found = sum(len(t.examples) for n in MODULES for t in doctest.DocTestFinder().find(importlib.import_module(n)))
-    assert found > 15
+    assert found >= 15

@@ -118,7 +118,7 @@ def expert_grids(grids: Sequence[np.ndarray], titles: Sequence[str], columns: in
 def draw_grid(ax: Axes, grid: np.ndarray) -> None:
     """Draws the states of one token, (L, E), into `ax`."""
     colours = ListedColormap([colour for _, _, colour in STATES])
-    ax.pcolormesh(grid, cmap=colours, vmin=0, vmax=len(STATES) - 1, edgecolors=LINE, linewidth=0.5)
+    ax.pcolormesh(grid, cmap=colours, vmin=0, vmax=len(STATES) - 1, edgecolors=LINE, linewidth=0.5, clip_on=False)
     for (layer, expert), code in np.ndenumerate(grid):
         ax.text(expert + 0.5, layer + 0.5, STATES[code][1], ha="center", va="center", fontsize=8)
     ax.set(aspect="equal")

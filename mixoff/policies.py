@@ -1,0 +1,216 @@
+"""The order in which residents are given up: one small class a policy.
+
+A policy sees the keys of one pool come, be used and go, and names the next one to leave. All of them work online, from
+what was asked for so far, so the runtime offers them; `mixoff.simulate` adds two that need the future (`belady`) or the
+whole trace (`static`). Ties go to the key that was used longest ago.
+
+Keys are `(site, expert)`; of other keys only `least-stale` would know more. Tested against one contract for all, and
+against the simulator, which has the same rules in arrays. Does not know slots, bytes or tensors.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Hashable
+from typing import Protocol
+
+Key = Hashable
+MASK = 2**31 - 1  # numbers of `scramble` stay below this, so their products fit 64 bits in compiled code
+
+
+class Policy(Protocol):
+    """The order in which residents of one pool are given up."""
+
+    def insert(self, key: Key) -> None: ...
+    def touch(self, key: Key) -> None: ...
+    def remove(self, key: Key) -> None: ...
+    def victim(self, keep: Collection[Key]) -> Key | None:
+        """The resident to give up next among those not in `keep`, or None when all are kept."""
+
+
+class LRU:
+    """Least recently used: keys in the order of their last use, oldest first."""
+
+    def __init__(self) -> None:
+        self.order: OrderedDict[Key, None] = OrderedDict()
+
+    def insert(self, key: Key) -> None:
+        self.order[key] = None
+
+    def touch(self, key: Key) -> None:
+        self.order.move_to_end(key)
+
+    def remove(self, key: Key) -> None:
+        del self.order[key]
+
+    def victim(self, keep: Collection[Key]) -> Key | None:
+        return next((key for key in self.order if key not in keep), None)
+
+
+class FIFO(LRU):
+    """First in, first out: being used changes nothing. More slots may hit less often (Belady's anomaly)."""
+
+    def touch(self, key: Key) -> None:
+        pass
+
+
+class _Scored(LRU):
+    """The resident of least score leaves; of equal scores the one that was used longest ago."""
+
+    def score(self, key: Key) -> float:
+        raise NotImplementedError
+
+    def victim(self, keep: Collection[Key]) -> Key | None:
+        return min((key for key in self.order if key not in keep), key=self.score, default=None)
+
+
+class LFU(_Scored):
+    """Least frequently used, counted since the expert was fetched."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count: dict[Key, int] = {}
+
+    def insert(self, key: Key) -> None:
+        super().insert(key)
+        self.count[key] = 0
+
+    def touch(self, key: Key) -> None:
+        super().touch(key)
+        self.count[key] += 1
+
+    def remove(self, key: Key) -> None:
+        super().remove(key)
+        del self.count[key]
+
+    def score(self, key: Key) -> float:
+        return self.count[key]
+
+
+class LFUDA(LFU):
+    """LFU with dynamic aging: a newcomer starts at the score of the last victim, so old fame fades.
+
+    Source: Arlitt et al., Evaluating content management techniques for Web proxy caches (2000).
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.age = 0
+
+    def insert(self, key: Key) -> None:
+        super().insert(key)
+        self.count[key] = self.age
+
+    def remove(self, key: Key) -> None:
+        self.age = max(self.age, self.count[key])
+        super().remove(key)
+
+
+class LFRU(LFU):
+    """Frequency over recency: uses since the fetch divided by the time since the last one, in uses of the pool."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.clock, self.last = 0, {}
+
+    def insert(self, key: Key) -> None:
+        super().insert(key)
+        self._tick(key)
+
+    def touch(self, key: Key) -> None:
+        super().touch(key)
+        self._tick(key)
+
+    def _tick(self, key: Key) -> None:
+        self.clock += 1
+        self.last[key] = self.clock
+
+    def score(self, key: Key) -> float:
+        return self.count[key] / (self.clock - self.last[key] + 1)
+
+
+def scramble(draw: int, serial: int) -> int:
+    """A number in [0, 2**31) that looks random, the same on every machine and in compiled code.
+
+    >>> [scramble(0, n) % 6 for n in range(8)]
+    [0, 0, 5, 1, 0, 4, 3, 4]
+    """
+    x = (draw * 0x1E3779B1 + serial * 0x45EBCA6B + 0x3504F333) & 0x7FFFFFFF
+    x = ((x ^ (x >> 15)) * 0x2C1B3C6D) & 0x7FFFFFFF
+    x = ((x ^ (x >> 12)) * 0x297A2D39) & 0x7FFFFFFF
+    return x ^ (x >> 15)
+
+
+class Random(_Scored):
+    """Any resident with equal chance, drawn the same way in every run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.serial: dict[Key, int] = {}
+        self.inserted = self.removed = 0
+
+    def insert(self, key: Key) -> None:
+        super().insert(key)
+        self.inserted += 1
+        self.serial[key] = self.inserted
+
+    def remove(self, key: Key) -> None:
+        super().remove(key)
+        self.removed += 1
+
+    def score(self, key: Key) -> float:
+        return scramble(self.removed, self.serial[key])
+
+
+class LeastStale(_Scored):
+    """What this pass left unused goes first, and of that the layers which it has already gone through.
+
+    A pass visits layers in order, so an expert of a layer gone by is not needed before the next pass, while one of a
+    layer ahead may be needed at once; plain LRU gives up the latter first. With a pool a layer it equals LRU. After the
+    idea of Hoang et al., SpecMD (arXiv 2602.03921); a new pass is told from the layer numbers, which start over.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used: dict[Key, int] = {}  # the pass of each key's last use
+        self.passes = self.site = 0
+
+    def insert(self, key: Key) -> None:
+        super().insert(key)
+        self.used[key] = self.passes
+
+    def touch(self, key: Key) -> None:
+        super().touch(key)
+        self._arrive(_site(key))
+        self.used[key] = self.passes
+
+    def remove(self, key: Key) -> None:
+        super().remove(key)
+        del self.used[key]
+
+    def victim(self, keep: Collection[Key]) -> Key | None:
+        for key in keep:
+            self._arrive(_site(key))
+        return super().victim(keep)
+
+    def _arrive(self, site: int) -> None:
+        self.passes += site < self.site
+        self.site = site
+
+    def score(self, key: Key) -> float:
+        return 2 * (self.used[key] == self.passes) + (_site(key) > self.site)
+
+
+def _site(key: Key) -> int:
+    return key[0] if isinstance(key, tuple) else 0
+
+
+POLICIES: dict[str, Callable[[], Policy]] = {
+    "lru": LRU,
+    "lfu": LFU,
+    "lfuda": LFUDA,
+    "fifo": FIFO,
+    "random": Random,
+    "lfru": LFRU,
+    "least-stale": LeastStale,
+}
