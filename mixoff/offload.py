@@ -23,7 +23,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from mixoff import conversion, layers, shapes, store
+from mixoff import conversion, kernels, layers, shapes, store
 from mixoff.cache import BYPASS, HIT, RESTORE, ExpertCache, Grant
 from mixoff.errors import BudgetError, CheckpointError, MixoffError
 from mixoff.kernels import reference
@@ -330,8 +330,8 @@ def _served(
     def compute(expert: int, weights: dict[str, torch.Tensor]) -> None:
         positions = where[expert]  # (R,) rows of this expert
         x = hidden_states[positions // K]  # (R, D)
-        h = self._apply_gate(reference.linear(x, weights["gate_up_proj"], runtime.scratch))  # (R, F)
-        out[positions] = reference.linear(h, weights["down_proj"], runtime.scratch)  # (R, D)
+        h = self._apply_gate(kernels.linear(x, weights["gate_up_proj"], runtime.scratch))  # (R, F)
+        out[positions] = kernels.linear(h, weights["down_proj"], runtime.scratch)  # (R, D)
 
     runtime.serve(site, list(where), compute)
     weighted = out * top_k_weights.reshape(-1, 1)  # (T * K, D)

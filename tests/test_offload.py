@@ -337,6 +337,8 @@ def test_training_is_refused():
         ({"policy": "clairvoyant"}, "choose one of lru"),
         ({"device": "cuda"}, "use 'cpu'"),
         ({"dtype": "int8"}, "auto, float32"),
+        ({"ram_bytes": "8GB"}, "leave ram_bytes at None"),
+        ({"prefetch": "next-router"}, "prefetch at 'auto'"),
         ({"fast_bytes": "-6MB"}, "6GiB"),
         ({"fast_bytes": 0}, "raise it to"),
     ],

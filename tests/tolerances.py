@@ -21,3 +21,12 @@ def within_rounding(ours: torch.Tensor, trusted: torch.Tensor, exact: torch.Tens
     own = (trusted - exact).abs().max()
     assert own < ORACLE_ERROR, "the oracle is broken"
     return bool((ours - exact).abs().max() <= ROUNDING_FACTOR * own)
+
+
+def product_bound(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """What fp32 may err by in `x @ w.T`, for each output: 4 sqrt(K) 2**-24 times the sum of |x| |w|.
+
+    Each of K additions errs by 2**-24 of the running sum at most; independent errors add as sqrt(K). The factor covers
+    that codes and minimum are summed apart, which makes terms up to about three times as large as the weights are.
+    """
+    return 4 * x.shape[1] ** 0.5 * 2.0**-24 * (x.abs().double() @ w.abs().double().t())
