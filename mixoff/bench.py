@@ -116,7 +116,7 @@ def budgets() -> list[int]:
     """`fast_bytes` that give each layer of the bundled model the numbers of slots in SLOTS."""
     source = store.open_source(models.path())
     source.close()
-    scratch = reference.scratch_nbytes((part for site in source.sites for part in site.parts), torch.float32)
+    scratch = reference.scratch_nbytes(source.sites, torch.float32)
     return [n * len(source.sites) * source.expert_nbytes + scratch for n in SLOTS]
 
 

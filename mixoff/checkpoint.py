@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mixoff.errors import CheckpointError
-from mixoff.shapes import Site
+from mixoff.shapes import Part, Site
 
 DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}  # of experts that we serve unquantized
 ITEM_BITS = {
@@ -34,15 +34,14 @@ MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors format itself
 INDEX = "model.safetensors.index.json"
 
 EXPERT_KEY = re.compile(r"(?:^|\.)layers\.(\d+)\..*\bexperts\.(\d+)\.(\w+)\.weight$")
-FUSED_KEY = re.compile(r"(?:^|\.)layers\.(\d+)\..*\bexperts\.(gate_up_proj|down_proj)$")
-# where the matrices of one expert go: part, and which half of it
-ROLES = {
-    "w1": ("gate_up_proj", 0),
-    "gate_proj": ("gate_up_proj", 0),
-    "w3": ("gate_up_proj", 1),
-    "up_proj": ("gate_up_proj", 1),
+FUSED_KEY = re.compile(r"(?:^|\.)layers\.(\d+)\..*\b(?:experts\.(\w+)|(?:block_sparse_moe\.(\w+_linear)\.weight))$")
+FUSED_NAMES = {"input_linear": "gate_up_proj", "output_linear": "down_proj"}  # Granite's
+# names of the matrices, one behind the other, that make a part where each expert has tensors of its own
+MATRICES = {
+    "gate_up_proj": (("w1", "gate_proj"), ("w3", "up_proj")),
+    "up_proj": (("up_proj",),),
+    "down_proj": (("w2", "down_proj"),),
 }
-ROLES |= {"w2": ("down_proj", 0), "down_proj": ("down_proj", 0)}
 
 
 @dataclass(frozen=True)
@@ -175,25 +174,31 @@ class Checkpoint:
         }
 
     def _by_place(self) -> dict[tuple, TensorRange]:
-        """Tensors by (layer, expert, part, half), or by (layer, part) when the file holds all experts in one tensor."""
+        """Tensors by (layer, expert, matrix), or by (layer, part) when the file holds all experts in one tensor."""
         places = {}
         for name, t in self.tensors.items():
-            if (m := EXPERT_KEY.search(name)) and m[3] in ROLES:
-                places[(int(m[1]), int(m[2]), *ROLES[m[3]])] = t
+            if m := EXPERT_KEY.search(name):
+                place = (int(m[1]), int(m[2]), m[3])
             elif m := FUSED_KEY.search(name):
-                places[int(m[1]), m[2]] = t
+                place = (int(m[1]), FUSED_NAMES.get(m[3], m[2]))
+            else:
+                continue
+            if place in places:
+                raise CheckpointError(f"layer {place[0]} has two sets of experts, and mixoff cannot tell them apart")
+            places[place] = t
         return places
 
-    def _part_extents(self, places: dict, site: Site, e: int, part) -> list[Extent]:
+    def _part_extents(self, places: dict, site: Site, e: int, part: Part) -> list[Extent]:
         if fused := places.get((site.layer, part.name)):
             self._expect(fused, (site.num_experts, *part.shape), site, e)
             return [Extent(fused.file, fused.offset + e * part.nbytes, part.offset, part.nbytes)]
-        halves = 2 if part.name == "gate_up_proj" else 1
-        rows, nbytes = part.shape[0] // halves, part.nbytes // halves
-        found = [places.get((site.layer, e, part.name, half)) for half in range(halves)]
-        for t in found:
-            self._expect(t, (rows, *part.shape[1:]), site, e)
-        return [Extent(t.file, t.offset, part.offset + half * nbytes, nbytes) for half, t in enumerate(found)]
+        extents, place = [], part.offset
+        for names in MATRICES.get(part.name, ((part.name,),)):
+            t = next((places[key] for name in names if (key := (site.layer, e, name)) in places), None)
+            self._expect(t, (part.shape[0] // len(MATRICES.get(part.name, (1,))), *part.shape[1:]), site, e)
+            extents.append(Extent(t.file, t.offset, place, t.nbytes))
+            place += t.nbytes
+        return extents
 
     def _expect(self, t: TensorRange | None, shape: tuple[int, ...], site: Site, e: int) -> None:
         if t is None:

@@ -19,7 +19,7 @@ from mixoff import shapes
 from mixoff.checkpoint import INDEX, Checkpoint, TensorRange
 from mixoff.errors import CheckpointError
 from mixoff.quantize import QTensor, Scheme
-from mixoff.shapes import PART_ALIGN, Site
+from mixoff.shapes import PART_ALIGN, Part, Site
 from mixoff.store import FORMAT, MANIFEST, QUANTIZED, VERSION, Source, open_source, quantized_sites, stride
 
 CHUNK = 1 << 22  # bytes copied at a time
@@ -98,15 +98,15 @@ def _images(source: Source, i: int, site: Site, scheme: Scheme) -> Iterator[byte
         image = bytearray(stride(site))
         for before, after in zip(plain.parts, site.parts, strict=True):
             content = raw[before.offset : before.offset + before.nbytes]
-            image[after.offset : after.offset + after.nbytes] = (
-                content if after.form is None else _quantized(content, before, scheme)
-            )
+            if after.form is not None:
+                content = _quantized(content, before, plain.transposed, scheme)
+            image[after.offset : after.offset + after.nbytes] = content
         yield image
 
 
-def _quantized(content: bytearray, part: shapes.Part, scheme: Scheme) -> bytes:
+def _quantized(content: bytearray, part: Part, transposed: bool, scheme: Scheme) -> bytes:
     w = torch.frombuffer(content, dtype=shapes.torch_dtype(part.dtype)).view(part.shape)
-    return scheme.quantize(w, "experts").to_buffer().numpy().tobytes()
+    return scheme.quantize(w.t() if transposed else w, "experts").to_buffer().numpy().tobytes()
 
 
 def _append(path: Path, image: bytearray) -> None:

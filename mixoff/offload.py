@@ -139,7 +139,7 @@ class Runtime:
     """
 
     def __init__(self, source: store.Source, fast_bytes: int, policy: str, scope: str, compute: torch.dtype) -> None:
-        scratch = reference.scratch_nbytes((part for site in source.sites for part in site.parts), compute)
+        scratch = reference.scratch_nbytes(source.sites, compute)
         pools = plan_slots(source.sites, fast_bytes, scratch, scope)
         self.source, self.scope, self.fast_bytes = source, scope, fast_bytes
         self.cache = ExpertCache(pools, policy)
@@ -290,6 +290,21 @@ def by_expert(top_k_index: torch.Tensor, num_experts: int) -> dict[int, torch.Te
     return {expert: positions[expert] for expert in router_order if expert < num_experts}
 
 
+def expert_mlp(
+    module: torch.nn.Module, x: torch.Tensor, weights: dict[str, torch.Tensor | QTensor], scratch: torch.Tensor
+) -> torch.Tensor:
+    """One expert of any family that transformers decorates: x (R, D) -> (R, D), the steps of `grouped_mm` in order."""
+
+    def linear(x: torch.Tensor, name: str) -> torch.Tensor:
+        out = kernels.linear(x, weights[name], scratch, module.is_transposed)
+        return out.add_(weights[f"{name}_bias"].to(out.dtype)) if module.has_bias else out
+
+    h = linear(x, "gate_up_proj" if module.has_gate else "up_proj")
+    h = module._apply_gate(h) if module.has_gate else module.act_fn(h)  # (R, F)
+    h = linear(h, "down_proj")  # (R, D)
+    return module.post_expert_norm(h) if module.has_post_expert_norm else h
+
+
 class _Untrainable(torch.autograd.Function):
     """Lets a forward pass through in any mode, and says in words that no gradient comes back.
 
@@ -329,9 +344,7 @@ def _served(
 
     def compute(expert: int, weights: dict[str, torch.Tensor]) -> None:
         positions = where[expert]  # (R,) rows of this expert
-        x = hidden_states[positions // K]  # (R, D)
-        h = self._apply_gate(kernels.linear(x, weights["gate_up_proj"], runtime.scratch))  # (R, F)
-        out[positions] = kernels.linear(h, weights["down_proj"], runtime.scratch)  # (R, D)
+        out[positions] = expert_mlp(self, hidden_states[positions // K], weights, runtime.scratch)  # (R, D)
 
     runtime.serve(site, list(where), compute)
     weighted = out * top_k_weights.reshape(-1, 1)  # (T * K, D)

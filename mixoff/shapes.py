@@ -48,12 +48,16 @@ def place(parts: Iterable[Part]) -> tuple[Part, ...]:
 
 @dataclass(frozen=True)
 class Site:
-    """One set of experts in the model: a module's name, its layer, E, and the parts that each expert has."""
+    """One set of experts in the model: a module's name, its layer, E, and the parts that each expert has.
+
+    transposed: weights are (inputs, outputs), as in gpt-oss, rather than (outputs, inputs).
+    """
 
     name: str
     layer: int
     num_experts: int
     parts: tuple[Part, ...]
+    transposed: bool = False
 
     @property
     def expert_nbytes(self) -> int:
@@ -121,26 +125,27 @@ def _site(name: str, module: torch.nn.Module, dtype: str) -> Site:
         for key, weight in module.named_parameters(recurse=False)
     ]
     layer = re.search(r"layers\.(\d+)\.", name)
-    return Site(name, int(layer[1]) if layer else 0, module.num_experts, place(parts))
+    return Site(name, int(layer[1]) if layer else 0, module.num_experts, place(parts), module.is_transposed)
+
+
+# of `use_experts_implementation`: how an expert is computed, all served; a flag that is not here is refused
+FLAGS = {"has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "is_concatenated"}
+LIBRARY_FLAGS = {"_is_hf_initialized", "_is_expert_parallel", "_is_full_backward_hook"}
 
 
 def _refuse_unserved(module: torch.nn.Module) -> None:
-    """Mixtral's layout is served: gate and up in one matrix, then down. Others are refused by name."""
-    plain = {
-        "has_gate": True,
-        "has_bias": False,
-        "has_post_expert_norm": False,
-        "is_transposed": False,
-        "is_concatenated": True,
-    }
-    flags = {k: v for k, v in vars(module).items() if k.startswith(("has_", "is_")) and isinstance(v, bool)}
-    odd = {k: v for k, v in flags.items() if plain.get(k, False) != v}
-    names = [key for key, _ in module.named_parameters(recurse=False)]
-    if odd or names != ["gate_up_proj", "down_proj"]:
-        what = ", ".join(f"{k}={v}" for k, v in odd.items()) or f"weights {names}"
+    """Refuse experts that would be computed wrongly: an unknown flag, or weights that are not one slice an expert."""
+    flags = {k for k, v in vars(module).items() if k.startswith(("has_", "is_", "_is_")) and isinstance(v, bool)}
+    unknown = flags - FLAGS - LIBRARY_FLAGS
+    first = "gate_up_proj" if module.has_gate else "up_proj"
+    wanted = {first, "down_proj"} | ({f"{first}_bias", "down_proj_bias"} if module.has_bias else set())
+    weights = dict(module.named_parameters(recurse=False))
+    sliced = all(w.dim() >= 2 and w.shape[0] == module.num_experts for w in weights.values())
+    if unknown or set(weights) != wanted or not sliced:
+        what = f"flags {sorted(unknown)}" if unknown else f"weights {sorted(weights)}"
         raise CheckpointError(
-            f"{type(module).__name__} is not served yet ({what}): "
-            "this version serves families with Mixtral's experts, a gate_up_proj and a down_proj without biases"
+            f"{type(module).__name__} is not served: mixoff does not know its {what}; "
+            "run it with transformers, or ask for it with the name of this class"
         )
 
 

@@ -162,16 +162,26 @@ def stride(site: Site) -> int:
 
 
 def quantized_sites(sites: tuple[Site, ...], scheme: Scheme) -> tuple[Site, ...]:
-    """The sites as they are stored under `scheme`. Raises MixoffError when a group does not divide a width."""
+    """The sites as they are stored under `scheme`; biases stay as they are.
+
+    Raises MixoffError when a group does not divide a width.
+    """
     precision = scheme.precision("experts")
     if precision is None:
         return sites
     form = (precision.bits, precision.group_size, scheme.metadata_bits)
 
-    def quantized(part: Part) -> Part:
-        return replace(part, form=form, nbytes=packed_nbytes(part.shape, *form))
+    def quantized(site: Site) -> Site:
+        parts = [_quantized(part, site.transposed, form) if len(part.shape) == 2 else part for part in site.parts]
+        return replace(site, parts=shapes.place(parts), transposed=False)
 
-    return tuple(replace(site, parts=shapes.place(map(quantized, site.parts))) for site in sites)
+    return tuple(map(quantized, sites))
+
+
+def _quantized(part: Part, transposed: bool, form: tuple[int, int, int]) -> Part:
+    """The part as (outputs, inputs), which is how quantized weights are kept in any family."""
+    shape = part.shape[::-1] if transposed else part.shape
+    return replace(part, shape=shape, form=form, nbytes=packed_nbytes(shape, *form))
 
 
 def read_manifest(folder: Path) -> dict:

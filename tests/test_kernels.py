@@ -12,40 +12,42 @@ from mixoff import kernels
 from mixoff.kernels import cpu, reference
 from mixoff.kernels.reference import linear, scratch_nbytes
 from mixoff.quantize import quantize
-from mixoff.shapes import Part
+from mixoff.shapes import Part, Site
 
 SHAPES = [(384, 192), (192, 192), (72, 64), (31, 96), (33, 96), (1408, 2048)]
 
 
-def part(n, k, dtype="float16"):
-    return Part("w", (n, k), dtype, 0, 0)
+def site(n, k, dtype="float16", transposed=False):
+    shape = (k, n) if transposed else (n, k)
+    return Site("experts", 0, 1, (Part("w", shape, dtype, 0, 0),), transposed)
 
 
 @pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("n", "k"), SHAPES)
 @pytest.mark.parametrize("threads", [1, 2])
-def test_blocks_give_the_bits_of_the_whole(n, k, compute, threads):
+@pytest.mark.parametrize("transposed", [False, True])
+def test_blocks_give_the_bits_of_the_whole(n, k, compute, threads, transposed):
     torch.manual_seed(n * k)
-    weight = torch.randn(n, k).mul_(0.02).half()
-    whole = weight.to(compute)
-    scratch = torch.empty(scratch_nbytes([part(n, k)], compute), dtype=torch.uint8)
+    weight = torch.randn((k, n) if transposed else (n, k)).mul_(0.02).half()
+    whole = weight.to(compute) if transposed else weight.to(compute).t()
+    scratch = torch.empty(scratch_nbytes([site(n, k)], compute), dtype=torch.uint8)
     torch.set_num_threads(threads)
     try:
         for rows in (1, 2, 3, 5, 8, 9, 17, 40):
             x = torch.randn(rows, k).to(compute)
-            assert torch.equal(linear(x, weight, scratch), torch.mm(x, whole.t())), f"{rows} rows"
+            assert torch.equal(linear(x, weight, scratch, transposed), torch.mm(x, whole)), f"{rows} rows"
     finally:
         torch.set_num_threads(1)
 
 
 def test_equal_dtypes_need_no_scratch():
     x, w = torch.randn(3, 64), torch.randn(40, 64)
-    assert scratch_nbytes([part(40, 64, "float32")], torch.float32) == 0
+    assert scratch_nbytes([site(40, 64, "float32")], torch.float32) == 0
     assert torch.equal(linear(x, w, torch.empty(0, dtype=torch.uint8)), x @ w.t())
 
 
 def test_the_scratch_is_a_block_of_the_widest_weight():
-    assert scratch_nbytes([part(384, 192), part(192, 96)], torch.float32) == 32 * 192 * 4
+    assert scratch_nbytes([site(384, 192), site(192, 96)], torch.float32) == 32 * 192 * 4
 
 
 # --- quantized weights ------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import threading
 
 import pytest
 import torch
-from tiny import BUNDLED, FAMILIES, decode, resident, save_random
+from tiny import BUNDLED, FAMILIES, VARIED, budget, decode, resident, save_random
 from transformers import AutoModelForCausalLM, MixtralConfig
 
 import mixoff
@@ -87,7 +87,7 @@ def test_one_slot_serves_the_whole_model(inputs, expected):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", VARIED)
 @pytest.mark.parametrize("threads", [1, 2])
 def test_other_shapes_families_and_threads(tmp_path, family, dtype, threads):
     """Files of any dtype, computed as `auto` says, on one thread and on two."""
@@ -95,7 +95,7 @@ def test_other_shapes_families_and_threads(tmp_path, family, dtype, threads):
     ids = torch.arange(3, 21)[None] % 128
     torch.set_num_threads(threads)
     try:
-        with mixoff.load(folder, fast_bytes="300KB", scope="global") as model:
+        with mixoff.load(folder, fast_bytes=budget(folder, 4), scope="global") as model:
             tokens, logits = decode(model, ids)
             compute, info = model.dtype, model.mixoff.info()
         assert compute == (torch.float32 if dtype == torch.float16 else dtype)
@@ -104,6 +104,21 @@ def test_other_shapes_families_and_threads(tmp_path, family, dtype, threads):
         torch.set_num_threads(1)
     assert torch.equal(tokens, want_tokens) and torch.equal(logits, want_logits)
     assert info.misses > 0 and info.evictions > 0
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_every_family(tmp_path, family):
+    """Fourteen families with experts of every make, from a checkpoint and from a store, in waves and without."""
+    folder = save_random(tmp_path / "model", family)
+    want_tokens, want_logits = decode(resident(folder), torch.arange(3, 21)[None])
+    for path in (folder, mixoff.convert(folder, tmp_path / "store")):
+        sites = len(mixoff.store.open_source(path).sites)
+        for slots, scope in ((sites, "layer"), (5, "global")):
+            with mixoff.load(path, fast_bytes=budget(path, slots), scope=scope) as model:
+                tokens, logits = decode(model, torch.arange(3, 21)[None])
+                info = model.mixoff.info()
+            assert torch.equal(tokens, want_tokens) and torch.equal(logits, want_logits)
+            assert info.misses > 0 and info.evictions > 0
 
 
 def test_a_second_prompt_keeps_what_decoding_uses(inputs):

@@ -56,7 +56,7 @@ def test_quarantine_lists_every_skip_and_no_other(root):
 
 
 def test_the_scan_sees_each_way_to_skip(tmp_path):
-    source = '''
+    source = """
 import pytest
 hqq = pytest.importorskip("hqq")
 triton = pytest.importorskip("triton", reason="no triton")
@@ -64,7 +64,7 @@ triton = pytest.importorskip("triton", reason="no triton")
 def test_a(): pytest.skip("b")
 @pytest.mark.xfail(reason="c")
 def test_c(): pytest.skip(f"{1}")
-'''
+"""
     (tmp_path / "test_x.py").write_text(source)
     assert skips_in(tmp_path / "test_x.py") == {"hqq is not installed", "no triton", "a", "b", "c", "NO PLAIN REASON"}
 

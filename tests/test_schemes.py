@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import BUNDLED, FAMILIES, decode, resident, save_random
+from tiny import BUNDLED, VARIED, budget, decode, resident, save_random
 from tolerances import RANDOM_4BIT_COSINE, within_rounding
 
 import mixoff
@@ -25,14 +25,6 @@ EVERYTHING = Scheme(*[Precision(4, 16)] * 5, metadata_bits=16)
 def stores(tmp_path_factory):
     folder = tmp_path_factory.mktemp("stores")
     return {name: mixoff.convert(BUNDLED, folder / name, name) for name in QUANTIZING}
-
-
-def budget(folder, slots):
-    """`fast_bytes` for so many slots of the store in `folder`."""
-    with mixoff.load(folder, fast_bytes="1GiB") as model:
-        runtime = model.mixoff
-        slot = runtime.source.expert_nbytes
-        return runtime.allocated_nbytes - (runtime.slots - slots) * slot
 
 
 @pytest.mark.parametrize("scope", ["layer", "global"])
@@ -98,14 +90,14 @@ def test_a_store_keeps_its_scheme(stores):
         assert model.mixoff.source.scheme == Scheme.preset("mixed")
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", VARIED)
 def test_every_role_can_be_quantized(tmp_path, family):
     """Head and embeddings too, in families with other layers; offloaded equals resident again."""
     folder = save_random(tmp_path / "model", family, torch.bfloat16)
     scheme = Scheme(*[None if family == "qwen3_moe" and i == 1 else Precision(4, 16) for i in range(5)])
     target = mixoff.convert(folder, tmp_path / "store", scheme)
     quantized = store.read_quantized(target)
-    assert {"lm_head.weight", "model.embed_tokens.weight", "model.layers.1.self_attn.q_proj.weight"} <= quantized.keys()
+    assert "lm_head.weight" in quantized and any(".q_proj." in name for name in quantized) == (family != "nemotron_h")
     ids = IDS % 128
     with (
         mixoff.load(target, fast_bytes="1GiB") as a,

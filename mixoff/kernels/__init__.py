@@ -15,11 +15,14 @@ if TYPE_CHECKING:
     import torch
 
 
-def linear(x: torch.Tensor, w: torch.Tensor | QTensor, scratch: torch.Tensor | None = None) -> torch.Tensor:
+def linear(
+    x: torch.Tensor, w: torch.Tensor | QTensor, scratch: torch.Tensor | None = None, transposed: bool = False
+) -> torch.Tensor:
     """`x @ w.T` for x (T, K) and w (N, K), in x's dtype -> (T, N).
 
-    `scratch`: uint8, `reference.scratch_nbytes` long, for weights that are neither quantized nor of x's dtype.
+    transposed: a weight that is not quantized is (K, N), and the product `x @ w`. scratch: uint8,
+    `reference.scratch_nbytes` long, for weights that are neither quantized nor of x's dtype.
     """
     if isinstance(w, QTensor) and cpu.serves(x, w):
         return cpu.linear(x, w)
-    return reference.linear(x, w, scratch)
+    return reference.linear(x, w, scratch, transposed)

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 import torch
 
 from mixoff.quantize import BLOCK, QTensor
-from mixoff.shapes import Part, torch_dtype
+from mixoff.shapes import Part, Site, torch_dtype
 
 BLOCK_ROWS = 32  # rows of a weight widened at a time; at K = 4096 in fp32 a block is 512 KiB and stays in the L2 cache
 EVEN_ROWS = 8  # BLAS sums the odd rows at the end of a matrix in another order: such a weight is one block
@@ -31,35 +31,44 @@ def block_rows(n: int) -> int:
     return min(BLOCK_ROWS, n) if n % EVEN_ROWS == 0 else n
 
 
-def scratch_nbytes(parts: Iterable[Part], compute: torch.dtype) -> int:
-    """Bytes of scratch that `linear` needs at most for any of these weights; none when no widening is due."""
-    return max(_part_scratch(part, compute) for part in parts)
+def scratch_nbytes(sites: Iterable[Site], compute: torch.dtype) -> int:
+    """Bytes of scratch that `linear` needs at most for any weight of these experts; none when no widening is due."""
+    return max(_part_scratch(part, site.transposed, compute) for site in sites for part in site.parts)
 
 
-def _part_scratch(part: Part, compute: torch.dtype) -> int:
-    N, K = part.shape
+def _part_scratch(part: Part, transposed: bool, compute: torch.dtype) -> int:
+    if len(part.shape) != 2 or (part.form is None and torch_dtype(part.dtype) == compute):
+        return 0
+    N, K = part.shape[::-1] if transposed else part.shape
     if part.form is not None:
         return min(BLOCK, N) * K * DEQUANTIZED
-    return 0 if torch_dtype(part.dtype) == compute else block_rows(N) * K * compute.itemsize
+    return block_rows(N) * K * compute.itemsize
 
 
-def linear(x: torch.Tensor, w: torch.Tensor | QTensor, scratch: torch.Tensor | None = None) -> torch.Tensor:
-    """`x @ w.T` for x (T, K) and w (N, K), in x's dtype -> (T, N).
+def linear(
+    x: torch.Tensor, w: torch.Tensor | QTensor, scratch: torch.Tensor | None = None, transposed: bool = False
+) -> torch.Tensor:
+    """`x @ w.T` for x (T, K) and w (N, K), in x's dtype -> (T, N); `transposed`: `x @ w` for w (K, N).
 
     `scratch`: uint8, `scratch_nbytes` long; a quantized weight takes its scratch from torch, no more than that.
     """
     if isinstance(w, QTensor):
         return _from_codes(x, w)
-    if w.dtype == x.dtype:
-        return torch.mm(x, w.t())
-    N, K = w.shape
+    w = w if transposed else w.t()  # (K, N)
+    return torch.mm(x, w) if w.dtype == x.dtype else _widened(x, w, scratch)
+
+
+def _widened(x: torch.Tensor, w: torch.Tensor, scratch: torch.Tensor) -> torch.Tensor:
+    """The product with w (K, N) in another dtype, a block of outputs at a time, each laid out in memory as w is."""
+    K, N = w.shape
     B = block_rows(N)
     out = x.new_empty(x.shape[0], N)  # (T, N)
-    wide = scratch.view(x.dtype)[: B * K].view(B, K)
+    wide = scratch.view(x.dtype)[: K * B]
+    wide = wide.view(K, B) if w.stride(1) == 1 else wide.view(B, K).t()  # (K, B)
     for start in range(0, N, B):
         start = min(start, N - B)  # the last block reaches back, so that all are alike
-        wide.copy_(w[start : start + B])
-        torch.mm(x, wide.t(), out=out[:, start : start + B])  # (T, B)
+        wide.copy_(w[:, start : start + B])
+        torch.mm(x, wide, out=out[:, start : start + B])  # (T, B)
     return out
 
 

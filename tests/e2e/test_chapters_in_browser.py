@@ -1,6 +1,6 @@
 """Chapters as their readers meet them: opened in JupyterLab, run from top to bottom, looked at.
 
-    python3 go.py e2e --basetemp=SOMEWHERE      keeps the screenshots
+python3 go.py e2e --basetemp=SOMEWHERE      keeps the screenshots
 """
 
 import pytest
