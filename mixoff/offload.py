@@ -467,7 +467,7 @@ def _shell(base: type[PreTrainedModel], quantized: list[str]) -> type[PreTrained
     members = {"__init__": __init__, "save_pretrained": save_pretrained, "__enter__": __enter__, "__exit__": __exit__}
     # __module__ is the base's, or transformers takes the class for custom code and ignores experts_implementation;
     # ignoring the experts' keys spares a warning about every expert of a plain checkpoint
-    ignored = [*(base._keys_to_ignore_on_load_unexpected or []), r"\.experts\.\d+\.", r"\.experts\.(gate_up|down)_proj"]
+    ignored = [*(base._keys_to_ignore_on_load_unexpected or []), r"\.experts\.\d+\.", r"\.experts\.\w+$"]
     return type(
         base.__name__,
         (base,),

@@ -133,11 +133,11 @@ def scramble(draw: int, serial: int) -> int:
     """A number in [0, 2**31) that looks random, the same on every machine and in compiled code.
 
     >>> [scramble(0, n) % 6 for n in range(8)]
-    [0, 0, 5, 1, 0, 4, 3, 4]
+    [1, 5, 4, 5, 4, 1, 4, 5]
     """
-    x = (draw * 0x1E3779B1 + serial * 0x45EBCA6B + 0x3504F333) & 0x7FFFFFFF
-    x = ((x ^ (x >> 15)) * 0x2C1B3C6D) & 0x7FFFFFFF
-    x = ((x ^ (x >> 12)) * 0x297A2D39) & 0x7FFFFFFF
+    x = (draw * 0x1E3779B1 + serial * 0x45EBCA6B + 0x3504F333) & MASK
+    x = ((x ^ (x >> 15)) * 0x2C1B3C6D) & MASK
+    x = ((x ^ (x >> 12)) * 0x297A2D39) & MASK
     return x ^ (x >> 15)
 
 
