@@ -8,7 +8,7 @@ the inputs ascending; beside each other the outputs of the block. A 32-bit word 
 one output, the first in its lowest bits; the high bits of 3-bit codes lie apart, 16 in a 16-bit word. 128 groups that
 follow each other in this order share a grid for their 8-bit metadata (a super-group; the last one may be short).
 
-Built in notebooks/03 and 04. Does not know models, files or kernels.
+Does not know models, files or kernels.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ class QTensor:
     """A quantized (N, K) matrix: codes and metadata in the parts that `layout` describes.
 
     The parts own their memory or are views into a buffer, such as a slot of an arena (`from_buffer`).
-    Built in notebooks/03. Tested against the hqq package, brute force, and `layout`.
+    Tested against the hqq package, brute force, and `layout`.
     """
 
     shape: tuple[int, int]
@@ -366,7 +366,7 @@ def quantize(
     loops use one thread and let others run. Scratch memory stays below a tenth of a matrix of 4096 rows.
 
     Raises MixoffError for a group size that does not divide K, for NaN, and for |w| above 8192.
-    Built in notebooks/03 and 04. Tested against the hqq package (relative error within 1 %) and brute force.
+    Tested against the hqq package (relative error within 1 %) and brute force.
 
     >>> quantize(torch.linspace(-1, 1, 256).view(4, 64), bits=4, group_size=64, metadata_bits=16)
     QTensor(4x64, 4-bit g64, 4.500 bits/weight, 144 B)
