@@ -10,9 +10,10 @@ __version__ = "0.1.0"
 _HOMES = {"load": "offload", "Runtime": "offload", "CacheInfo": "offload", "Event": "offload", "convert": "conversion"}
 _HOMES |= {"MixoffError": "errors", "CheckpointError": "errors", "BudgetError": "errors", "ExpertCache": "cache"}
 _HOMES |= {"Scheme": "quantize", "QTensor": "quantize", "verify": "store"}
+_HOMES |= {"Trace": "trace", "Simulation": "simulator", "simulate": "simulator"}
 _MODULES = (
-    "bench", "cache", "checkpoint", "conversion", "errors", "generation", "models", "offload", "quantize", "shapes",
-    "store", "units",
+    "bench", "cache", "checkpoint", "conversion", "errors", "generation", "models", "offload", "policies",
+    "quantize", "shapes", "simulator", "store", "trace", "units",
 )  # fmt: skip
 __all__ = [*_HOMES, *_MODULES]
 

@@ -1,4 +1,4 @@
-"""The command line: `mixoff demo, run, convert, verify, bench`.
+"""The command line: `mixoff demo, run, convert, verify, bench, trace, simulate`.
 
 Every command takes `--json`: then standard output holds one JSON object and nothing else. What is wrong with a
 request is one line on standard error and exit code 2. Does not know any arithmetic.
@@ -41,7 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"mixoff {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (_add_demo, _add_run, _add_convert, _add_verify, _add_bench):
+    for add in (_add_demo, _add_run, _add_convert, _add_verify, _add_bench, _add_trace, _add_simulate):
         add(commands)
     return parser
 
@@ -196,4 +196,65 @@ def _bench(args: argparse.Namespace) -> int:
 
     table = bench.run(args.runs, args.max_new_tokens, args.threads)
     print(json.dumps(table.to_dict()) if args.json else table)
+    return 0
+
+
+def _add_trace(commands: argparse._SubParsersAction) -> None:
+    command = _add_command(commands, "trace", _trace, "record which experts a model asks for while it generates")
+    command.add_argument("path", metavar="PATH", help="folder of a store or checkpoint, or the name of a bundled model")
+    command.add_argument("--prompt-file", required=True, metavar="FILE", help="text to continue")
+    command.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
+    command.add_argument("--out", required=True, metavar="FILE", help="the trace to write, .npz")
+    _add_budget(command, "6GiB")
+
+
+def _trace(args: argparse.Namespace) -> int:
+    _quiet_transformers()
+    from mixoff import generation, offload
+    from mixoff.units import format_nbytes
+
+    prompt = _read_text(args.prompt_file)
+    with offload.load(args.path, args.fast_bytes) as model:
+        tokenizer = generation.load_tokenizer(model.mixoff.source.folder)
+        with model.mixoff.trace() as recorder:
+            generation.generate(model, tokenizer, prompt, args.max_new_tokens)
+    trace = recorder.trace
+    out = trace.save(args.out)
+    report = {"out": str(out), "tokens": trace.tokens, "prompt_tokens": int(trace.is_prompt.sum())}
+    report |= {"layers": len(trace.layers), "top_k": trace.top_k, "num_experts": trace.num_experts}
+    report |= {"nbytes": out.stat().st_size, "expert_nbytes": trace.expert_nbytes}
+    print(json.dumps(report) if args.json else f"wrote {out}: {trace}, {format_nbytes(report['nbytes'])}")
+    return 0
+
+
+def _read_text(path: str) -> str:
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.read()
+    except (OSError, UnicodeDecodeError) as error:
+        raise MixoffError(f"cannot read {path} as text: {getattr(error, 'strerror', None) or error}") from error
+
+
+def _add_simulate(commands: argparse._SubParsersAction) -> None:
+    command = _add_command(commands, "simulate", _simulate, "count the hits and misses that a trace would have")
+    command.add_argument("trace", metavar="TRACE", help="file of `mixoff trace`, or .csv or .jsonl")
+    command.add_argument(
+        "--policy", default="lru", help="lru, fifo, lfu, lfuda, lfru, random, least-stale, static, belady"
+    )
+    command.add_argument("--slots", type=int, default=4, metavar="S", help="of each layer (4)")
+    scope = command.add_mutually_exclusive_group()
+    scope.add_argument("--per-layer", dest="scope", action="store_const", const="layer", help="a pool a layer (this)")
+    scope.add_argument("--global", dest="scope", action="store_const", const="global", help="one pool, slots x layers")
+    command.add_argument("--expert-nbytes", metavar="SIZE", help="of one expert, for bytes_moved: 221184, 52MiB")
+    command.set_defaults(scope="layer")
+
+
+def _simulate(args: argparse.Namespace) -> int:
+    from mixoff import simulator
+    from mixoff.trace import Trace
+    from mixoff.units import parse_nbytes
+
+    nbytes = args.expert_nbytes if args.expert_nbytes is None else parse_nbytes(args.expert_nbytes)
+    result = simulator.simulate(Trace.load(args.trace), args.policy, args.slots, args.scope, nbytes)
+    print(json.dumps(result.to_dict()) if args.json else f"{result} (modelled)")
     return 0

@@ -28,6 +28,7 @@ from mixoff.cache import BYPASS, HIT, RESTORE, ExpertCache, Grant
 from mixoff.errors import BudgetError, CheckpointError, MixoffError
 from mixoff.kernels import reference
 from mixoff.quantize import QTensor, Scheme
+from mixoff.trace import Recorder
 from mixoff.units import format_nbytes, parse_nbytes
 
 SCOPES = ("layer", "global")
@@ -150,6 +151,7 @@ class Runtime:
         self.images = [memoryview(slot.numpy()) for slot in self.arena]
         self.bytes_moved = 0
         self._listeners: list[Callable[[Event], None]] = []
+        self._routing: list[Callable] = []
         self._lock = threading.RLock()
         self._pass = (
             threading.local()
@@ -195,6 +197,24 @@ class Runtime:
         """Call `fn(event)` for every event from now on; returns a function that ends it."""
         self._listeners.append(fn)
         return lambda: self._listeners.remove(fn)
+
+    def on_routing(self, fn: Callable) -> Callable[[], None]:
+        """Call `fn(token, is_prompt, site, experts, weights)` at every call of a layer; returns a function to end it.
+
+        experts, weights: the router's choice, tensors (T, K), not to be changed. token: as in `Event`, alike for all
+        layers of a pass.
+        """
+        self._routing.append(fn)
+        return lambda: self._routing.remove(fn)
+
+    def note_routing(self, site: int, experts: torch.Tensor, weights: torch.Tensor) -> None:
+        """Hand the router's choice to those who asked for it."""
+        for fn in tuple(self._routing):
+            fn(getattr(self._pass, "token", 0), self._in_prompt(), site, experts, weights)
+
+    def trace(self) -> Recorder:
+        """Records routing: `with model.mixoff.trace() as recorder:` generate, then `recorder.trace` is the `Trace`."""
+        return Recorder(self)
 
     def close(self) -> None:
         """Give back the arena and close the files. The model cannot run afterwards."""
@@ -338,6 +358,7 @@ def _served(
     self: torch.nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
     runtime, site = self._mixoff
+    runtime.note_routing(site, top_k_index, top_k_weights)
     (T, K), D = top_k_index.shape, hidden_states.shape[-1]
     where = by_expert(top_k_index, self.num_experts)
     out = hidden_states.new_zeros(T * K, D)
