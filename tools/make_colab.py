@@ -21,7 +21,7 @@ import chapter_rules
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 HELD = ("torch", "transformers", "numpy", "ipywidgets", "traitlets", "pillow")  # Colab has imported them, or needs them
-INSTALL = '''\
+INSTALL = """\
 #@title Install mixoff (about a minute) { display-mode: "form" }
 #@markdown Colab's own torch, transformers and ipywidgets stay as they are; nothing needs a restart.
 import importlib.util, os, pathlib, subprocess, sys
@@ -39,7 +39,7 @@ if importlib.util.find_spec("mixoff") is None:
     source = os.environ.get("MIXOFF_SOURCE", "@@REQUIREMENT@@")
     pip = [sys.executable, "-m", "pip", "install", "-q", "-c", "mixoff-constraints.txt", source]
     subprocess.run(pip, check=True)
-'''
+"""
 
 
 def install_cell():
