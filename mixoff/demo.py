@@ -22,7 +22,7 @@ from mixoff import generation, models, offload
 from mixoff.units import format_nbytes
 
 PROMPT = "It was a fine morning in the spring, and Elizabeth"
-WIDTH, BAR = 92, 32  # columns of the picture, and of a layer's bar
+WIDTH, BAR = 92, 26  # columns of the picture, and of a layer's bar
 # marks differ by letter as well as by colour (Okabe and Ito's palette, which colour-blind readers can tell apart)
 MARKS = {
     "slow": ("·", "grey50"),
