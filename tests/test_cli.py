@@ -82,7 +82,7 @@ BAD = {
     "negative budget": (["run", BUNDLED, "--fast-bytes=-1GB"], "cannot read '-1GB' as a size"),
     "absurd budget": (["run", BUNDLED, "--fast-bytes", "6 parsecs"], "cannot read '6 parsecs' as a size"),
     "unknown scheme": (["run", BUNDLED, "--scheme", "0-bit"], "choose one of mixed, paper"),
-    "unknown policy": (["run", BUNDLED, "--policy", "psychic"], "choose one of lru"),
+    "unknown policy": (["run", BUNDLED, "--policy", "psychic"], "unknown policy 'psychic'"),
     "no tokens": (["run", BUNDLED, "--max-new-tokens", "0"], "at least one token"),
     "too many tokens": (["run", BUNDLED, "--max-new-tokens", "600"], "context of 512"),
 }

@@ -349,7 +349,7 @@ def test_training_is_refused():
     ("arguments", "message"),
     [
         ({"scope": "expert"}, "layer, global"),
-        ({"policy": "clairvoyant"}, "choose one of lru"),
+        ({"policy": "clairvoyant"}, "choose one of .*lru"),
         ({"device": "cuda"}, "use 'cpu'"),
         ({"dtype": "int8"}, "auto, float32"),
         ({"ram_bytes": "8GB"}, "leave ram_bytes at None"),
