@@ -172,6 +172,6 @@ def _write_quantized(checkpoint: Checkpoint, roles: dict[str, str], scheme: Sche
             q: QTensor = scheme.quantize(f.get_tensor(name), role)
         parts, described[name] = q.to_tensors()
         tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
-    save_file(tensors, target, metadata={"format": "pt", "mixoff": json.dumps(described)})
+    save_file(tensors, target, metadata={"mixoff": json.dumps(described)})  # one key: several come in any order
     hashes = {name: hashlib.sha256(t.numpy().tobytes()).hexdigest() for name, t in tensors.items()}
     return {"file": target.name, "nbytes": target.stat().st_size, "sha256": hashes}
