@@ -256,7 +256,10 @@ def training_section(training):
     )
     rows = [[step, *recipe.values()] for step, recipe in training["recipes"]]
     names = (name.replace("_", " ") for name in training["recipes"][0][1])
-    legend = f"`tokens` a step; `length` of a sequence; `mix`: sequences of {', '.join(DOMAINS)}.\n"
+    legend = (
+        "`tokens` a step; `length` of a sequence, `long length` in the last `long share` of the time; "
+        f"`mix`: sequences of {', '.join(DOMAINS)} in a rotation.\n"
+    )
     return words + table(["from step", *names], rows) + "\n" + legend
 
 

@@ -289,6 +289,7 @@ def save_hub(model, folder, tokenizer_folder):
     for n, shard in enumerate(split_evenly(tensors, EXPORT_SHARDS), 1):
         file = f"model-{n:05d}-of-{EXPORT_SHARDS:05d}.safetensors"
         save_file(shard, folder / file, metadata={"format": "pt"})
+        (folder / file).chmod(0o644)  # safetensors writes for the owner alone
         weight_map |= dict.fromkeys(shard, file)
     index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": weight_map}
     write_json(folder / "model.safetensors.index.json", index)
