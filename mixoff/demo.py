@@ -84,7 +84,7 @@ def screen(grid: Grid, prompt: str, text: str) -> Group:
     figures = f"hit rate {rate:.2f} · {moved} moved · fast tier {fast}"
     title = f"{info.capacity} slots for {info.num_experts} experts"
     return Group(
-        Panel(Text(prompt, "bold").append(text, "not bold"), title="mixoff demo", height=11, width=WIDTH),
+        Panel(Text(prompt, "bold").append(text, "not bold"), title="mixoff demo", width=WIDTH),
         Panel(grid.render(), title=title, subtitle=figures, width=WIDTH),
     )
 
