@@ -43,6 +43,7 @@ class _Clock:
         self.prompt_seen, self.start = False, time.perf_counter()
 
     def put(self, ids: torch.Tensor) -> None:
+        """Take in the prompt, then each new token."""
         if not self.prompt_seen:  # transformers hands over the prompt first
             self.prompt_seen = True
             return

@@ -153,9 +153,7 @@ class Runtime:
         self._listeners: list[Callable[[Event], None]] = []
         self._routing: list[Callable] = []
         self._lock = threading.RLock()
-        self._pass = (
-            threading.local()
-        )  # of each thread: is this forward pass a prompt, and which token does it end with
+        self._pass = threading.local()  # of each thread's forward pass: is it a prompt, which token does it end with
         self._tokens, self._start, self._closed = 0, time.perf_counter(), False
 
     @property
