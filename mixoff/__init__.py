@@ -7,13 +7,13 @@ from importlib import import_module
 
 __version__ = "0.1.0"
 
-_HOMES = {"load": "offload", "Runtime": "offload", "CacheInfo": "offload", "Event": "offload", "convert": "conversion"}
+_HOMES = {"load": "loading", "Runtime": "runtime", "CacheInfo": "runtime", "Event": "runtime", "convert": "conversion"}
 _HOMES |= {"MixoffError": "errors", "CheckpointError": "errors", "BudgetError": "errors", "ExpertCache": "cache"}
 _HOMES |= {"Scheme": "quantize", "QTensor": "quantize", "verify": "store"}
 _HOMES |= {"Trace": "trace", "Simulation": "simulator", "simulate": "simulator"}
 _MODULES = (
-    "bench", "cache", "checkpoint", "conversion", "errors", "generation", "models", "offload", "policies",
-    "quantize", "shapes", "simulator", "store", "trace", "units",
+    "bench", "cache", "checkpoint", "conversion", "errors", "generation", "loading", "models", "policies",
+    "quantize", "runtime", "shapes", "simulator", "store", "trace", "units",
 )  # fmt: skip
 __all__ = [*_HOMES, *_MODULES]
 

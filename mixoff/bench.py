@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 import torch
 from transformers import PreTrainedModel
 
-from mixoff import demo, generation, models, offload, store
+from mixoff import demo, generation, loading, models, store
 from mixoff.kernels import reference
 
 PROMPTS = (
@@ -82,7 +82,7 @@ def run(runs: int = 5, max_new_tokens: int = 64, threads: int = 1) -> Table:
     torch.set_num_threads(threads)
     tokenizer, folder = generation.load_tokenizer(models.path()), models.path()
     link, sizes = link_bandwidth(), budgets()
-    loaded = [offload.load(folder, fast_bytes=size) for size in sizes]
+    loaded = [loading.load(folder, fast_bytes=size) for size in sizes]
     contenders = [*loaded, demo.resident_model()]
     for model in contenders:  # one short run each, so that nobody pays for the first use of a library
         _decode_ms(model, tokenizer, 4)

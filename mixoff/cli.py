@@ -114,10 +114,10 @@ def _add_run(commands: argparse._SubParsersAction) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     _quiet_transformers()
-    from mixoff import generation, offload
+    from mixoff import generation, loading
 
     how = {"scheme": args.scheme, "policy": args.policy, "scope": args.scope, "dtype": args.dtype}
-    with offload.load(args.path, args.fast_bytes, **how) as model:
+    with loading.load(args.path, args.fast_bytes, **how) as model:
         tokenizer = generation.load_tokenizer(model.mixoff.source.folder)
         on_text = None if args.json else lambda piece: print(piece, end="", flush=True)
         result = generation.generate(
@@ -210,11 +210,11 @@ def _add_trace(commands: argparse._SubParsersAction) -> None:
 
 def _trace(args: argparse.Namespace) -> int:
     _quiet_transformers()
-    from mixoff import generation, offload
+    from mixoff import generation, loading
     from mixoff.units import format_nbytes
 
     prompt = _read_text(args.prompt_file)
-    with offload.load(args.path, args.fast_bytes) as model:
+    with loading.load(args.path, args.fast_bytes) as model:
         tokenizer = generation.load_tokenizer(model.mixoff.source.folder)
         with model.mixoff.trace() as recorder:
             generation.generate(model, tokenizer, prompt, args.max_new_tokens)

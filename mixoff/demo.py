@@ -18,7 +18,7 @@ from rich.panel import Panel
 from rich.text import Text
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from mixoff import generation, models, offload
+from mixoff import generation, loading, models, runtime
 from mixoff.units import format_nbytes
 
 PROMPT = "It was a fine morning in the spring, and Elizabeth"
@@ -37,12 +37,12 @@ LABELS = {"hit": "hit", "miss": "fetched", "resident": "in the fast tier", "slow
 class Grid:
     """What each expert is now, and did for the newest token, (L, E); and each layer's hits so far, prompt left out."""
 
-    runtime: offload.Runtime
+    runtime: runtime.Runtime
     token: int = 0
     last: dict[tuple[int, int], str] = field(default_factory=dict)
     counts: dict[int, list[int]] = field(default_factory=dict)  # layer: [hits, requests] of decoding
 
-    def note(self, event: offload.Event) -> None:
+    def note(self, event: runtime.Event) -> None:
         """Take in one event of the runtime."""
         if event.token != self.token:
             self.token, self.last = event.token, {}
@@ -102,7 +102,7 @@ def run(
     folder = models.path()
     tokenizer = generation.load_tokenizer(folder)
     console = Console(quiet=as_json)
-    with offload.load(folder, fast_bytes=fast_bytes) as model:
+    with loading.load(folder, fast_bytes=fast_bytes) as model:
         grid, written = Grid(model.mixoff), [""]
         model.mixoff.on_event(grid.note)
         with _display(console, lambda: screen(grid, prompt, written[0])) as show:
@@ -155,7 +155,7 @@ class _display:
 
 
 def _summary(
-    result: generation.Generation, reference: generation.Generation, info: offload.CacheInfo, same: bool
+    result: generation.Generation, reference: generation.Generation, info: runtime.CacheInfo, same: bool
 ) -> str:
     verdict = "equal, token for token" if same else "DIFFERENT: please report this"
     rows = {

@@ -197,10 +197,10 @@ def test_demo_as_json(capsys):
 
 
 def test_grid_marks_what_happened_to_the_newest_token(capsys):
-    from mixoff import offload
+    from mixoff import loading
     from mixoff.generation import generate, load_tokenizer
 
-    with offload.load(BUNDLED, fast_bytes="6MB") as model:
+    with loading.load(BUNDLED, fast_bytes="6MB") as model:
         grid = demo.Grid(model.mixoff)
         model.mixoff.on_event(grid.note)
         generate(model, load_tokenizer(BUNDLED), PROMPT, 6)

@@ -1,0 +1,163 @@
+"""Models whose experts are served by a runtime: `load` makes one from a folder.
+
+The backbone is loaded by transformers itself; the experts' parameters are removed before weights are looked for, so
+`from_pretrained` never opens an expert tensor. Does not know how experts are cached or computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from mixoff import conversion, layers, shapes, store
+from mixoff.errors import CheckpointError, MixoffError
+from mixoff.quantize import Scheme
+from mixoff.runtime import Runtime
+from mixoff.units import parse_nbytes
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def load(
+    path: str | Path,
+    fast_bytes: int | str = "6GiB",
+    *,
+    scheme: str | Scheme | None = None,
+    ram_bytes: int | str | None = None,
+    policy: str = "lru",
+    prefetch: str = "auto",
+    scope: str = "layer",
+    device: str = "auto",
+    dtype: str | torch.dtype = "auto",
+) -> PreTrainedModel:
+    """A transformers model whose experts stay in the store, or in a plain checkpoint folder, until the router asks.
+
+    fast_bytes: bytes for experts in the fast tier, slots and scratch together (`"6GiB"`, `"500MB"`, or an int).
+    scheme: None takes the folder as it is; a `Scheme`, or a preset's name, quantizes a plain checkpoint first, into a
+    temporary store. scope: `"layer"` gives every MoE layer its own slots, `"global"` shares one pool. dtype: of the
+    computation; `"auto"` takes the files', except fp16 on a CPU, which computes in fp32. Experts stay as stored.
+    ram_bytes (a tier between disk and arena) and prefetch are for later versions: None and `"auto"`, which is off.
+    Raises CheckpointError or BudgetError. Tested bit for bit against transformers' `grouped_mm` with all resident.
+    """
+    if device not in ("auto", "cpu"):
+        raise MixoffError(f"device {device!r} is not served by this version: use 'cpu'")
+    if ram_bytes is not None or prefetch not in ("auto", "none"):
+        raise MixoffError(
+            "this version has neither a RAM tier nor prefetch: leave ram_bytes at None, prefetch at 'auto'"
+        )
+    budget, source = parse_nbytes(fast_bytes), _open(path, scheme)
+    try:
+        compute = _compute_dtype(dtype, source.dtype)
+        runtime = Runtime(source, budget, policy, scope, compute)
+        model = _load_backbone(source, compute)
+    except BaseException:
+        source.close()
+        raise
+    return _bind(model, runtime)
+
+
+def _open(path: str | Path, scheme: str | Scheme | None) -> store.Source:
+    """The source at `path`, in the precision of `scheme` if one is given."""
+    source = store.open_source(path)
+    scheme = Scheme.preset(scheme) if isinstance(scheme, str) else scheme
+    if scheme is None or scheme == source.scheme:
+        return source
+    source.close()
+    if source.is_store:
+        raise MixoffError(f"{path} is a store in another scheme: load it without one, or convert the original again")
+    temporary = TemporaryDirectory(prefix="mixoff-", ignore_cleanup_errors=True)
+    converted = store.open_source(conversion.convert(path, Path(temporary.name) / "store", scheme))
+    converted.temporary = temporary
+    return converted
+
+
+def _compute_dtype(dtype: str | torch.dtype, stored: str) -> torch.dtype:
+    name = str(dtype).removeprefix("torch.")
+    if name == "auto":
+        name = "float32" if stored == "float16" else stored
+    if name not in DTYPES:
+        raise MixoffError(f"cannot compute in {dtype}: choose one of auto, {', '.join(DTYPES)}")
+    return shapes.torch_dtype(name)
+
+
+def _load_backbone(source: store.Source, compute: torch.dtype) -> PreTrainedModel:
+    """`from_pretrained` of everything but the experts: their parameters are removed before weights are looked for."""
+    config = shapes.read_config(source.folder)
+    quantized = store.read_quantized(source.folder) if source.is_store else {}
+    layers.untie(config, quantized)
+    base = AutoModelForCausalLM._model_mapping[type(config)]
+    try:
+        model, report = _shell(base, list(quantized)).from_pretrained(
+            source.folder,
+            config=config,
+            dtype=compute,
+            experts_implementation="mixoff",
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except (OSError, RuntimeError, ValueError, KeyError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise CheckpointError(f"transformers cannot load the backbone of {source.folder}: {reason}") from error
+    if lacking := sorted(report["missing_keys"]):  # transformers would make them up at random, with a warning
+        raise CheckpointError(
+            f"{source.folder} lacks {', '.join(lacking[:3])}: the download is incomplete, fetch it again"
+        )
+    layers.fill(model, quantized, compute)
+    model.generation_config.disable_compile = True  # the experts are not a graph
+    return model.eval()
+
+
+def _shell(base: type[PreTrainedModel], quantized: list[str]) -> type[PreTrainedModel]:
+    """`base` without expert weights, nor those named `quantized`: none is made, looked for, moved or counted."""
+
+    def __init__(self: PreTrainedModel, config: object, *args: object, **kwargs: object) -> None:
+        base.__init__(self, config, *args, **kwargs)
+        for module in shapes.expert_modules(self).values():
+            for name in [name for name, _ in module.named_parameters(recurse=False)]:
+                del module._parameters[name]
+            module._is_hf_initialized = True  # or transformers would initialize what is no longer there
+        layers.hollow(self, quantized)
+
+    def save_pretrained(self: PreTrainedModel, *args: object, **kwargs: object) -> None:
+        raise MixoffError(
+            "this model's experts are offloaded, so save_pretrained would lose them: "
+            "use mixoff.convert, or copy the folder"
+        )
+
+    def __enter__(self: PreTrainedModel) -> PreTrainedModel:
+        return self
+
+    def __exit__(self: PreTrainedModel, *exc: object) -> None:
+        self.mixoff.close()
+
+    members = {"__init__": __init__, "save_pretrained": save_pretrained, "__enter__": __enter__, "__exit__": __exit__}
+    # __module__ is the base's, or transformers takes the class for custom code and ignores experts_implementation;
+    # ignoring the experts' keys spares a warning about every expert of a plain checkpoint
+    ignored = [*(base._keys_to_ignore_on_load_unexpected or []), r"\.experts\.\d+\.", r"\.experts\.\w+$"]
+    return type(
+        base.__name__,
+        (base,),
+        {**members, "__module__": base.__module__, "_keys_to_ignore_on_load_unexpected": ignored},
+    )
+
+
+def _bind(model: PreTrainedModel, runtime: Runtime) -> PreTrainedModel:
+    modules: Iterable[torch.nn.Module] = shapes.expert_modules(model).values()
+    for i, module in enumerate(modules):
+        module._mixoff = (runtime, i)
+    model.base_model.register_forward_pre_hook(
+        lambda _, args, kwargs: _note_pass(runtime, args, kwargs), with_kwargs=True
+    )
+    model.mixoff = runtime
+    return model
+
+
+def _note_pass(runtime: Runtime, args: tuple, kwargs: dict) -> None:
+    ids = next((x for x in (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if x is not None), None)
+    if ids is not None:
+        runtime.begin_pass(ids.shape[0] * ids.shape[1], ids.shape[1])
