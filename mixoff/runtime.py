@@ -20,9 +20,10 @@ from dataclasses import asdict, dataclass
 import torch
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from mixoff import kernels, shapes, store
+from mixoff import shapes, store
 from mixoff.cache import BYPASS, HIT, RESTORE, ExpertCache, Grant
 from mixoff.errors import BudgetError, MixoffError
+from mixoff.experts import by_expert, expert_mlp
 from mixoff.kernels import reference
 from mixoff.quantize import QTensor
 from mixoff.trace import Recorder
@@ -284,39 +285,6 @@ def _view(image: torch.Tensor, part: shapes.Part) -> torch.Tensor | QTensor:
     if part.form is not None:
         return QTensor.from_buffer(image, part.offset, part.shape, *part.form)
     return image[part.offset : part.offset + part.nbytes].view(shapes.torch_dtype(part.dtype)).view(part.shape)
-
-
-def by_expert(top_k_index: torch.Tensor, num_experts: int) -> dict[int, torch.Tensor]:
-    """Positions of each expert in the flattened (T, K) choice, experts in router order.
-
-    The sort is the one of transformers' `grouped_mm`, which is not stable: on several threads a row's last bit may
-    depend on its place among the rows of a product, so rows keep that order. An index of `num_experts` or more is
-    transformers' mark for "no expert" and is left out.
-
-    >>> by_expert(torch.tensor([[3, 1], [1, 9]]), 8)
-    {3: tensor([0]), 1: tensor([1, 2])}
-    """
-    flat = top_k_index.flatten()  # (T * K,)
-    router_order = dict.fromkeys(flat.tolist())  # the one look at the router's choice
-    experts, order = torch.sort(flat)
-    distinct, counts = torch.unique_consecutive(experts, return_counts=True)
-    positions = dict(zip(distinct.tolist(), order.split(counts.tolist()), strict=True))
-    return {expert: positions[expert] for expert in router_order if expert < num_experts}
-
-
-def expert_mlp(
-    module: torch.nn.Module, x: torch.Tensor, weights: dict[str, torch.Tensor | QTensor], scratch: torch.Tensor
-) -> torch.Tensor:
-    """One expert of any family that transformers decorates: x (R, D) -> (R, D), the steps of `grouped_mm` in order."""
-
-    def linear(x: torch.Tensor, name: str) -> torch.Tensor:
-        out = kernels.linear(x, weights[name], scratch, module.is_transposed)
-        return out.add_(weights[f"{name}_bias"].to(out.dtype)) if module.has_bias else out
-
-    h = linear(x, "gate_up_proj" if module.has_gate else "up_proj")
-    h = module._apply_gate(h) if module.has_gate else module.act_fn(h)  # (R, F)
-    h = linear(h, "down_proj")  # (R, D)
-    return module.post_expert_norm(h) if module.has_post_expert_norm else h
 
 
 class _Untrainable(torch.autograd.Function):

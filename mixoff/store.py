@@ -1,4 +1,4 @@
-"""The slow tier: expert images on disk, and the store that keeps each of them in one aligned range.
+"""The slow tier: the store, which keeps each expert in one aligned range of a file.
 
 A store is an ordinary model folder with the backbone (all that is not an expert), beside `experts-NNN.bin`, one file a
 MoE layer, one range an expert, and `mixoff.json`, which says what stands where. What a scheme quantizes of the backbone
@@ -13,11 +13,8 @@ from __future__ import annotations
 import hashlib
 import json
 import mmap
-import os
-import threading
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from io import FileIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -27,58 +24,13 @@ from mixoff import models, shapes
 from mixoff.checkpoint import Checkpoint, Extent, read_header, read_json
 from mixoff.errors import CheckpointError
 from mixoff.quantize import QTensor, Scheme, layout, packed_nbytes
+from mixoff.readers import ExpertReader
 from mixoff.shapes import Part, Site
 
 MANIFEST = "mixoff.json"
 QUANTIZED = "quantized.safetensors"
 FORMAT, VERSION = "mixoff-store", 1
 ALIGN = 4096  # bytes; what direct I/O asks for, and a page
-
-
-class ExpertReader:
-    """Copies expert images from files into memory that the caller owns.
-
-    `extents[site, expert]` says which bytes of which file go where in the image. Thread-safe.
-    """
-
-    def __init__(self, folder: Path, extents: dict[tuple[int, int], list[Extent]]) -> None:
-        self.extents = extents
-        names = sorted({x.file for extent in extents.values() for x in extent})
-        self.files = {name: (folder / name).open("rb", buffering=0) for name in names}
-        self.lock = threading.Lock()  # for systems without preadv, where a file has one position for all threads
-
-    def read_into(self, site: int, expert: int, image: memoryview) -> int:
-        """Fill `image` (writable bytes) with one expert; returns the bytes read.
-
-        Raises CheckpointError when the file ends too early.
-        """
-        total = 0
-        for x in self.extents[site, expert]:
-            self._read_exactly(image[x.place : x.place + x.nbytes], x)
-            total += x.nbytes
-        return total
-
-    def _read_exactly(self, view: memoryview, x: Extent) -> None:
-        done = 0
-        while done < len(view):
-            n = self._read_at(self.files[x.file], view[done:], x.offset + done)
-            if n == 0:
-                raise CheckpointError(
-                    f"{x.file} ends before byte {x.offset + x.nbytes}: it was changed or cut, fetch it again"
-                )
-            done += n
-
-    def _read_at(self, file: FileIO, view: memoryview, offset: int) -> int:
-        if hasattr(os, "preadv"):
-            return os.preadv(file.fileno(), [view], offset)
-        with self.lock:
-            file.seek(offset)
-            return file.readinto(view)
-
-    def close(self) -> None:
-        """Close the files; reading afterwards is an error."""
-        for file in self.files.values():
-            file.close()
 
 
 @dataclass

@@ -1,0 +1,45 @@
+"""What one MoE layer computes: which rows go to which expert, and one expert's steps, for any family.
+
+Letters: **T** tokens of a call, **K** experts a token, **R** rows of one expert, **D** model width, **F** expert width.
+Does not know where weights come from.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from mixoff import kernels
+from mixoff.quantize import QTensor
+
+
+def by_expert(top_k_index: torch.Tensor, num_experts: int) -> dict[int, torch.Tensor]:
+    """Positions of each expert in the flattened (T, K) choice, experts in router order.
+
+    The sort is the one of transformers' `grouped_mm`, which is not stable: on several threads a row's last bit may
+    depend on its place among the rows of a product, so rows keep that order. An index of `num_experts` or more is
+    transformers' mark for "no expert" and is left out.
+
+    >>> by_expert(torch.tensor([[3, 1], [1, 9]]), 8)
+    {3: tensor([0]), 1: tensor([1, 2])}
+    """
+    flat = top_k_index.flatten()  # (T * K,)
+    router_order = dict.fromkeys(flat.tolist())  # the one look at the router's choice
+    experts, order = torch.sort(flat)
+    distinct, counts = torch.unique_consecutive(experts, return_counts=True)
+    positions = dict(zip(distinct.tolist(), order.split(counts.tolist()), strict=True))
+    return {expert: positions[expert] for expert in router_order if expert < num_experts}
+
+
+def expert_mlp(
+    module: torch.nn.Module, x: torch.Tensor, weights: dict[str, torch.Tensor | QTensor], scratch: torch.Tensor
+) -> torch.Tensor:
+    """One expert of any family that transformers decorates: x (R, D) -> (R, D), the steps of `grouped_mm` in order."""
+
+    def linear(x: torch.Tensor, name: str) -> torch.Tensor:
+        out = kernels.linear(x, weights[name], scratch, module.is_transposed)
+        return out.add_(weights[f"{name}_bias"].to(out.dtype)) if module.has_bias else out
+
+    h = linear(x, "gate_up_proj" if module.has_gate else "up_proj")
+    h = module._apply_gate(h) if module.has_gate else module.act_fn(h)  # (R, F)
+    h = linear(h, "down_proj")  # (R, D)
+    return module.post_expert_norm(h) if module.has_post_expert_norm else h
