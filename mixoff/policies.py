@@ -22,7 +22,9 @@ class Policy(Protocol):
     """The order in which residents of one pool are given up."""
 
     def insert(self, key: Key) -> None: ...
-    def touch(self, key: Key) -> None: ...
+    def touch(self, key: Key, weight: float = 0.0) -> None:
+        """Note a use by decoding, in router order; `weight` is what the router gave it (summed over a batch)."""
+
     def remove(self, key: Key) -> None: ...
     def victim(self, keep: Collection[Key]) -> Key | None:
         """The resident to give up next among those not in `keep`, or None when all are kept."""
@@ -37,7 +39,7 @@ class LRU:
     def insert(self, key: Key) -> None:
         self.order[key] = None
 
-    def touch(self, key: Key) -> None:
+    def touch(self, key: Key, weight: float = 0.0) -> None:
         self.order.move_to_end(key)
 
     def remove(self, key: Key) -> None:
@@ -50,7 +52,7 @@ class LRU:
 class FIFO(LRU):
     """First in, first out: being used changes nothing. More slots may hit less often (Belady's anomaly)."""
 
-    def touch(self, key: Key) -> None:
+    def touch(self, key: Key, weight: float = 0.0) -> None:
         pass
 
 
@@ -75,8 +77,8 @@ class LFU(_Scored):
         super().insert(key)
         self.count[key] = 0
 
-    def touch(self, key: Key) -> None:
-        super().touch(key)
+    def touch(self, key: Key, weight: float = 0.0) -> None:
+        super().touch(key, weight)
         self.count[key] += 1
 
     def remove(self, key: Key) -> None:
@@ -117,8 +119,8 @@ class LFRU(LFU):
         super().insert(key)
         self._tick(key)
 
-    def touch(self, key: Key) -> None:
-        super().touch(key)
+    def touch(self, key: Key, weight: float = 0.0) -> None:
+        super().touch(key, weight)
         self._tick(key)
 
     def _tick(self, key: Key) -> None:
@@ -179,8 +181,8 @@ class LeastStale(_Scored):
         super().insert(key)
         self.used[key] = self.passes
 
-    def touch(self, key: Key) -> None:
-        super().touch(key)
+    def touch(self, key: Key, weight: float = 0.0) -> None:
+        super().touch(key, weight)
         self._arrive(_site(key))
         self.used[key] = self.passes
 
