@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,6 +44,9 @@ MATRICES = {
 }
 
 
+Read = Callable[[str, int, memoryview], None]  # of a file, from an offset, until the view is full
+
+
 @dataclass(frozen=True)
 class TensorRange:
     """One tensor in a safetensors file: `offset` and `nbytes` in the file, dtype by safetensors' name."""
@@ -63,6 +66,14 @@ class Extent:
     offset: int
     place: int
     nbytes: int
+
+    def ranges(self) -> list[tuple[str, int, int]]:
+        """File, offset and size of all that has to be read for it."""
+        return [(self.file, self.offset, self.nbytes)]
+
+    def fill(self, image: memoryview, read: Read) -> None:
+        """Fill its place in `image`; `read(file, offset, view)` fills a view with bytes of a file."""
+        read(self.file, self.offset, image[self.place : self.place + self.nbytes])
 
 
 def read_json(path: Path) -> dict:
@@ -149,6 +160,12 @@ class Checkpoint:
     def expert_names(self) -> set[str]:
         """Names of the tensors that belong to experts; all others are the backbone."""
         return {name for name in self.tensors if EXPERT_KEY.search(name) or FUSED_KEY.search(name)}
+
+    def backbone(self) -> dict[str, tuple[TensorRange, Extent]]:
+        """Every tensor that is no expert's by name: as it is once it has been read, and how to read it."""
+        experts = self.expert_names()
+        whole = {name: t for name, t in self.tensors.items() if name not in experts}
+        return {name: (t, Extent(t.file, t.offset, 0, t.nbytes)) for name, t in whole.items()}
 
     def expert_dtype(self) -> str:
         """The one dtype that all experts are stored in, by torch's name."""

@@ -20,12 +20,13 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from mixoff import models, shapes
+from mixoff import shapes
 from mixoff.checkpoint import Checkpoint, Extent, read_header, read_json
 from mixoff.errors import CheckpointError
 from mixoff.quantize import QTensor, Scheme, layout, packed_nbytes
 from mixoff.readers import ExpertReader
 from mixoff.shapes import Part, Site
+from mixoff.shards import local_folder
 
 MANIFEST = "mixoff.json"
 QUANTIZED = "quantized.safetensors"
@@ -67,7 +68,7 @@ class Source:
 
 def open_source(path: str | Path) -> Source:
     """Open a store or a plain checkpoint for reading: a folder, a bundled model, or a Hub id in the local Hub cache."""
-    folder = _local_folder(path)
+    folder = local_folder(path)
     if (folder / MANIFEST).exists():
         return _open_store(folder)
     checkpoint = Checkpoint(folder)
@@ -83,29 +84,12 @@ def checkpoint_dtype(checkpoint: Checkpoint) -> str:
     return checkpoint.expert_dtype()
 
 
-def _local_folder(path: str | Path) -> Path:
-    if str(path) in models.names():
-        return models.path(str(path))
-    folder = Path(path).expanduser()
-    if folder.exists() or str(path).count("/") != 1 or str(path).startswith((".", "~")):
-        return folder
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(str(path), local_files_only=True))
-    except (LocalEntryNotFoundError, HFValidationError, HfHubHTTPError, OSError):
-        raise CheckpointError(
-            f"no folder at {path}, and no such model in the local Hub cache: fetch it with `hf download {path}`"
-        ) from None
-
-
 # Stores ---------------------------------------------------------------------------------------------------------------
 
 
 def is_store(path: str | Path) -> bool:
     """Whether `path` is the folder of a store, sound or not."""
-    return (_local_folder(path) / MANIFEST).exists()
+    return (local_folder(path) / MANIFEST).exists()
 
 
 def stride(site: Site) -> int:
@@ -221,7 +205,7 @@ def verify(path: str | Path, full: bool = False) -> dict:
     Returns `{"experts": n, "tensors": n, "nbytes": n}` of what was checked. Raises CheckpointError, which names the
     first tensor that is not what the conversion wrote.
     """
-    folder = _local_folder(path)
+    folder = local_folder(path)
     source, manifest = _open_store(folder), read_manifest(folder)
     source.close()
     checked = {"experts": sum(site.num_experts for site in source.sites), "tensors": 0, "nbytes": 0}
