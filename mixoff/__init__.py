@@ -12,7 +12,7 @@ _HOMES |= {"MixoffError": "errors", "CheckpointError": "errors", "BudgetError": 
 _HOMES |= {"Scheme": "quantize", "QTensor": "quantize", "verify": "store"}
 _HOMES |= {"Trace": "trace", "Simulation": "simulator", "simulate": "simulator"}
 _MODULES = (
-    "bench", "cache", "checkpoint", "conversion", "errors", "generation", "loading", "models", "policies",
+    "bench", "cache", "checkpoint", "conversion", "errors", "generation", "hardware", "loading", "models", "policies",
     "quantize", "runtime", "shapes", "simulator", "store", "trace", "units",
 )  # fmt: skip
 __all__ = [*_HOMES, *_MODULES]

@@ -23,6 +23,7 @@ COLAB = {
     "ipywidgets": "7.7.1",
     "anywidget": "0.9.21",
     "numba": "0.60.0",
+    "psutil": "5.9.5",
     "rich": "13.9.4",
     "safetensors": "0.5.0",
 }

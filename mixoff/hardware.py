@@ -1,0 +1,442 @@
+"""Memories and links: of well-known machines as they are reported, and of this one as it is measured.
+
+Sizes are in bytes, bandwidths in bytes a second. `sources` of a `Hardware` says of every figure where it comes from:
+`measured` (here, by the functions below), `reported` (by whom) or `assumed` (replace it by your own).
+
+Does not know models.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import mmap
+import os
+import platform
+import random
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import psutil
+
+from mixoff.errors import MixoffError
+from mixoff.units import format_nbytes
+
+GB, GIB, MIB = 10**9, 2**30, 2**20
+PAGE = 4096  # bytes; what direct I/O asks of offsets, sizes and addresses
+SECTIONS = 8  # of the file that is read: at least so many requests a round
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """A machine as a plan sees it.
+
+    device: `cuda`, where the fast tier is the card's memory, or `cpu`, where it is a share of RAM. fast_bytes,
+    ram_bytes, disk_bytes: sizes; ram_bytes is 0 on a CPU, whose RAM is the fast tier already; disk_bytes None is not
+    known. fast_Bps: read bandwidth of the fast tier. link_Bps: from RAM to the fast tier, None on a CPU. disk_Bps:
+    large direct reads. reserved_nbytes: kept free for what no plan counts, the CUDA context or the interpreter.
+    """
+
+    name: str
+    device: str
+    fast_bytes: int
+    ram_bytes: int
+    disk_bytes: int | None
+    fast_Bps: float
+    link_Bps: float | None
+    disk_Bps: float
+    compute_dtype: str
+    reserved_nbytes: int
+    sources: dict[str, str] = field(default_factory=dict)
+
+    def to_dict(self) -> dict:
+        """All figures under their names, `sources` among them."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        sizes = f"{format_nbytes(self.fast_bytes)} at {self.fast_Bps / GB:.0f} GB/s"
+        if self.link_Bps:
+            sizes += f", RAM {format_nbytes(self.ram_bytes)} behind a link of {self.link_Bps / GB:.0f} GB/s"
+        return f"{self.name}: {self.device}, fast memory {sizes}, disk {self.disk_Bps / GB:.1f} GB/s"
+
+
+# Machines by name -----------------------------------------------------------------------------------------------------
+
+BAM = "reported: authors of BaM, GitHub ZaidQureshi/bam #54, pinned copies"
+NVIDIA = "reported: NVIDIA's data sheet, nominal"
+NVME = "reported: vendors, 3 to 7 GB/s for large sequential reads; the lower end"
+CONTEXT = (
+    "reported: PyTorch #107667 (context about 300 MB since CUDA 11.7) and #95668 (cuBLAS 8.5 MB); "
+    "the rest is assumed, for fragments of the allocator"
+)
+CUDA_RESERVED = 512 * MIB
+CPU_RESERVED = 768 * MIB  # interpreter, torch and transformers: 0.4 GiB of anonymous memory, and their libraries
+INTERPRETER = "measured: interpreter, torch and transformers before a model is loaded, docs/plan.md"
+PRIVATE_RAM = "assumed: what is free of 32 GB; give yours with --ram"
+
+
+def _card(
+    name: str, fast: float, memory_GBps: float, link_GBps: float, dtype: str = "bfloat16", **own: str
+) -> Hardware:
+    sources = {
+        "fast_bytes": NVIDIA, "ram_bytes": PRIVATE_RAM, "disk_bytes": "not known: give it with --disk",
+        "fast_Bps": NVIDIA, "link_Bps": BAM, "disk_Bps": NVME, "reserved_nbytes": CONTEXT,
+    }  # fmt: skip
+    sizes = int(fast_GiB * GIB), 28 * GB, None
+    speeds = memory_GBps * GB, link_GBps * GB, 3.0 * GB
+    return Hardware(name, "cuda", *sizes, *speeds, "bfloat16", CUDA_RESERVED, sources | own)
+
+
+def _colab_t4() -> Hardware:
+    sources = {
+        "fast_bytes": "reported: TensorFlow #51951, what CUDA shows of 16 GB",
+        "ram_bytes": "reported: Colab's free machine has 12.7 GB, about 11 of them free",
+        "disk_bytes": "not known: give it with --disk",
+        "fast_Bps": "reported: NVIDIA's data sheet, nominal",
+        "link_Bps": BAM + ", PCIe 3.0 x16",
+        "disk_Bps": "assumed: no published figure was found; `mixoff doctor` measures it",
+        "reserved_nbytes": CONTEXT,
+    }
+    speeds = 320.0 * GB, 12.0 * GB, 0.5 * GB
+    return Hardware("t4", "cuda", int(14.75 * GIB), 11 * GB, None, *speeds, "float16", CUDA_RESERVED, sources)
+
+
+def _laptop() -> Hardware:
+    sources = {
+        "fast_bytes": "assumed: what is free of 16 GB of RAM; give yours with --fast",
+        "ram_bytes": "none: RAM is the fast tier",
+        "disk_bytes": "not known: give it with --disk",
+        "fast_Bps": "assumed: two channels of DDR4-3200 have 51 GB/s nominal, of which a loop reads about 35",
+        "disk_Bps": NVME,
+        "reserved_nbytes": INTERPRETER,
+    }
+    return Hardware("laptop", "cpu", 12 * GB, 0, None, 35.0 * GB, None, 3.0 * GB, "float32", CPU_RESERVED, sources)
+
+
+_PCIE4, _PCIE5 = {"link_Bps": BAM + ", PCIe 4.0 x16"}, {"link_Bps": "assumed: 50 of 63 GB/s nominal, PCIe 5.0 x16"}
+NAMED = {
+    hardware.name: hardware
+    for hardware in (
+        _colab_t4(),
+        _card("rtx-3060", 12, 360, 12, link_Bps=BAM + ", PCIe 3.0 x16"),
+        _card("rtx-3080-mobile", 16, 448, 12, link_Bps="assumed: PCIe 4.0 x8, the width in most laptops"),
+        _card("rtx-3090", 24, 936, 25, **_PCIE4),
+        _card("rtx-4060-laptop", 8, 256, 12, link_Bps="assumed: PCIe 4.0 x8"),
+        _card("rtx-4090", 24, 1008, 25, **_PCIE4),
+        _card("l4", 24, 300, 25, **_PCIE4),
+        _card("a100", 40, 1555, 25, ram_bytes="assumed: a share of a server's RAM; give yours with --ram", **_PCIE4),
+        _card("h100", 80, 3350, 50, ram_bytes="assumed: a share of a server's RAM; give yours with --ram", **_PCIE5),
+        _laptop(),
+    )
+}
+
+
+def named(name: str) -> Hardware:
+    """The machine of that name; `here` is this one, measured once. Raises MixoffError, which lists the names."""
+    if name == "here":
+        return probe()
+    if name not in NAMED:
+        raise MixoffError(f"no hardware {name!r}: choose one of {', '.join(NAMED)}, or 'here' to measure this machine")
+    return NAMED[name]
+
+
+# Sizes of this machine ------------------------------------------------------------------------------------------------
+
+
+def memory_nbytes() -> tuple[int, int]:
+    """Bytes of RAM this process may use, in all and free now: the machine's, or its control group's where smaller."""
+    machine, limit = psutil.virtual_memory(), cgroup_limit()
+    if limit is None or limit[0] >= machine.total:
+        return machine.total, machine.available
+    return limit[0], min(machine.available, limit[0] - limit[1])
+
+
+def cgroup_limit(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> tuple[int, int] | None:
+    """The tightest memory limit of this process's control groups, and the bytes used under it; None without one.
+
+    Reads both versions of Linux's interface: `memory.max`, and `memory.limit_in_bytes`. Files that were only read and
+    may be dropped (`inactive_file`) do not count as used.
+    """
+    try:
+        lines = [line.split(":", 2) for line in own.read_text().splitlines()]
+    except OSError:
+        return None
+    found = []
+    for _, controllers, path in lines:
+        v1 = "memory" in controllers.split(",")
+        if v1 or not controllers:
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if v1 else ("memory.max", "memory.current")
+            found += _limits(root / "memory" if v1 else root, path.strip("/"), *names)
+    return min(found, default=None)
+
+
+def _limits(base: Path, path: str, limit: str, usage: str) -> list[tuple[int, int]]:
+    """Limit and use of a control group and of each that it lies in."""
+    folders = [base, *(base / part for part in _prefixes(path))]
+    found = []
+    for folder in folders:
+        try:
+            text, used = (folder / limit).read_text().strip(), int((folder / usage).read_text())
+            stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        except (OSError, ValueError):
+            continue
+        if text != "max":
+            dropped = int(stat.get("total_inactive_file", stat.get("inactive_file", 0)))
+            found.append((int(text), max(used - dropped, 0)))
+    return found
+
+
+def _prefixes(path: str) -> list[str]:
+    parts = path.split("/") if path else []
+    return ["/".join(parts[: i + 1]) for i in range(len(parts))]
+
+
+def threads_here() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+# Bandwidths of this machine -------------------------------------------------------------------------------------------
+
+
+def read_bandwidth(threads: int | None = None, nbytes: int = 1 << 30, rounds: int = 5) -> float:
+    """Bytes a second that `threads` (default: all cores) read from memory, streaming over `nbytes`; the best round.
+
+    The loop is compiled where numba is installed; NumPy's sum stands in for it elsewhere.
+    """
+    threads = threads_here() if threads is None else threads
+    if threads < 1 or nbytes < 8 * threads or rounds < 1:
+        raise MixoffError(
+            f"cannot measure with {threads} threads, {nbytes} bytes, {rounds} rounds: at least one of each"
+        )
+    pieces, total = np.array_split(np.ones(nbytes // 8, np.int64), threads), _summation()
+    total(pieces[0][:64])
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(total, pieces))
+        return max(
+            sum(p.nbytes for p in pieces) / _seconds(lambda: list(pool.map(total, pieces))) for _ in range(rounds)
+        )
+
+
+@functools.cache
+def _summation() -> Callable[[np.ndarray], int]:
+    """The sum of an int64 array, without holding Python's lock."""
+    try:
+        import numba
+    except ImportError:
+        return np.sum
+
+    @numba.njit("int64(int64[::1])", nogil=True)
+    def total(values: np.ndarray) -> int:
+        result = 0
+        for i in range(values.size):  # twice as fast as iterating over the values
+            result += values[i]
+        return result
+
+    return total
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def disk_bandwidth(
+    folder: str | Path, request_nbytes: int = 16 << 20, depth: int = 1, nbytes: int = 512 << 20
+) -> float:
+    """Bytes a second of random reads of `request_nbytes`, `depth` at a time, past the page cache.
+
+    Writes a file of `nbytes` to `folder` and removes it. Where direct I/O is refused (`direct_io`), the page cache is
+    told to forget the file instead, so that a memory file system shows memory's speed. Raises MixoffError when the
+    folder cannot be written.
+    """
+    if request_nbytes % PAGE or request_nbytes < PAGE or depth < 1:
+        raise MixoffError(f"requests of {request_nbytes} bytes, {depth} at a time: use a multiple of {PAGE}, and one")
+    nbytes = max(nbytes // request_nbytes, SECTIONS) * request_nbytes
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".mixoff-probe-") as file:
+            _fill(file, nbytes)
+            return _read_at_random(file.name, nbytes, request_nbytes, depth)
+    except OSError as error:
+        raise MixoffError(f"cannot measure the disk in {folder}: {error.strerror or error}") from error
+
+
+def _fill(file: tempfile._TemporaryFileWrapper, nbytes: int) -> None:
+    """Random content: some disks compress, and a hole in a file is never read."""
+    piece = np.random.default_rng(0).bytes(MIB)
+    for start in range(0, nbytes, MIB):
+        file.write(piece[: min(MIB, nbytes - start)])
+    file.flush()
+    os.fsync(file.fileno())
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def direct_io(folder: str | Path) -> bool:
+    """Whether files in `folder` can be read past the page cache."""
+    if not hasattr(os, "O_DIRECT"):
+        return False
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".mixoff-probe-") as file:
+            file.write(b"0" * PAGE)
+            file.flush()
+            os.close(os.open(file.name, os.O_RDONLY | os.O_DIRECT))
+            return True
+    except OSError:
+        return False
+
+
+def _read_at_random(path: str, nbytes: int, request: int, depth: int) -> float:
+    offsets = list(range(0, nbytes, request))
+    random.Random(0).shuffle(offsets)
+    fd = os.open(path, os.O_RDONLY | (os.O_DIRECT if direct_io(Path(path).parent) else 0))
+    buffers = [mmap.mmap(-1, request) for _ in range(depth)]
+
+    def read(worker: int) -> None:
+        for offset in offsets[worker::depth]:
+            if hasattr(os, "preadv"):
+                os.preadv(fd, [buffers[worker]], offset)
+            else:
+                os.pread(fd, request, offset)
+
+    try:
+        with ThreadPoolExecutor(depth) as pool:
+            return nbytes / _seconds(lambda: list(pool.map(read, range(depth))))
+    finally:
+        os.close(fd)
+
+
+def link_bandwidth(nbytes: int = 64 << 20, rounds: int = 5) -> float | None:
+    """Bytes a second of copies from pinned memory to the first GPU, timed by its events; None without a GPU.
+
+    Never run on a GPU so far: see docs/plan.md.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    source = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+    target = torch.empty(nbytes, dtype=torch.uint8, device="cuda")
+    return nbytes / min(_device_seconds(lambda: target.copy_(source, non_blocking=True)) for _ in range(rounds + 1))
+
+
+def device_bandwidth(nbytes: int = 256 << 20, rounds: int = 5) -> float | None:
+    """Bytes a second that the first GPU reads from its memory, summing an array; None without a GPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    values = torch.ones(nbytes // 4, dtype=torch.float32, device="cuda")
+    return nbytes / min(_device_seconds(values.sum) for _ in range(rounds + 1))
+
+
+def _device_seconds(work: Callable[[], object]) -> float:
+    import torch
+
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    work()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1000
+
+
+# This machine ---------------------------------------------------------------------------------------------------------
+
+
+def cache_folder() -> Path:
+    """Where figures of this machine are kept: `MIXOFF_CACHE`, or `mixoff` in the user's cache folder."""
+    if own := os.environ.get("MIXOFF_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mixoff"
+
+
+def probe(cached: bool = True, folder: str | Path | None = None) -> Hardware:
+    """This machine, measured: memory, disk (in `folder`, default the cache folder) and link, about ten seconds.
+
+    Bandwidths are kept in the cache folder and reused while cores, RAM and GPU are the same; `cached=False` measures
+    anew. Free memory is looked up at every call.
+    """
+    identity, path = _identity(), cache_folder() / "hardware.json"
+    figures = _read_figures(path, identity) if cached and folder is None else None
+    if figures is None:
+        figures = _measure(folder)
+        _write_figures(path, identity, figures)
+    return _here(figures, Path(folder or cache_folder()))
+
+
+def _identity() -> dict:
+    total, _ = memory_nbytes()
+    return {"machine": platform.machine(), "threads": threads_here(), "memory_nbytes": total, "gpu": gpu_name()}
+
+
+def gpu_name() -> str | None:
+    """Name of the first GPU that torch can use, None without one."""
+    import torch
+
+    return torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
+
+
+def _measure(folder: str | Path | None) -> dict:
+    cache_folder().mkdir(parents=True, exist_ok=True)
+    folder = Path(folder or cache_folder())
+    return {
+        "ram_Bps": read_bandwidth(),
+        "device_Bps": device_bandwidth(),
+        "link_Bps": link_bandwidth(),
+        "disk_Bps": disk_bandwidth(folder),
+        "direct": direct_io(folder),
+    }
+
+
+def _read_figures(path: Path, identity: dict) -> dict | None:
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        return kept["figures"] if kept["identity"] == identity else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _write_figures(path: Path, identity: dict, figures: dict) -> None:
+    """Keep the figures; a cache that cannot be written only costs the next probe."""
+    try:
+        path.write_text(json.dumps({"identity": identity, "figures": figures}, indent=1) + "\n", encoding="utf-8")
+    except OSError:
+        return
+
+
+def _here(figures: dict, folder: Path) -> Hardware:
+    total, free = memory_nbytes()
+    how = "direct reads of 16 MiB, one at a time" if figures["direct"] else "reads of 16 MiB through the page cache"
+    sources = {
+        "fast_Bps": "measured: streaming reads, best of 5",
+        "disk_bytes": f"measured: free space of {folder}",
+        "disk_Bps": f"measured: {how}",
+    }
+    disk = psutil.disk_usage(str(folder)).free
+    if figures["link_Bps"] is None:
+        sources |= {
+            "fast_bytes": f"measured: free now of {format_nbytes(total)} of RAM",
+            "reserved_nbytes": INTERPRETER,
+        }
+        speeds = figures["ram_Bps"], None, figures["disk_Bps"]
+        return Hardware("here", "cpu", free, 0, disk, *speeds, "float32", CPU_RESERVED, sources)
+    return _here_cuda(figures, free, disk, sources)
+
+
+def _here_cuda(figures: dict, free: int, disk: int, sources: dict[str, str]) -> Hardware:
+    """fp16 where bf16 is only emulated, as on a T4."""
+    import torch
+
+    fast = torch.cuda.get_device_properties(0).total_memory
+    dtype = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+    sources |= {"fast_bytes": f"measured: memory of {gpu_name()}", "ram_bytes": "measured: free now"}
+    sources |= {"link_Bps": "measured: pinned copies, best of 6", "reserved_nbytes": CONTEXT}
+    speeds = figures["device_Bps"], figures["link_Bps"], figures["disk_Bps"]
+    return Hardware("here", "cuda", fast, free, disk, *speeds, dtype, CUDA_RESERVED, sources)
