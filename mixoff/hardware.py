@@ -80,9 +80,7 @@ INTERPRETER = "measured: interpreter, torch and transformers before a model is l
 PRIVATE_RAM = "assumed: what is free of 32 GB; give yours with --ram"
 
 
-def _card(
-    name: str, fast: float, memory_GBps: float, link_GBps: float, dtype: str = "bfloat16", **own: str
-) -> Hardware:
+def _card(name: str, fast_GiB: float, memory_GBps: float, link_GBps: float, **own: str) -> Hardware:
     sources = {
         "fast_bytes": NVIDIA, "ram_bytes": PRIVATE_RAM, "disk_bytes": "not known: give it with --disk",
         "fast_Bps": NVIDIA, "link_Bps": BAM, "disk_Bps": NVME, "reserved_nbytes": CONTEXT,
