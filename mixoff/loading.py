@@ -6,7 +6,7 @@ The backbone is loaded by transformers itself; the experts' parameters are remov
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -57,7 +57,8 @@ def load(
     except BaseException:
         source.close()
         raise
-    return _bind(model, runtime)
+    bind(model, runtime)
+    return model
 
 
 def _open(path: str | Path, scheme: str | Scheme | None) -> store.Source:
@@ -146,15 +147,19 @@ def _shell(base: type[PreTrainedModel], quantized: list[str]) -> type[PreTrained
     )
 
 
-def _bind(model: PreTrainedModel, runtime: Runtime) -> PreTrainedModel:
-    modules: Iterable[torch.nn.Module] = shapes.expert_modules(model).values()
-    for i, module in enumerate(modules):
+def bind(model: PreTrainedModel, runtime: Runtime) -> ExitStack:
+    """Let `runtime` serve the experts of `model`; closing what is returned takes every trace of that away again."""
+    undo = ExitStack()
+    for i, module in enumerate(shapes.expert_modules(model).values()):
         module._mixoff = (runtime, i)
-    model.base_model.register_forward_pre_hook(
+        undo.callback(delattr, module, "_mixoff")
+    hook = model.base_model.register_forward_pre_hook(
         lambda _, args, kwargs: _note_pass(runtime, args, kwargs), with_kwargs=True
     )
+    undo.callback(hook.remove)
     model.mixoff = runtime
-    return model
+    undo.callback(delattr, model, "mixoff")
+    return undo
 
 
 def _note_pass(runtime: Runtime, args: tuple, kwargs: dict) -> None:
