@@ -64,7 +64,19 @@ def difference(answer: object, expected: object) -> str | None:
         return f"returned nothing, expected {describe(expected)}"
     if isinstance(expected, (str, bool, dict, set)):
         return None if answer == expected else f"{describe(answer)}, expected {describe(expected)}"
+    if isinstance(expected, tuple):
+        return tuple_difference(answer, expected)
     return array_difference(np.asarray(answer), np.asarray(expected))
+
+
+def tuple_difference(answer: object, expected: tuple) -> str | None:
+    """The same for several answers at once, which are named by their place: first, second, third."""
+    if not isinstance(answer, (tuple, list)) or len(answer) != len(expected):
+        return f"{describe(answer)}, expected {len(expected)} things"
+    for name, one, want in zip(("first", "second", "third"), answer, expected, strict=False):
+        if complaint := difference(one, want):
+            return f"{name} answer: {complaint}"
+    return None
 
 
 def array_difference(answer: np.ndarray, expected: np.ndarray) -> str | None:
@@ -121,13 +133,13 @@ copy_s_per_token = Check(
 
 # ---------------------------------------------------------------- chapter 01
 
-# (scores (T, E), experts a token) -> [experts, weights], both (T, k)
+# (scores (T, E), experts a token) -> experts, weights, both (T, k)
 route = Check(
     (
-        ((np.array([[0.0, 2.0, 1.0, -1.0]]), 1), [[[1]], [[1.0]]]),
-        ((np.log([[1.0, 3.0, 2.0]]), 2), [[[1, 2]], [[0.6, 0.4]]]),
-        ((np.log([[6.0, 1.0, 3.0], [1.0, 0.5, 4.0]]), 2), [[[0, 2], [2, 0]], [[2 / 3, 1 / 3], [0.8, 0.2]]]),
-        ((1000 + np.log([[4.0, 1.0]]), 2), [[[0, 1]], [[0.8, 0.2]]]),
+        ((np.array([[0.0, 2.0, 1.0, -1.0]]), 1), ([[1]], [[1.0]])),
+        ((np.log([[1.0, 3.0, 2.0]]), 2), ([[1, 2]], [[0.6, 0.4]])),
+        ((np.log([[6.0, 1.0, 3.0], [1.0, 0.5, 4.0]]), 2), ([[0, 2], [2, 0]], [[2 / 3, 1 / 3], [8 / 9, 1 / 9]])),
+        ((1000 + np.log([[4.0, 1.0]]), 2), ([[0, 1]], [[0.8, 0.2]])),
     )
 )
 
@@ -155,5 +167,47 @@ repeat_rate = Check(
         (([[0, 1], [1, 2]],), 1.0),
         (([[0, 1], [2, 3], [3, 2]],), 0.5),
         (([[0, 1], [2, 3], [4, 5], [0, 4], [1, 2]],), 0.25),
+    )
+)
+
+
+# ---------------------------------------------------------------- chapter 03
+
+# (weights (G,), bits) -> codes (G,), scale, minimum
+quantize_group = Check(
+    (
+        ((np.array([0.0, 1.0, 2.0, 3.0]), 2), ([0, 1, 2, 3], 1.0, 0.0)),
+        ((np.array([-1.0, 0.45, 0.6, 2.0]), 2), ([0, 1, 2, 3], 1.0, -1.0)),
+        ((np.array([0.5, -0.25, 0.1]), 4), ([15, 0, 7], 0.05, -0.25)),
+        ((np.array([0.7, 0.7]), 2), ([0, 0], 1.0, 0.7)),
+    )
+)
+
+# (codes (n,), bits) -> bytes, the first code in the lowest bits
+pack = Check(
+    (
+        ((np.array([1, 0, 0, 0]), 2), [1]),
+        ((np.array([0, 1, 2, 3]), 2), [228]),
+        ((np.array([3, 3, 3, 3, 0, 0, 0, 2]), 2), [255, 128]),
+        ((np.array([15, 1, 4, 10]), 4), [31, 164]),
+    )
+)
+
+# (bytes, bits) -> codes
+unpack = Check(
+    (
+        ((np.array([228], np.uint8), 2), [0, 1, 2, 3]),
+        ((np.array([255, 128], np.uint8), 2), [3, 3, 3, 3, 0, 0, 0, 2]),
+        ((np.array([31, 164], np.uint8), 4), [15, 1, 4, 10]),
+    )
+)
+
+# (bits, group size, bits of metadata) -> bits that a weight costs
+bits_per_weight = Check(
+    (
+        ((2, 16, 16), 4.0),
+        ((4, 64, 16), 4.5),
+        ((2, 16, 8), 2 + 1 + 0.03125),
+        ((4, 64, 8), 4 + 0.25 + 0.0078125),
     )
 )
