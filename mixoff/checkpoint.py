@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 import math
-import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mixoff import keys
 from mixoff.errors import CheckpointError
 from mixoff.shapes import Part, Site
 
@@ -32,17 +32,6 @@ ITEM_BITS = {
 ITEM_BITS |= {"F8_E4M3": 8, "F8_E5M2": 8, "I8": 8, "U8": 8, "BOOL": 8}
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors format itself
 INDEX = "model.safetensors.index.json"
-
-EXPERT_KEY = re.compile(r"(?:^|\.)layers\.(\d+)\..*\bexperts\.(\d+)\.(\w+)\.weight$")
-FUSED_KEY = re.compile(r"(?:^|\.)layers\.(\d+)\..*\b(?:experts\.(\w+)|(?:block_sparse_moe\.(\w+_linear)\.weight))$")
-FUSED_NAMES = {"input_linear": "gate_up_proj", "output_linear": "down_proj"}  # Granite's
-# names of the matrices, one behind the other, that make a part where each expert has tensors of its own
-MATRICES = {
-    "gate_up_proj": (("w1", "gate_proj"), ("w3", "up_proj")),
-    "up_proj": (("up_proj",),),
-    "down_proj": (("w2", "down_proj"),),
-}
-
 
 Read = Callable[[str, int, memoryview], None]  # of a file, from an offset, until the view is full
 
@@ -137,29 +126,39 @@ def _tensor_range(file: str, entry: dict, base: int) -> TensorRange:
 class Checkpoint:
     """The safetensors files of one model folder. Opening it reads headers only.
 
-    `tensors`: every tensor by its name in the files. Raises CheckpointError for anything missing, damaged or unsafe.
+    `tensors`: every tensor by its name in the files. headers: the tensors by file, where the files are elsewhere.
+    Raises CheckpointError for anything missing, damaged or unsafe.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, headers: Mapping[str, dict[str, TensorRange]] | None = None) -> None:
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise CheckpointError(
                 f"no model folder at {folder}: give the folder that holds config.json and *.safetensors"
             )
         _refuse_quantized(read_json(self.folder / "config.json"), self.folder)
-        self.files = _weight_files(self.folder)
+        self.files = _weight_files(self.folder) if headers is None else sorted(headers)
         self.tensors: dict[str, TensorRange] = {}
         for file in self.files:
-            for name, t in read_header(self.folder / file).items():
+            header = read_header(self.folder / file) if headers is None else headers[file]
+            for name, t in self._full_names(file, header).items():
                 if name in self.tensors:
                     raise CheckpointError(
                         f"{name!r} stands in {t.file} and in {self.tensors[name].file}: keep one of them"
                     )
                 self.tensors[name] = t
 
+    def _full_names(self, file: str, tensors: dict[str, TensorRange]) -> dict[str, TensorRange]:
+        """The tensors of a file by their names in the model."""
+        return tensors
+
+    def stored_sites(self, sites: Iterable[Site]) -> tuple[Site, ...]:
+        """The sites with their parts as this checkpoint has them: its experts may be quantized already."""
+        return tuple(sites)
+
     def expert_names(self) -> set[str]:
         """Names of the tensors that belong to experts; all others are the backbone."""
-        return {name for name in self.tensors if EXPERT_KEY.search(name) or FUSED_KEY.search(name)}
+        return {name for name in self.tensors if keys.parse(name)}
 
     def backbone(self) -> dict[str, tuple[TensorRange, Extent]]:
         """Every tensor that is no expert's by name: as it is once it has been read, and how to read it."""
@@ -181,38 +180,26 @@ class Checkpoint:
             )
         return DTYPES[found.pop()]
 
-    def extents(self, sites: Iterable[Site]) -> dict[tuple[int, int], list[Extent]]:
+    def extents(self, sites: Sequence[Site]) -> dict[tuple[int, int], list[Extent]]:
         """Where the bytes of each expert stand, by (site, expert). Every part of every expert is covered, once."""
-        by_place = self._by_place()
+        places = keys.by_place(self.tensors, sites)
         return {
-            (i, e): [extent for part in site.parts for extent in self._part_extents(by_place, site, e, part)]
+            (i, e): [extent for part in site.parts for extent in self._part_extents(places, sites, i, e, part)]
             for i, site in enumerate(sites)
             for e in range(site.num_experts)
         }
 
-    def _by_place(self) -> dict[tuple, TensorRange]:
-        """Tensors by (layer, expert, matrix), or by (layer, part) when the file holds all experts in one tensor."""
-        places = {}
-        for name, t in self.tensors.items():
-            if m := EXPERT_KEY.search(name):
-                place = (int(m[1]), int(m[2]), m[3])
-            elif m := FUSED_KEY.search(name):
-                place = (int(m[1]), FUSED_NAMES.get(m[3], m[2]))
-            else:
-                continue
-            if place in places:
-                raise CheckpointError(f"layer {place[0]} has two sets of experts, and mixoff cannot tell them apart")
-            places[place] = t
-        return places
-
-    def _part_extents(self, places: dict, site: Site, e: int, part: Part) -> list[Extent]:
-        if fused := places.get((site.layer, part.name)):
-            self._expect(fused, (site.num_experts, *part.shape), site, e)
-            return [Extent(fused.file, fused.offset + e * part.nbytes, part.offset, part.nbytes)]
+    def _part_extents(self, places: dict[keys.Place, str], sites: Sequence[Site], i: int, e: int, part: Part) -> list:
+        """Where a part of expert `e` of site `i` stands: a slice of a tensor, or a tensor for each of its matrices."""
+        site = sites[i]
+        if name := places.get((i, None, part.name)):
+            self._expect(t := self.tensors[name], (site.num_experts, *part.shape), site, e)
+            return [Extent(t.file, t.offset + e * part.nbytes, part.offset, part.nbytes)]
         extents, place = [], part.offset
-        for names in MATRICES.get(part.name, ((part.name,),)):
-            t = next((places[key] for name in names if (key := (site.layer, e, name)) in places), None)
-            self._expect(t, (part.shape[0] // len(MATRICES.get(part.name, (1,))), *part.shape[1:]), site, e)
+        pieces = keys.PIECES.get(part.name, (part.name,))
+        for matrix in pieces:
+            t = self.tensors.get(places.get((i, e, matrix)))
+            self._expect(t, (part.shape[0] // len(pieces), *part.shape[1:]), site, e)
             extents.append(Extent(t.file, t.offset, place, t.nbytes))
             place += t.nbytes
         return extents

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from mixoff.errors import CheckpointError
 
@@ -89,14 +89,30 @@ def read_config(folder: Path) -> PretrainedConfig:
         ) from error
 
 
+def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
+    """transformers' class of language model for `config`, with its image or sound encoder where it has one.
+
+    Raises CheckpointError when there is none.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM
+
+    for auto in (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM):
+        if type(config) in auto._model_mapping:
+            return auto._model_mapping[type(config)]
+    raise CheckpointError(
+        f"{config.model_type} is not supported, because transformers has no class for it that continues a text "
+        "(a causal language model, with or without an image encoder): run it with transformers itself"
+    )
+
+
 def skeleton(config: PretrainedConfig) -> PreTrainedModel:
     """The causal language model of `config` on the meta device: shapes without memory."""
     import torch
-    from transformers import AutoModelForCausalLM
 
+    base = model_class(config)
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            return base._from_config(config)
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         reason = str(error).strip().split("\n")[0]
         raise CheckpointError(f"transformers cannot build a language model from this config.json: {reason}") from error
@@ -111,11 +127,26 @@ def expert_sites(model: PreTrainedModel, dtype: str) -> tuple[Site, ...]:
     """The sites of `model`, in layer order, for experts stored as `dtype`. Raises CheckpointError for a dense model."""
     modules = expert_modules(model)
     if not modules:
-        raise CheckpointError(
-            f"{type(model).__name__} has no experts, so there is nothing to offload: "
-            "mixoff runs Mixture-of-Experts models, such as Mixtral; run a dense model with transformers itself"
-        )
+        _refuse_without_experts(model)
     return tuple(_site(name, module, dtype) for name, module in modules.items())
+
+
+OWN_EXPERTS = re.compile(r"Experts?(V\d+)?$|MoE$|Moe$|MoeBlock$|SparseMLP$")  # names of classes
+
+
+def _refuse_without_experts(model: PreTrainedModel) -> NoReturn:
+    """Say whether `model` is dense, or has experts that transformers computes in a way of its own."""
+    name = type(model).__name__
+    own = next((type(m).__name__ for m in model.modules() if OWN_EXPERTS.search(type(m).__name__)), None)
+    if own:
+        raise CheckpointError(
+            f"{name} is not supported, because its experts ({own}) are not behind the interface of transformers that "
+            "lets others compute them (use_experts_implementation): run it with transformers itself"
+        )
+    raise CheckpointError(
+        f"{name} has no experts, so there is nothing to offload: "
+        "mixoff runs Mixture-of-Experts models, such as Mixtral; run a dense model with transformers itself"
+    )
 
 
 def _site(name: str, module: torch.nn.Module, dtype: str) -> Site:

@@ -1,0 +1,99 @@
+"""Names of the experts' tensors in model files, in the layouts of the Hub, and which expert of which site each one is.
+
+Published files keep the names of the authors' own code, not those of transformers: Mixtral's experts stand under
+`block_sparse_moe.experts.0.w1`, Granite's under `input_linear`. Does not know files, shapes or bytes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from mixoff.errors import CheckpointError
+from mixoff.shapes import Site
+
+LAYER = r"(?P<path>(?:^|.*\.)layers\.(?P<layer>\d+)\.(?:.*\.)?"
+# an expert has tensors of its own: Mixtral, Phi, MiniMax, LFM2 (w1, w2, w3), and nearly all others
+EXPERT_KEY = re.compile(LAYER + r"experts)\.(?P<expert>\d+)\.(?P<name>\w+)\.weight$")
+MATRICES = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+MATRICES |= {name: name for name in ("gate_proj", "up_proj", "down_proj")}
+# one tensor holds a matrix of all experts: gpt-oss and what transformers saves; Aria; Granite
+FUSED_KEY = re.compile(LAYER + r"experts)\.(?P<name>(?:gate_up|up|down)_proj(?:_bias)?|fc[12]\.weight)$")
+LINEAR_KEY = re.compile(LAYER + r"block_sparse_moe)\.(?P<name>(?:in|out)put_linear)\.weight$")
+PARTS = {"fc1.weight": "gate_up_proj", "fc2.weight": "down_proj"}
+PARTS |= {"input_linear": "gate_up_proj", "output_linear": "down_proj"}
+
+# the matrices, one behind the other, that make a part where each expert has tensors of its own
+PIECES = {"gate_up_proj": ("gate_proj", "up_proj")}
+
+Place = tuple[int, int | None, str]  # site, expert in it (None: all of them in one tensor), matrix or part
+
+
+@dataclass(frozen=True)
+class Key:
+    """What a tensor's name says: the set of experts by its path, its layer, and the expert, None for all in one."""
+
+    path: str
+    layer: int
+    expert: int | None
+    part: str
+
+
+def parse(name: str) -> Key | None:
+    """What the name says; None for a tensor of the backbone.
+
+    >>> parse("model.layers.3.block_sparse_moe.experts.5.w2.weight")
+    Key(path='model.layers.3.block_sparse_moe.experts', layer=3, expert=5, part='down_proj')
+    >>> parse("model.layers.3.mlp.experts.gate_up_proj_bias").part, parse("model.layers.3.mlp.gate.weight")
+    ('gate_up_proj_bias', None)
+    """
+    if (m := EXPERT_KEY.match(name)) and m["name"] in MATRICES:
+        return Key(m["path"], int(m["layer"]), int(m["expert"]), MATRICES[m["name"]])
+    if m := FUSED_KEY.match(name) or LINEAR_KEY.match(name):
+        return Key(m["path"], int(m["layer"]), None, PARTS.get(m["name"], m["name"]))
+    return None
+
+
+def by_place(names: Iterable[str], sites: Sequence[Site]) -> dict[Place, str]:
+    """Names of the tensors of all sites by their place. Raises CheckpointError where a place would have two."""
+    sets: dict[int, dict[str, list[tuple[Key, str]]]] = defaultdict(lambda: defaultdict(list))
+    for name in names:
+        if key := parse(name):
+            sets[key.layer][key.path].append((key, name))
+    found: dict[Place, str] = {}
+    for layer in dict.fromkeys(site.layer for site in sites):
+        at = [i for i, site in enumerate(sites) if site.layer == layer]
+        for place, name in _of_layer(sets[layer], at, sites):
+            if place in found:
+                raise CheckpointError(f"{name} and {found[place]} are the same weight: keep one of them")
+            found[place] = name
+    return found
+
+
+def _of_layer(
+    sets: dict[str, list[tuple[Key, str]]], at: list[int], sites: Sequence[Site]
+) -> Iterable[tuple[Place, str]]:
+    """The places of one layer's tensors. `at`: its sites."""
+    if len(at) > 1 and len(sets) == 1:  # Ernie-VL: one list of experts, those of text first, then those of images
+        owners = [(i, e) for i in at for e in range(sites[i].num_experts)]
+        for key, name in next(iter(sets.values())):
+            if key.expert is not None and key.expert < len(owners):
+                yield (*owners[key.expert], key.part), name
+        return
+    for i in at:
+        for key, name in sets.get(_nearest(sites[i].name, sets), ()):
+            yield (i, key.expert, key.part), name
+
+
+def _nearest(site: str, paths: Iterable[str]) -> str | None:
+    """The path that shares most words with the site's name: transformers renames some of them."""
+    words, likeness = set(site.split(".")), {}
+    for path in paths:
+        own = set(path.split("."))
+        likeness[path] = len(words & own) / len(words | own)
+    best = [path for path, value in likeness.items() if value == max(likeness.values())]
+    if len(best) > 1:
+        raise CheckpointError(f"{' and '.join(best)} may both be {site}: mixoff cannot tell these experts apart")
+    return best[0] if best else None

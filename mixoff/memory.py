@@ -1,0 +1,274 @@
+"""Models that are in memory already: `offload` moves their experts behind a runtime, `restore` puts them back.
+
+Letters: **E** experts. Every change to the model pushes what undoes it on one stack, which an error unwinds at once and
+`restore` later. Does not know how experts are cached or computed.
+"""
+
+from __future__ import annotations
+
+import warnings
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from torch import Tensor, nn
+
+from mixoff import layers, shapes, store
+from mixoff.checkpoint import Extent
+from mixoff.errors import CheckpointError, MixoffError
+from mixoff.loading import bind
+from mixoff.quantize import Scheme
+from mixoff.readers import ExpertReader
+from mixoff.runtime import Runtime
+from mixoff.shapes import Site
+from mixoff.units import format_nbytes, parse_nbytes
+
+DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+
+class TensorReader:
+    """Copies expert images from tensors: `tensors[site]` lists places in the image with what stands there, (E, ...)."""
+
+    def __init__(self, tensors: list[list[tuple[int, Tensor]]]) -> None:
+        self.tensors = tensors
+
+    def read_into(self, site: int, expert: int, image: memoryview) -> int:
+        """Fill `image` (writable bytes) with one expert; returns the bytes copied."""
+        total = 0
+        for place, tensor in self.tensors[site]:
+            raw = tensor[expert].contiguous().view(-1).view(torch.uint8).numpy()
+            image[place : place + len(raw)] = memoryview(raw)
+            total += len(raw)
+        return total
+
+    def close(self) -> None:
+        """Let go of the tensors; reading afterwards is an error."""
+        self.tensors = []
+
+
+@dataclass
+class MemorySource:
+    """Experts for a runtime, without a model folder: the same attributes as `store.Source`, as far as it needs them."""
+
+    sites: tuple[Site, ...]
+    dtype: str
+    scheme: Scheme
+    reader: TensorReader | ExpertReader
+
+    @property
+    def expert_nbytes(self) -> int:
+        """Bytes of the largest expert image: the size of a slot."""
+        return max(site.expert_nbytes for site in self.sites)
+
+    def close(self) -> None:
+        """Let go of what the experts are read from."""
+        self.reader.close()
+
+
+def offload(
+    model: nn.Module,
+    fast_bytes: int | str = "6GiB",
+    *,
+    scheme: str | Scheme | None = None,
+    folder: str | Path | None = None,
+    policy: str = "lru",
+    scope: str = "layer",
+    prefetch: str = "auto",
+) -> nn.Module:
+    """Serve the experts of a transformers model that is in memory from `fast_bytes` of it; returns the same model.
+
+    folder: None keeps the experts where they are, as the slow tier, which frees nothing and says so with a warning. A
+    folder takes them as a temporary file, and their memory is given back; `restore` reads them again, then the file
+    goes. scheme: None computes with the weights as they are; a `Scheme` or a preset's name quantizes experts and
+    backbone as `convert` would, until `restore` brings the originals back. policy, scope, prefetch: as for `load`.
+    Raises MixoffError, and leaves the model as it was whenever anything fails. Tested bit for bit against `grouped_mm`.
+    """
+    if prefetch not in ("auto", "none"):
+        raise MixoffError("this version has no prefetch for models in memory: leave prefetch at 'auto'")
+    scheme = Scheme.preset(scheme) if isinstance(scheme, str) else scheme or Scheme()
+    modules, dtype = _experts_in_memory(model)
+    with ExitStack() as undo:
+        source = _source(model, modules, dtype, scheme, folder, undo)
+        undo.callback(source.close)
+        _strip(modules, undo)
+        _quantize_backbone(model, scheme, dtype, undo)
+        runtime = Runtime(source, parse_nbytes(fast_bytes), policy, scope, shapes.torch_dtype(dtype))
+        undo.callback(runtime.close)
+        _switch(model, modules, undo)
+        undo.push(bind(model, runtime))
+        model._mixoff_undo = undo.pop_all()
+    if folder is None:
+        held = format_nbytes(sum(site.num_experts * site.expert_nbytes for site in source.sites))
+        warnings.warn(
+            f"all experts ({held}) stay in memory as the slow tier: to free it, give offload a folder", stacklevel=2
+        )
+    return model
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """Undo `offload`: the same parameters, experts implementation and layers as before; returns the same model.
+
+    Raises MixoffError for a model that is not offloaded.
+    """
+    if undo := vars(model).pop("_mixoff_undo", None):
+        undo.close()
+        return model
+    if "mixoff" in vars(model):
+        raise MixoffError("this model's experts never were in memory: load it with transformers to have them there")
+    raise MixoffError("this model is not offloaded, so there is nothing to restore: mixoff.offload comes first")
+
+
+def _experts_in_memory(model: nn.Module) -> tuple[list[nn.Module], str]:
+    """The modules with experts and their dtype by name; refuses what cannot be offloaded."""
+    if "mixoff" in vars(model):
+        raise MixoffError("this model's experts are offloaded already: mixoff.restore it, or close it, first")
+    modules = list(shapes.expert_modules(model).values())
+    weights = [weight for module in modules for weight in module.parameters(recurse=False)]
+    if devices := sorted({weight.device.type for weight in weights} - {"cpu"}):
+        raise MixoffError(
+            f"experts lie on {devices[0]}, and this version offloads on a CPU: move the model there first"
+        )
+    dtypes = {weight.dtype for weight in weights}
+    if len(dtypes) > 1 or not dtypes <= DTYPES.keys():
+        found = ", ".join(sorted(map(str, dtypes)))
+        raise CheckpointError(f"experts are {found}: mixoff needs one of {', '.join(DTYPES.values())} for all of them")
+    return modules, DTYPES[dtypes.pop()] if dtypes else "float32"
+
+
+# Where the experts go -------------------------------------------------------------------------------------------------
+
+
+def _source(
+    model: nn.Module,
+    modules: list[nn.Module],
+    dtype: str,
+    scheme: Scheme,
+    folder: str | Path | None,
+    undo: ExitStack,
+) -> MemorySource:
+    """The experts of `model` as a runtime reads them; with a folder, written there and gone from memory."""
+    plain = shapes.expert_sites(model, dtype)
+    sites = store.quantized_sites(plain, scheme)
+    reader = TensorReader(
+        [
+            [(part.offset, module.get_parameter(part.name).detach()) for part in site.parts]
+            for site, module in zip(plain, modules, strict=True)
+        ]
+    )
+    served = reader if sites == plain else TensorReader(_quantized(reader, plain, sites, scheme))
+    if folder is None:
+        return MemorySource(sites, dtype, scheme, served)
+    temporary = _temporary(folder, undo)
+    kept = _spill(plain, reader, temporary / "experts.bin")
+    images = kept if sites == plain else _spill(sites, served, temporary / "quantized.bin")
+    _empty(plain, modules, ExpertReader(temporary, kept), undo)
+    return MemorySource(sites, dtype, scheme, ExpertReader(temporary, images))
+
+
+def _quantized(
+    reader: TensorReader, plain: tuple[Site, ...], sites: tuple[Site, ...], scheme: Scheme
+) -> list[list[tuple[int, Tensor]]]:
+    """Images of all experts, (E, nbytes) a site, quantized as `convert` does it."""
+    images = [torch.zeros(site.num_experts, site.expert_nbytes, dtype=torch.uint8) for site in sites]
+    for i, (before, after) in enumerate(zip(plain, sites, strict=True)):
+        for (_, weights), part in zip(reader.tensors[i], after.parts, strict=True):
+            for e, image in enumerate(images[i]):
+                w = weights[e]
+                if part.form is not None:
+                    w = scheme.quantize(w.t() if before.transposed else w, "experts").to_buffer()
+                image[part.offset : part.offset + part.nbytes] = w.contiguous().view(-1).view(torch.uint8)
+    return [[(0, image)] for image in images]
+
+
+def _temporary(folder: str | Path, undo: ExitStack) -> Path:
+    """A new folder inside `folder`, which goes when the model is restored, or is not needed any more."""
+    try:
+        return Path(undo.enter_context(TemporaryDirectory(prefix="mixoff-", dir=folder, ignore_cleanup_errors=True)))
+    except OSError as error:
+        raise MixoffError(f"no temporary file can be made in {folder}: {error.strerror or error}") from error
+
+
+def _spill(sites: tuple[Site, ...], reader: TensorReader, path: Path) -> dict[tuple[int, int], list[Extent]]:
+    """Write the experts one behind the other, aligned as in a store; returns where each stands."""
+    extents = {}
+    try:
+        with path.open("wb") as f:
+            for i, site in enumerate(sites):
+                for e in range(site.num_experts):
+                    image = bytearray(store.stride(site))
+                    reader.read_into(i, e, memoryview(image))
+                    extents[i, e] = [Extent(path.name, f.tell(), 0, site.expert_nbytes)]
+                    f.write(image)
+    except OSError as error:
+        raise MixoffError(f"the experts could not be written to {path.parent}: {error.strerror or error}") from error
+    return extents
+
+
+def _empty(sites: tuple[Site, ...], modules: list[nn.Module], reader: ExpertReader, undo: ExitStack) -> None:
+    """Give the memory of the experts' parameters back; undoing fills them again."""
+    undo.callback(reader.close)
+    for i, (site, module) in enumerate(zip(sites, modules, strict=True)):
+        weights = dict(module.named_parameters(recurse=False))
+        undo.callback(_fill, weights, site, i, reader)
+        for weight in weights.values():
+            weight.data = weight.data.new_empty(0)
+
+
+def _fill(weights: dict[str, nn.Parameter], site: Site, i: int, reader: ExpertReader) -> None:
+    image = bytearray(site.expert_nbytes)
+    filled = {p.name: weights[p.name].data.new_empty(site.num_experts, *p.shape) for p in site.parts}
+    for e in range(site.num_experts):
+        reader.read_into(i, e, memoryview(image))
+        for part in site.parts:
+            raw = torch.frombuffer(image, dtype=torch.uint8, offset=part.offset, count=part.nbytes)
+            filled[part.name][e].view(-1).view(torch.uint8).copy_(raw)
+    for name, weight in filled.items():
+        weights[name].data = weight
+
+
+# What changes in the model --------------------------------------------------------------------------------------------
+
+
+def _strip(modules: list[nn.Module], undo: ExitStack) -> None:
+    """Take the experts' parameters out of their modules."""
+    for module in modules:
+        undo.callback(module._parameters.update, dict(module._parameters))
+        module._parameters.clear()
+
+
+def _quantize_backbone(model: nn.Module, scheme: Scheme, dtype: str, undo: ExitStack) -> None:
+    """Put quantized layers in place of those that `scheme` quantizes; a tied head goes with its embedding."""
+    modules, by_weight = dict(model.named_modules()), {}
+    for name, role in shapes.backbone_roles(model).items():
+        weight = modules[name.removesuffix(".weight")].weight
+        if id(weight) not in by_weight:
+            by_weight[id(weight)] = ([], scheme.quantize(weight.detach(), role))
+        by_weight[id(weight)][0].append(name)
+    quantized = {name: q for names, q in by_weight.values() if q is not None for name in names}
+    for name in quantized:
+        parent, _, child = name.removesuffix(".weight").rpartition(".")
+        undo.callback(setattr, modules[parent], child, modules[name.removesuffix(".weight")])
+    layers.hollow(model, list(quantized))
+    layers.fill(model, quantized, shapes.torch_dtype(dtype))
+
+
+def _switch(model: nn.Module, modules: list[nn.Module], undo: ExitStack) -> None:
+    """Let transformers call mixoff for the experts, compile nothing, and not save a model without its experts."""
+
+    def change(thing: object, name: str, value: object) -> None:
+        undo.callback(setattr, thing, name, getattr(thing, name))
+        setattr(thing, name, value)
+
+    def save_pretrained(*args: object, **kwargs: object) -> None:
+        raise MixoffError(
+            "the experts are offloaded, so save_pretrained would lose them: mixoff.restore the model first"
+        )
+
+    for config in {id(module.config): module.config for module in modules}.values():
+        change(config, "_experts_implementation_internal", "mixoff")
+    if getattr(model, "generation_config", None) is not None:
+        change(model.generation_config, "disable_compile", True)
+    model.save_pretrained = save_pretrained
+    undo.callback(delattr, model, "save_pretrained")
