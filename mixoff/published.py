@@ -1,0 +1,173 @@
+"""Reads the published Mixtral checkpoint with 2-bit experts as it is, and others in its layout.
+
+`lavawolfiee/Mixtral-8x7B-Instruct-v0.1-offloading-demo` came with Eliseev and Mazur, arXiv 2312.17238: a trunk, whose
+attention is in hqq's parts (`….q_proj.W_q`, `….q_proj.meta.scale_q`), and one file an expert, whose tensors have no
+prefix (`w1.W_q`): only the index tells which expert a file holds. Nothing is repacked: an expert's parts are gathered
+into its image, and `strided` computes from them.
+
+Does not know caches or budgets.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from mixoff import shapes, strided
+from mixoff.checkpoint import INDEX, Checkpoint, Extent, TensorRange, read_json
+from mixoff.errors import CheckpointError
+from mixoff.shapes import Part, Site
+from mixoff.strided import FP16_PARTS, U8_PARTS, Form, StridedTensor
+
+EXPERT = re.compile(r"^(?:.*\.)?layers\.(\d+)\..*\bexperts\.(\d+)\.")  # up to the name of the matrix
+PARTS = U8_PARTS + FP16_PARTS
+MATRICES = {"gate_up_proj": ("w1", "w3"), "down_proj": ("w2",)}  # one above the other
+DTYPES = {torch.uint8: "U8", torch.float16: "F16"}
+
+
+def is_published(folder: Path) -> bool:
+    """Whether the index of a model folder has the keys of this layout."""
+    if not (folder / INDEX).is_file():
+        return False
+    weight_map = read_json(folder / INDEX).get("weight_map")
+    return isinstance(weight_map, dict) and any(name.endswith(".W_q") for name in weight_map)
+
+
+def open_checkpoint(folder: str | Path, headers: Mapping[str, dict[str, TensorRange]] | None = None) -> Checkpoint:
+    """The checkpoint in `folder`, in whichever layout it is; `headers` as in `Checkpoint`."""
+    kind = PublishedCheckpoint if is_published(Path(folder)) else Checkpoint
+    return kind(folder, headers)
+
+
+class PublishedCheckpoint(Checkpoint):
+    """A checkpoint in the published layout; `tensors` have the names that its index gives them."""
+
+    def _full_names(self, file: str, tensors: dict[str, TensorRange]) -> dict[str, TensorRange]:
+        """The tensors of a file under the index's names, which begin with the expert that the file holds."""
+        weight_map = read_json(self.folder / INDEX)["weight_map"]
+        wanted = {name for name, holder in weight_map.items() if holder == file}
+        prefixes = {m[0] for name in wanted if (m := EXPERT.match(name))} if wanted.isdisjoint(tensors) else {""}
+        named = {f"{prefix}{name}": t for prefix in prefixes for name, t in tensors.items()}
+        if len(prefixes) != 1 or named.keys() != wanted:
+            raise CheckpointError(
+                f"{self.folder / file} holds other tensors than {INDEX} says: the download is mixed up, fetch it again"
+            )
+        return named
+
+    def expert_names(self) -> set[str]:
+        return {name for name in self.tensors if EXPERT.match(name)}
+
+    def expert_dtype(self) -> str:
+        """What the weights were before they were quantized."""
+        return "float16"
+
+    def stored_sites(self, sites: Iterable[Site]) -> tuple[Site, ...]:
+        places = self._places()
+        return tuple(strided_sites(sites, lambda site, part: self._form(places, site, part)))
+
+    def extents(self, sites: Iterable[Site]) -> dict[tuple[int, int], list[Extent]]:
+        places = self._places()
+        return {
+            (i, e): [x for part in site.parts for x in merge(self._gather(places, site, e, part))]
+            for i, site in enumerate(sites)
+            for e in range(site.num_experts)
+        }
+
+    def _places(self) -> dict[tuple[int, int, str], TensorRange]:
+        """Tensors of experts by (layer, expert, name within the expert)."""
+        found = ((EXPERT.match(name), t) for name, t in self.tensors.items())
+        return {(int(m[1]), int(m[2]), m.string[m.end() :]): t for m, t in found if m}
+
+    def _form(self, places: dict, site: Site, part: Part) -> Form:
+        """How a part of all experts is stored, read off the first one's shapes."""
+        names = MATRICES.get(part.name)
+        if names is None:
+            raise CheckpointError(f"{self.folder} quantizes {part.name}, which mixoff does not read in this layout")
+        rows = part.shape[0] // len(names)
+        parts = {name: places.get((site.layer, 0, f"{names[0]}.{name}")) for name in PARTS}
+        return replace(self.form_of((rows, part.shape[1]), parts, site.name), matrices=len(names))
+
+    def form_of(self, shape: tuple[int, int], parts: dict[str, TensorRange | None], name: str) -> Form:
+        """How a matrix (N, K) is stored, from the shapes of its parts."""
+        codes, scales = parts["W_q"], parts["meta.scale_q"]
+        if codes is None or scales is None or len(codes.shape) != 2 or 0 in codes.shape or len(scales.shape) != 2:
+            raise CheckpointError(f"{self.folder} lacks weights of {name}: the download is incomplete, fetch it again")
+        group_size = shape[0] * shape[1] // codes.shape[1]
+        form = Form(8 * codes.shape[0] // max(1, group_size), group_size, scales.shape[0])
+        try:
+            form.check(shape)
+        except ValueError as error:
+            raise CheckpointError(f"{self.folder}: {name} has shape {codes.shape} in {codes.file}: {error}") from None
+        return form
+
+    def _gather(self, places: dict, site: Site, e: int, part: Part) -> Iterable[Extent]:
+        form = Form(*part.form[1:])
+        parts, nbytes = strided.layout(part.shape, form)
+        for i, matrix in enumerate(MATRICES[part.name]):
+            for name, (shape, dtype, at) in parts.items():
+                t = places.get((site.layer, e, f"{matrix}.{name}"))
+                self._expect(t, shape, site, e)
+                if t.dtype != DTYPES[dtype]:
+                    raise CheckpointError(f"{matrix}.{name} in {t.file} is {t.dtype}, expected {DTYPES[dtype]}")
+                yield Extent(t.file, t.offset, part.offset + i * nbytes + at, t.nbytes)
+
+
+def stored_sites(sites: tuple[Site, ...], entries: list[dict]) -> tuple[Site, ...]:
+    """The sites in the form that a store's manifest gives to all weights, where it is one of this layout."""
+    forms = {part["name"]: part["form"] for entry in entries for part in entry["parts"]}
+    if not any(form and form[0] == strided.KIND for form in forms.values()):
+        return sites
+    return tuple(strided_sites(sites, lambda _, part: Form(*forms[part.name][1:])))
+
+
+def strided_sites(sites: Iterable[Site], form_of: object) -> Iterable[Site]:
+    """The sites with every part in the form `form_of(site, part)`."""
+    for site in sites:
+        parts = []
+        for part in site.parts:
+            form = form_of(site, part)
+            parts.append(replace(part, nbytes=strided.packed_nbytes(part.shape, form), form=form.to_tuple()))
+        yield replace(site, parts=shapes.place(parts))
+
+
+def merge(extents: Iterable[Extent]) -> list[Extent]:
+    """Neighbours in file and image as one: an expert of the published files is six reads, not 21."""
+    merged: list[Extent] = []
+    for x in extents:
+        if merged and (last := merged[-1]).file == x.file and x.offset == last.offset + last.nbytes:
+            if x.place == last.place + last.nbytes:
+                merged[-1] = replace(last, nbytes=last.nbytes + x.nbytes)
+                continue
+        merged.append(x)
+    return merged
+
+
+# The backbone ---------------------------------------------------------------------------------------------------------
+
+
+def read_backbone(folder: Path) -> tuple[dict[str, StridedTensor], dict[str, torch.Tensor]]:
+    """The quantized weights of the backbone by name (`….q_proj.weight`), and all its other tensors."""
+    from safetensors import SafetensorError, safe_open
+
+    checkpoint = open_checkpoint(folder)
+    try:
+        tensors = {}
+        for file in sorted({checkpoint.tensors[name].file for name in checkpoint.backbone()}):
+            with safe_open(folder / file, framework="pt") as f:
+                tensors |= {name: f.get_tensor(name) for name in f.keys()}
+    except SafetensorError as error:
+        raise CheckpointError(f"{folder / file} is damaged ({error}): fetch it again") from None
+    weights = dict(shapes.skeleton(shapes.read_config(folder)).named_parameters())
+    quantized = {}
+    for layer in [name.removesuffix(".W_q") for name in tensors if name.endswith(".W_q")]:
+        if (name := f"{layer}.weight") not in weights:
+            raise CheckpointError(f"{folder} quantizes {layer}, and config.json describes a model without it")
+        ranges = {part: checkpoint.tensors.get(f"{layer}.{part}") for part in PARTS}
+        form = checkpoint.form_of(tuple(weights[name].shape), ranges, layer)
+        parts = {part: tensors.pop(f"{layer}.{part}") for part in PARTS if f"{layer}.{part}" in tensors}
+        quantized[name] = StridedTensor.from_parts(tuple(weights[name].shape), form, parts)
+    return quantized, tensors
