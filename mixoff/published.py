@@ -138,11 +138,11 @@ def merge(extents: Iterable[Extent]) -> list[Extent]:
     """Neighbours in file and image as one: an expert of the published files is six reads, not 21."""
     merged: list[Extent] = []
     for x in extents:
-        if merged and (last := merged[-1]).file == x.file and x.offset == last.offset + last.nbytes:
-            if x.place == last.place + last.nbytes:
-                merged[-1] = replace(last, nbytes=last.nbytes + x.nbytes)
-                continue
-        merged.append(x)
+        last = merged[-1] if merged else Extent("", 0, 0, 0)
+        if (x.file, x.offset, x.place) == (last.file, last.offset + last.nbytes, last.place + last.nbytes):
+            merged[-1] = replace(last, nbytes=last.nbytes + x.nbytes)
+        else:
+            merged.append(x)
     return merged
 
 

@@ -2,8 +2,8 @@
 
 Letters: **N** outputs (rows), **K** inputs (columns), **G** group size, **R** = N/G rows from one member of a group to
 the next, **M** = R*K groups, **C** columns of the scales' metadata.
-A group is G weights of one input, R outputs apart: `w = (q - zero) * scale`. Scales and zeros are 8-bit codes: a scale's
-grid is one of C, by the group's number modulo C; all zeros share one grid. Bytes are those of the files, never changed.
+A group is G weights of one input, R outputs apart: `w = (q - zero) * scale`. Scales and zeros are codes of 8 bits: a
+scale's grid is one of C, by the group's number modulo C; all zeros share one. Bytes are those of the files, unchanged.
 
 Several such matrices one above the other make a weight (gate and up of an expert). Does not know models, files or
 kernels.

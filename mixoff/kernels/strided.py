@@ -46,7 +46,7 @@ def linear(x: torch.Tensor, w: StridedTensor) -> torch.Tensor:
 
 
 def _arrays(parts: dict[str, torch.Tensor]) -> tuple:
-    """Codes (G * bits / 8, M), codes of scales (M,) and zeros (M,), the scales' grids (C,) and the zeros' two numbers."""
+    """Codes (G * bits / 8, M), codes of scales (M,) and zeros (M,), the scales' grids (C,), the zeros' two numbers."""
     codes, scales, zeros = (parts[name].numpy() for name in ("W_q", "meta.scale_q", "meta.zero_q"))
     grids = [parts[f"meta.meta_scale.{name}"].float().numpy().ravel() for name in ("scale", "zero")]
     numbers = [np.float32(parts[f"meta.meta_zero.{name}"].item()) for name in ("scale", "zero")]
