@@ -49,8 +49,10 @@ STATES = (
     ("resident, not asked for", "", "#D9D9D9"),
     ("hit", "h", OKABE_ITO["sky"]),
     ("miss", "M", OKABE_ITO["vermillion"]),
+    ("prefetched", "p", OKABE_ITO["yellow"]),
+    ("evicted", "x", "#FFFFFF"),
 )
-AWAY, RESIDENT, HIT, MISS = range(len(STATES))
+AWAY, RESIDENT, HIT, MISS, PREFETCHED, EVICTED = range(len(STATES))
 LINE = "#999999"
 
 
@@ -96,7 +98,7 @@ def byte_bars(parts: Mapping[str, float], limits: Mapping[str, float], unit: str
 def expert_grids(grids: Sequence[np.ndarray], titles: Sequence[str], columns: int = 3) -> Figure:
     """Small multiples, one grid a token: layers down, experts across, each cell one of STATES by colour and letter.
 
-    grids: arrays of codes AWAY, RESIDENT, HIT or MISS, each (L, E).
+    grids: arrays of codes AWAY, RESIDENT, HIT, MISS, PREFETCHED or EVICTED, each (L, E); the legend names those seen.
     """
     L, E = grids[0].shape
     rows = -(-len(grids) // columns)
@@ -110,7 +112,8 @@ def expert_grids(grids: Sequence[np.ndarray], titles: Sequence[str], columns: in
     for ax in axes[-1]:
         ax.set(xticks=[0.5, E - 0.5], xticklabels=[0, E - 1], xlabel="expert")
     axes[0, 0].invert_yaxis()
-    keys = [Patch(facecolor=colour, edgecolor=LINE, label=f"{name} {letter}") for name, letter, colour in STATES]
+    seen = [STATES[code] for code in sorted({AWAY, RESIDENT, HIT, MISS}.union(*map(np.unique, grids)))]
+    keys = [Patch(facecolor=colour, edgecolor=LINE, label=f"{name} {letter}") for name, letter, colour in seen]
     fig.legend(handles=keys, loc="outside lower center", ncols=len(keys), frameon=False)
     return fig
 

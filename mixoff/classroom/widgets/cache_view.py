@@ -1,0 +1,208 @@
+"""A grid of layers by experts that shows a cache at work: live from a runtime's events, or replayed from a trace.
+
+Letters: **L** MoE layers, **E** experts a layer, **T** tokens.
+One frame a token: a byte for each expert. Frames travel to the browser as base64 in one JSON trait (Colab drops binary
+buffers of new widgets), at most MAX_FPS a second, the last one always. Does not know models or policies.
+"""
+
+from __future__ import annotations
+
+import base64
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import anywidget
+import numpy as np
+import traitlets
+
+from mixoff.cache import HIT as GRANTED
+from mixoff.cache import ExpertCache
+from mixoff.classroom import plots
+from mixoff.units import format_nbytes
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from mixoff.runtime import Event, Runtime
+    from mixoff.trace import Trace
+
+HERE = Path(__file__).parent
+STATES = ("in the slow tier", "resident", "hit", "miss", "prefetched", "evicted")
+AWAY, RESIDENT, HIT, MISS, PREFETCHED, EVICTED = range(len(STATES))
+CODES = {"hit": HIT, "miss": MISS, "prefetch": PREFETCHED, "evict": EVICTED}
+AFTERWARDS = np.array([AWAY, RESIDENT, RESIDENT, RESIDENT, PREFETCHED, AWAY], np.uint8)  # of each state, a token later
+MAX_FPS = 20
+MAX_RECORDED = 2_000_000  # bytes of frames kept for replay; longer runs keep the last tokens
+RATES = 200  # hit rates in the line
+
+
+def _text(data: bytes) -> str:
+    return base64.b64encode(data).decode("ascii")
+
+
+class CacheView(anywidget.AnyWidget):
+    """Live: `view = CacheView(model.mixoff, tokenizer)`, display it, and `model.generate(..., streamer=view)` in `with
+    view:`. The streamer shows tokens beside the grid; without it the grid still moves. After the `with` the run can be
+    replayed: play, step, scrub.
+
+    hits, misses, nbytes: of decoding; a prompt fills the first frame and is counted apart. Under 0.5 ms a token for 48
+    layers of 128 experts (docs/benchmarks.md).
+    """
+
+    _esm = HERE / "cache_view.js"
+    _css = HERE / "cache_view.css"
+    layers = traitlets.List(traitlets.Int()).tag(sync=True)  # numbers of the MoE layers
+    experts = traitlets.Int().tag(sync=True)
+    live = traitlets.Dict().tag(sync=True)  # the newest frame
+    recording = traitlets.Dict().tag(sync=True)  # all frames, for replay without a kernel
+
+    def __init__(self, runtime: Runtime | None = None, tokenizer: Any = None, **shape: Any) -> None:
+        if runtime is not None:
+            sites = runtime.source.sites
+            shape = {"layers": [site.layer for site in sites], "experts": max(site.num_experts for site in sites)}
+        super().__init__(**shape)
+        self._row = {layer: i for i, layer in enumerate(self.layers)}
+        self._cells = np.zeros((len(self.layers), self.experts), np.uint8)  # (L, E)
+        self._tokenizer, self._stop, self._due = tokenizer, None, 0.0
+        self._token, self._prompt_seen, self._dirty = None, False, False
+        self.hits = self.misses = self.nbytes = 0
+        self._frames: list[bytes] = []
+        self._stats: list[tuple[int, int, int, int]] = []  # hits, misses, bytes, residents after each token
+        self._words: list[str] = []
+        if runtime is not None:
+            for layer, expert in runtime.resident():
+                self._cells[self._row[layer], expert] = RESIDENT
+            self._stop = runtime.on_event(self.note)
+
+    @classmethod
+    def replay(
+        cls, trace: Trace, slots: int = 4, policy: str = "lru", scope: str = "layer", words: Sequence[str] = ()
+    ) -> CacheView:
+        """The cache that `mixoff.simulate` counts, token by token. words: text of each token, shown beside the grid."""
+        view = cls(layers=[int(layer) for layer in trace.layers], experts=trace.num_experts)
+        L, E = len(trace.layers), trace.num_experts
+        capacities = [min(slots, E)] * L if scope == "layer" else [min(slots, E) * L]
+        cache = ExpertCache(capacities, policy)
+        nbytes = trace.expert_nbytes or 0
+        for t in range(trace.tokens):
+            for layer in range(L):
+                view._request(cache, layer if scope == "layer" else 0, layer, trace, t, nbytes)
+            view._end_token(words[t] if t < len(words) else "")
+        view._publish_recording()
+        return view
+
+    def _request(self, cache: ExpertCache, pool: int, layer: int, trace: Trace, t: int, nbytes: int) -> None:
+        prompt = bool(trace.is_prompt[t])
+        keys = [(layer, int(e)) for e in trace.experts[t, layer]]
+        for grant in cache.access(pool, keys, prompt):
+            if grant.evicted is not None:
+                self._cells[grant.evicted] = EVICTED
+            hit = grant.kind == GRANTED
+            self._cells[grant.key] = HIT if hit else MISS
+            if not prompt:
+                self.hits, self.misses, self.nbytes = (
+                    self.hits + hit,
+                    self.misses + (not hit),
+                    self.nbytes + (not hit) * nbytes,
+                )
+
+    # live
+
+    def note(self, event: Event) -> None:
+        """Take in one event of a runtime."""
+        if event.kind not in CODES:
+            return
+        if event.token != self._token and self._dirty and self._tokenizer is None:
+            self._end_token("")
+        self._token, self._dirty = event.token, True
+        self._cells[self._row[event.layer], event.expert] = CODES[event.kind]
+        if event.phase == "decode":
+            self.nbytes += event.nbytes
+            self.hits += event.kind == "hit"
+            self.misses += event.kind == "miss"
+
+    def put(self, ids: Any) -> None:
+        """As a streamer of transformers: the prompt first, then one new token at a time."""
+        if not self._prompt_seen:
+            self._prompt_seen = True
+            return
+        text = "" if self._tokenizer is None else self._tokenizer.decode(ids.flatten().tolist())
+        self._end_token(text)
+
+    def end(self) -> None:
+        """As a streamer of transformers: the text is complete."""
+        self._prompt_seen = False
+        self.flush()
+
+    def _end_token(self, word: str) -> None:
+        self._dirty = False
+        self._frames.append(self._cells.tobytes())
+        residents = int(np.isin(self._cells, (RESIDENT, HIT, MISS, PREFETCHED)).sum())
+        self._stats.append((self.hits, self.misses, self.nbytes, residents))
+        self._words.append(word)
+        if len(self._frames) * self._cells.size > MAX_RECORDED:
+            del self._frames[0], self._stats[0], self._words[0]
+        if time.monotonic() >= self._due:
+            self.flush()
+        self._cells = AFTERWARDS[self._cells]
+
+    def flush(self) -> None:
+        """Show the newest frame now."""
+        if self._frames and self._stop is not None:
+            self._due = time.monotonic() + 1 / MAX_FPS
+            rates = [h / (h + m) if h + m else 0 for h, m, _, _ in self._stats[-RATES:]]
+            self.live = {
+                "token": len(self._stats) - 1, "stats": self._stats[-1], "cells": _text(self._frames[-1]),
+                "words": self._words[-30:], "rates": [round(rate, 3) for rate in rates],
+            }  # fmt: skip
+
+    def close(self) -> None:
+        """Stop listening, then close as any widget."""
+        self.detach()
+        super().close()
+
+    def detach(self) -> None:
+        """Stop listening, and make the run so far replayable."""
+        if self._stop is not None:
+            if self._dirty:
+                self._end_token("")
+            self.flush()
+            self._stop()
+            self._stop = None
+            self._publish_recording()
+
+    def __enter__(self) -> CacheView:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.detach()
+
+    def _publish_recording(self) -> None:
+        self.recording = {"cells": _text(b"".join(self._frames)), "stats": self._stats, "words": self._words}
+
+    # twins
+
+    @property
+    def tokens(self) -> int:
+        """Frames that can be replayed."""
+        return len(self._frames)
+
+    def summary(self) -> str:
+        """The run in one line of text."""
+        rate = f"{self.hits / (self.hits + self.misses):.3f}" if self.hits + self.misses else "-"
+        moved = f", {format_nbytes(self.nbytes)} moved" if self.nbytes else ""
+        return f"{self.tokens} tokens: {self.hits} hits, {self.misses} misses, hit rate {rate}{moved}"
+
+    def figure(self, tokens: Sequence[int] = (0, -1)) -> Figure:
+        """The frames of `tokens` as a still figure."""
+        shape = (len(self.layers), self.experts)
+        grids = [np.frombuffer(self._frames[t], np.uint8).reshape(shape) for t in tokens]
+        to_plot = np.array([plots.AWAY, plots.RESIDENT, plots.HIT, plots.MISS, plots.PREFETCHED, plots.EVICTED])
+        places = [t % self.tokens for t in tokens]
+        titles = [f"token {t} {self._words[t]!r}" if self._words[t] else f"token {t}" for t in places]
+        return plots.expert_grids([to_plot[grid] for grid in grids], titles, columns=min(3, len(grids)))
+
+    def __repr__(self) -> str:
+        return f"CacheView({len(self.layers)} layers, {self.experts} experts)"

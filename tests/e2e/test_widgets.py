@@ -1,0 +1,202 @@
+"""The widgets' own modules in Chromium, without Jupyter: what Python computed is what the page says.
+
+A fake model stands for the kernel. The chapters' tests drive the same widgets in JupyterLab.
+"""
+
+import json
+
+import numpy as np
+import pytest
+
+import mixoff
+from mixoff import models
+from mixoff.classroom.widgets import CacheView, EvictionStepper
+
+pytestmark = pytest.mark.e2e
+HOME = "http://widgets.invalid/"
+MOUNT = """async ([source, css, state]) => {
+    const module = (await import(URL.createObjectURL(new Blob([source], {type: "text/javascript"})))).default;
+    const handlers = {};
+    window.model = {
+        get: (name) => state[name],
+        set: (name, value) => { state[name] = value; (handlers["change:" + name] || []).forEach((fn) => fn()); },
+        on: (name, fn) => (handlers[name] ??= []).push(fn), off: () => {}, save_changes: () => {},
+    };
+    document.head.insertAdjacentHTML("beforeend", `<style>${css}</style>`);
+    await module.render({model: window.model, el: document.getElementById("widget")});
+    await new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)));
+}"""
+BODY = '<!doctype html><html lang="en"><body><div id="widget"></div></body></html>'
+
+
+@pytest.fixture
+def mount(browser):
+    """A function that shows a widget in an empty page and returns the page, with its complaints."""
+    pages = []
+
+    def show(widget, dark=False):
+        context = browser.new_context(color_scheme="dark" if dark else "light", viewport={"width": 900, "height": 500})
+        pages.append(context)
+        page = context.new_page()
+        page.complaints = []
+        page.on("pageerror", lambda error: page.complaints.append(str(error)))
+        page.on("console", lambda line: page.complaints.append(line.text) if line.type == "error" else None)
+        page.route("**/*", lambda route: route.fulfill(body=BODY, content_type="text/html"))
+        page.goto(HOME)
+        names = [
+            name
+            for name in widget.traits(sync=True)
+            if not name.startswith("_") and name not in ("layout", "tabbable", "tooltip")
+        ]
+        state = json.loads(json.dumps({name: getattr(widget, name) for name in names}))
+        page.evaluate(MOUNT, [str(widget._esm), str(widget._css), state])
+        return page
+
+    yield show
+    for context in pages:
+        context.close()
+
+
+def figures(page, root=".mixoff-cache"):
+    """What the widget's element says of the frame that it shows."""
+    return {
+        name: int(value)
+        for name, value in page.locator(root).evaluate("e => ({...e.dataset})").items()
+        if value.isdigit()
+    }
+
+
+@pytest.fixture(scope="module")
+def novel():
+    trace = mixoff.trace.load_domains(models.path() / "traces.npz")["novel"]
+    return trace.select(np.arange(60))
+
+
+def test_replay_shows_what_the_simulator_counts(mount, novel):
+    page = mount(CacheView.replay(novel, slots=4, words=[f" w{t}" for t in range(60)]))
+    for token in (0, 1, 30, 59):
+        page.locator(".scrub").evaluate("(e, t) => { e.value = t; e.dispatchEvent(new Event('input')); }", token)
+        counted = mixoff.simulate(novel.select(np.arange(token + 1)), slots=4)
+        shown = figures(page)
+        assert (shown["token"], shown["hits"], shown["misses"]) == (token, counted.hits, counted.misses)
+        assert shown["resident"] == counted.misses - counted.evictions
+        assert page.locator(".words b").inner_text().strip() == f"w{token}"
+    assert shown["tokens"] == 60 and page.complaints == []
+
+
+def test_replay_plays_steps_and_obeys_the_keyboard(mount, novel):
+    page = mount(CacheView.replay(novel, slots=3))
+    page.locator(".step").click()
+    page.locator(".step").click()
+    page.locator(".back").click()
+    assert figures(page)["token"] == 1
+    page.locator(".scrub").focus()
+    page.keyboard.press("ArrowRight")
+    assert figures(page)["token"] == 2
+    page.locator(".speed").select_option("30")
+    page.locator(".scrub").evaluate("e => { e.value = 55; e.dispatchEvent(new Event('input')); }")
+    page.locator(".play").focus()
+    page.keyboard.press("Enter")
+    page.wait_for_function("() => document.querySelector('.mixoff-cache').dataset.token === '59'", timeout=5000)
+    page.wait_for_function("() => document.querySelector('.play').textContent === 'Play'", timeout=5000)
+    assert page.locator(".step").is_disabled() and page.complaints == []
+
+
+def test_live_frames_are_drawn_as_they_come(mount):
+    view = CacheView(layers=[0, 1], experts=3)
+    page = mount(view)
+    frame = {
+        "token": 7,
+        "stats": [3, 1, 2048, 4],
+        "cells": "AQIDBAUA",
+        "words": ["so", " it", " goes"],
+        "rates": [0.5, 0.75],
+    }
+    page.evaluate("frame => window.model.set('live', frame)", frame)
+    assert figures(page) | {"paints": 0} == {
+        "token": 7,
+        "hits": 3,
+        "misses": 1,
+        "resident": 4,
+        "bytes": 2048,
+        "paints": 0,
+    }
+    assert (
+        page.locator(".stats").inner_text()
+        == "token 7: hit rate 0.750, 3 hits, 1 misses, 4 of 6 experts resident, 2.0 KiB moved"
+    )
+    assert page.locator(".words").inner_text() == "so it goes"
+    assert page.locator(".bar").is_hidden(), "a live view has nothing to replay yet"
+    assert "2 layers by 3 experts" in page.locator(".grid canvas").get_attribute("aria-label")
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_states_differ_in_greyscale_and_stand_out_from_the_page(mount, novel, dark):
+    """Letters are drawn on every asked cell, and text is legible on its ground: contrast of at least 4.5 to 1."""
+    page = mount(CacheView.replay(novel, slots=4), dark)
+    colours = page.locator(".mixoff-cache").evaluate(
+        "e => { const s = getComputedStyle(e); return [s.color, s.backgroundColor]; }"
+    )
+    luminance = [relative_luminance([int(x) for x in c[c.index("(") + 1 : -1].split(",")[:3]]) for c in colours]
+    assert (max(luminance) + 0.05) / (min(luminance) + 0.05) >= 4.5
+    inked = page.evaluate(INKED)
+    assert all(inked[state] for state in ("hit", "miss", "prefetched", "evicted")) and not inked["resident"]
+
+
+INKED = """() => Object.fromEntries([...document.querySelectorAll('.legend span')].map((span) => {
+    const c = span.querySelector('canvas'), d = c.getContext('2d').getImageData(2, 2, c.width - 4, c.height - 4).data;
+    const first = [d[0], d[1], d[2]].join();
+    let inked = false;
+    for (let i = 0; i < d.length; i += 4) inked ||= [d[i], d[i + 1], d[i + 2]].join() !== first;
+    return [span.textContent.split(' (')[0], inked];
+}))"""
+
+
+def relative_luminance(rgb):
+    """As WCAG 2 defines it."""
+    linear = [c / 255 / 12.92 if c / 255 <= 0.04045 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in rgb]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def test_large_grid_is_painted_in_time(mount):
+    """48 layers of 128 experts: 40 random frames, each painted; a time limit that only a mistake of kind breaks."""
+    rng = np.random.default_rng(0)
+    view = CacheView(layers=list(range(48)), experts=128)
+    page = mount(view)
+    import base64
+
+    frames = [base64.b64encode(rng.integers(0, 6, 48 * 128, dtype=np.uint8).tobytes()).decode() for _ in range(40)]
+    page.evaluate(
+        """frames => frames.forEach((cells, token) =>
+        window.model.set('live', {token, stats: [1, 1, 1, 1], cells, words: [], rates: []}))""",
+        frames,
+    )
+    assert figures(page)["token"] == 39 and figures(page)["paints"] >= 40
+
+
+@pytest.mark.parametrize("policy", ["lru", "belady"])
+def test_stepper_asks_and_keeps_score(mount, policy):
+    stepper = EvictionStepper([1, 2, 3, 1, 2, 4, 1], slots=2, policies=("lru", "belady"))
+    page = mount(stepper)
+    page.locator(".policy").select_option(policy)
+    for step in stepper.steps[policy]:
+        page.locator(".step").click()
+        if step["evicted"] is not None:
+            assert page.locator(".mixoff-stepper").get_attribute("data-asking") == "true"
+            page.locator(".slots button", has_text=str(step["evicted"])).click()
+        assert page.locator(".mixoff-stepper").get_attribute("data-asking") == "false"
+    root = page.locator(".mixoff-stepper")
+    hits = sum(step["hit"] for step in stepper.steps[policy])
+    assert int(root.get_attribute("data-hits")) == hits and int(root.get_attribute("data-misses")) == 7 - hits
+    evictions = sum(step["evicted"] is not None for step in stepper.steps[policy])
+    assert page.locator(".score").inner_text() == f"{evictions} of {evictions} guesses right"
+    assert page.locator(".step").is_disabled() and page.complaints == []
+
+
+def test_stepper_says_what_was_wrong(mount):
+    page = mount(EvictionStepper([1, 2, 3], slots=2, policies=("lru",)))
+    for _ in range(3):
+        page.locator(".step").click()
+    page.locator(".slots button", has_text="2").click()
+    assert page.locator(".said").inner_text() == "No: lru keeps 2. Expert 3 takes the place of expert 1: a miss."
+    assert page.locator(".score").inner_text() == "0 of 1 guesses right"
