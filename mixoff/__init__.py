@@ -7,14 +7,16 @@ from importlib import import_module
 
 __version__ = "0.1.0"
 
-_HOMES = {"load": "loading", "Runtime": "runtime", "CacheInfo": "runtime", "Event": "runtime", "convert": "conversion"}
+_HOMES = {"load": "loading", "Runtime": "runtime", "CacheInfo": "events", "Event": "events", "convert": "conversion"}
 _HOMES |= {"MixoffError": "errors", "CheckpointError": "errors", "BudgetError": "errors", "ExpertCache": "cache"}
 _HOMES |= {"Scheme": "quantize", "QTensor": "quantize", "verify": "store"}
 _HOMES |= {"offload": "memory", "restore": "memory"}
 _HOMES |= {"Trace": "trace", "Simulation": "simulator", "simulate": "simulator"}
+_HOMES |= {"plan": "planner", "Plan": "planner"}
 _MODULES = (
-    "bench", "cache", "checkpoint", "conversion", "errors", "generation", "hardware", "keys", "loading", "memory", "models", "policies",
-    "quantize", "routers", "runtime", "shapes", "simulator", "store", "trace", "units",
+    "bench", "cache", "checkpoint", "conversion", "errors", "generation", "hardware", "keys", "loading", "memory",
+    "models", "planner", "policies", "presets", "quantize", "routers", "runtime", "shapes", "simulator", "sizes",
+    "store", "timeline", "trace", "units",
 )  # fmt: skip
 __all__ = [*_HOMES, *_MODULES]
 

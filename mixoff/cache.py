@@ -9,13 +9,14 @@ Does not know tensors, files or time.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from mixoff.errors import BudgetError, MixoffError
-from mixoff.policies import POLICIES, Key, Policy
+from mixoff.policies import LRU, POLICIES, Key, Policy
 
 HIT, MISS, BYPASS, RESTORE = "hit", "miss", "bypass", "restore"
+NONE = "none"  # the policy that keeps nothing from one call to the next: what a cache is measured against
 
 
 @dataclass(frozen=True)
@@ -44,19 +45,21 @@ class Pool:
 class ExpertCache:
     """`capacities[i]` slots for pool i; slots are numbered through all pools.
 
+    policy: a name, or a class or function that makes a `policies.Policy`, once a pool. `"none"` keeps nothing between
+    calls.
+
     >>> cache = ExpertCache([2])
     >>> [(g.key, g.kind, g.evicted) for key in "abac" for g in cache.access(0, [key])]
     [('a', 'miss', None), ('b', 'miss', None), ('a', 'hit', None), ('c', 'miss', 'b')]
     """
 
-    def __init__(self, capacities: Sequence[int], policy: str = "lru") -> None:
-        if policy not in POLICIES:
-            raise MixoffError(f"unknown policy {policy!r}: choose one of {', '.join(sorted(POLICIES))}")
+    def __init__(self, capacities: Sequence[int], policy: str | Callable[[], Policy] = "lru") -> None:
+        make = _maker(policy)
         if min(capacities, default=0) < 1:
             raise BudgetError(f"every pool needs at least one slot, got {list(capacities)}")
-        self.pools, start = [], 0
+        self.pools, start, self.forgets = [], 0, policy == NONE
         for n in capacities:
-            self.pools.append(Pool(POLICIES[policy](), list(range(start + n - 1, start - 1, -1)), n))
+            self.pools.append(Pool(make(), list(range(start + n - 1, start - 1, -1)), n))
             start += n
         self.capacity = start
         self.slot_of: dict[Key, int] = {}
@@ -67,13 +70,18 @@ class ExpertCache:
         self.hits = self.misses = self.evictions = 0
         self.prompt_hits = self.prompt_misses = self.restores = 0
 
-    def access(self, pool: int, keys: Sequence[Key], prompt: bool = False) -> Iterator[Grant]:
+    def access(
+        self, pool: int, keys: Sequence[Key], prompt: bool = False, weights: Sequence[float] | None = None
+    ) -> Iterator[Grant]:
         """Grant each of `keys` (distinct, in router order) a slot: residents first, then misses.
 
-        A grant is good until the next one is asked for. The caller fills the slot of every grant that is not a hit
-        before it asks on; close the iterator when filling fails, and the slot is free again, never wrong.
-        More keys than slots are served in waves: a key that was served may be given up for one that was not.
+        weights: what the router gave each key, for policies that care. A grant is good until a later one names its
+        slot, so the caller may ask ahead; it fills the slot of every grant that is not a hit. Where filling fails it
+        closes the iterator, which takes the newest grant back, and calls `give_up` for what it had asked ahead for.
+        More keys than slots are served in waves: a key that was granted may be given up for one that was not.
         """
+        if self.forgets:
+            self._forget(self.pools[pool])
         hits = [key for key in keys if key in self.slot_of]
         misses = [key for key in keys if key not in self.slot_of]
         for key in hits:
@@ -84,6 +92,13 @@ class ExpertCache:
         else:
             self.hits, self.misses = self.hits + len(hits), self.misses + len(misses)
             yield from self._admit(self.pools[pool], misses, keys)
+            self._touch(self.pools[pool].policy, keys, weights)
+
+    def give_up(self, pool: int, key: Key) -> None:
+        """The bytes of `key` never came: its slot is free again. Counts nothing; a key that is not here is ignored."""
+        if key in self.slot_of:
+            self.pools[pool].policy.remove(key)
+            self.pools[pool].free.append(self.slot_of.pop(key))
 
     def _admit(self, pool: Pool, misses: Sequence[Key], keys: Sequence[Key]) -> Iterator[Grant]:
         """Decoding: each miss takes a free slot or that of a victim; recency follows router order at the end."""
@@ -91,13 +106,15 @@ class ExpertCache:
             evicted = None
             if not pool.free:
                 evicted = pool.policy.victim(keep=keys)
-                if evicted is None:  # every resident is part of this call: give up one that was served already
+                if evicted is None:  # every resident is part of this call: give up one that was granted already
                     evicted = pool.policy.victim(keep=misses[i:])
                 self._evict(pool, evicted)
             yield from self._fill(pool, key, evicted)
-        for key in keys:
+
+    def _touch(self, policy: Policy, keys: Sequence[Key], weights: Sequence[float] | None) -> None:
+        for key, weight in zip(keys, weights or [0.0] * len(keys), strict=True):
             if key in self.slot_of:
-                pool.policy.touch(key)
+                policy.touch(key, weight)
 
     def _pass_through(self, pool: Pool, misses: Sequence[Key]) -> Iterator[Grant]:
         """A prompt fills free slots and touches nothing else; what finds no slot streams through a borrowed one.
@@ -146,3 +163,15 @@ class ExpertCache:
         pool.policy.remove(key)
         pool.free.append(self.slot_of.pop(key))
         self.evictions += 1
+
+    def _forget(self, pool: Pool) -> None:
+        while (key := pool.policy.victim(keep=())) is not None:
+            self._evict(pool, key)
+
+
+def _maker(policy: str | Callable[[], Policy]) -> Callable[[], Policy]:
+    if callable(policy):
+        return policy
+    if policy not in {*POLICIES, NONE}:
+        raise MixoffError(f"unknown policy {policy!r}: choose one of {', '.join(sorted(POLICIES))}")
+    return POLICIES.get(policy, LRU)

@@ -6,18 +6,23 @@ The backbone is loaded by transformers itself; the experts' parameters are remov
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
-from mixoff import conversion, layers, shapes, store
-from mixoff.errors import CheckpointError, MixoffError
+from mixoff import conversion, hardware, hub, layers, shapes, store
+from mixoff.errors import BudgetError, CheckpointError, MixoffError
+from mixoff.policies import Policy
+from mixoff.prefetch import NextRouter, top_k
 from mixoff.quantize import Scheme
+from mixoff.readers import goes_direct, past_page_cache
 from mixoff.runtime import Runtime
-from mixoff.units import parse_nbytes
+from mixoff.tiers import WORKERS
+from mixoff.units import format_nbytes, parse_nbytes
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -27,38 +32,66 @@ def load(
     fast_bytes: int | str = "6GiB",
     *,
     scheme: str | Scheme | None = None,
+    revision: str | None = None,
     ram_bytes: int | str | None = None,
-    policy: str = "lru",
+    policy: str | Callable[[], Policy] = "lru",
     prefetch: str = "auto",
     scope: str = "layer",
+    io: str = "auto",
+    exact: bool = False,
+    fetch: str = "expert",
     device: str = "auto",
     dtype: str | torch.dtype = "auto",
 ) -> PreTrainedModel:
     """A transformers model whose experts stay in the store, or in a plain checkpoint folder, until the router asks.
 
-    fast_bytes: bytes for experts in the fast tier, slots and scratch together (`"6GiB"`, `"500MB"`, or an int).
+    path: a folder, or a model on the Hub (`org/model`, `org/model@revision`), fetched into the cache of the Hub.
+    fast_bytes: bytes for experts in the fast tier: slots, buffers and scratch together (`"6GiB"`, `"500MB"`, an int).
     scheme: None takes the folder as it is; a `Scheme`, or a preset's name, quantizes a plain checkpoint first, into a
     temporary store. scope: `"layer"` gives every MoE layer its own slots, `"global"` shares one pool. dtype: of the
     computation; `"auto"` takes the files', except fp16 on a CPU, which computes in fp32. Experts stay as stored.
-    ram_bytes (a tier between disk and arena) and prefetch are for later versions: None and `"auto"`, which is off.
+    ram_bytes: for copies of experts in RAM, which are fetched without a look at the disk: a hard limit, so that files
+    are then read past the page cache; None has no such copies. io: `"direct"` reads past the page cache, `"buffered"`
+    through it, `"auto"` as `readers.goes_direct` says. prefetch: `"next-router"` guesses what the next layer will ask
+    for; `"auto"` does where it can pay and stops where it does not, `"none"` never. policy: a name, or a class or
+    function that makes a `policies.Policy`; `"none"` keeps nothing between calls. fetch: `"layer"` fetches all experts
+    of a layer whichever are asked for; both serve comparisons. exact: activations stay fp32 in kernels for quantized
+    weights. What the model computes depends on scheme, dtype and exact alone.
     Raises CheckpointError or BudgetError. Tested bit for bit against transformers' `grouped_mm` with all resident.
     """
     if device not in ("auto", "cpu"):
         raise MixoffError(f"device {device!r} is not served by this version: use 'cpu'")
-    if ram_bytes is not None or prefetch not in ("auto", "none"):
-        raise MixoffError(
-            "this version has neither a RAM tier nor prefetch: leave ram_bytes at None, prefetch at 'auto'"
+    budget, ram = parse_nbytes(fast_bytes), 0 if ram_bytes is None else parse_nbytes(ram_bytes)
+    with ExitStack() as undo:
+        source = _open(hub.pinned(path, revision), scheme)
+        undo.callback(source.close)
+        _choose_io(source, io, budget, limited=ram_bytes is not None)
+        compute, k = _compute_dtype(dtype, source.dtype), top_k(shapes.read_config(source.folder))
+        runtime = Runtime(
+            source, budget, policy, scope, compute, ram_bytes=ram, prefetch=prefetch, top_k=k, exact=exact, fetch=fetch
         )
-    budget, source = parse_nbytes(fast_bytes), _open(path, scheme)
-    try:
-        compute = _compute_dtype(dtype, source.dtype)
-        runtime = Runtime(source, budget, policy, scope, compute)
+        undo.callback(runtime.close)
+        _check_memory(runtime.arena.numel() + runtime.ram_nbytes)
         model = _load_backbone(source, compute)
-    except BaseException:
-        source.close()
-        raise
+        undo.pop_all()
     bind(model, runtime)
     return model
+
+
+def _choose_io(source: store.Source, io: str, fast_bytes: int, limited: bool) -> None:
+    """Give `source` a reader that goes past the page cache, if it should."""
+    experts = sum(site.num_experts * site.expert_nbytes for site in source.sites)
+    if goes_direct(io, experts + min(fast_bytes, experts), hardware.memory_nbytes()[1], limited):
+        source.reader = past_page_cache(source.reader, WORKERS)
+
+
+def _check_memory(nbytes: int) -> None:
+    """Refuse tiers that no memory here could hold, before the system ends the process for it."""
+    if nbytes > (total := hardware.memory_nbytes()[0]):
+        raise BudgetError(
+            f"fast and RAM tier would take {format_nbytes(nbytes)}, and this process may have {format_nbytes(total)}: "
+            "lower fast_bytes or ram_bytes"
+        )
 
 
 def _open(path: str | Path, scheme: str | Scheme | None) -> store.Source:
@@ -88,13 +121,14 @@ def _compute_dtype(dtype: str | torch.dtype, stored: str) -> torch.dtype:
 def _load_backbone(source: store.Source, compute: torch.dtype) -> PreTrainedModel:
     """`from_pretrained` of everything but the experts: their parameters are removed before weights are looked for."""
     config = shapes.read_config(source.folder)
-    quantized = store.read_quantized(source.folder) if source.is_store else {}
+    quantized, tensors = store.read_backbone(source.folder)
     layers.untie(config, quantized)
-    base = AutoModelForCausalLM._model_mapping[type(config)]
+    base = shapes.model_class(config)
     try:
         model, report = _shell(base, list(quantized)).from_pretrained(
-            source.folder,
+            None if tensors else source.folder,
             config=config,
+            state_dict=tensors,
             dtype=compute,
             experts_implementation="mixoff",
             local_files_only=True,
@@ -109,6 +143,8 @@ def _load_backbone(source: store.Source, compute: torch.dtype) -> PreTrainedMode
             f"{source.folder} lacks {', '.join(lacking[:3])}: the download is incomplete, fetch it again"
         )
     layers.fill(model, quantized, compute)
+    if tensors and (source.folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(source.folder, local_files_only=True)
     model.generation_config.disable_compile = True  # the experts are not a graph
     return model.eval()
 
@@ -157,6 +193,9 @@ def bind(model: PreTrainedModel, runtime: Runtime) -> ExitStack:
         lambda _, args, kwargs: _note_pass(runtime, args, kwargs), with_kwargs=True
     )
     undo.callback(hook.remove)
+    if runtime.guesses.active:
+        names = list(shapes.expert_modules(model))
+        undo.push(NextRouter(model, names, runtime.expect, runtime.wants_guesses, runtime.guesses.stop).attach())
     model.mixoff = runtime
     undo.callback(delattr, model, "mixoff")
     return undo

@@ -12,21 +12,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-import mmap
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
 
-from mixoff import shapes
+from mixoff import hub, published, shapes
 from mixoff.checkpoint import Checkpoint, Extent, read_header, read_json
 from mixoff.errors import CheckpointError
 from mixoff.quantize import QTensor, Scheme, layout, packed_nbytes
-from mixoff.readers import ExpertReader
+from mixoff.readers import ExpertReader, pages
 from mixoff.shapes import Part, Site
 from mixoff.shards import local_folder
+from mixoff.strided import StridedTensor
 
 MANIFEST = "mixoff.json"
 QUANTIZED = "quantized.safetensors"
@@ -71,9 +72,9 @@ def open_source(path: str | Path) -> Source:
     folder = local_folder(path)
     if (folder / MANIFEST).exists():
         return _open_store(folder)
-    checkpoint = Checkpoint(folder)
+    checkpoint = published.open_checkpoint(folder)
     dtype = checkpoint_dtype(checkpoint)
-    sites = shapes.expert_sites(shapes.skeleton(shapes.read_config(folder)), dtype)
+    sites = checkpoint.stored_sites(shapes.expert_sites(shapes.skeleton(shapes.read_config(folder)), dtype))
     return Source(folder, sites, dtype, Scheme(), ExpertReader(folder, checkpoint.extents(sites)))
 
 
@@ -89,12 +90,17 @@ def checkpoint_dtype(checkpoint: Checkpoint) -> str:
 
 def is_store(path: str | Path) -> bool:
     """Whether `path` is the folder of a store, sound or not."""
-    return (local_folder(path) / MANIFEST).exists()
+    return hub.parse(path) is None and (local_folder(path) / MANIFEST).exists()
 
 
 def stride(site: Site) -> int:
     """Bytes from one expert to the next in a store's file."""
     return -(-site.expert_nbytes // ALIGN) * ALIGN
+
+
+def expert_file(i: int) -> str:
+    """The name of the file with the experts of site `i`."""
+    return f"experts-{i:03d}.bin"
 
 
 def quantized_sites(sites: tuple[Site, ...], scheme: Scheme) -> tuple[Site, ...]:
@@ -105,6 +111,11 @@ def quantized_sites(sites: tuple[Site, ...], scheme: Scheme) -> tuple[Site, ...]
     precision = scheme.precision("experts")
     if precision is None:
         return sites
+    if any(part.form is not None for site in sites for part in site.parts):
+        raise CheckpointError(
+            "these experts are quantized already: convert them with scheme 'none', which keeps them, "
+            "or give mixoff the 16-bit original of this model"
+        )
     form = (precision.bits, precision.group_size, scheme.metadata_bits)
 
     def quantized(site: Site) -> Site:
@@ -118,6 +129,36 @@ def _quantized(part: Part, transposed: bool, form: tuple[int, int, int]) -> Part
     """The part as (outputs, inputs), which is how quantized weights are kept in any family."""
     shape = part.shape[::-1] if transposed else part.shape
     return replace(part, shape=shape, form=form, nbytes=packed_nbytes(shape, *form))
+
+
+@dataclass(frozen=True)
+class StoreBytes:
+    """Bytes of a store's tensors: experts with their alignment, the backbone's quantized weights, and its others."""
+
+    experts: int
+    quantized: int
+    copied: int
+
+    @property
+    def total(self) -> int:
+        """All of them. Headers, the manifest, and the tokenizer's and other small files come on top."""
+        return self.experts + self.quantized + self.copied
+
+
+def tensor_nbytes(
+    sites: Iterable[Site], backbone: Mapping[str, tuple[int, ...]], roles: Mapping[str, str], dtype: str, scheme: Scheme
+) -> StoreBytes:
+    """Bytes of the store that a conversion would write, from shapes alone.
+
+    sites: as in the checkpoint. backbone: shapes by name of all tensors that the checkpoint has beside the experts (a
+    tied head is none of them), all of `dtype`. roles: of `shapes.backbone_roles`. Tested against stores.
+    """
+    forms = {name: scheme.precision(roles[name]) for name in backbone if name in roles}
+    packed = {name: form for name, form in forms.items() if form is not None}
+    quantized = sum(packed_nbytes(backbone[n], f.bits, f.group_size, scheme.metadata_bits) for n, f in packed.items())
+    copied = sum(math.prod(shape) for name, shape in backbone.items() if name not in packed)
+    experts = sum(stride(site) * site.num_experts for site in quantized_sites(tuple(sites), scheme))
+    return StoreBytes(experts, quantized, copied * shapes.dtype_nbytes(dtype))
 
 
 def read_manifest(folder: Path) -> dict:
@@ -147,7 +188,8 @@ def _open_store(folder: Path) -> Source:
     try:
         scheme, dtype = Scheme.from_json(json.dumps(manifest["scheme"])), manifest["dtype"]
         shapes.dtype_nbytes(dtype)
-        built = quantized_sites(shapes.expert_sites(shapes.skeleton(shapes.read_config(folder)), dtype), scheme)
+        plain = shapes.expert_sites(shapes.skeleton(shapes.read_config(folder)), dtype)
+        built = quantized_sites(published.stored_sites(plain, manifest["sites"]), scheme)
         stored = [{key: entry[key] for key in ("stride", *asdict(built[0]))} for entry in manifest["sites"]]
         files = [entry["file"] for entry in manifest["sites"]]
     except (KeyError, TypeError, AttributeError) as error:
@@ -190,6 +232,13 @@ def read_quantized(folder: Path) -> dict[str, QTensor]:
             }
     except (SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{folder / QUANTIZED} is damaged ({error}): convert the original again") from None
+
+
+def read_backbone(folder: Path) -> tuple[dict[str, QTensor | StridedTensor], dict[str, torch.Tensor] | None]:
+    """The backbone's quantized weights by name; and its other tensors, None where transformers finds them itself."""
+    if published.is_published(folder):
+        return published.read_backbone(folder)
+    return read_quantized(folder) if (folder / MANIFEST).exists() else {}, None
 
 
 def part_names(meta: dict) -> list[str]:
@@ -250,4 +299,4 @@ def slab(nbytes: int) -> torch.Tensor:
     """`nbytes` of memory as a uint8 tensor, aligned to a page, allocated once and given back with its last view."""
     if nbytes == 0:
         return torch.empty(0, dtype=torch.uint8)
-    return torch.frombuffer(mmap.mmap(-1, nbytes), dtype=torch.uint8)
+    return torch.frombuffer(pages(nbytes), dtype=torch.uint8)

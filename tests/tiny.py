@@ -89,4 +89,4 @@ def budget(path, slots, **kwargs):
     """`fast_bytes` that hold exactly `slots` experts of the model at `path`, loaded with `kwargs`."""
     with mixoff.load(path, fast_bytes="1GiB", **kwargs) as model:
         runtime = model.mixoff
-        return runtime.allocated_nbytes - (runtime.slots - slots) * runtime.source.expert_nbytes
+        return runtime.allocated_nbytes - (runtime.slots - slots) * runtime.arena.slot_nbytes

@@ -1,0 +1,89 @@
+"""The fast tier as memory: how many slots a budget pays for, and an expert's weights as views of the slot it lies in.
+
+Letters: **S** slots.
+Does not know which expert is where.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from mixoff import shapes, store, strided
+from mixoff.errors import BudgetError, MixoffError
+from mixoff.quantize import QTensor
+from mixoff.units import format_nbytes
+
+SCOPES = ("layer", "global")
+Weight = torch.Tensor | QTensor | strided.StridedTensor
+
+
+class Arena:
+    """S slots of `slot_nbytes` each, allocated once, and each aligned to a page. Raises BudgetError.
+
+    images: each slot as writable bytes.
+    """
+
+    def __init__(self, slots: int, sites: tuple[shapes.Site, ...]) -> None:
+        self.sites, self.slot_nbytes = sites, slot_nbytes(sites)
+        try:
+            self.slots = store.slab(slots * self.slot_nbytes).view(slots, -1)  # (S, slot_nbytes)
+        except OSError as error:
+            raise BudgetError(
+                f"the system has no {format_nbytes(slots * self.slot_nbytes)} for {slots} slots of the fast tier "
+                f"({error.strerror}): lower fast_bytes"
+            ) from None
+        self.images = [memoryview(slot.numpy()) for slot in self.slots]
+        kinds = {}
+        self._kind = [kinds.setdefault(site.parts, i) for i, site in enumerate(sites)]  # sites alike share views
+        self._views: dict[tuple[int, int], dict[str, Weight]] = {}
+
+    def numel(self) -> int:
+        """Bytes in all."""
+        return self.slots.numel()
+
+    def weights(self, slot: int, site: int) -> dict[str, Weight]:
+        """The weights of the expert of `site` that lies in `slot`, by part's name, without a copy."""
+        at = slot, self._kind[site]
+        if at not in self._views:
+            self._views[at] = {part.name: view(self.slots[slot], part) for part in self.sites[site].parts}
+        return self._views[at]
+
+
+def slot_nbytes(sites: tuple[shapes.Site, ...]) -> int:
+    """Bytes of a slot: the largest expert in whole pages, as the store keeps it and direct I/O asks for."""
+    return max(map(store.stride, sites))
+
+
+def least_slots(sites: tuple[shapes.Site, ...], scope: str) -> int:
+    """Slots without which nothing runs: one a layer, or one in all."""
+    if scope not in SCOPES:
+        raise MixoffError(f"unknown scope {scope!r}: choose one of {', '.join(SCOPES)}")
+    return len(sites) if scope == "layer" else 1
+
+
+def plan_slots(sites: tuple[shapes.Site, ...], fast_bytes: int, scratch: int, scope: str) -> list[int]:
+    """Slots of each pool within `fast_bytes`: one pool a layer, or a single one. Raises BudgetError below the minimum.
+
+    Slots that do not divide evenly go to the first layers.
+    """
+    size, least = slot_nbytes(sites), least_slots(sites, scope)
+    slots = (fast_bytes - scratch) // size
+    if slots < least:
+        need = least * size + scratch
+        what = f"{least} MoE layers need at least one slot each" if scope == "layer" else "at least one slot is needed"
+        raise BudgetError(
+            f"{what}: fast_bytes is {fast_bytes:,} bytes ({format_nbytes(fast_bytes)}), "
+            f"raise it to {need:,} bytes ({format_nbytes(need)}) or more"
+        )
+    if scope == "global":
+        return [min(slots, sum(site.num_experts for site in sites))]
+    return [min(slots // len(sites) + (i < slots % len(sites)), site.num_experts) for i, site in enumerate(sites)]
+
+
+def view(image: torch.Tensor, part: shapes.Part) -> Weight:
+    """A part of an expert's image (nbytes,), as the weight that it is, without a copy."""
+    if part.form is not None and part.form[0] == strided.KIND:
+        return strided.StridedTensor.from_buffer(image, part.offset, part.shape, strided.Form(*part.form[1:]))
+    if part.form is not None:
+        return QTensor.from_buffer(image, part.offset, part.shape, *part.form)
+    return image[part.offset : part.offset + part.nbytes].view(shapes.torch_dtype(part.dtype)).view(part.shape)

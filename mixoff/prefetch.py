@@ -1,0 +1,194 @@
+"""Guesses which experts the next layer will ask for, and has them fetched into spare slots while this one computes.
+
+Letters: **T** tokens of a call, **K** experts a token.
+The guess: the next layer's router, given what this layer's router is given (hidden states change little from layer to
+layer; Eliseev and Mazur, arXiv 2312.17238, section 3.2). What is fetched on a guess takes a spare slot, never one of
+the cache's, so a cached expert, which was asked for once, never gives way to one that may never be; the cache counts
+and evicts as if there were no guesses. A guess that proves wrong is dropped as soon as its layer is served.
+
+Does not know streams, files or policies.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from mixoff.errors import BudgetError, MixoffError
+from mixoff.transfer import PREFETCH, Key, Landing, Transfer
+from mixoff.units import format_nbytes
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+MODES = ("auto", "none", "next-router")
+TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts")
+WINDOW = 32  # guesses after which `auto` looks at what came of them
+PAYS_FROM = 0.5  # share of right guesses: a wrong one costs a read, a right one saves no more than a read
+SHARE = 8  # `auto` sets aside at most one slot of so many: the cache needs them more
+
+
+def top_k(config: PretrainedConfig) -> int:
+    """Experts that the router chooses for a token, K; 2 where the configuration has no name for it that we know."""
+    text = config.get_text_config()
+    found = (value for name in TOP_K if isinstance(value := getattr(text, name, None), int))
+    return next(found, 2)
+
+
+def set_aside(
+    mode: str, slots: int, least: int, experts: int, wanted: int, direct: bool, slot_nbytes: int
+) -> tuple[int, str]:
+    """Spare slots for guesses, and the reason. Raises MixoffError, or BudgetError where `next-router` has no room.
+
+    slots: all that `fast_bytes` pays for; least: what the cache needs at least; wanted: one for each of K experts.
+    direct: misses are read past the page cache, and so take long enough to be hidden.
+
+    >>> set_aside("auto", 64, 8, 256, 2, True, 1), set_aside("auto", 256, 8, 256, 2, True, 1)
+    ((2, 'on: next-router, 2 spare slots'), (0, 'off: every expert has a slot'))
+    """
+    if mode not in MODES:
+        raise MixoffError(f"unknown prefetch {mode!r}: choose one of {', '.join(MODES)}")
+    if mode == "none":
+        return 0, "off: as asked"
+    if slots >= experts:
+        return 0, "off: every expert has a slot"
+    if mode == "next-router" and slots <= least:
+        raise BudgetError(
+            f"prefetch needs a slot beside the {least} that the layers need: raise fast_bytes by "
+            f"{format_nbytes((least + 1 - slots) * slot_nbytes)}, or set prefetch to 'none'"
+        )
+    spare = min(wanted, slots - least)
+    if mode == "auto" and not direct:
+        return 0, "off: misses come from memory, and waking a thread costs what hiding them would save"
+    if mode == "auto" and (spare < 1 or spare * SHARE > slots):
+        return 0, f"off: {wanted} spare slots would be too many of {slots}"
+    return spare, f"on: next-router, {spare} spare slots"
+
+
+class Guesses:
+    """Spare slots, what was fetched into them, and what came of it.
+
+    mode: `auto` stops when too few guesses prove right. reason: whether it is on, and why. counts: `fetched` and `used`
+    guesses, `used_nbytes`; `named` experts of a prediction, `right` ones of these.
+    """
+
+    def __init__(self, spares: Sequence[int], transfer: Transfer, mode: str, reason: str) -> None:
+        self.spares, self.transfer, self.mode, self.reason = list(spares), transfer, mode, reason
+        self.active = reason.startswith("on")
+        self.slot_of: dict[Key, int] = {}
+        self.expected: dict[int, list[int]] = {}  # experts by site, best first
+        self.counts: Counter[str] = Counter()
+
+    def expect(self, site: int, experts: Sequence[int]) -> None:
+        """The router of `site` will choose `experts`, or so it seems; fetched once the layer before is under way."""
+        self.expected[site] = list(experts)
+
+    def judge(self, site: int, experts: Collection[int]) -> None:
+        """`site` asks for `experts` now: note how many of them were named."""
+        named = self.expected.pop(site, ())
+        self.counts["named"] += len(named)
+        self.counts["right"] += len(set(named) & set(experts))
+
+    def take(self, key: Key, instead: int) -> int | None:
+        """The slot with the expert `key`, there or on its way, for which `instead` becomes a spare one."""
+        slot = self.slot_of.pop(key, None)
+        if slot is not None:
+            self.counts["used"] += 1
+            self.spares.append(instead)
+        return slot
+
+    def lend(self, instead: int, busy: Collection[int]) -> int | None:
+        """A spare slot that is not `busy`, for which `instead` becomes a spare one; None when there is none."""
+        slot = next((slot for slot in self.spares if slot not in busy), None)
+        if slot is not None:
+            self.spares[self.spares.index(slot)] = instead
+        return slot
+
+    def drop(self) -> list[tuple[Key, Landing]]:
+        """Give up every guess that was not taken, since its layer is served; returns those of which bytes came."""
+        wrong = [(key, self.transfer.cancel(slot)) for key, slot in self.slot_of.items()]
+        self.spares += self.slot_of.values()
+        self.slot_of.clear()
+        return [(key, landing) for key, landing in wrong if landing]
+
+    def fetch(self, site: int, cached: Callable[[Key], bool]) -> None:
+        """Have the experts fetched that `site` is expected to want, unless they are `cached` or a mere copy away."""
+        if not self.active:
+            return
+        for key in ((site, expert) for expert in self.expected.get(site, ())):
+            if self.spares and not cached(key) and key not in self.slot_of and not self.transfer.near(key):
+                self.slot_of[key] = self.spares.pop()
+                self.transfer.fetch(key, self.slot_of[key], PREFETCH)
+                self.counts["fetched"] += 1
+        self._reconsider()
+
+    def stop(self, why: str) -> None:
+        """Guess no more."""
+        self.active, self.reason = False, f"off: {why}"
+        self.expected.clear()
+
+    def _reconsider(self) -> None:
+        fetched, used = self.counts["fetched"] - len(self.slot_of), self.counts["used"]
+        if self.mode == "auto" and fetched >= WINDOW and used < PAYS_FROM * fetched:
+            self.stop(f"{used} of {fetched} experts fetched on a guess were asked for, too few to pay")
+
+
+class NextRouter:
+    """Hooks on a model's routers, which tell `expect(site, experts)` what the next site's router would choose.
+
+    names: of the modules with experts, in order of sites. Works on any family whose experts have a `gate` or `router`
+    beside them; other arguments of a router are those that it was last called with. `listening()` says whether a guess
+    is wanted now. A router that cannot be asked so ends the guessing through `stop(why)`, never the generation.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        names: Iterable[str],
+        expect: Callable[[int, list[int]], None],
+        listening: Callable[[], bool],
+        stop: Callable[[str], None],
+    ) -> None:
+        self.routers = [_router(model.get_submodule(name.rpartition(".")[0])) for name in names]
+        self.expect, self.listening, self.stop = expect, listening, stop
+        self.extra: dict[int, tuple[tuple, dict]] = {}
+
+    def attach(self) -> ExitStack:
+        """Hook every router; closing what is returned takes the hooks away."""
+        undo = ExitStack()
+        if None in self.routers:
+            self.stop("this model's routers are not where mixoff looks for them (gate or router beside the experts)")
+            return undo
+        for i, router in enumerate(self.routers):
+            hook = router.register_forward_pre_hook(self._hook(i), with_kwargs=True)
+            undo.callback(hook.remove)
+        return undo
+
+    def _hook(self, i: int) -> Callable:
+        def before(_: nn.Module, args: tuple, kwargs: dict) -> None:
+            self.extra[i] = args[1:], {name: value for name, value in kwargs.items() if name != "hidden_states"}
+            if i + 1 < len(self.routers) and self.listening():
+                self._predict(i, args[0] if args else kwargs["hidden_states"])
+
+        return before
+
+    @torch.no_grad()
+    def _predict(self, i: int, x: torch.Tensor) -> None:
+        router, (args, kwargs) = self.routers[i + 1], self.extra.get(i + 1) or self.extra[i]
+        try:
+            out = type(router).forward(router, x, *args, **kwargs)  # past its hooks
+            chosen = next(t for t in out if isinstance(t, torch.Tensor) and not t.is_floating_point())  # (T, K)
+            self.expect(i + 1, list(dict.fromkeys(chosen.t().flatten().tolist())))  # first choices first
+        except Exception as error:
+            self.stop(f"the router of site {i + 1} cannot be asked ahead ({type(error).__name__})")
+
+
+def _router(block: nn.Module) -> nn.Module | None:
+    """The router among the parts of an MoE block."""
+    parts = (getattr(block, name, None) for name in ("gate", "router"))
+    return next((part for part in parts if isinstance(part, nn.Module)), None)

@@ -1,0 +1,120 @@
+"""Which tiers experts come through: from the reader alone, or through copies in RAM before it.
+
+`RamTier` is a transfer that stands before another. What leaves the fast tier is kept in it, and what is asked for and
+lies there is copied, not read. While there is room a copy stays behind, so that giving up its twin in the fast tier
+costs nothing (inclusive); where RAM is short such doubles are the first to go, so that both tiers together hold as many
+different experts as they have slots (exclusive). Copies are made at once, by the thread that asks.
+
+Does not know policies, models or files.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Collection, Sequence
+
+import numpy as np
+
+from mixoff.cache import BYPASS, MISS
+from mixoff.readers import Reader
+from mixoff.store import slab
+from mixoff.transfer import Key, Landing, ThreadTransfer, Transfer
+
+WORKERS = 4  # requests in flight; with pieces of 4 MiB more of them read no faster, measured in docs/benchmarks.md
+INLINE_BELOW = 1 << 20  # bytes; a smaller expert is copied from the page cache sooner than a thread has woken up
+
+
+def open_transfer(reader: Reader, images: Sequence[memoryview], sizes: Sequence[int], ram_slots: int = 0) -> Transfer:
+    """The transfer for `reader` on a CPU, with a RAM tier of `ram_slots` copies before it.
+
+    images: memory of each slot of the fast tier. sizes: bytes of an expert, by site. Small experts that come from
+    memory (a warm page cache, tensors) are read by the thread that asks, others by workers; no timing decides.
+    """
+    waits = getattr(reader, "direct", False) or (max(sizes) >= INLINE_BELOW and hasattr(reader, "piece_nbytes"))
+    workers = min(WORKERS, 2 * (os.cpu_count() or 1)) if waits else 0
+    transfer = ThreadTransfer(reader, images, sizes, workers)
+    return RamTier(transfer, images, sizes, ram_slots) if ram_slots else transfer
+
+
+class RamTier:
+    """A transfer with `slots` copies in RAM before `inner`, in the order in which the fast tier gave them up."""
+
+    def __init__(self, inner: Transfer, images: Sequence[memoryview], sizes: Sequence[int], slots: int) -> None:
+        self.inner, self.sizes = inner, sizes
+        self.images = [np.frombuffer(image, np.uint8) for image in images]
+        self.memory = slab(slots * len(images[0])).view(slots, -1).numpy()  # (slots, bytes)
+        self.free = list(range(slots))
+        self.alone: OrderedDict[Key, int] = OrderedDict()  # copies of what the fast tier does not hold
+        self.doubles: OrderedDict[Key, int] = OrderedDict()  # copies of what it holds as well
+        self.owner: dict[int, tuple[Key, str]] = {}  # what lies in each slot of the fast tier, and by which fetch
+        self.coming: dict[int, tuple[Key, str]] = {}
+        self.landed: dict[int, Landing] = {}
+        self.copied: Counter[str] = Counter()
+
+    def fetch(self, key: Key, slot: int, kind: str = MISS) -> None:
+        """Keep what lies in `slot`, then copy `key` into it, or have it read."""
+        self._let_go(slot)
+        if self.near(key):
+            self._copy(key, slot, kind)
+        else:
+            self.coming[slot] = (key, kind)
+            self.inner.fetch(key, slot, kind)
+
+    def wait(self, slots: Collection[int]) -> Landing:
+        """Copies are there at once; the rest is the inner transfer's."""
+        for slot in slots:
+            if slot in self.landed:
+                return self.landed.pop(slot)
+        landing = self.inner.wait(slots)
+        self.owner[landing.slot] = self.coming.pop(landing.slot)
+        return landing
+
+    def release(self, slot: int) -> None:
+        """As the inner transfer has it: copies are made by the thread that computes."""
+        self.inner.release(slot)
+
+    def cancel(self, slot: int) -> Landing | None:
+        """Let go of what lies in `slot` or comes to it."""
+        self._let_go(slot)
+        return self.inner.cancel(slot) if self.coming.pop(slot, None) else self.landed.pop(slot, None)
+
+    def near(self, key: Key) -> bool:
+        """Whether there is a copy of `key` here."""
+        return key in self.alone or key in self.doubles
+
+    def counts(self) -> Counter[str]:
+        """Bytes by kind of fetch, and what of it was copied here."""
+        return self.inner.counts() + self.copied
+
+    def close(self) -> None:
+        """Give the copies' memory back, after the inner transfer ended."""
+        self.inner.close()
+        self.memory, self.images = None, []
+
+    def _copy(self, key: Key, slot: int, kind: str) -> None:
+        """Into the fast tier; the copy stays as a double."""
+        t0, nbytes = time.perf_counter(), self.sizes[key[0]]
+        place = self.alone.pop(key) if key in self.alone else self.doubles.pop(key)
+        np.copyto(self.images[slot][:nbytes], self.memory[place, :nbytes])
+        self.doubles[key], self.owner[slot] = place, (key, kind)
+        self.copied.update({kind: nbytes, "ram": nbytes, "ram_hits": 1})
+        self.landed[slot] = Landing(slot, nbytes, t0, time.perf_counter())
+
+    def _let_go(self, slot: int) -> None:
+        """What leaves the fast tier stays here, the newest last; what only passed by takes no other's place."""
+        key, kind = self.owner.pop(slot, (None, None))
+        if key is None or key in self.alone:
+            return
+        place = self.doubles.pop(key, None)
+        if place is None:
+            if kind == BYPASS and not self.free:
+                return
+            place, nbytes = self._room(), self.sizes[key[0]]
+            np.copyto(self.memory[place, :nbytes], self.images[slot][:nbytes])
+        self.alone[key] = place
+
+    def _room(self) -> int:
+        """A place for one more copy: a free one, the oldest double's, or the oldest of all."""
+        return self.free.pop() if self.free else (self.doubles or self.alone).popitem(last=False)[1]
