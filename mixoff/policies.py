@@ -4,15 +4,17 @@ A policy sees the keys of one pool come, be used and go, and names the next one 
 what was asked for so far, so the runtime offers them; `mixoff.simulate` adds two that need the future (`belady`) or the
 whole trace (`static`). Ties go to the key that was used longest ago.
 
-Keys are `(site, expert)`; of other keys only `least-stale` would know more. Tested against one contract for all, and
-against the simulator, which has the same rules in arrays. Does not know slots, bytes or tensors.
+Keys are `(site, expert)`; of other keys only `least-stale` and `half-life` would know more. Tested against one contract
+for all, and against the simulator, which has the same rules in arrays. Does not know slots, bytes or tensors.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Hashable
+from collections.abc import Callable, Collection, Hashable, Sequence
 from typing import Protocol
+
+import numpy as np
 
 Key = Hashable
 MASK = 2**31 - 1  # numbers of `scramble` stay below this, so their products fit 64 bits in compiled code
@@ -20,6 +22,12 @@ MASK = 2**31 - 1  # numbers of `scramble` stay below this, so their products fit
 
 class Policy(Protocol):
     """The order in which residents of one pool are given up."""
+
+    def begin(self, keys: Sequence[Key], scores: Sequence[float] | None = None) -> None:
+        """A call of decoding asks for `keys`, router order; comes before its victims are chosen.
+
+        scores: what the router thinks of each expert of the layer, (E,) from 0 to 1 for sure of being chosen, if known.
+        """
 
     def insert(self, key: Key) -> None: ...
     def touch(self, key: Key, weight: float = 0.0) -> None:
@@ -35,6 +43,9 @@ class LRU:
 
     def __init__(self) -> None:
         self.order: OrderedDict[Key, None] = OrderedDict()
+
+    def begin(self, keys: Sequence[Key], scores: Sequence[float] | None = None) -> None:
+        pass
 
     def insert(self, key: Key) -> None:
         self.order[key] = None
@@ -203,8 +214,71 @@ class LeastStale(_Scored):
         return 2 * (self.used[key] == self.passes) + (_site(key) > self.site)
 
 
+HALF_LIVES = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # calls of a layer
+FADES = tuple(0.5 ** (1 / calls) for calls in HALF_LIVES)
+TRUST = 0.99  # what a forecaster's record keeps a call: it is judged by its last hundred or so
+
+
+class HalfLife(_Scored):
+    """What is least likely to be asked for goes first, by forecasts whose memory fits the text. A policy of our own.
+
+    How often each expert was asked for, with old calls counting half after 1, 2, 4, ... 256 calls of its layer, makes
+    nine forecasts of the layer's next call; where the router's scores are known, how well an expert was liked makes
+    nine more. Each is judged by its squared error on every call (Brier score), and the one with the best recent record
+    says who is least likely. So the memory is short where routing wanders and long where a text has favourites, without
+    training. It remembers all experts of a layer, not only residents: numbers, no weights.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers: dict[int, _Forecasts] = {}
+
+    def begin(self, keys: Sequence[Key], scores: Sequence[float] | None = None) -> None:
+        if keys:
+            layer = self.layers.setdefault(_site(keys[0]), _Forecasts())
+            layer.see([_expert(key) for key in keys], scores)
+
+    def score(self, key: Key) -> float:
+        layer = self.layers.get(_site(key))
+        return layer.chance(_expert(key)) if layer else 0.0
+
+
+class _Forecasts:
+    """Forecasts of one layer: rates (2, F, E), the share of calls that ask for each expert, by F ways of forgetting.
+
+    The first half learns from what was asked for, the second from the router's scores; without any, it is a copy that
+    is never best. The order of sums is that of the simulator's loops, so that both come to the same last bit.
+    """
+
+    def __init__(self) -> None:
+        F = len(FADES)
+        self.rates, self.error, self.best = np.zeros((2, F, 0)), np.zeros((2, F)), (0, 0)
+        self.fades = np.array(FADES)[:, None]  # (F, 1)
+
+    def see(self, experts: Sequence[int], scores: Sequence[float] | None) -> None:
+        """Judge every forecast by the experts that are asked for now, then learn from them."""
+        E = max([*experts, len(() if scores is None else scores) - 1]) + 1
+        new = E - self.rates.shape[2]
+        if new > 0:
+            self.rates = np.pad(self.rates, ((0, 0), (0, 0), (0, new)))
+        asked = np.zeros(self.rates.shape[2])
+        asked[list(experts)] = 1.0
+        liked = asked if scores is None else np.pad(scores, (0, len(asked) - len(scores)))
+        self.error = self.error * TRUST + ((self.rates - asked) ** 2).cumsum(2)[:, :, -1]
+        self.best = divmod(int(self.error.argmin()), len(FADES))
+        self.rates = self.rates * self.fades + (1 - self.fades) * np.stack([asked, liked])[:, None]
+
+    def chance(self, expert: int) -> float:
+        """How likely the best forecast holds the next call to ask for `expert`."""
+        return float(self.rates[(*self.best, expert)]) if expert < self.rates.shape[2] else 0.0
+
+
 def _site(key: Key) -> int:
     return key[0] if isinstance(key, tuple) else 0
+
+
+def _expert(key: Key) -> int:
+    return key[1] if isinstance(key, tuple) else key
 
 
 POLICIES: dict[str, Callable[[], Policy]] = {
@@ -215,4 +289,5 @@ POLICIES: dict[str, Callable[[], Policy]] = {
     "random": Random,
     "lfru": LFRU,
     "least-stale": LeastStale,
+    "half-life": HalfLife,
 }

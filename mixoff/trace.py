@@ -26,6 +26,7 @@ import numpy as np
 from mixoff.errors import MixoffError
 
 VERSION = 1
+OPTIONAL = ("weights", "times_s", "predicted", "scores")  # by token; what a trace may or may not know
 NO_EXPERT = -1  # a place in a token's choice that names nobody
 MAX_EXPERTS = 2**15 - 1  # experts are stored as int16 at most
 PHASES = ("decode", "prompt")
@@ -38,13 +39,16 @@ class Requests:
     """Calls of MoE layers in the order in which a model makes them.
 
     keys: int (R,), layer * E + expert; call c asks for `keys[starts[c]:starts[c + 1]]`. starts: int (P * L + 1,).
-    site: int (P * L,), which of the L layers calls. is_prompt: bool (P * L,).
+    site: int (P * L,), which of the L layers calls. is_prompt: bool (P * L,). named: int (P * L, M), keys that a
+    predictor named before each call, -1 for none, or None. scores: float32 (P * L, E), the router's, or None.
     """
 
     keys: np.ndarray
     starts: np.ndarray
     site: np.ndarray
     is_prompt: np.ndarray
+    named: np.ndarray | None = None
+    scores: np.ndarray | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +59,8 @@ class Trace:
     is_prompt: bool (T,). passes: int (T,), ascending; tokens of equal number went through the model together.
     layers: (L,) numbers of the MoE layers in the model. weights: float32 (T, L, K), what the router gave each choice,
     or None. times_s: float64 (T,), when the pass of each token began, or None. expert_nbytes: of one expert, or None.
+    predicted: int (T, L, M), experts that a prefetcher named before each call, best first, -1 for none, at the first
+    token of a pass, or None. scores: float16 (T, L, E), how the router liked every expert, from 0 to 1, or None.
     """
 
     experts: np.ndarray
@@ -65,6 +71,8 @@ class Trace:
     weights: np.ndarray | None = None
     times_s: np.ndarray | None = None
     expert_nbytes: int | None = None
+    predicted: np.ndarray | None = None
+    scores: np.ndarray | None = None
 
     # --- where traces come from
 
@@ -80,6 +88,8 @@ class Trace:
         weights: np.ndarray | None = None,
         times_s: np.ndarray | None = None,
         expert_nbytes: int | None = None,
+        predicted: np.ndarray | None = None,
+        scores: np.ndarray | None = None,
     ) -> Trace:
         """A trace of `experts`, int (T, L, K). Without `is_prompt` all is decoding, one token a pass.
 
@@ -100,6 +110,10 @@ class Trace:
         if expert_nbytes is not None and int(expert_nbytes) < 1:
             raise MixoffError(f"expert_nbytes is {expert_nbytes}: one expert has at least one byte")
         _check_passes(passes, is_prompt)
+        if predicted is not None:
+            predicted = _predicted(predicted, num_experts, (T, L))
+        if scores is not None:
+            scores = _column("scores", scores, (T, L, int(num_experts)), "f").astype(np.float16)
         nbytes = None if expert_nbytes is None else int(expert_nbytes)
         return cls(
             experts,
@@ -110,6 +124,8 @@ class Trace:
             weights,
             times_s,
             nbytes,
+            predicted,
+            scores,
         )
 
     @classmethod
@@ -151,7 +167,7 @@ class Trace:
         path = path if path.suffix == ".npz" else path.with_name(path.name + ".npz")
         arrays = {"experts": self.experts, "is_prompt": self.is_prompt, "passes": self.passes}
         arrays |= {"layers": np.asarray(self.layers), "num_experts": np.int64(self.num_experts)}
-        optional = {"weights": self.weights, "times_s": self.times_s, "expert_nbytes": self.expert_nbytes}
+        optional = {name: getattr(self, name) for name in (*OPTIONAL, "expert_nbytes")}
         arrays |= {name: np.asarray(value) for name, value in optional.items() if value is not None}
         try:
             np.savez_compressed(path, version=np.int64(VERSION), **arrays)
@@ -178,7 +194,7 @@ class Trace:
 
     def select(self, which: np.ndarray | slice) -> Trace:
         """The tokens of a mask (T,) or slice, as a trace of their own."""
-        cut = {name: getattr(self, name) for name in ("experts", "is_prompt", "passes", "weights", "times_s")}
+        cut = {name: getattr(self, name) for name in ("experts", "is_prompt", "passes", *OPTIONAL)}
         return replace(self, **{name: None if value is None else value[which] for name, value in cut.items()})
 
     def decode(self) -> Trace:
@@ -189,8 +205,9 @@ class Trace:
         """The same choices in each layer with the order of tokens drawn at random: popularity stays, locality goes."""
         rng = np.random.default_rng(seed)
         orders = np.stack([rng.permutation(self.tokens) for _ in self.layers], axis=1)  # (T, L)
-        weights = None if self.weights is None else np.take_along_axis(self.weights, orders[..., None], 0)
-        return replace(self, experts=np.take_along_axis(self.experts, orders[..., None], 0), weights=weights)
+        drawn = {name: getattr(self, name) for name in ("experts", "weights", "scores")}
+        drawn = {n: None if x is None else np.take_along_axis(x, orders[..., None], 0) for n, x in drawn.items()}
+        return replace(self, **drawn, predicted=None)  # guesses belong to a token's layers together
 
     # --- what can be said of it
 
@@ -268,7 +285,13 @@ class Trace:
         starts = np.concatenate([[0], np.cumsum(np.bincount(call, minlength=P * L))])
         is_prompt = np.zeros(P, bool)
         is_prompt[calls] = self.is_prompt
-        return Requests(call % L * E + expert, starts, np.tile(np.arange(L), P), np.repeat(is_prompt, L))
+        begins = np.unique(calls, return_index=True)[1]  # (P,) first token of each pass
+        named = None if self.predicted is None else _keys(self.predicted[begins], E)
+        scores = None if self.scores is None else np.maximum.reduceat(self.scores, begins).astype(np.float32)
+        if scores is not None:
+            scores = scores.reshape(P * L, E)
+        site = np.tile(np.arange(L), P)
+        return Requests(call % L * E + expert, starts, site, np.repeat(is_prompt, L), named, scores)
 
     def _used(self) -> np.ndarray:
         """Whether a token asked for an expert: bool (T, L, E)."""
@@ -322,6 +345,20 @@ def _experts(experts: np.ndarray, num_experts: int) -> np.ndarray:
     return experts.astype(np.int8 if E <= 127 else np.int16)
 
 
+def _predicted(predicted: np.ndarray, num_experts: int, shape: tuple[int, int]) -> np.ndarray:
+    """`predicted` (T, L, M), checked as experts are."""
+    predicted = np.asarray(predicted)
+    if predicted.ndim != 3 or predicted.shape[:2] != shape:
+        raise MixoffError(f"predicted has shape {predicted.shape}: give {shape} and guesses, -1 for none")
+    return _experts(predicted, num_experts)
+
+
+def _keys(experts: np.ndarray, E: int) -> np.ndarray:
+    """Keys (P * L, M) of experts (P, L, M); -1 stays."""
+    keys = experts.astype(np.int64) + np.arange(experts.shape[1])[:, None] * E
+    return np.where(experts < 0, NO_EXPERT, keys).reshape(-1, experts.shape[2])
+
+
 def _column(name: str, values: np.ndarray, shape: tuple[int, ...], kinds: str) -> np.ndarray:
     values = np.asarray(values)
     if values.shape != shape or (values.dtype.kind not in kinds and values.size):
@@ -360,7 +397,7 @@ def _load_npz(path: Path) -> Trace:
     if arrays["version"].shape != () or arrays["version"] != VERSION:
         raise MixoffError(f"{path} has version {arrays['version']}, this mixoff reads {VERSION}: update mixoff")
     scalars = {name: arrays.pop(name) for name in ("version", "num_experts", "expert_nbytes") if name in arrays}
-    known = {"experts", "is_prompt", "passes", "layers", "weights", "times_s"}
+    known = {"experts", "is_prompt", "passes", "layers", *OPTIONAL}
     if lacking := {"experts", "is_prompt", "passes", "layers", "num_experts"} - arrays.keys() - scalars.keys():
         raise MixoffError(f"{path} lacks {', '.join(sorted(lacking))}: record or convert the trace again")
     if unknown := arrays.keys() - known:
