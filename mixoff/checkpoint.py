@@ -29,8 +29,9 @@ ITEM_BITS = {
     "I16": 16,
     "U16": 16,
 }
-ITEM_BITS |= {"F8_E4M3": 8, "F8_E5M2": 8, "I8": 8, "U8": 8, "BOOL": 8}
+ITEM_BITS |= {"F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "I8": 8, "U8": 8, "BOOL": 8}
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors format itself
+MAX_DIMENSIONS = 64  # torch's own limit
 INDEX = "model.safetensors.index.json"
 
 Read = Callable[[str, int, memoryview], None]  # of a file, from an offset, until the view is full
@@ -68,7 +69,9 @@ class Extent:
 def read_json(path: Path) -> dict:
     """A JSON object from `path`. Raises CheckpointError when it is missing, no JSON, or no object."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        if (size := path.stat().st_size) > MAX_HEADER:
+            raise ValueError(f"{size} bytes")
+        value = parse_json(path.read_bytes())
     except FileNotFoundError:
         raise CheckpointError(
             f"{path.parent} has no {path.name}: a model folder holds config.json and *.safetensors"
@@ -82,22 +85,44 @@ def read_json(path: Path) -> dict:
     return value
 
 
+def parse_json(raw: bytes) -> object:
+    """The value of a JSON text in UTF-8. Raises ValueError, also for a key that stands twice, or RecursionError."""
+
+    def unique(pairs: list[tuple[str, object]]) -> dict:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            raise ValueError("a key stands twice")
+        return found
+
+    return json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
+
+
 def read_header(path: Path) -> dict[str, TensorRange]:
     """The tensors of one safetensors file, each range checked against its shape, its dtype and the file's size."""
-    size = path.stat().st_size
-    with path.open("rb") as f:
-        length = int.from_bytes(f.read(8), "little")
-        if size < 8 or not 2 <= length <= min(size - 8, MAX_HEADER):
-            raise CheckpointError(
-                f"{path} is truncated or no safetensors file ({size} bytes): copy it again from its source"
-            )
-        raw = f.read(length)
     try:
-        header = json.loads(raw)
+        size = path.stat().st_size
+        with path.open("rb") as f:
+            raw = f.read(8)
+            raw += f.read(min(int.from_bytes(raw, "little"), MAX_HEADER))
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror or error}): fetch it again") from None
+    return parse_header(path, raw, size)
+
+
+def parse_header(path: Path, raw: bytes, size: int) -> dict[str, TensorRange]:
+    """The tensors of a safetensors file of `size` bytes that begins with `raw`; `path` is its name in errors."""
+    length = int.from_bytes(raw[:8], "little")
+    if len(raw) < 8 or not 2 <= length <= min(size - 8, len(raw) - 8, MAX_HEADER):
+        raise CheckpointError(
+            f"{path} is truncated or no safetensors file ({size} bytes): copy it again from its source"
+        )
+    try:
+        header = parse_json(raw[8 : 8 + length])
         header.pop("__metadata__", None)
         tensors = {name: _tensor_range(path.name, entry, 8 + length) for name, entry in header.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path} has a damaged header ({error}): copy it again from its source") from None
+        reason = f"{type(error).__name__}: {error}"[:200]
+        raise CheckpointError(f"{path} has a damaged header ({reason}): copy it again from its source") from None
     end = 8 + length
     for name, t in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
         if t.offset != end:
@@ -116,7 +141,7 @@ def _tensor_range(file: str, entry: dict, base: int) -> TensorRange:
     dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
     if dtype not in ITEM_BITS:
         raise ValueError(f"unknown dtype {dtype!r}")
-    if not all(type(n) is int and n >= 0 for n in [*shape, begin, end]):
+    if len(shape) > MAX_DIMENSIONS or not all(type(n) is int and 0 <= n < 2**63 for n in [*shape, begin, end]):
         raise ValueError("a shape or an offset is not a whole number")
     if (nbytes := math.prod(shape) * ITEM_BITS[dtype] // 8) != end - begin:
         raise ValueError(f"shape {shape} of {dtype} takes {nbytes} bytes, the header gives {end - begin}")
@@ -217,8 +242,8 @@ class Checkpoint:
 
 
 def _refuse_quantized(config: dict, folder: Path) -> None:
-    for holder in (config, config.get("text_config") or {}):
-        if quantization := holder.get("quantization_config"):
+    for holder in (config, config.get("text_config")):
+        if isinstance(holder, dict) and (quantization := holder.get("quantization_config")):
             method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
             raise CheckpointError(
                 f"{folder} is quantized already ({method}): give mixoff the 16-bit original of this model"
@@ -227,13 +252,8 @@ def _refuse_quantized(config: dict, folder: Path) -> None:
 
 def _weight_files(folder: Path) -> list[str]:
     """Names of the safetensors files, from the index where there is one. Only plain names inside the folder."""
-    if (folder / INDEX).exists():
-        weight_map = read_json(folder / INDEX).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
-            raise CheckpointError(f"{folder / INDEX} has no weight_map: copy it again from its source")
-        files = sorted(set(weight_map.values()))
-    else:
-        files = sorted(p.name for p in folder.glob("*.safetensors"))
+    indexed = (folder / INDEX).exists()
+    files = indexed_files(folder) if indexed else sorted(p.name for p in folder.glob("*.safetensors"))
     if not files and (any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth"))):
         raise CheckpointError(
             f"{folder} holds pickle files, which can run code when opened: use a copy with *.safetensors files"
@@ -243,11 +263,20 @@ def _weight_files(folder: Path) -> list[str]:
             f"{folder} has no *.safetensors files: the download is incomplete, or this is no model folder"
         )
     for file in files:
-        if Path(file).name != file or not file.endswith(".safetensors"):
+        if not (folder / file).is_file():
+            raise CheckpointError(f"{folder} lacks {file}: the download is incomplete, fetch it again")
+    return files
+
+
+def indexed_files(folder: Path) -> list[str]:
+    """Names of the files that a folder's index points to. Raises CheckpointError for all but plain names."""
+    weight_map = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
+        raise CheckpointError(f"{folder / INDEX} has no weight_map: copy it again from its source")
+    for file in (files := sorted(set(weight_map.values()))):
+        if set(file) & set("/\\:") or not file.isprintable() or not file.endswith(".safetensors"):
             raise CheckpointError(
                 f"{folder / INDEX} points to {file!r}, which is no plain name of a *.safetensors file: "
                 "do not trust this folder"
             )
-        if not (folder / file).is_file():
-            raise CheckpointError(f"{folder} lacks {file}: the download is incomplete, fetch it again")
     return files

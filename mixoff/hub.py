@@ -1,0 +1,274 @@
+"""Models on the Hugging Face Hub, through `huggingface_hub` alone: its token, cache, endpoint and offline mode hold.
+
+A model is named `org/model` or `org/model@revision` (a branch, a tag or a commit). For loading, its files come into the
+cache that transformers uses too. For conversion only headers are read at first, by ranges; then shard after shard is
+fetched, verified, and deleted once it is consumed. Does not know stores or schemes.
+"""
+
+from __future__ import annotations
+
+import errno
+import fnmatch
+import hashlib
+import re
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from mixoff import models, published
+from mixoff.checkpoint import INDEX, MAX_HEADER, TensorRange, indexed_files, parse_header
+from mixoff.errors import CheckpointError
+from mixoff.shards import SIDE_FILES, LocalShards, Shards, read_side_files
+
+NAME = re.compile(r"^(?P<repo>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>[\w./-]+))?$")
+WANTED = (*SIDE_FILES, "*.safetensors", "experts-*.bin")  # of a model that is loaded; a store may be on the Hub too
+STRAY = re.compile(r"\.[0-9a-f]{8}\.incomplete$")  # named at random by huggingface_hub 2, which never goes on with one
+FIRST = 100_000  # bytes asked for at first: nearly every header ends before
+CONNECTIONS = 8  # headers that are fetched at a time
+AGAIN = "run the same command again, and it goes on where it stopped"
+
+
+@dataclass(frozen=True)
+class HubId:
+    """A model on the Hub; revision None is its default branch."""
+
+    repo: str
+    revision: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.repo}@{self.revision}" if self.revision else self.repo
+
+
+def parse(path: str | Path, revision: str | None = None) -> HubId | None:
+    """The model on the Hub that `path` names; None for a folder that is there, a bundled model, or any other path.
+
+    >>> parse("org/model@v1.0"), parse("./org/model"), parse("org/model", revision="refs/pr/1").revision
+    (HubId(repo='org/model', revision='v1.0'), None, 'refs/pr/1')
+    """
+    m = NAME.match(str(path))
+    if not m or str(path) in models.names() or Path(path).exists():
+        return None
+    return HubId(m["repo"], revision or m["revision"])
+
+
+def pinned(path: str | Path, revision: str | None) -> str | Path:
+    """`path` with the revision that an argument gives. Raises CheckpointError where there is nothing to pin."""
+    if revision is None:
+        return path
+    if (model := parse(path, revision)) is None:
+        raise CheckpointError(f"{path} is no model on the Hub, so it has no revision {revision!r}: leave revision out")
+    return str(model)
+
+
+# Whole models, for loading --------------------------------------------------------------------------------------------
+
+
+def snapshot(model: HubId) -> Path:
+    """The folder in the Hub's cache with all that loading needs, fetched where it lacks. Raises CheckpointError."""
+    from huggingface_hub import snapshot_download
+
+    with advice(model):
+        return Path(snapshot_download(model.repo, revision=model.revision, allow_patterns=list(WANTED)))
+
+
+def config_folder(model: HubId) -> Path:
+    """A folder with the model's config.json, which is all that is fetched. Raises CheckpointError."""
+    from huggingface_hub import hf_hub_download
+
+    with advice(model):
+        return Path(hf_hub_download(model.repo, "config.json", revision=model.revision)).parent
+
+
+# One shard at a time, for conversion ----------------------------------------------------------------------------------
+
+
+def open_shards(model: HubId, downloads: Path) -> Shards:
+    """The shards of a model, fetched into the folder `downloads`; without a connection, those in the Hub's cache."""
+    from huggingface_hub import constants
+
+    return LocalShards(snapshot(model)) if constants.HF_HUB_OFFLINE else HubShards(model, downloads)
+
+
+class HubShards:
+    """A model on the Hub at one commit: opening it reads small files, and of each shard the header."""
+
+    transient = True
+
+    def __init__(self, model: HubId, downloads: Path) -> None:
+        from huggingface_hub import HfApi, constants
+
+        with advice(model):
+            how = {"files_metadata": True, "timeout": constants.HF_HUB_ETAG_TIMEOUT}
+            info = HfApi().model_info(model.repo, revision=model.revision, **how)
+        self.model, self.downloads = HubId(model.repo, info.sha), downloads
+        self.listed = {entry.rfilename: entry for entry in info.siblings or []}
+        folder = self._side_folder()
+        files = weight_files(folder, set(self.listed), self.model)
+        with ThreadPoolExecutor(CONNECTIONS) as pool:
+            headers = dict(zip(files, pool.map(self._header, files), strict=True))
+        self.checkpoint = published.open_checkpoint(folder, headers)
+
+    def identity(self) -> str:
+        return f"{self.model} {[(file, self.listed[file].size) for file in self.checkpoint.files]}"
+
+    def side_files(self) -> dict[str, bytes]:
+        return read_side_files(self.checkpoint.folder)
+
+    def acquire(self, file: str) -> Path:
+        from huggingface_hub import hf_hub_download
+
+        if path := self._cached(file):
+            return path
+        path = self.downloads / file
+        for stray in self.downloads.rglob("*.incomplete"):  # of a process that was killed
+            if STRAY.search(stray.name):
+                stray.unlink()
+        for attempt in range(2):
+            with advice(self.model):
+                where = {"local_dir": self.downloads, "force_download": attempt > 0}
+                hf_hub_download(self.model.repo, file, revision=self.model.revision, **where)
+            if self._is_sound(path, file):
+                return path
+            path.unlink()
+        raise CheckpointError(f"{file} of {self.model} came twice with other bytes than the Hub lists: {AGAIN}")
+
+    def release(self, file: str) -> None:
+        (self.downloads / file).unlink(missing_ok=True)
+
+    def close(self) -> None:
+        pass
+
+    def _side_folder(self) -> Path:
+        """The folder in the Hub's cache with config.json, the index and the other small files."""
+        from huggingface_hub import hf_hub_download
+
+        plain = [name for name in self.listed if "/" not in name]
+        names = [name for name in plain if any(fnmatch.fnmatch(name, pattern) for pattern in SIDE_FILES)]
+        if "config.json" not in names:
+            raise CheckpointError(f"{self.model} has no config.json: it is no model that transformers can load")
+        with advice(self.model):
+            paths = [Path(hf_hub_download(self.model.repo, n, revision=self.model.revision)) for n in names]
+        return paths[names.index("config.json")].parent
+
+    def _header(self, file: str) -> dict[str, TensorRange]:
+        """The tensors of one shard, from its first bytes."""
+        raw = self._first_bytes(file, FIRST)
+        wanted = 8 + int.from_bytes(raw[:8], "little")
+        if len(raw) < wanted <= 8 + MAX_HEADER:
+            raw = self._first_bytes(file, wanted)
+        return parse_header(Path(f"{self.model}/{file}"), raw, self.listed[file].size or 0)
+
+    def _first_bytes(self, file: str, nbytes: int) -> bytes:
+        from huggingface_hub import hf_hub_url
+        from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+
+        url = hf_hub_url(self.model.repo, file, revision=self.model.revision)
+        headers = build_hf_headers() | {"Range": f"bytes=0-{nbytes - 1}", "Accept-Encoding": "identity"}
+        raw = b""
+        with advice(self.model), get_session().stream("GET", url, headers=headers, follow_redirects=True) as response:
+            hf_raise_for_status(response)
+            for piece in response.iter_bytes():  # a server without ranges sends all: the rest stays there
+                raw += piece
+                if len(raw) >= nbytes:
+                    break
+        return raw[:nbytes]
+
+    def _cached(self, file: str) -> Path | None:
+        """The shard in the Hub's cache, if somebody fetched it before; that copy is not ours to delete."""
+        from huggingface_hub import try_to_load_from_cache
+
+        path = try_to_load_from_cache(self.model.repo, file, revision=self.model.revision)
+        return Path(path) if isinstance(path, str) else None
+
+    def _is_sound(self, path: Path, file: str) -> bool:
+        """Whether a fetched file has the size and, where the Hub lists one, the SHA-256 that it should have."""
+        entry = self.listed[file]
+        if path.stat().st_size != entry.size or not entry.lfs:
+            return path.stat().st_size == entry.size
+        with path.open("rb") as f:
+            digest = hashlib.sha256()
+            while piece := f.read(1 << 22):
+                digest.update(piece)
+        return digest.hexdigest() == entry.lfs.sha256
+
+
+def weight_files(folder: Path, listed: set[str], model: HubId) -> list[str]:
+    """Names of the shards, from the index where there is one, each of them listed by the Hub."""
+    files = (
+        indexed_files(folder)
+        if (folder / INDEX).is_file()
+        else sorted(name for name in listed if name.endswith(".safetensors") and "/" not in name)
+    )
+    if lacking := sorted(set(files) - listed):
+        raise CheckpointError(f"{model} lacks {lacking[0]}, which its index names: tell the owner of that model")
+    if not files and any(name.endswith((".bin", ".pt", ".pth", ".gguf")) for name in listed):
+        raise CheckpointError(
+            f"{model} has no *.safetensors files, only formats that mixoff does not open (pickle "
+            "files can run code): look for a copy of the model in safetensors"
+        )
+    if not files:
+        raise CheckpointError(f"{model} has no *.safetensors files: choose a repository that holds a model's weights")
+    return files
+
+
+# What went wrong ------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def advice(model: HubId) -> Iterator[None]:
+    """Turns what huggingface_hub raises into one line that says what to do. A full disk stays what it is."""
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except (errors.HfHubHTTPError, errors.EntryNotFoundError, errors.HFValidationError, errors.HTTPError) as error:
+        raise CheckpointError(_explain(error, model)) from error
+    except OSError as error:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise CheckpointError(_unreachable(error, model)) from error
+
+
+def _explain(error: Exception, model: HubId) -> str:
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.LocalEntryNotFoundError) and isinstance(error.__cause__, errors.HfHubHTTPError):
+        error = error.__cause__  # the Hub did answer, and the cache is only where huggingface_hub looked next
+    page, revision = f"https://huggingface.co/{model.repo}", model.revision or "main"
+    known = (
+        (errors.GatedRepoError, f"{model.repo} is gated: accept its terms at {page}, then log in with `hf auth login`"),
+        (errors.DisabledRepoError, f"the Hub has disabled {model.repo}: choose another copy of the model"),
+        (
+            errors.RepositoryNotFoundError,
+            f"no folder at {model}, and no such model on the Hub, or it is private: "
+            "check the name, or log in with `hf auth login`",
+        ),
+        (errors.RevisionNotFoundError, f"{model.repo} has no revision {revision!r}: look at {page}/commits/main"),
+        (errors.LocalEntryNotFoundError, _unreachable(error, model)),
+        (errors.EntryNotFoundError, f"{model} lacks a file that a model has: look at {page}/tree/{revision}"),
+        (errors.HFValidationError, f"{str(model)!r} is neither a folder nor a name on the Hub (org/model)"),
+    )
+    for kind, text in known:
+        if isinstance(error, kind):
+            return text
+    status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else 0
+    if status in (401, 403):
+        return f"the Hub refuses access to {model} ({status}): log in with `hf auth login`, by a token that may read it"
+    if status:
+        return f"the Hub answers {status} to a request for {model}: wait a little, then {AGAIN}"
+    return _unreachable(error, model)
+
+
+def _unreachable(error: BaseException, model: HubId) -> str:
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return (
+            f"no folder at {model}, and no such model in the local Hub cache: "
+            f"fetch it with `hf download {model.repo}`, without HF_HUB_OFFLINE=1"
+        )
+    cause = error.__cause__ or error
+    reason = (str(cause) or type(cause).__name__).splitlines()[0]
+    return f"cannot reach the Hub at {constants.ENDPOINT} ({reason}): check the connection, then {AGAIN}"
