@@ -71,14 +71,20 @@ class ExpertCache:
         self.prompt_hits = self.prompt_misses = self.restores = 0
 
     def access(
-        self, pool: int, keys: Sequence[Key], prompt: bool = False, weights: Sequence[float] | None = None
+        self,
+        pool: int,
+        keys: Sequence[Key],
+        prompt: bool = False,
+        weights: Sequence[float] | None = None,
+        scores: Sequence[float] | None = None,
     ) -> Iterator[Grant]:
         """Grant each of `keys` (distinct, in router order) a slot: residents first, then misses.
 
-        weights: what the router gave each key, for policies that care. A grant is good until a later one names its
-        slot, so the caller may ask ahead; it fills the slot of every grant that is not a hit. Where filling fails it
-        closes the iterator, which takes the newest grant back, and calls `give_up` for what it had asked ahead for.
-        More keys than slots are served in waves: a key that was granted may be given up for one that was not.
+        weights: what the router gave each key, scores: how it liked every expert, for policies that care. A grant is
+        good until a later one names its slot, so the caller may ask ahead; it fills the slot of every grant that is not
+        a hit. Where filling fails it closes the iterator, which takes the newest grant back, and calls `give_up` for
+        what it had asked ahead for. More keys than slots are served in waves: a key that was granted may be given up
+        for one that was not.
         """
         if self.forgets:
             self._forget(self.pools[pool])
@@ -91,6 +97,7 @@ class ExpertCache:
             yield from self._pass_through(self.pools[pool], misses)
         else:
             self.hits, self.misses = self.hits + len(hits), self.misses + len(misses)
+            self.pools[pool].policy.begin(keys, scores)
             yield from self._admit(self.pools[pool], misses, keys)
             self._touch(self.pools[pool].policy, keys, weights)
 
