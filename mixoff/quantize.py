@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from types import SimpleNamespace
 
@@ -94,6 +94,19 @@ def layout(
     return [(name, (size,), dtype) for name, size, dtype in parts]
 
 
+@functools.lru_cache(maxsize=256, typed=True)
+def places(
+    shape: tuple[int, int], bits: int, group_size: int, metadata_bits: int
+) -> dict[str, tuple[int, int, torch.dtype]]:
+    """First byte, end and dtype of each part in the byte image."""
+    found, start = {}, 0
+    for name, (size,), dtype in layout(shape, bits, group_size, metadata_bits):
+        found[name] = start, start + size * dtype.itemsize, dtype
+        start = found[name][1]
+    return found
+
+
+@functools.lru_cache(maxsize=256, typed=True)
 def packed_nbytes(shape: tuple[int, int], bits: int, group_size: int, metadata_bits: int = 8) -> int:
     """Bytes of a quantized (N, K) matrix, metadata included, from its shape alone.
 
@@ -101,6 +114,23 @@ def packed_nbytes(shape: tuple[int, int], bits: int, group_size: int, metadata_b
     52.828125
     """
     return sum(size * dtype.itemsize for _, (size,), dtype in layout(shape, bits, group_size, metadata_bits))
+
+
+class Parts(Mapping):
+    """The parts of a quantized matrix as views of its byte image, cut when they are asked for."""
+
+    def __init__(self, image: Tensor, form: tuple) -> None:
+        self.image, self.places = image, places(*form)
+
+    def __getitem__(self, name: str) -> Tensor:
+        start, stop, dtype = self.places[name]
+        return self.image[start:stop].view(dtype)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.places)
+
+    def __len__(self) -> int:
+        return len(self.places)
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -115,12 +145,17 @@ class QTensor:
     bits: int
     group_size: int
     metadata_bits: int
-    parts: dict[str, Tensor]
+    parts: Mapping[str, Tensor]
 
     @property
     def nbytes(self) -> int:
         """Bytes of all parts."""
-        return sum(part.nbytes for part in self.parts.values())
+        return packed_nbytes(self.shape, self.bits, self.group_size, self.metadata_bits)
+
+    @functools.cached_property
+    def image(self) -> Tensor:
+        """The byte image, uint8 (nbytes,): memory that the parts share, or a copy where they do not lie together."""
+        return self.parts.image if isinstance(self.parts, Parts) else self.to_buffer()
 
     @property
     def bits_per_weight(self) -> float:
@@ -205,9 +240,9 @@ class QTensor:
     @classmethod
     def empty(cls, shape: tuple[int, int], bits: int, group_size: int, metadata_bits: int = 8) -> QTensor:
         """A matrix with parts that are allocated and not yet filled."""
-        wanted = layout(shape, bits, group_size, metadata_bits)
-        parts = {name: torch.empty(size, dtype=dtype) for name, size, dtype in wanted}
-        return cls(tuple(shape), bits, group_size, metadata_bits, parts)
+        form = tuple(shape), bits, group_size, metadata_bits
+        check_format(*form)
+        return cls(*form, Parts(torch.empty(packed_nbytes(*form), dtype=torch.uint8), form))
 
     @classmethod
     def from_buffer(
@@ -218,7 +253,8 @@ class QTensor:
         The content is not looked at: it may arrive later. Raises MixoffError if the bytes do not lie inside the buffer
         or do not begin at a multiple of 4 bytes in memory.
         """
-        end = offset + packed_nbytes(shape, bits, group_size, metadata_bits)
+        form = tuple(shape), bits, group_size, metadata_bits
+        end = offset + packed_nbytes(*form)
         if buffer.dtype != torch.uint8 or buffer.dim() != 1 or not buffer.is_contiguous():
             raise MixoffError(
                 f"a buffer is contiguous uint8 of one dimension, not {buffer.dtype} {tuple(buffer.shape)}"
@@ -227,11 +263,7 @@ class QTensor:
             raise MixoffError(f"bytes {offset} to {end} do not lie inside a buffer of {len(buffer)}")
         if (buffer.data_ptr() + offset) % 4 or (buffer.storage_offset() + offset) % 4:
             raise MixoffError(f"a quantized matrix begins at a multiple of 4 bytes, and offset {offset} is none")
-        parts = {}
-        for name, (size,), dtype in layout(shape, bits, group_size, metadata_bits):
-            parts[name] = buffer[offset : offset + size * dtype.itemsize].view(dtype)
-            offset += size * dtype.itemsize
-        return cls(tuple(shape), bits, group_size, metadata_bits, parts)
+        return cls(*form, Parts(buffer[offset:end], form))
 
     def to_buffer(self, buffer: Tensor | None = None, offset: int = 0) -> Tensor:
         """Write the byte image into a uint8 buffer (nbytes,) from `offset`, a fresh one if none is given; return it."""
@@ -244,8 +276,8 @@ class QTensor:
 
     def to(self, device: torch.device | str) -> QTensor:
         """The same matrix on another device."""
-        parts = {name: part.to(device) for name, part in self.parts.items()}
-        return QTensor(self.shape, self.bits, self.group_size, self.metadata_bits, parts)
+        form = self.shape, self.bits, self.group_size, self.metadata_bits
+        return self if self.device == torch.device(device) else QTensor(*form, Parts(self.image.to(device), form))
 
     def to_tensors(self) -> tuple[dict[str, Tensor], dict]:
         """The parts by name, and plain JSON with what else `from_tensors` needs: for a safetensors file."""
@@ -353,7 +385,12 @@ def store_metadata(q: QTensor, start: int, stop: int, scale: Tensor, minimum: Te
 
 
 def quantize(
-    w: Tensor, bits: int = 2, group_size: int = 32, solver: str = DEFAULT_SOLVER, metadata_bits: int = 8
+    w: Tensor,
+    bits: int = 2,
+    group_size: int = 32,
+    solver: str = DEFAULT_SOLVER,
+    metadata_bits: int = 8,
+    each: Callable = map,
 ) -> QTensor:
     """Quantize a matrix (N, K), fp32, fp16 or bf16, in groups along its inputs.
 
@@ -363,7 +400,8 @@ def quantize(
     metadata as stored. Groups of zeros stay exactly zero; other constant groups are as exact as the metadata.
 
     The result is on `w`'s device, and the same bit for bit with any number of threads, with or without numba. The inner
-    loops use one thread and let others run. Scratch memory stays below a tenth of a matrix of 4096 rows.
+    loops use one thread and let others run: `each`, by default `map` of 128 rows at a time, may be a pool's. Scratch
+    memory stays below a tenth of a matrix of 4096 rows.
 
     Raises MixoffError for a group size that does not divide K, for NaN, and for |w| above 8192.
     Tested against the hqq package (relative error within 1 %) and brute force.
@@ -376,8 +414,8 @@ def quantize(
     if solver not in SOLVERS:
         raise MixoffError(f"no solver {solver!r}: choose one of {', '.join(SOLVERS)}")
     q = QTensor.empty(tuple(w.shape), bits, group_size, metadata_bits)
-    for start, stop in q.blocks():
-        quantize_block(w.detach(), q, start, stop, solver)
+    for _ in each(lambda rows: quantize_block(w.detach(), q, *rows, solver), q.blocks()):
+        pass
     return q.to(w.device)
 
 
@@ -649,10 +687,10 @@ class Scheme:
             raise MixoffError(f"a model has no part {role!r}: choose one of {', '.join(ROLES + KEPT)}")
         return None if role in KEPT else getattr(self, role)
 
-    def quantize(self, w: Tensor, role: str) -> QTensor | None:
+    def quantize(self, w: Tensor, role: str, each: Callable = map) -> QTensor | None:
         """`w` (N, K) as this scheme stores it in that part; None where it stays as it is."""
         form = self.precision(role)
-        return form and quantize(w, form.bits, form.group_size, self.solver, self.metadata_bits)
+        return form and quantize(w, form.bits, form.group_size, self.solver, self.metadata_bits, each)
 
     def to_json(self) -> str:
         """One line of JSON."""
