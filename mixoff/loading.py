@@ -65,7 +65,7 @@ def load(
     with ExitStack() as undo:
         source = _open(hub.pinned(path, revision), scheme)
         undo.callback(source.close)
-        _choose_io(source, io, budget, limited=ram_bytes is not None)
+        choose_io(source, io, budget, limited=ram_bytes is not None)
         compute, k = _compute_dtype(dtype, source.dtype), top_k(shapes.read_config(source.folder))
         runtime = Runtime(
             source, budget, policy, scope, compute, ram_bytes=ram, prefetch=prefetch, top_k=k, exact=exact, fetch=fetch
@@ -78,7 +78,7 @@ def load(
     return model
 
 
-def _choose_io(source: store.Source, io: str, fast_bytes: int, limited: bool) -> None:
+def choose_io(source: store.Source, io: str, fast_bytes: int, limited: bool) -> None:
     """Give `source` a reader that goes past the page cache, if it should."""
     experts = sum(site.num_experts * site.expert_nbytes for site in source.sites)
     if goes_direct(io, experts + min(fast_bytes, experts), hardware.memory_nbytes()[1], limited):

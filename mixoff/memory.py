@@ -7,6 +7,7 @@ Letters: **E** experts. Every change to the model pushes what undoes it on one s
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,9 @@ from torch import Tensor, nn
 from mixoff import layers, shapes, store
 from mixoff.checkpoint import Extent
 from mixoff.errors import CheckpointError, MixoffError
-from mixoff.loading import bind
+from mixoff.loading import bind, choose_io
+from mixoff.policies import Policy
+from mixoff.prefetch import top_k
 from mixoff.quantize import Scheme
 from mixoff.readers import ExpertReader
 from mixoff.runtime import Runtime
@@ -73,28 +76,33 @@ def offload(
     *,
     scheme: str | Scheme | None = None,
     folder: str | Path | None = None,
-    policy: str = "lru",
+    policy: str | Callable[[], Policy] = "lru",
     scope: str = "layer",
     prefetch: str = "auto",
+    io: str = "auto",
+    exact: bool = False,
 ) -> nn.Module:
     """Serve the experts of a transformers model that is in memory from `fast_bytes` of it; returns the same model.
 
     folder: None keeps the experts where they are, as the slow tier, which frees nothing and says so with a warning. A
     folder takes them as a temporary file, and their memory is given back; `restore` reads them again, then the file
     goes. scheme: None computes with the weights as they are; a `Scheme` or a preset's name quantizes experts and
-    backbone as `convert` would, until `restore` brings the originals back. policy, scope, prefetch: as for `load`.
+    backbone as `convert` would, until `restore` brings the originals back. policy, scope, prefetch, exact, and io of a
+    folder: as for `load`.
     Raises MixoffError, and leaves the model as it was whenever anything fails. Tested bit for bit against `grouped_mm`.
     """
-    if prefetch not in ("auto", "none"):
-        raise MixoffError("this version has no prefetch for models in memory: leave prefetch at 'auto'")
+    budget = parse_nbytes(fast_bytes)
     scheme = Scheme.preset(scheme) if isinstance(scheme, str) else scheme or Scheme()
     modules, dtype = _experts_in_memory(model)
     with ExitStack() as undo:
         source = _source(model, modules, dtype, scheme, folder, undo)
         undo.callback(source.close)
+        if folder is not None:
+            choose_io(source, io, budget, limited=False)
         _strip(modules, undo)
         _quantize_backbone(model, scheme, dtype, undo)
-        runtime = Runtime(source, parse_nbytes(fast_bytes), policy, scope, shapes.torch_dtype(dtype))
+        compute, k = shapes.torch_dtype(dtype), top_k(model.config)
+        runtime = Runtime(source, budget, policy, scope, compute, prefetch=prefetch, top_k=k, exact=exact)
         undo.callback(runtime.close)
         _switch(model, modules, undo)
         undo.push(bind(model, runtime))

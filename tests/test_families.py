@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, budget, config_of, decode, resident, save_random
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.integrations.moe import use_experts_implementation
 
@@ -71,7 +71,7 @@ class Layer(nn.Module):
 
     def __init__(self, experts):
         super().__init__()
-        self.experts, self.base_model = experts, self
+        self.experts, self.base_model, self.config = experts, self, PreTrainedConfig()
 
     # nn.Module would register the model as its own child
     def __setattr__(self, name, value):
@@ -381,6 +381,17 @@ def test_offload_computes_the_same_and_restore_leaves_no_trace(family, dtype):
     assert torch.equal(again[0], want[0]) and torch.equal(again[1], want[1])
 
 
+@pytest.mark.parametrize("io", ["direct", "buffered"])
+def test_guesses_and_ways_to_read_change_nothing(tmp_path, io):
+    model = in_memory("qwen2_moe")
+    want = decode(model, IDS)[1]
+    offload_few(model, 8, folder=tmp_path, io=io, prefetch="next-router", policy="lfuda")
+    assert torch.equal(decode(model, IDS)[1], want)
+    assert model.mixoff.info().misses > 0 and model.mixoff.info().evictions > 0
+    mixoff.restore(model)
+    assert torch.equal(decode(model, IDS)[1], want)
+
+
 @pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
 def test_the_previous_implementation_returns(implementation):
     model = in_memory("mixtral", implementation=implementation)
@@ -511,7 +522,9 @@ def test_an_error_leaves_the_model_as_it_was(arguments, message):
     assert anatomy(model) == before
 
 
-@pytest.mark.parametrize("step", ["_spill", "_empty", "_strip", "_quantize_backbone", "Runtime", "_switch", "bind"])
+@pytest.mark.parametrize(
+    "step", ["_spill", "_empty", "_strip", "_quantize_backbone", "choose_io", "Runtime", "_switch", "bind"]
+)
 def test_a_failure_at_any_step_leaves_the_model_as_it_was(tmp_path, monkeypatch, step):
     model = in_memory("mixtral")
     want, names = decode(model, IDS)[1], list(dict(model.named_parameters()))
