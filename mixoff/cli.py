@@ -1,4 +1,4 @@
-"""The command line: `mixoff demo, run, convert, verify, bench, trace, simulate`.
+"""The command line: `mixoff demo, run, convert, verify, bench, trace, simulate, plan`.
 
 Every command takes `--json`: then standard output holds one JSON object and nothing else. What is wrong with a
 request is one line on standard error and exit code 2. Does not know any arithmetic.
@@ -41,7 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"mixoff {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (_add_demo, _add_run, _add_convert, _add_verify, _add_bench, _add_trace, _add_simulate):
+    for add in (_add_demo, _add_run, _add_convert, _add_verify, _add_bench, _add_trace, _add_simulate, _add_plan):
         add(commands)
     return parser
 
@@ -257,4 +257,30 @@ def _simulate(args: argparse.Namespace) -> int:
     nbytes = args.expert_nbytes if args.expert_nbytes is None else parse_nbytes(args.expert_nbytes)
     result = simulator.simulate(Trace.load(args.trace), args.policy, args.slots, args.scope, nbytes)
     print(json.dumps(result.to_dict()) if args.json else f"{result} (modelled)")
+    return 0
+
+
+def _add_plan(commands: argparse._SubParsersAction) -> None:
+    command = _add_command(commands, "plan", _plan, "what a model needs, what lies where, does it fit, and how fast")
+    command.add_argument("source", metavar="SOURCE", help="model folder, config.json, bundled model, or Hub id")
+    command.add_argument("--fast", metavar="SIZE", help="the whole fast memory, as in 14.75GiB (the hardware's)")
+    command.add_argument("--ram", metavar="SIZE", help="RAM that is free for experts, as in 12.7GB (the hardware's)")
+    command.add_argument("--disk", metavar="SIZE", help="disk that is free for the store (the hardware's)")
+    command.add_argument("--context", type=int, default=4096, metavar="N", help="tokens that the KV cache holds (4096)")
+    command.add_argument("--batch", type=int, default=1, metavar="N", help="sequences at once (1)")
+    command.add_argument("--scheme", help=f"quantization: {SCHEMES} (mixed, or what a store is in)")
+    command.add_argument("--hardware", metavar="NAME", help="t4, rtx-3060, ..., or 'here', measured once (t4)")
+    command.add_argument("--refresh", action="store_true", help="with --hardware here: measure this machine anew")
+
+
+def _plan(args: argparse.Namespace) -> int:
+    _quiet_transformers()
+    from mixoff import hardware, planner
+
+    if args.refresh:
+        hardware.probe(cached=False)
+    sizes = args.fast, args.ram, args.disk
+    how = {"context": args.context, "batch": args.batch, "scheme": args.scheme, "hardware": args.hardware}
+    plan = planner.plan(args.source, *sizes, **how)
+    print(plan.to_json() if args.json else plan)
     return 0

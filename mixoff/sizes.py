@@ -1,0 +1,146 @@
+"""Bytes of a model under a scheme: in a store, in memory, and read by one token. From shapes alone, no weights needed.
+
+Quantized forms, alignment and padding are those of `store` and `quantize`, which are asked, not repeated.
+Does not know budgets, machines or speeds.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from mixoff import published, shapes, store, strided
+from mixoff.errors import MixoffError
+from mixoff.presets import DEMO, ModelShape, Tensor
+from mixoff.quantize import PRESETS, Scheme, packed_nbytes
+
+if TYPE_CHECKING:
+    from mixoff.shapes import Part, Site
+
+PUBLISHED = "published"  # the scheme of the checkpoint that came with the paper, and of no other
+EXPERT_FORM, ATTENTION_FORM = (2, 16, 128), (4, 64, 256)  # bits, group size, groups on one grid of scales
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The bytes of `shape` under `scheme`; `scheme` None is the published checkpoint's own. name: of the scheme."""
+
+    shape: ModelShape
+    scheme: Scheme | None
+    name: str
+
+    @cached_property
+    def sites(self) -> tuple[Site, ...]:
+        """Where experts are, in the form that they are stored in. Raises MixoffError for a group that fits no width."""
+        if self.scheme is None:
+            return tuple(published.strided_sites(self.shape.sites, _published_form))
+        return store.quantized_sites(self.shape.sites, self.scheme)
+
+    @property
+    def experts(self) -> int:
+        """Bytes of all experts in the store, the padding of each to whole pages included."""
+        if self.shape.sites:
+            return sum(site.num_experts * store.stride(site) for site in self.sites)
+        return self.shape.parameters["experts"] * shapes.dtype_nbytes(self.shape.dtype)
+
+    @property
+    def slot_nbytes(self) -> int:
+        """Bytes of the largest expert, in whole pages."""
+        return max(map(store.stride, self.sites))
+
+    @property
+    def stored_backbone(self) -> int:
+        """Bytes of the tensors of everything else, in files."""
+        if self.shape.files is not None:
+            return sum(self._packed(t.shape, t.role) or t.nbytes for t in self.shape.files)
+        return sum(self._nbytes(tensor, None) for tensor in self.shape.backbone)
+
+    @property
+    def stored(self) -> int:
+        """Bytes of all tensors of the store; its metadata (headers, manifest, tokenizer) come on top."""
+        return self.experts + self.stored_backbone
+
+    def backbone(self, compute: str) -> int:
+        """Bytes of everything but the experts in memory, what is not quantized in the dtype of the computation."""
+        return sum(self._nbytes(tensor, compute) for tensor in self.shape.backbone) + self.shape.buffers_nbytes
+
+    def touched_backbone(self, compute: str) -> Counter[int]:
+        """Bytes of the backbone that one token reads, by bits of a weight: all but a table of embeddings of its own."""
+        table = None if self.tied else next((t for t in self.shape.backbone if t.role == "embeddings"), None)
+        touched = Counter()
+        for tensor in self.shape.backbone:
+            if tensor is not table:
+                touched[self._bits(tensor, compute)] += self._nbytes(tensor, compute)
+        return touched
+
+    def touched_experts(self) -> Counter[int]:
+        """Bytes of experts that one token reads, by bits of a weight."""
+        touched = Counter()
+        for site, k in zip(self.sites, self.shape.top_k, strict=True):
+            for part in site.parts:
+                touched[_part_bits(part)] += min(k, site.num_experts) * part.nbytes
+        return touched
+
+    def requested(self) -> int:
+        """Bytes of the experts that one token asks for, as they are moved."""
+        pairs = zip(self.sites, self.shape.top_k, strict=True)
+        return sum(min(k, site.num_experts) * site.expert_nbytes for site, k in pairs)
+
+    @property
+    def tied(self) -> bool:
+        """Whether the head is the embedding's table."""
+        return not any(t.role == "head" for t in self.shape.backbone)
+
+    def _nbytes(self, tensor: Tensor, compute: str | None) -> int:
+        return self._packed(tensor.shape, tensor.role) or _plain(tensor, compute)
+
+    def _packed(self, shape: tuple[int, ...], role: str | None) -> int | None:
+        """Bytes of a tensor that the scheme quantizes, None of others."""
+        if self.scheme is None:
+            return strided.packed_nbytes(shape, strided.Form(*ATTENTION_FORM)) if role == "attention" else None
+        precision = role and self.scheme.precision(role)
+        if not precision:
+            return None
+        return packed_nbytes(shape, precision.bits, precision.group_size, self.scheme.metadata_bits)
+
+    def _bits(self, tensor: Tensor, compute: str) -> int:
+        if self.scheme is None and tensor.role == "attention":
+            return ATTENTION_FORM[0]
+        precision = self.scheme and tensor.role and self.scheme.precision(tensor.role)
+        return precision.bits if precision else 8 * shapes.dtype_nbytes(compute)
+
+
+def sizes_of(shape: ModelShape, scheme: str | Scheme | None = None) -> Sizes:
+    """The sizes under `scheme`, a preset's name or a Scheme; None is `mixed`, or `published` for that checkpoint.
+
+    Raises MixoffError for an unknown scheme, and for one that does not suit the model's widths.
+    """
+    if isinstance(scheme, Scheme):
+        return Sizes(shape, scheme, next((name for name, own in PRESETS.items() if own == scheme), "own"))
+    if shape.name == DEMO or scheme == PUBLISHED:
+        if scheme not in (None, PUBLISHED):
+            raise MixoffError(f"{DEMO} is quantized already: plan it without a scheme, or plan the original model")
+        return Sizes(shape, None, PUBLISHED)
+    return Sizes(shape, Scheme.preset(scheme or "mixed"), scheme or "mixed")
+
+
+def _plain(tensor: Tensor, compute: str | None) -> int:
+    """Bytes of a tensor that is not quantized: as stored, or in the dtype of the computation."""
+    floating = tensor.dtype in ("float16", "bfloat16", "float32")
+    if not floating:
+        return tensor.numel * {"int64": 8, "int32": 4, "uint8": 1, "bool": 1}[tensor.dtype]
+    dtype = tensor.dtype if compute is None else "float32" if compute in tensor.wide else compute
+    return tensor.numel * shapes.dtype_nbytes(dtype)
+
+
+def _published_form(_: Site, part: Part) -> strided.Form:
+    return strided.Form(*EXPERT_FORM, matrices=2 if part.name == "gate_up_proj" else 1)
+
+
+def _part_bits(part: Part) -> int:
+    """Bits of a weight of an expert, metadata apart."""
+    if part.form is None:
+        return 8 * shapes.dtype_nbytes(part.dtype)
+    return part.form[1] if part.form[0] == strided.KIND else part.form[0]
