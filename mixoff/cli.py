@@ -180,22 +180,20 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _add_bench(commands: argparse._SubParsersAction) -> None:
+    from mixoff.bench import command as bench
+
     command = _add_command(
-        commands, "bench", _bench, "tokens/s of the bundled model by budget, beside what bytes and bandwidth allow"
+        commands, "bench", _bench, "tokens/s of a store or shape, or of the bundled model, beside this machine's limits"
     )
-    command.add_argument("--runs", type=int, default=5, help="runs of each setting, in turns; the median is shown (5)")
-    command.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
-    command.add_argument(
-        "--threads", type=int, default=1, help="threads of a product (1: the bundled model's are tiny)"
-    )
+    bench.add_options(command)
 
 
 def _bench(args: argparse.Namespace) -> int:
     _quiet_transformers()
-    from mixoff import bench
+    from mixoff.bench import command
 
-    table = bench.run(args.runs, args.max_new_tokens, args.threads)
-    print(json.dumps(table.to_dict()) if args.json else table)
+    report = command.run(args)
+    print(json.dumps(report.to_dict()) if args.json else report)
     return 0
 
 
@@ -237,15 +235,23 @@ def _read_text(path: str) -> str:
 
 def _add_simulate(commands: argparse._SubParsersAction) -> None:
     command = _add_command(commands, "simulate", _simulate, "count the hits and misses that a trace would have")
-    command.add_argument("trace", metavar="TRACE", help="file of `mixoff trace`, or .csv or .jsonl")
     command.add_argument(
-        "--policy", default="lru", help="lru, fifo, lfu, lfuda, lfru, random, least-stale, static, belady"
+        "trace", metavar="TRACE", help="file of `mixoff trace`, .csv or .jsonl, or a bundled one: tiny-mixtral/novel"
+    )
+    command.add_argument(
+        "--policy",
+        default="lru",
+        help="lru, fifo, lfu, lfuda, lfru, random, least-stale, half-life, static, belady, or all, in a table (lru)",
     )
     command.add_argument("--slots", type=int, default=4, metavar="S", help="of each layer (4)")
     scope = command.add_mutually_exclusive_group()
     scope.add_argument("--per-layer", dest="scope", action="store_const", const="layer", help="a pool a layer (this)")
     scope.add_argument("--global", dest="scope", action="store_const", const="global", help="one pool, slots x layers")
     command.add_argument("--expert-nbytes", metavar="SIZE", help="of one expert, for bytes_moved: 221184, 52MiB")
+    command.add_argument(
+        "--prefetch", default="none", help="none, next-router (of the trace), popularity, oracle, recall=0.86 (none)"
+    )
+    command.add_argument("--prefetch-nbytes", metavar="SIZE", help="at most so much a layer (top-k experts)")
     command.set_defaults(scope="layer")
 
 
@@ -254,8 +260,13 @@ def _simulate(args: argparse.Namespace) -> int:
     from mixoff.trace import Trace
     from mixoff.units import parse_nbytes
 
-    nbytes = args.expert_nbytes if args.expert_nbytes is None else parse_nbytes(args.expert_nbytes)
-    result = simulator.simulate(Trace.load(args.trace), args.policy, args.slots, args.scope, nbytes)
+    nbytes, ahead = (x if x is None else parse_nbytes(x) for x in (args.expert_nbytes, args.prefetch_nbytes))
+    trace, how = Trace.load(args.trace), {"prefetch": args.prefetch, "prefetch_nbytes": ahead}
+    if args.policy == "all":
+        table = simulator.compare(trace, args.slots, args.scope, nbytes, **how)
+        print(json.dumps(table.to_dict()) if args.json else table)
+        return 0
+    result = simulator.simulate(trace, args.policy, args.slots, args.scope, nbytes, **how)
     print(json.dumps(result.to_dict()) if args.json else f"{result} (modelled)")
     return 0
 

@@ -1,0 +1,150 @@
+"""The options of `mixoff bench`, and what follows from them: models to write first, contenders to compare.
+
+Without a store or a shape it measures the bundled model by budget. Does not know any arithmetic.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mixoff.errors import MixoffError
+from mixoff.units import format_nbytes, parse_nbytes
+
+if TYPE_CHECKING:
+    from mixoff.bench.budgets import Table
+    from mixoff.bench.compare import Settings
+    from mixoff.bench.report import Report
+
+ROUTINGS = {"mixtral": "mixtral-8x7b", "uniform": "uniform", "model": "model"}
+ASK_FROM = 1 << 30  # bytes of files that are not written without a word
+
+
+def add_options(command: argparse.ArgumentParser) -> None:
+    """Every option of `mixoff bench`."""
+    add = command.add_argument
+    add("store", nargs="?", metavar="STORE", help="folder of a store; none: the bundled model by budget")
+    add("--shape", help="a store of this shape, random weights: mixtral-8x7b, mixtral-3b, mixtral-700m, or a Hub id")
+    add("--scheme", default="mixed", help="quantization of --shape: mixed, paper, small, quality or none (mixed)")
+    add("--folder", metavar="FOLDER", help="where what --shape needs is written, and kept (the user's cache folder)")
+    add("--yes", action="store_true", help="write large files without asking")
+    add("--routing", default="mixtral", help="mixtral, uniform, or model for the model's own routers (mixtral)")
+    add("--repeat", type=float, metavar="R", help="tune the routing to this share of experts asked for again")
+    add("--fast-bytes", metavar="SIZE", help="experts in the fast tier (what the plan leaves of memory)")
+    add("--memory-limit", metavar="SIZE", help="run every contender inside a real limit: 9G, page cache included")
+    add("--threads", type=int, default=1, help="of every contender (1)")
+    add("--tokens", "--max-new-tokens", type=int, metavar="N", help="decoded in each run (32; bundled model: 64)")
+    add("--prompt-tokens", type=int, default=64, metavar="N", help="read before them (64)")
+    add("--runs", type=int, help="of each contender, in turns (3; bundled model: 5)")
+    add("--peers", default="", metavar="LIST", help="of transformers,accelerate,mmap,llama.cpp")
+    add("--llama-python", default=sys.executable, metavar="PATH", help="interpreter with llama-cpp-python (this one)")
+    add("--checkpoint", metavar="FOLDER", help="16-bit copy of STORE, for transformers and accelerate")
+    add("--gguf", metavar="FILE", help="copy of STORE for llama.cpp")
+    add("--ablations", action="store_true", help="also without pre-loading, without a cache, and layer by layer")
+    add("--record", metavar="FILE", help="keep the JSON in this file too")
+
+
+def run(args: argparse.Namespace) -> Table | Report:
+    """Measure what was asked for; progress goes to standard error."""
+    if args.store is None and args.shape is None:
+        from mixoff.bench import budgets
+
+        return budgets.run(args.runs or 5, args.tokens or 64, args.threads)
+    from mixoff.bench import compare
+
+    report = compare.compare(_settings(args), lambda line: print(line, file=sys.stderr))
+    if args.record:
+        Path(args.record).write_text(json.dumps(report.to_dict(), indent=1) + "\n", encoding="utf-8")
+    return report
+
+
+def _settings(args: argparse.Namespace) -> Settings:
+    from mixoff.bench.compare import PEERS, Settings
+
+    peers = tuple(filter(None, args.peers.split(",")))
+    if unknown := set(peers) - set(PEERS):
+        raise MixoffError(f"no peer {sorted(unknown)[0]!r}: choose among {', '.join(PEERS)}")
+    if args.routing not in ROUTINGS:
+        raise MixoffError(f"no routing {args.routing!r}: choose one of {', '.join(ROUTINGS)}")
+    limit = None if args.memory_limit is None else parse_limit(args.memory_limit)
+    files = {"store": args.store, "checkpoint": args.checkpoint, "gguf": args.gguf}
+    if args.shape:
+        files = _written(args, peers)
+    return Settings(
+        **files,
+        threads=args.threads,
+        prompt_tokens=args.prompt_tokens,
+        tokens=args.tokens or 32,
+        rounds=args.runs or 3,
+        routing=ROUTINGS[args.routing],
+        repeat=args.repeat,
+        fast_bytes=None if args.fast_bytes is None else parse_nbytes(args.fast_bytes),
+        memory_limit=limit,
+        peers=peers,
+        ablations=args.ablations,
+        llama_python=args.llama_python,
+    )
+
+
+def parse_limit(size: str) -> int:
+    """Bytes of a memory limit; a bare letter is binary, as the kernel reads it.
+
+    >>> parse_limit("9G") == parse_limit("9GiB"), parse_limit("500MB")
+    (True, 500000000)
+    """
+    return parse_nbytes(re.sub(r"(?i)(\d\s*[kmgt])$", r"\1iB", size.strip()))
+
+
+# Files ----------------------------------------------------------------------------------------------------------------
+
+
+def _written(args: argparse.Namespace, peers: tuple[str, ...]) -> dict[str, str | None]:
+    """The store of the shape, and what its peers need beside it, written where they are missing."""
+    from mixoff import hardware, synthetic
+
+    folder = Path(args.folder) if args.folder else hardware.cache_folder() / "bench"
+    name = Path(args.shape).name.lower()
+    paths = {"store": folder / f"{name}-{args.scheme}"}
+    paths |= {"checkpoint": folder / f"{name}-16bit"} if {"transformers", "accelerate"} & set(peers) else {}
+    paths |= {"gguf": folder / f"{name}-q2_k.gguf"} if "llama.cpp" in peers else {}
+    schemes = {"store": args.scheme, "checkpoint": "none", "gguf": "mixed"}  # a Q2_K file is as large as a mixed store
+    makers: dict[str, Callable[[Path], object]] = {
+        "store": lambda path: synthetic.write_store(args.shape, args.scheme, path),
+        "checkpoint": lambda path: synthetic.write_checkpoint(args.shape, path),
+        "gguf": lambda path: _write_gguf(args, path),
+    }
+    for kind, path in paths.items():
+        if not path.exists():
+            _ask(path, synthetic.store_nbytes(args.shape, schemes[kind]), args.yes)
+        makers[kind](path)
+    return {kind: str(path) for kind, path in paths.items()}
+
+
+def _ask(path: Path, nbytes: int, yes: bool) -> None:
+    """Ask whether a large file may be written. Raises MixoffError for a no, and where nobody can answer."""
+    if nbytes < ASK_FROM or yes:
+        return
+    text = f"{path} does not exist yet: write {format_nbytes(nbytes)} of random weights there?"
+    if not sys.stdin.isatty():
+        raise MixoffError(f"{text} Say --yes, or name another place with --folder")
+    print(f"{text} [y/N] ", end="", file=sys.stderr, flush=True)
+    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+        raise MixoffError("nothing was written")
+
+
+def _write_gguf(args: argparse.Namespace, path: Path) -> None:
+    from mixoff import synthetic
+    from mixoff.bench.compare import environment
+
+    config = synthetic.config_of(args.shape).to_json_string(use_diff=False)
+    words = [args.llama_python, "-m", "mixoff.bench.gguf_file", str(path), config]
+    done = subprocess.run(words, capture_output=True, text=True, env=environment(1))
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise MixoffError(f"could not write {path} ({last}): --llama-python names an interpreter with llama-cpp-python")

@@ -1,0 +1,222 @@
+"""Contenders in turns: a store, its ablations and its peers, each run in a process of its own.
+
+Before every run the read bandwidth of memory is probed, so that a noisy neighbour shows. Under a memory limit the files
+of a contender are dropped from the page cache first, and the process runs inside a real limit.
+Does not know how a contender measures itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from mixoff import hardware, planner, presets, store, timeline
+from mixoff.bench import limits
+from mixoff.bench.report import Report, Row, row
+from mixoff.bench.spec import Spec
+from mixoff.errors import MixoffError
+from mixoff.hardware import Hardware
+from mixoff.readers import PIECE
+from mixoff.tiers import WORKERS
+
+# As in Table 2 of Eliseev and Mazur (arXiv 2312.17238); the last fetches every expert of a layer, as accelerate does.
+ABLATIONS = {
+    "full algorithm": {},
+    "without pre-loading": {"prefetch": "none"},
+    "without LRU cache and pre-loading": {"prefetch": "none", "policy": "none"},
+    "naive offloading (layer by layer)": {"prefetch": "none", "policy": "none", "fetch": "layer"},
+}
+PEERS = ("transformers", "accelerate", "mmap", "llama.cpp")
+PROBES = 5  # streaming reads behind a roofline, at least
+TIMEOUT_S = 1800
+PACKAGE = Path(__file__).parents[2]  # the folder that a contender's python finds mixoff in
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to compare. rounds: turns, in each of which every contender runs once in a fresh process.
+
+    fast_bytes: of every contender that is ours; None takes what the plan leaves of the limit, or of free memory.
+    memory_limit: bytes. checkpoint: 16-bit folder for transformers and accelerate. gguf: file for llama.cpp.
+    llama_python: an interpreter that has llama-cpp-python. Other fields are those of `Spec`.
+    """
+
+    store: str
+    threads: int = 1
+    prompt_tokens: int = 64
+    tokens: int = 32
+    rounds: int = 3
+    warmup: int = 8
+    routing: str = "mixtral-8x7b"
+    repeat: float | None = None
+    fast_bytes: int | None = None
+    memory_limit: int | None = None
+    peers: tuple[str, ...] = ()
+    ablations: bool = False
+    checkpoint: str | None = None
+    gguf: str | None = None
+    llama_python: str = sys.executable
+
+    @property
+    def context(self) -> int:
+        return self.prompt_tokens + self.tokens
+
+
+def compare(settings: Settings, on_line: Callable[[str], None] = lambda line: None) -> Report:
+    """Run every contender in turns; `on_line` hears of each run. Raises MixoffError where a limit is not to be had."""
+    machine = _machine(settings)
+    plan = planner.plan(settings.store, hardware=machine, context=settings.context)
+    specs = _specs(settings, plan.fast_bytes if settings.fast_bytes is None else settings.fast_bytes)
+    reports, probes, disks = {spec.name: [] for spec in specs}, [], []
+    with _limited(settings.memory_limit) as limit:
+        for _ in range(settings.rounds):
+            for spec in specs:
+                probes += _probes(settings, len(specs))
+                reports[spec.name].append(_run(spec, limit, settings))
+                on_line(f"{spec.name}: {_said(reports[spec.name][-1])}, memory {probes[-1] / 1e9:.1f} GB/s")
+            if any(said[-1].get("moved_bytes") for said in reports.values()):
+                disks.append(hardware.disk_bandwidth(Path(settings.store).parent, PIECE, WORKERS))
+    machine = replace(machine, fast_Bps=max(probes), disk_Bps=max(disks, default=machine.disk_Bps))
+    rows = [_row(spec, reports[spec.name], machine) for spec in specs]
+    disk, kind = max(disks, default=None), limit.kind if limit else None
+    said = {"model": Path(settings.store).name, "threads": settings.threads, "runs": settings.rounds}
+    said |= {key: getattr(settings, key) for key in ("tokens", "prompt_tokens", "routing", "repeat", "warmup")}
+    return Report(tuple(rows), max(probes), tuple(probes), disk, settings.memory_limit, kind, said, versions())
+
+
+def versions() -> dict[str, str]:
+    """Of what a figure depends on."""
+    names = ("mixoff", "torch", "transformers", "accelerate", "numba", "numpy")
+    found = {"python": platform.python_version(), "system": platform.platform(), "processor": hardware_name()}
+    for name in names:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def hardware_name() -> str:
+    """The processor's name, as the system tells it."""
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown")
+    return platform.processor() or platform.machine()
+
+
+def _machine(settings: Settings) -> Hardware:
+    """This machine as the plan sees it: within the limit, with room for what the interpreter takes."""
+    _, free = hardware.memory_nbytes()
+    nbytes = settings.memory_limit or free
+    known = {"sources": {"fast_bytes": "the memory limit" if settings.memory_limit else "free memory"}}
+    return replace(hardware.NAMED["laptop"], name="here", fast_bytes=nbytes, **known)
+
+
+def _specs(settings: Settings, fast_bytes: int) -> list[Spec]:
+    """Every contender of a round, ours first."""
+    keys = ("threads", "prompt_tokens", "tokens", "warmup", "routing", "repeat")
+    common = {key: getattr(settings, key) for key in keys}
+    ours = {"fast_bytes": fast_bytes}
+    variants = ABLATIONS if settings.ablations else {"mixoff": {}}
+    specs = [Spec(name, "mixoff", settings.store, load=ours | own, **common) for name, own in variants.items()]
+    for peer in settings.peers:
+        specs += _peer(peer, settings, common)
+    return specs
+
+
+def _peer(peer: str, settings: Settings, common: dict) -> list[Spec]:
+    if peer == "mmap":
+        return [Spec("memory-mapped, no cache", peer, settings.store, load={"fast_bytes": _least(settings)}, **common)]
+    if peer == "llama.cpp":
+        path = _given(settings.gguf, peer, "--gguf FILE")
+        ways = {
+            "llama.cpp": {"mmap": True, "repack": True},
+            "llama.cpp, memory-mapped": {"mmap": True, "repack": False},
+        }
+        return [Spec(name, peer, path, load=way, **common) for name, way in ways.items()]
+    path = _given(settings.checkpoint, peer, "--checkpoint FOLDER")
+    return [Spec({"accelerate": "accelerate, experts on disk"}.get(peer, peer), peer, path, **common)]
+
+
+def _given(path: str | None, peer: str, option: str) -> str:
+    if path is None:
+        raise MixoffError(f"{peer} cannot read a store: name its own copy of the model with {option}")
+    return path
+
+
+def _least(settings: Settings) -> int:
+    """The least budget with which the store's experts load: the mapped contender uses no slot of it."""
+    from mixoff.arena import slot_nbytes
+    from mixoff.kernels import reference
+    from mixoff.shapes import torch_dtype
+
+    source = store.open_source(settings.store)
+    source.close()
+    scratch = reference.scratch_nbytes(source.sites, torch_dtype(source.dtype))
+    return len(source.sites) * slot_nbytes(source.sites) + scratch + (64 << 20)
+
+
+# Runs -----------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _limited(nbytes: int | None) -> Iterator[limits.Limit | None]:
+    if nbytes is None:
+        yield None
+        return
+    with limits.limit(nbytes) as limit:
+        yield limit
+
+
+def _probes(settings: Settings, contenders: int) -> list[float]:
+    """Streaming reads before one run: as many as it takes to have PROBES in the end."""
+    count = -(-PROBES // (settings.rounds * contenders))
+    return [hardware.read_bandwidth(settings.threads, rounds=1) for _ in range(count)]
+
+
+def _run(spec: Spec, limit: limits.Limit | None, settings: Settings) -> dict:
+    """The report of one process, or `{"failure": why}`."""
+    if limit:
+        limits.forget(Path(spec.path))
+    llama = spec.kind == "llama.cpp"
+    python, module = (settings.llama_python, "llama") if llama else (sys.executable, "contender")
+    words = [*(limit.words if limit else ()), python, "-m", f"mixoff.bench.{module}", spec.to_json()]
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, env=environment(spec.threads), timeout=TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        return {"failure": f"took more than {TIMEOUT_S} s"}
+    if done.returncode == 0:
+        return json.loads(done.stdout.strip().splitlines()[-1])
+    if done.returncode in (-9, 137):
+        return {"failure": "killed: it needs more memory than there is" + (" within the limit" if limit else "")}
+    last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+    return {"failure": f"exit code {done.returncode}: {last}"}
+
+
+def environment(threads: int) -> dict[str, str]:
+    """Threads alike for every library, and mixoff within reach of any interpreter."""
+    counts = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"), str(threads))
+    return {**os.environ, **counts, "PYTHONPATH": str(PACKAGE), "HF_HUB_OFFLINE": "1"}
+
+
+def _said(report: dict) -> str:
+    if "failure" in report:
+        return report["failure"]
+    speeds = [len(times) / sum(times) for times in report["token_s"]]
+    return f"{max(speeds):.2f} tokens/s"
+
+
+def _row(spec: Spec, reports: list[dict], machine: Hardware) -> Row:
+    made = row(spec.name, reports, machine.fast_Bps)
+    if spec.kind != "mixoff" or made.failure:
+        return made
+    source = store.open_source(spec.path)
+    source.close()
+    predicted = timeline.predict(presets.shape_of(spec.path), source.scheme, machine, made.hit_rate)
+    return replace(made, predicted_tokens_per_s=predicted.tokens_per_s)

@@ -1,0 +1,121 @@
+"""Makes a model choose the experts of a trace, and notes which ones it chose.
+
+Letters: **T** tokens, **L** MoE layers, **K** experts a token.
+Random weights route at random, or nearly so; a forced model asks for experts as the trace's model does, with the
+weights that its own router gives. Works on any transformers model with an experts interface, offloaded or not.
+Does not know what serves the experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import nn
+
+from mixoff import shapes
+from mixoff.bench.spec import SEED, repeat_rate
+from mixoff.errors import MixoffError
+
+if TYPE_CHECKING:
+    from mixoff.prefetch import Guesses
+
+
+class Routing:
+    """Attached to a model: forces `trace`, experts (T, L, K), from its first token on, around and around.
+
+    trace None leaves the choice to the model. guesses: like the trace, what a runtime's prefetch expects instead of
+    what the routers' random weights would make it expect. chosen: what each pass of one token asked for, (L, K) each.
+    """
+
+    def __init__(self, model: nn.Module, trace: np.ndarray | None, guesses: np.ndarray | None = None) -> None:
+        modules = shapes.expert_modules(model).values()
+        if trace is not None and trace.shape[1] != len(modules):
+            raise MixoffError(f"the trace has {trace.shape[1]} layers, the model {len(modules)}: they must agree")
+        self.trace, self.guesses, self.layers = trace, guesses, len(modules)
+        self.next, self.now, self.chosen = 0, [], []
+        self.undo = ExitStack()
+        for i, module in enumerate(modules):
+            hook = module.register_forward_pre_hook(self._hook(i), with_kwargs=True)
+            self.undo.callback(hook.remove)
+        if guesses is not None and hasattr(model, "mixoff"):
+            self._guess(model.mixoff.guesses)
+
+    def detach(self) -> None:
+        """Give the choice back to the model."""
+        self.undo.close()
+
+    def _hook(self, layer: int) -> Callable:
+        def hook(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+            own = args[1] if len(args) > 1 else kwargs["top_k_index"]
+            choice = own if self.trace is None else self._forced(layer, own)
+            self._note(layer, choice)
+            if len(args) > 1:
+                return (args[0], choice, *args[2:]), kwargs
+            return args, kwargs | {"top_k_index": choice}
+
+        return hook
+
+    def _forced(self, layer: int, own: torch.Tensor) -> torch.Tensor:
+        at = np.arange(self.next, self.next + len(own)) % len(self.trace)
+        return torch.from_numpy(self.trace[at, layer]).to(own)  # (T, K)
+
+    def _note(self, layer: int, choice: torch.Tensor) -> None:
+        if len(choice) == 1:
+            self.now.append(choice[0].cpu().numpy())
+        if layer == self.layers - 1:
+            self.next += len(choice)
+            if self.now:
+                self.chosen.append(np.stack(self.now))
+            self.now = []
+
+    def _guess(self, guesses: Guesses) -> None:
+        own = guesses.expect
+
+        def expect(site: int, experts: list[int]) -> None:
+            own(site, self.guesses[self.next % len(self.guesses), site].tolist())
+
+        guesses.expect = expect
+        self.undo.callback(setattr, guesses, "expect", own)
+
+
+def guessed(trace: np.ndarray, num_experts: int, recall: float) -> np.ndarray:
+    """Guesses (T, L, K) of which a share `recall` is what the trace chose, and the others are experts that it did not.
+
+    >>> trace = synthetic("uniform", None, 8, 2, layers=4, tokens=50)
+    >>> float((guessed(trace, 8, 0.5) == trace).mean().round(1))
+    0.5
+    """
+    rng = np.random.default_rng(SEED)
+    scores = rng.random((*trace.shape[:2], num_experts))  # (T, L, E)
+    np.put_along_axis(scores, trace, -1.0, 2)
+    others = np.argsort(-scores, axis=2)[:, :, : trace.shape[2]]  # (T, L, K) at random, none of the chosen
+    return np.where(rng.random(trace.shape) < recall, trace, others)
+
+
+def synthetic(preset: str, repeat: float | None, num_experts: int, top_k: int, layers: int, tokens: int) -> np.ndarray:
+    """Experts (T, L, K) of a synthetic router: a preset of `mixoff.routers`, its locality tuned to a repeat rate.
+
+    repeat: share of the previous token's experts asked for again, reached within a point; None keeps the preset's.
+    """
+    from mixoff import routers
+
+    router = replace(routers.preset(preset), num_experts=num_experts, top_k=top_k, layers=layers)
+
+    def draw(weight: float | tuple) -> np.ndarray:
+        return replace(router, weight=weight).trace(tokens, layers, SEED).experts.astype(np.int64)
+
+    return draw(router.weight) if repeat is None else _tuned(draw, repeat)
+
+
+def _tuned(draw: Callable[[float], np.ndarray], repeat: float) -> np.ndarray:
+    """Bisection over the weight of what the text is about: the repeat rate grows with it."""
+    low, high = 0.0, 16.0
+    for _ in range(12):
+        middle = (low + high) / 2
+        low, high = (middle, high) if repeat_rate(draw(middle)) < repeat else (low, middle)
+    return draw(low)

@@ -1,0 +1,282 @@
+"""Stores and checkpoints of an exact shape with random weights, to measure speed where the real model is not at hand.
+
+Letters: **N** outputs (rows), **K** inputs (columns).
+Only pools are drawn and quantized, a few thousand rows of each kind; every weight is then put together from blocks or
+windows of a pool, picked at random, at the speed of memory. So each weight is a valid one of its scheme, with a
+standard deviation of about 0.02, and no two experts are the same. Everything follows from the seed.
+
+Does not know what is measured on them; says nothing about quality.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict
+from io import FileIO
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from mixoff import hardware, presets, shapes, store
+from mixoff.errors import CheckpointError, MixoffError
+from mixoff.quantize import BLOCK, QTensor, Scheme, packed_nbytes
+from mixoff.shapes import Part, Site
+from mixoff.units import format_nbytes
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+SIGMA = 0.02  # standard deviation of weights, about that of trained language models
+POOL_BLOCKS = 16  # blocks of rows in the pool of a width
+ENDS = 4  # variants of a matrix's last block, which may be shorter
+POOL_VALUES = 1 << 23  # values in the pool of weights in 16 bits
+SEED = 0
+
+# Smaller models of Mixtral's family, for scaling. mixtral-3b in bf16 is the checkpoint of 5.9 GB in docs/benchmarks.md.
+SMALLER = {
+    "mixtral-3b": {"hidden_size": 2048, "intermediate_size": 7168, "num_hidden_layers": 8,
+                   "num_attention_heads": 16, "num_key_value_heads": 4},
+    "mixtral-700m": {"hidden_size": 1024, "intermediate_size": 3584, "num_hidden_layers": 8,
+                     "num_attention_heads": 8, "num_key_value_heads": 2},
+}  # fmt: skip
+SHAPES = {"mixtral-8x7b": {}} | SMALLER
+
+
+def config_of(shape: str | PretrainedConfig, dtype: str = "bfloat16") -> PretrainedConfig:
+    """The configuration of a shape: one of SHAPES, what `presets.read` knows by name, or a configuration itself.
+
+    Raises CheckpointError for a name that is none.
+    """
+    from transformers import MixtralConfig
+
+    if not isinstance(shape, str):
+        config = shape
+    elif shape in SHAPES:
+        config = MixtralConfig(**SHAPES[shape])
+    else:
+        config = presets.read(shape)
+    config.dtype = dtype
+    return config
+
+
+# Stores ---------------------------------------------------------------------------------------------------------------
+
+
+def store_nbytes(shape: str | PretrainedConfig, scheme: str | Scheme) -> int:
+    """Bytes that `write_store` will write, manifest and configuration aside."""
+    model, sites, scheme = _described(config_of(shape), scheme)
+    experts = sum(site.num_experts * store.stride(site) for site in sites)
+    return experts + sum(_backbone_nbytes(tensor, scheme, role) for _, tensor, role in _backbone(model))
+
+
+def write_store(shape: str | PretrainedConfig, scheme: str | Scheme, folder: str | Path, seed: int = SEED) -> Path:
+    """A store of that shape and scheme in `folder`, with random weights and all hashes; returns the folder.
+
+    A store of the same shape and scheme that is there already is kept. Disk space is looked at first, and the folder
+    appears under its name only when it is complete. There is no tokenizer. Raises MixoffError where space is short,
+    CheckpointError where the folder holds something else.
+    """
+    config, folder = config_of(shape), Path(folder)
+    model, sites, scheme = _described(config, scheme)
+    if folder.exists():
+        return _reuse(folder, sites, scheme)
+    partial = _make_partial(folder, store_nbytes(config, scheme))
+    entries = [_write_site(partial, i, site, scheme, seed) for i, site in enumerate(sites)]
+    backbone = _write_backbone(partial, model, scheme, seed)
+    _save_config(config, model, partial)
+    manifest = {"format": store.FORMAT, "version": store.VERSION, "scheme": json.loads(scheme.to_json())}
+    manifest |= {"dtype": _dtype(config), "backbone": backbone, "sites": entries}
+    (partial / store.MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    os.replace(partial, folder)
+    return folder
+
+
+def _described(config: PretrainedConfig, scheme: str | Scheme) -> tuple[torch.nn.Module, tuple[Site, ...], Scheme]:
+    """The model without memory, its sites as they are stored, the scheme itself."""
+    scheme = Scheme.preset(scheme) if isinstance(scheme, str) else scheme
+    model = shapes.skeleton(config)
+    return model, store.quantized_sites(shapes.expert_sites(model, _dtype(config)), scheme), scheme
+
+
+def _dtype(config: PretrainedConfig) -> str:
+    return str(config.dtype).removeprefix("torch.")
+
+
+def _reuse(folder: Path, sites: tuple[Site, ...], scheme: Scheme) -> Path:
+    source = store.open_source(folder)
+    same = source.is_store and source.sites == sites and source.scheme == scheme
+    source.close()
+    if not same:
+        raise CheckpointError(f"{folder} holds another model or scheme: choose another folder, or remove it")
+    return folder
+
+
+def _make_partial(folder: Path, nbytes: int) -> Path:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    free = shutil.disk_usage(folder.parent).free
+    if nbytes > free:
+        raise MixoffError(
+            f"{folder} will take {format_nbytes(nbytes)}, and {format_nbytes(free)} are free: choose another folder"
+        )
+    partial.mkdir()
+    return partial
+
+
+def _save_config(config: PretrainedConfig, model: torch.nn.Module, folder: Path) -> None:
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(folder)
+
+
+# Experts --------------------------------------------------------------------------------------------------------------
+
+
+def _write_site(folder: Path, i: int, site: Site, scheme: Scheme, seed: int) -> dict:
+    """Write the experts of one site; returns its entry in the manifest."""
+    path, hashes, image = folder / f"experts-{i:03d}.bin", [], store.slab(store.stride(site))
+    with _open(path) as f:
+        for expert in range(site.num_experts):
+            hashes.append([_fill(image, part, scheme, (seed, i, expert, j)) for j, part in enumerate(site.parts)])
+            f.write(image.numpy().data)
+    return {"file": path.name, "stride": store.stride(site), **asdict(site), "sha256": hashes}
+
+
+def _open(path: Path) -> FileIO:
+    """Open a file for writing past the page cache where that is possible: several times as fast here."""
+    direct = os.O_DIRECT if hardware.direct_io(path.parent) else 0
+    return FileIO(os.open(path, os.O_WRONLY | os.O_CREAT | direct, 0o644), "wb")
+
+
+def _fill(image: torch.Tensor, part: Part, scheme: Scheme, key: tuple[int, ...]) -> str:
+    """Put a random weight where `part` stands in an image (nbytes,); returns its hash."""
+    rng, place = np.random.default_rng(key), image[part.offset : part.offset + part.nbytes]
+    if part.form is None:
+        place.copy_(plain(part.shape, part.dtype, rng).view(-1).view(torch.uint8))
+    else:
+        pick(QTensor.from_buffer(image, part.offset, part.shape, *part.form), scheme, "experts", rng)
+    return hashlib.sha256(place.numpy()).hexdigest()
+
+
+def plain(shape: tuple[int, ...], dtype: str, rng: np.random.Generator) -> torch.Tensor:
+    """Random weights in 16 or 32 bits: a window of the pool, repeated as often as it takes."""
+    pool, size = _values(dtype), math.prod(shape)
+    start = int(rng.integers(len(pool) // 2))
+    window = pool[start : start + len(pool) // 2]
+    return window.repeat(-(-size // len(window)))[:size].view(shape)
+
+
+@functools.lru_cache(maxsize=2)
+def _values(dtype: str) -> torch.Tensor:
+    values = torch.randn(POOL_VALUES, generator=torch.Generator().manual_seed(SEED)) * SIGMA
+    return values.to(shapes.torch_dtype(dtype))
+
+
+def pick(q: QTensor, scheme: Scheme, role: str, rng: np.random.Generator) -> QTensor:
+    """Fill `q` (N, K) with a random weight as `scheme` stores it in that role: blocks of rows picked from a pool.
+
+    Blocks of rows lie one behind the other in every part of a `QTensor`, so any sequence of them is a matrix again.
+    """
+    whole = (q.shape[0] - 1) // BLOCK
+    blocks, ends = _pool(q.shape[1], q.shape[0] - whole * BLOCK, scheme, role)
+    picks = [*(blocks[i] for i in rng.integers(POOL_BLOCKS, size=whole)), ends[int(rng.integers(ENDS))]]
+    for name, part in q.parts.items():
+        torch.cat([block.parts[name] for block in picks], out=part)
+    return q
+
+
+@functools.lru_cache(maxsize=16)
+def _pool(width: int, end: int, scheme: Scheme, role: str) -> tuple[list[QTensor], list[QTensor]]:
+    """Blocks of rows, quantized once, and blocks of `end` rows for a matrix's end."""
+    generator = torch.Generator().manual_seed(SEED)
+
+    def draw(rows: int) -> QTensor:
+        return scheme.quantize(torch.randn(rows, width, generator=generator) * SIGMA, role)
+
+    return [draw(BLOCK) for _ in range(POOL_BLOCKS)], [draw(end) for _ in range(ENDS)]
+
+
+# The backbone ---------------------------------------------------------------------------------------------------------
+
+
+def _backbone(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor, str | None]]:
+    """Name, shape-only tensor and role of each weight that is not an expert's; a tied head is the embedding."""
+    roles = shapes.backbone_roles(model)
+    experts = tuple(f"{name}." for name in shapes.expert_modules(model))
+    tied = ("lm_head.weight",) if model.config.tie_word_embeddings else ()
+    for name, tensor in model.state_dict().items():
+        if not name.startswith(experts) and name not in tied:
+            yield name, tensor, roles.get(name)
+
+
+def _backbone_nbytes(tensor: torch.Tensor, scheme: Scheme, role: str | None) -> int:
+    if role is None or scheme.precision(role) is None:
+        return tensor.nbytes
+    return packed_nbytes(tuple(tensor.shape), *_form(scheme, role))
+
+
+def _form(scheme: Scheme, role: str) -> tuple[int, int, int]:
+    precision = scheme.precision(role)
+    return precision.bits, precision.group_size, scheme.metadata_bits
+
+
+def _write_backbone(folder: Path, model: torch.nn.Module, scheme: Scheme, seed: int) -> list[dict]:
+    kept, packed, described = {}, {}, {}
+    for i, (name, tensor, role) in enumerate(_backbone(model)):
+        rng = np.random.default_rng((seed, i))
+        if role and scheme.precision(role):
+            empty = QTensor.empty(tuple(tensor.shape), *_form(scheme, role))
+            parts, described[name] = pick(empty, scheme, role, rng).to_tensors()
+            packed |= {f"{name}.{part}": values for part, values in parts.items()}
+        else:
+            kept[name] = _kept(name, tensor, rng)
+    entries = [_save(kept, folder / "model.safetensors", {"format": "pt"})]
+    if packed:
+        entries.append(_save(packed, folder / store.QUANTIZED, {"mixoff": json.dumps(described)}))
+    return entries
+
+
+def _kept(name: str, tensor: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+    """Norms are ones, biases and buffers zeros, matrices random."""
+    if tensor.dim() >= 2:
+        return plain(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), rng)
+    return torch.ones(tensor.shape, dtype=tensor.dtype) * name.endswith("weight")
+
+
+def _save(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> dict:
+    """Write a safetensors file; returns its entry in the manifest."""
+    from safetensors.torch import save_file
+
+    save_file(tensors, path, metadata=metadata)
+    hashes = {name: hashlib.sha256(t.view(-1).view(torch.uint8).numpy()).hexdigest() for name, t in tensors.items()}
+    return {"file": path.name, "nbytes": path.stat().st_size, "sha256": hashes}
+
+
+# Checkpoints ----------------------------------------------------------------------------------------------------------
+
+
+def write_checkpoint(shape: str | PretrainedConfig, folder: str | Path, seed: int = SEED) -> Path:
+    """A plain checkpoint of that shape in the Hub's layout, as transformers saves it; returns the folder.
+
+    Takes the whole model's memory, twice for a moment. An existing folder with a config.json is kept.
+    """
+    config, folder = config_of(shape), Path(folder)
+    if (folder / "config.json").exists():
+        return folder
+    model = shapes.skeleton(config)
+    partial = _make_partial(folder, sum(t.nbytes for t in model.state_dict().values()))
+    model = model.to_empty(device="cpu")
+    with torch.no_grad():
+        for i, (name, tensor) in enumerate(model.state_dict().items()):
+            tensor.copy_(_kept(name, tensor, np.random.default_rng((seed, i))))
+    model.save_pretrained(partial, max_shard_size="1GB")
+    os.replace(partial, folder)
+    return folder

@@ -1,0 +1,248 @@
+"""The benchmark's arithmetic against hand-made figures, forced routing, memory limits, and one run of the whole.
+
+No test asserts a time: that a figure is there, and that figures agree with one another, is all that is asked.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from tiny import save_random
+
+import mixoff
+from mixoff import synthetic
+from mixoff.bench import command, compare, contender, limits, report, routing
+from mixoff.bench.spec import Spec, repeat_rate
+
+KEYS = (
+    "decode_tokens_per_s", "prompt_tokens_per_s", "bytes_touched_per_token", "bytes_moved_per_token",
+    "read_bandwidth_Bps", "roofline_tokens_per_s", "roofline_share", "hit_rate", "peak_bytes", "predicted_tokens_per_s",
+    "memory_limit",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return save_random(tmp_path_factory.mktemp("bench") / "plain", "mixtral", torch.bfloat16)
+
+
+@pytest.fixture(scope="module")
+def tiny_store(tmp_path_factory):
+    from transformers import MixtralConfig
+
+    own = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
+    config = MixtralConfig(**own, num_key_value_heads=2, vocab_size=128)
+    return synthetic.write_store(config, "mixed", tmp_path_factory.mktemp("bench") / "store")
+
+
+# --- routing ----------------------------------------------------------------------------------------------------------
+
+
+def test_repeat_rate_is_the_share_of_the_previous_token_s_experts():
+    rng = np.random.default_rng(0)
+    chosen = np.stack([[rng.permutation(6)[:2] for _ in range(3)] for _ in range(40)])
+    again = [len(set(chosen[t, i]) & set(chosen[t - 1, i])) for t in range(1, 40) for i in range(3)]
+    assert repeat_rate(chosen) == pytest.approx(sum(again) / (2 * len(again)))
+    assert repeat_rate(chosen[:1]) is None
+
+
+@pytest.mark.parametrize("repeat", [0.3, 0.42, 0.6])
+def test_a_trace_is_tuned_to_a_repeat_rate(repeat):
+    trace = routing.synthetic("mixtral-8x7b", repeat, 8, 2, layers=8, tokens=200)
+    assert trace.shape == (200, 8, 2)
+    assert repeat_rate(trace) == pytest.approx(repeat, abs=0.01)
+
+
+def test_guesses_are_right_as_often_as_asked_and_wrong_otherwise():
+    trace = routing.synthetic("uniform", None, 8, 2, layers=4, tokens=500)
+    right = routing.guessed(trace, 8, 0.8)
+    assert (right == trace).mean() == pytest.approx(0.8, abs=0.03)  # 4000 draws: five standard errors
+    wrong = routing.guessed(trace, 8, 0.0)
+    assert not (wrong[..., None] == trace[..., None, :]).any()
+
+
+@pytest.mark.parametrize("kind", ["mixoff", "transformers"])
+def test_a_forced_model_asks_for_the_trace_s_experts(checkpoint, kind):
+    trace = routing.synthetic("uniform", None, 4, 2, layers=3, tokens=20)
+    model = contender.LOADERS[kind](Spec("x", kind, str(checkpoint), load={"fast_bytes": "10MB"}))
+    choice = routing.Routing(model, trace)
+    with torch.no_grad():
+        cache = model(torch.arange(5)[None], use_cache=True).past_key_values
+        for token in range(5, 9):
+            cache = model(torch.tensor([[token]]), past_key_values=cache).past_key_values
+    assert np.array_equal(np.stack(choice.chosen), trace[5:9])
+    choice.detach()
+    with torch.no_grad():
+        model(torch.tensor([[1]]))
+    assert len(choice.chosen) == 4
+    if kind == "mixoff":
+        model.mixoff.close()
+
+
+def test_a_trace_of_another_depth_is_refused(checkpoint):
+    with mixoff.load(checkpoint, "10MB") as model, pytest.raises(mixoff.MixoffError, match="5 layers, the model 3"):
+        routing.Routing(model, np.zeros((4, 5, 2), int))
+
+
+# --- contenders -------------------------------------------------------------------------------------------------------
+
+
+def run(kind, path, **own):
+    return contender.run(Spec(kind, kind, str(path), prompt_tokens=6, tokens=5, runs=2, warmup=2, **own))
+
+
+def test_contenders_report_alike_and_touch_the_same_bytes(checkpoint):
+    ours = run("mixoff", checkpoint, load={"fast_bytes": "400KB"})
+    assert 0 < ours["hit_rate"] < 1 and ours["moved_bytes"] > 0
+    assert np.shape(ours["token_s"]) == (2, 5) and len(ours["prompt_s"]) == 2
+    theirs = run("transformers", checkpoint)
+    assert theirs["touched_bytes"] == ours["touched_bytes"]
+    assert theirs["repeat_rate"] == ours["repeat_rate"]
+    assert set(theirs) <= set(ours)
+
+
+def test_touched_bytes_are_the_plan_s(tiny_store):
+    from mixoff import presets, sizes
+
+    ours = run("mixoff", tiny_store, load={"fast_bytes": "2MB"})
+    of = sizes.sizes_of(presets.shape_of(str(tiny_store)), "mixed")
+    planned = sum(of.touched_experts().values()) + sum(of.touched_backbone("bfloat16").values())
+    assert ours["touched_bytes"] == planned
+
+
+def test_phases_add_up_to_the_token(tiny_store):
+    with mixoff.load(tiny_store, "2MB") as model, torch.no_grad(), contender.Phases(model) as phases:
+        cache = model(torch.arange(4)[None], use_cache=True).past_key_values
+        model(torch.tensor([[5]]), past_key_values=cache)
+    assert phases.tokens == 1
+    parts = phases.per_token()
+    assert tuple(parts) == contender.PHASES and min(parts.values()) >= 0 and parts["experts"] > 0
+    assert sum(parts.values()) == pytest.approx(phases.seconds["total"])
+
+
+def test_a_mapped_store_computes_what_the_runtime_computes(tiny_store):
+    ids, fast = torch.arange(1, 9)[None], {"fast_bytes": "2MB"}
+    mapped = contender.LOADERS["mmap"](Spec("m", "mmap", str(tiny_store), load=fast))
+    with mixoff.load(tiny_store, **fast) as model, torch.no_grad():
+        assert torch.equal(mapped(ids).logits, model(ids).logits)
+    assert mapped.mixoff.bytes_moved == 0
+    mapped.mixoff.close()
+
+
+# --- the report -------------------------------------------------------------------------------------------------------
+
+
+def made(**own):
+    base = {"prompt_tokens": 10, "prompt_s": [2.0], "token_s": [[0.5, 0.5, 1.0]], "touched_bytes": 4000}
+    base |= {"moved_bytes": 300, "read_bytes": [600], "hit_rate": 0.5, "repeat_rate": 0.4, "load_s": 1.0}
+    return base | {"peak_bytes": 7, "loaded_bytes": 5} | own
+
+
+def test_figures_of_a_row_by_hand():
+    row = report.row("x", [made(), made(token_s=[[1.0, 1.0, 2.0]], peak_bytes=9)], read_Bps=10_000)
+    assert (row.decode_tokens_per_s, row.decode_min, row.decode_max) == (1.125, 0.75, 1.5)
+    assert row.prompt_tokens_per_s == 5
+    assert (row.bytes_moved_per_token, row.bytes_read_per_token) == (100, 200)
+    assert row.roofline_tokens_per_s == 2.5
+    assert row.roofline_share == pytest.approx(0.45) and row.touched_Bps == pytest.approx(4500)
+    assert row.ms_p50 == 1000 and row.peak_bytes == 9
+
+
+def test_a_contender_that_failed_says_why_in_the_table():
+    row = report.row("x", [made(), {"failure": "killed"}], read_Bps=1)
+    settings = {"model": "m", "threads": 1, "runs": 1, "tokens": 1, "prompt_tokens": 1}
+    whole = report.Report((row,), 1.0, (1.0,), None, 9 << 30, "cgroup v1", settings, {})
+    assert "x: killed" in str(whole) and "memory limit 9.00 GiB (cgroup v1)" in str(whole)
+    assert whole.to_dict()["decode_tokens_per_s"] is None
+
+
+# --- limits -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_limit_is_real_or_refused_in_words():
+    """A process may take less than its limit, and is killed above it."""
+    take = "b = bytearray({} << 20); b[::4096] = b'1' * len(b[::4096]); print(len(b))"
+    try:
+        with limits.limit(200 << 20) as limit:
+            within, beyond = (
+                subprocess.run([*limit.words, sys.executable, "-c", take.format(n)], capture_output=True, text=True)
+                for n in (60, 400)
+            )
+    except mixoff.MixoffError as error:
+        assert "allows no memory limit" in str(error) and "--memory-limit" in str(error)
+        return
+    assert within.stdout.strip() == str(60 << 20)
+    assert beyond.returncode in (-9, 137) and not beyond.stdout
+
+
+def test_a_folder_that_is_no_group_is_no_limit(tmp_path, monkeypatch):
+    """Or the limit would be written to an ordinary file, and hold nobody."""
+    monkeypatch.setattr(limits, "ROOT", tmp_path)
+    monkeypatch.setattr(limits, "_own_group", lambda controller: "")
+    monkeypatch.setattr(limits.shutil, "which", lambda name: None)
+    (tmp_path / "memory").mkdir()
+    with pytest.raises(mixoff.MixoffError, match="no memory controller.*systemd-run is not installed"), limits.limit(1):
+        pass
+
+
+def test_the_peak_sees_what_was_given_back():
+    before = limits.anonymous_nbytes()
+    with limits.Peak() as peak:
+        block = np.ones(20 << 20, np.uint8)
+        limits.threading.Event().wait(4 * limits.SAMPLE_S)
+        del block
+    if before is None:  # only Linux tells
+        assert peak.nbytes is None
+    else:
+        assert peak.nbytes >= before + (19 << 20)
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def parsed(*words):
+    parser = argparse.ArgumentParser()
+    command.add_options(parser)
+    return parser.parse_args(list(map(str, words)))
+
+
+def test_the_whole_of_it_on_a_tiny_store(tiny_store, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(compare.hardware, "read_bandwidth", lambda threads, rounds: 1e9)
+    monkeypatch.setattr(compare.hardware, "disk_bandwidth", lambda folder, nbytes, depth: 1e9)
+    from mixoff.cli import main
+
+    words = ["bench", tiny_store, "--json", "--tokens", 4, "--prompt-tokens", 5, "--runs", 1, "--fast-bytes", "2MB"]
+    assert main([*map(str, words), "--record", str(tmp_path / "r.json")]) == 0
+    out = json.loads(capfd.readouterr().out)
+    assert set(KEYS) <= set(out) and out == json.loads((tmp_path / "r.json").read_text())
+    assert [(c["name"], c["failure"]) for c in out["contenders"]] == [("mixoff", None)]
+    assert out["roofline_share"] == pytest.approx(out["decode_tokens_per_s"] / out["roofline_tokens_per_s"])
+    assert out["predicted_tokens_per_s"] > 0 and out["memory_limit"] is None
+
+
+def test_ablations_are_those_of_the_paper(tiny_store):
+    specs = compare._specs(compare.Settings(str(tiny_store), ablations=True), 2_000_000)
+    assert [s.name for s in specs] == list(compare.ABLATIONS)
+    moved = [run("mixoff", tiny_store, load=s.load)["moved_bytes"] for s in specs[2:]]
+    assert moved[1] >= moved[0] > 0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["STORE", "--peers", "vllm"], "no peer 'vllm'"),
+        (["STORE", "--routing", "real"], "no routing 'real'"),
+        (["STORE", "--peers", "llama.cpp"], "--gguf FILE"),
+        (["STORE", "--peers", "accelerate"], "--checkpoint FOLDER"),
+        (["--shape", "mixtral-8x7b", "--folder", "FOLDER"], r"14.4 GiB of random weights there\? Say --yes"),
+    ],
+)
+def test_what_is_wrong_with_a_request_is_said(tiny_store, tmp_path, words, message):
+    places = {"STORE": tiny_store, "FOLDER": tmp_path}
+    with pytest.raises(mixoff.MixoffError, match=message):
+        command.run(parsed(*(places.get(w, w) for w in words)))
+    assert list(tmp_path.iterdir()) == []
