@@ -60,10 +60,11 @@ class Router:
                 f"weight is {self.weight}, rho {self.rho}, peak {self.peak}: none is below 0, and rho is below 1"
             )
 
-    def trace(self, tokens: int, layers: int | None = None, seed: int = 0) -> Trace:
+    def trace(self, tokens: int, layers: int | None = None, seed: int = 0, scores: bool = False) -> Trace:
         """`tokens` of decoding, one a pass, over `layers` (None: its own). The first tokens do not depend on the last.
 
-        The trace's weights are the softmax of the chosen logits, as Mixtral's router gives them.
+        The trace's weights are the softmax of the chosen logits, as Mixtral's router gives them; `scores` adds what the
+        router thinks of all experts, K times the softmax and 1 at most.
         """
         L = self.layers if layers is None else layers
         if tokens < 0 or L < 1:
@@ -71,14 +72,16 @@ class Router:
         numbers = [spread(x, L)[:, None] for x in (self.weight, self.rho, self.peak)]  # (L, 1) each
         rng = np.random.default_rng(seed)
         slow = rng.standard_normal((L, self.num_experts), np.float32)
-        chosen, weights = [], []
+        chosen, weights, liked = [], [], []
         for start in range(0, max(tokens, 1), CHUNK):
             noise = rng.standard_normal((min(CHUNK, tokens - start), 2, L, self.num_experts), np.float32)
             logits, slow = _logits(noise, slow, *numbers)
             experts = _top(logits, self.top_k)
             chosen.append(experts)
             weights.append(_softmax(np.take_along_axis(logits, experts, 2)))
-        return Trace.from_array(np.concatenate(chosen), self.num_experts, weights=np.concatenate(weights))
+            liked.append(np.minimum(self.top_k * _softmax(logits), 1) if scores else None)
+        known = {"weights": np.concatenate(weights), "scores": np.concatenate(liked) if scores else None}
+        return Trace.from_array(np.concatenate(chosen), self.num_experts, **known)
 
     def hit_rate(self, slots: float) -> float:
         """LRU's share of hits with `slots` a layer, mean over layers, once the cache is warm; modelled from a trace.

@@ -179,6 +179,39 @@ def _spare(prefetch_nbytes: int | None, expert_nbytes: int | None, top_k: int) -
     return prefetch_nbytes // expert_nbytes
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """All policies over one trace, and how much of the way from LRU to the optimum each of them goes."""
+
+    results: tuple[Simulation, ...]
+
+    def gap_closed(self, policy: str) -> float | None:
+        """Share of LRU's misses above Belady's that `policy` saves, before prefetch; None where there are none to save.
+
+        Below 0 for what is worse than LRU.
+        """
+        misses = {r.policy: r.misses + r.prefetch_hits for r in self.results}
+        gap = misses["lru"] - misses["belady"]
+        return (misses["lru"] - misses[policy]) / gap if gap else None
+
+    def to_dict(self) -> dict:
+        """One object a policy, with `gap_closed`."""
+        return {"results": [r.to_dict() | {"gap_closed": self.gap_closed(r.policy)} for r in self.results]}
+
+    def __str__(self) -> str:
+        lines = [f"{'policy':12} {'hit rate':>8} {'misses':>10} {'evictions':>10} {'gap closed':>10}  (modelled)"]
+        for r in self.results:
+            rate, share = r.hit_rate, self.gap_closed(r.policy)
+            cells = "-" if rate is None else f"{rate:.3f}", "-" if share is None else f"{share:.0%}"
+            lines.append(f"{r.policy:12} {cells[0]:>8} {r.misses:>10,} {r.evictions:>10,} {cells[1]:>10}")
+        return "\n".join(lines)
+
+
+def compare(trace: Trace, slots: int = 4, scope: str = "layer", expert_nbytes: int | None = None, **how) -> Comparison:
+    """`simulate` with every policy; `how` is its prefetch."""
+    return Comparison(tuple(simulate(trace, policy, slots, scope, expert_nbytes, **how) for policy in CODES))
+
+
 def curve(trace: Trace, policy: str = "lru", scope: str = "layer") -> dict[int, float]:
     """Hit rate of decoding by slots a layer, from top-k to all experts; for LRU without prompts in one pass.
 

@@ -15,7 +15,7 @@ import json
 import time
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from mixoff import models
 from mixoff.errors import MixoffError
 
 VERSION = 1
@@ -130,8 +131,16 @@ class Trace:
 
     @classmethod
     def load(cls, path: str | Path) -> Trace:
-        """Read `.npz` as `save` wrote it, or import `.csv` or `.jsonl`. Raises MixoffError for anything else."""
+        """Read `.npz` as `save` wrote it, import `.csv` or `.jsonl`, or take a bundled one by its name.
+
+        Bundled are five domains of held-out text: novel, scripture, spanish, code, facts. Raises MixoffError.
+
+        >>> Trace.load("tiny-mixtral/novel")
+        Trace(2,048 tokens, 8 layers, top-2 of 8 experts, 0 of a prompt)
+        """
         path = Path(path)
+        if not path.is_file() and path.parts and path.parts[0] in models.names():
+            return _bundled(path)
         if not path.is_file():
             raise MixoffError(f"no trace at {path}: record one with `mixoff trace`, or check the path")
         if path.suffix.lower() == ".csv":
@@ -444,6 +453,17 @@ def load_domains(path: str | Path, num_experts: int = 8) -> dict[str, Trace]:
     }
 
 
+def _bundled(path: Path) -> Trace:
+    """The trace MODEL/DOMAIN that ships with the package, with the bytes of that model's experts."""
+    folder = models.path(path.parts[0])
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    domains = load_domains(folder / "traces.npz", config["num_local_experts"])
+    if (domain := "/".join(path.parts[1:])) not in domains:
+        raise MixoffError(f"{path} is no bundled trace: there are {', '.join(f'{path.parts[0]}/{d}' for d in domains)}")
+    matrices, nbytes = 3 * config["hidden_size"] * config["intermediate_size"], 2  # fp16
+    return replace(domains[domain], expert_nbytes=matrices * nbytes)
+
+
 def _readable(path: str | Path) -> Any:
     try:
         return open(path, newline="", encoding="utf-8-sig")
@@ -595,7 +615,8 @@ class Recorder:
         """One call of a layer: tensors (T, K), copied at once. `token` tells passes apart."""
         now = time.perf_counter() - self._start
         calls = self.calls.setdefault(token, (is_prompt, now, {}))[2]
-        calls[site] = experts.numpy(force=True).astype(np.int16), weights.float().numpy(force=True).copy()
+        named = self.runtime.guesses.expected.get(site, ())
+        calls[site] = experts.numpy(force=True).astype(np.int16), weights.float().numpy(force=True).copy(), named
 
     @property
     def trace(self) -> Trace:
@@ -608,6 +629,7 @@ class Recorder:
             [np.stack([calls[i][part] for i in range(len(sites))], 1) for _, _, calls in whole] for part in (0, 1)
         ]
         rows = [len(part) for part in stacked[0]]
+        named = [[calls[i][2] for i in range(len(sites))] for _, _, calls in whole]
         E = max(site.num_experts for site in sites)
         experts = np.concatenate(stacked[0])  # (T, L, K)
         return Trace.from_array(
@@ -619,7 +641,20 @@ class Recorder:
             weights=np.nan_to_num(np.concatenate(stacked[1])),  # padding may be routed by NaN
             times_s=np.repeat([now for _, now, _ in whole], rows),
             expert_nbytes=self.runtime.source.expert_nbytes,
+            predicted=_padded(named, rows),
         )
+
+
+def _padded(named: list[list[Sequence[int]]], rows: list[int]) -> np.ndarray | None:
+    """What was named before each call of each pass, as `Trace.predicted`; passes have `rows` tokens."""
+    most = max(len(experts) for calls in named for experts in calls)
+    if not most:
+        return None
+    out = np.full((sum(rows), len(named[0]), most), NO_EXPERT, np.int16)
+    for t, calls in zip(np.cumsum([0, *rows[:-1]]), named, strict=True):
+        for layer, experts in enumerate(calls):
+            out[t, layer, : len(experts)] = experts
+    return out
 
 
 # --- loops, compiled by numba where that pays ------------------------------------------------------------------------

@@ -154,6 +154,84 @@ def test_counts_what_the_runtime_counts(live, scope, slots, policy):
     assert by_layer == [(i, events.count((i, "hit")), events.count((i, "miss"))) for i in range(8)]
 
 
+@pytest.mark.parametrize("scope", simulator.SCOPES)
+def test_prefetch_counts_what_the_runtime_counts(scope):
+    """Guesses of the next router, recorded from a run that fetches on them: every count and every byte."""
+    budget = (8 * 3 + 2) * SLOT + SCRATCH
+    how = {"fast_bytes": budget, "policy": "half-life", "scope": scope, "prefetch": "next-router"}
+    with mixoff.load(BUNDLED, **how) as model, model.mixoff.trace() as recorder:
+        generate(model)
+        info = model.mixoff.info()
+    assert info.capacity == 24 and info.prefetch_hits > 0
+    got = simulate(recorder.trace, "half-life", 3, scope, prefetch="next-router")
+    same = ("prefetches", "prefetch_hits", "prefetch_wasted_bytes", "predictions", "predictions_right")
+    assert {n: getattr(got, n) for n in same} == {n: getattr(info, n) for n in same}
+    assert {n: getattr(got, n) for n in simulator.COUNTERS} == {n: getattr(info, n) for n in simulator.COUNTERS}
+    assert got.bytes_moved + got.prompt_bytes_moved == info.bytes_moved
+
+
+def guessed_by_hand(trace, slots, scope, spare, guesses):
+    """Guesses fetched and used, with the cache itself and sets; `guesses(c, site, wanted)` names experts."""
+    L, r, size = len(trace.layers), trace.requests(), min(slots, trace.num_experts)
+    cache, fetched, used = ExpertCache([size] * L if scope == "layer" else [size * L], "lru"), 0, 0
+    for c, (site, prompt) in enumerate(zip(r.site.tolist(), r.is_prompt.tolist(), strict=True)):
+        wanted = [(site, key % trace.num_experts) for key in r.keys[r.starts[c] : r.starts[c + 1]].tolist()]
+        missing = set(wanted) - set(cache.slot_of)
+        if site and not prompt:
+            taken = [key for key in guesses(c, site, wanted) if key not in cache.slot_of][:spare]
+            fetched, used = fetched + len(taken), used + len(missing & set(taken))
+        for _ in cache.access(site if scope == "layer" else 0, wanted, prompt):
+            pass
+    return fetched, used
+
+
+@settings(max_examples=25, deadline=None)
+@given(trace=traces(), slots=st.integers(2, 5), spare=st.integers(0, 3), scope=st.sampled_from(simulator.SCOPES))
+def test_guesses_are_counted_as_by_hand(trace, slots, spare, scope):
+    E = trace.num_experts
+    named = np.argsort(np.random.default_rng(1).random((*trace.experts.shape[:2], E)), axis=2)[:, :, :3]
+    first = np.r_[True, np.diff(trace.passes) > 0] if len(trace) else np.zeros(0, bool)
+    trace = Trace.from_array(trace.experts, E, is_prompt=trace.is_prompt, predicted=named, expert_nbytes=10)
+    keys = named[first].reshape(-1, 3)
+    got = simulate(trace, "lru", slots, scope, prefetch="next-router", prefetch_nbytes=spare * 10)
+    by_hand = guessed_by_hand(trace, slots, scope, spare, lambda c, site, _: [(site, e) for e in keys[c].tolist()])
+    assert (got.prefetches, got.prefetch_hits) == by_hand
+    plain = simulate(trace, "lru", slots, scope)
+    assert (got.hits - got.prefetch_hits, got.evictions) == (plain.hits, plain.evictions), "the cache does not notice"
+    oracle = simulate(trace, "lru", slots, scope, prefetch="oracle", prefetch_nbytes=spare * 10)
+    assert oracle.prefetches == oracle.prefetch_hits
+    assert (oracle.prefetches, oracle.prefetch_hits) == guessed_by_hand(trace, slots, scope, spare, lambda *a: a[2])
+
+
+def test_predictors_are_what_they_say():
+    """16,000 named experts: sigma of the share 0.003, and the seed is fixed."""
+    trace = mixoff.routers.preset("mixtral-8x7b").trace(1_000, layers=9)
+    guessed = simulate(trace, slots=2, prefetch="recall=0.8", expert_nbytes=10)
+    assert guessed.predictions_right / guessed.predictions == pytest.approx(0.8, abs=0.015)
+    assert guessed.prefetch_used_bytes + guessed.prefetch_wasted_bytes == 10 * guessed.prefetches
+    oracle, popular = (simulate(trace, slots=2, prefetch=name) for name in ("oracle", "popularity"))
+    assert 0 < popular.prefetch_hits < oracle.prefetch_hits and popular.prefetches <= 1_000 * 8 * 2
+    assert sum(x.misses for x in oracle.per_layer[1:]) == 0 < oracle.per_layer[0].misses
+    for prefetch, words in [("next-router", "no guesses"), ("recall=2", "oracle"), ("crystal", "popularity")]:
+        with pytest.raises(MixoffError, match=words):
+            simulate(trace, prefetch=prefetch)
+    with pytest.raises(MixoffError, match="expert_nbytes"):
+        simulate(trace, prefetch="oracle", prefetch_nbytes=10)
+
+
+def test_bundled_traces_and_all_policies_from_the_command_line(tmp_path, capsys):
+    for domain in ("novel", "scripture", "spanish", "code", "facts"):
+        assert len(Trace.load(f"tiny-mixtral/{domain}")) >= 2_000
+    short = Trace.load("tiny-mixtral/facts").select(slice(0, 150)).save(tmp_path / "t.npz")
+    command = ["simulate", str(short), "--slots", "3", "--policy", "all"]
+    assert main([*command, "--prefetch", "oracle", "--prefetch-nbytes", "1MB", "--json"]) == 0
+    results = json.loads(capsys.readouterr().out)["results"]
+    assert {r["policy"]: r["gap_closed"] for r in results}["belady"] == 1 and len(results) == len(ALL)
+    assert all(r["bytes_moved"] == (r["misses"] + r["prefetches"]) * SLOT for r in results)
+    assert main(command) == 0 and "half-life" in capsys.readouterr().out
+    assert main(["simulate", "tiny-mixtral/poems"]) == 2 and "tiny-mixtral/novel" in capsys.readouterr().err
+
+
 def test_recording_and_replay_from_the_command_line(tmp_path, capsys):
     prompt, out = tmp_path / "prompt.txt", tmp_path / "t.npz"
     prompt.write_text("It was a fine morning, and", encoding="utf-8")

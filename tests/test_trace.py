@@ -26,12 +26,14 @@ def full():
         weights=np.full((3, 2, 2), 0.5),
         times_s=[0.0, 0.0, 1.5],
         expert_nbytes=100,
+        predicted=[[[1, 2, 0], [-1, -1, -1]], [[-1] * 3] * 2, [[3, -1, -1], [0, 1, 2]]],
+        scores=np.full((3, 2, 4), 0.25),
     )
 
 
 def same(a, b):
     assert (a.num_experts, a.layers, a.expert_nbytes) == (b.num_experts, b.layers, b.expert_nbytes)
-    for name in ("experts", "is_prompt", "passes", "weights", "times_s"):
+    for name in ("experts", "is_prompt", "passes", "weights", "times_s", "predicted", "scores"):
         x, y = getattr(a, name), getattr(b, name)
         assert (x is None and y is None) or (x.dtype == y.dtype and np.array_equal(x, y)), name
 
@@ -99,6 +101,9 @@ BAD_ARRAYS = {
     "unknown": ({"surprise": np.zeros(1)}, "surprise"),
     "experts": ({"num_experts": np.int64(0)}, "num_experts is 0"),
     "nbytes": ({"expert_nbytes": np.float64(1.5)}, "not one integer"),
+    "predicted": ({"predicted": np.full((3, 2, 1), 4, np.int8)}, "expert 4 of 4"),
+    "guesses": ({"predicted": np.zeros((3, 1), np.int8)}, "-1 for none"),
+    "scores": ({"scores": np.zeros((3, 2, 5), np.float16)}, "scores"),
 }
 
 
@@ -183,6 +188,7 @@ def test_requests_of_a_prompt_are_distinct_and_in_router_order():
     calls = [r.keys[r.starts[c] : r.starts[c + 1]].tolist() for c in range(4)]
     assert calls == [[0, 3, 1], [5, 6, 4], [2, 3], [7, 6]]
     assert r.site.tolist() == [0, 1, 0, 1] and r.is_prompt.tolist() == [True, True, False, False]
+    assert r.named.tolist() == [[1, 2, 0], [-1, -1, -1], [3, -1, -1], [4, 5, 6]] and r.scores.shape == (4, 4)
 
 
 def test_shuffling_keeps_popularity():
