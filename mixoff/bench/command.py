@@ -37,6 +37,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
     add("--routing", default="mixtral", help="mixtral, uniform, or model for the model's own routers (mixtral)")
     add("--repeat", type=float, metavar="R", help="tune the routing to this share of experts asked for again")
     add("--fast-bytes", metavar="SIZE", help="experts in the fast tier (what the plan leaves of memory)")
+    add("--io", default="auto", help="how misses are read: auto, direct (past the page cache) or buffered (auto)")
     add("--memory-limit", metavar="SIZE", help="run every contender inside a real limit: 9G, page cache included")
     add("--threads", type=int, default=1, help="of every contender (1)")
     add("--tokens", "--max-new-tokens", type=int, metavar="N", help="decoded in each run (32; bundled model: 64)")
@@ -85,6 +86,7 @@ def _settings(args: argparse.Namespace) -> Settings:
         routing=ROUTINGS[args.routing],
         repeat=args.repeat,
         fast_bytes=None if args.fast_bytes is None else parse_nbytes(args.fast_bytes),
+        io=args.io,
         memory_limit=limit,
         peers=peers,
         ablations=args.ablations,

@@ -24,6 +24,7 @@ from mixoff.bench.report import Report, Row, row
 from mixoff.bench.spec import Spec
 from mixoff.errors import MixoffError
 from mixoff.hardware import Hardware
+from mixoff.planner import Plan
 from mixoff.readers import PIECE
 from mixoff.tiers import WORKERS
 
@@ -44,7 +45,8 @@ PACKAGE = Path(__file__).parents[2]  # the folder that a contender's python find
 class Settings:
     """What to compare. rounds: turns, in each of which every contender runs once in a fresh process.
 
-    fast_bytes: of every contender that is ours; None takes what the plan leaves of the limit, or of free memory.
+    fast_bytes, io: of every contender that is ours; fast_bytes None takes what the plan leaves of the limit, or of free
+    memory.
     memory_limit: bytes. checkpoint: 16-bit folder for transformers and accelerate. gguf: file for llama.cpp.
     llama_python: an interpreter that has llama-cpp-python. Other fields are those of `Spec`.
     """
@@ -58,6 +60,7 @@ class Settings:
     routing: str = "mixtral-8x7b"
     repeat: float | None = None
     fast_bytes: int | None = None
+    io: str = "auto"
     memory_limit: int | None = None
     peers: tuple[str, ...] = ()
     ablations: bool = False
@@ -85,7 +88,7 @@ def compare(settings: Settings, on_line: Callable[[str], None] = lambda line: No
             if any(said[-1].get("moved_bytes") for said in reports.values()):
                 disks.append(hardware.disk_bandwidth(Path(settings.store).parent, PIECE, WORKERS))
     machine = replace(machine, fast_Bps=max(probes), disk_Bps=max(disks, default=machine.disk_Bps))
-    rows = [_row(spec, reports[spec.name], machine) for spec in specs]
+    rows = [_row(spec, reports[spec.name], machine, plan) for spec in specs]
     disk, kind = max(disks, default=None), limit.kind if limit else None
     said = {"model": Path(settings.store).name, "threads": settings.threads, "runs": settings.rounds}
     said |= {key: getattr(settings, key) for key in ("tokens", "prompt_tokens", "routing", "repeat", "warmup")}
@@ -122,7 +125,7 @@ def _specs(settings: Settings, fast_bytes: int) -> list[Spec]:
     """Every contender of a round, ours first."""
     keys = ("threads", "prompt_tokens", "tokens", "warmup", "routing", "repeat")
     common = {key: getattr(settings, key) for key in keys}
-    ours = {"fast_bytes": fast_bytes}
+    ours = {"fast_bytes": fast_bytes, "io": settings.io}
     variants = ABLATIONS if settings.ablations else {"mixoff": {}}
     specs = [Spec(name, "mixoff", settings.store, load=ours | own, **common) for name, own in variants.items()]
     for peer in settings.peers:
@@ -212,11 +215,13 @@ def _said(report: dict) -> str:
     return f"{max(speeds):.2f} tokens/s"
 
 
-def _row(spec: Spec, reports: list[dict], machine: Hardware) -> Row:
+def _row(spec: Spec, reports: list[dict], machine: Hardware, plan: Plan) -> Row:
     made = row(spec.name, reports, machine.fast_Bps)
     if spec.kind != "mixoff" or made.failure:
         return made
     source = store.open_source(spec.path)
     source.close()
     predicted = timeline.predict(presets.shape_of(spec.path), source.scheme, machine, made.hit_rate)
-    return replace(made, predicted_tokens_per_s=predicted.tokens_per_s)
+    fixed = sum(plan.bytes[name] for name in ("backbone", "kv_cache", "workspace"))
+    planned = reports[0]["base_bytes"] + fixed + reports[0]["info"]["fast_bytes_peak"]
+    return replace(made, predicted_tokens_per_s=predicted.tokens_per_s, planned_bytes=planned)

@@ -33,9 +33,9 @@ def run(spec: Spec) -> dict:
     """Load and measure; every figure in plain numbers, times in seconds."""
     torch.set_num_threads(spec.threads)
     with limits.Peak() as peak, torch.inference_mode():
-        start = time.perf_counter()
+        report, start = {"base_bytes": limits.anonymous_nbytes()}, time.perf_counter()
         model = LOADERS[spec.kind](spec)
-        report = {"load_s": time.perf_counter() - start, "loaded_bytes": limits.anonymous_nbytes()}
+        report |= {"load_s": time.perf_counter() - start, "loaded_bytes": limits.anonymous_nbytes()}
         report |= _measured(model, spec)
     return asdict(spec) | report | {"peak_bytes": peak.nbytes}
 
@@ -258,7 +258,8 @@ def _load_mapped(spec: Spec) -> nn.Module:
 def _load_transformers(spec: Spec) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(spec.path, dtype="auto", local_files_only=True).eval()
+    how = {"dtype": "auto", "experts_implementation": "grouped_mm", "local_files_only": True}
+    return AutoModelForCausalLM.from_pretrained(spec.path, **how).eval()
 
 
 def _load_accelerate(spec: Spec) -> nn.Module:

@@ -21,7 +21,8 @@ class Row:
     decode_*, prompt_*: tokens a second, median, least and most of the runs. ms_p50 to ms_p99: of a decoded token, over
     all runs. phases_ms: of a decoded token. bytes_touched_per_token: of weights. bytes_moved_per_token: into the fast
     tier; bytes_read_per_token: from storage, by the kernel's count. touched_Bps: touched bytes a second.
-    roofline_share: of tokens a second that the read bandwidth would allow. predicted_tokens_per_s: modelled.
+    roofline_share: of tokens a second that the read bandwidth would allow. predicted_tokens_per_s, planned_bytes:
+    modelled; the latter is what the interpreter takes, the plan's parts, and the budget as far as it was taken.
     """
 
     name: str
@@ -159,6 +160,7 @@ COLUMNS = {
     "hit rate": lambda r: _number(r.hit_rate, 3),
     "repeat rate": lambda r: _number(r.repeat_rate, 3),
     "peak GiB": lambda r: _number(r.peak_bytes, 2, 2**-30),
+    "GiB (modelled)": lambda r: _number(r.planned_bytes, 2, 2**-30),
 }
 
 
