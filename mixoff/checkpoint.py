@@ -31,6 +31,7 @@ ITEM_BITS = {
 }
 ITEM_BITS |= {"F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "I8": 8, "U8": 8, "BOOL": 8}
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors format itself
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 MAX_DIMENSIONS = 64  # torch's own limit
 INDEX = "model.safetensors.index.json"
 
@@ -254,7 +255,7 @@ def _weight_files(folder: Path) -> list[str]:
     """Names of the safetensors files, from the index where there is one. Only plain names inside the folder."""
     indexed = (folder / INDEX).exists()
     files = indexed_files(folder) if indexed else sorted(p.name for p in folder.glob("*.safetensors"))
-    if not files and (any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth"))):
+    if not files and any(p.suffix in PICKLES for p in folder.iterdir()):
         raise CheckpointError(
             f"{folder} holds pickle files, which can run code when opened: use a copy with *.safetensors files"
         )

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mixoff import models, published
-from mixoff.checkpoint import INDEX, MAX_HEADER, TensorRange, indexed_files, parse_header
+from mixoff.checkpoint import INDEX, MAX_HEADER, PICKLES, TensorRange, indexed_files, parse_header
 from mixoff.errors import CheckpointError
 from mixoff.shards import SIDE_FILES, LocalShards, Shards, read_side_files
 
@@ -203,7 +203,7 @@ def weight_files(folder: Path, listed: set[str], model: HubId) -> list[str]:
     )
     if lacking := sorted(set(files) - listed):
         raise CheckpointError(f"{model} lacks {lacking[0]}, which its index names: tell the owner of that model")
-    if not files and any(name.endswith((".bin", ".pt", ".pth", ".gguf")) for name in listed):
+    if not files and any(name.endswith((*PICKLES, ".gguf")) for name in listed):
         raise CheckpointError(
             f"{model} has no *.safetensors files, only formats that mixoff does not open (pickle "
             "files can run code): look for a copy of the model in safetensors"

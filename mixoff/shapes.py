@@ -6,6 +6,7 @@ Read off a skeleton on the meta device, so a 47 B-parameter model costs no memor
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Iterable
@@ -80,6 +81,7 @@ def read_config(folder: Path) -> PretrainedConfig:
     """The configuration in `folder`, never running code from it. Raises CheckpointError."""
     from transformers import AutoConfig
 
+    _refuse_absurd(folder / "config.json")
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # transformers raises many kinds here; to the user all of them are one
@@ -87,6 +89,22 @@ def read_config(folder: Path) -> PretrainedConfig:
         raise CheckpointError(
             f"{folder / 'config.json'} is not a configuration that transformers can read: {reason}"
         ) from error
+
+
+MOST = {"layers": 10_000, "experts": 100_000, "": 2**40}  # by what a key's name holds: far beyond any model
+
+
+def _refuse_absurd(path: Path) -> None:
+    """Refuse numbers that no model has, before anything is built from them: a thousand million layers take forever."""
+    try:
+        config = json.loads(path.read_bytes())
+        holders = [config, *(value for value in config.values() if isinstance(value, dict))]
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return  # transformers says what is wrong
+    for key, value in (item for holder in holders for item in holder.items()):
+        most = next(n for part, n in MOST.items() if part in key)
+        if type(value) is int and abs(value) > most:
+            raise CheckpointError(f"{path} has {key} = {value:.3g}, more than any model: copy it again from its source")
 
 
 def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
