@@ -10,6 +10,7 @@ One check per exercise stands at the end of this file, with the cases it tries. 
 from __future__ import annotations
 
 import copy
+import io
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -21,9 +22,13 @@ SHOWN = 60  # characters of a wrong answer
 
 @dataclass(frozen=True)
 class Check:
-    """The cases of one exercise: pairs of arguments and the answer that is expected for them."""
+    """The cases of one exercise: pairs of arguments and the answer that is expected for them.
+
+    ask: `ask(fn, *arguments)` gets the answer out of the learner's function, where calling it is not all.
+    """
 
     cases: tuple[tuple[tuple, object], ...]
+    ask: Callable = lambda fn, *arguments: fn(*arguments)
 
     def __call__(self, fn: Callable) -> None:
         """Prints how `fn` does; stops at the first case that is wrong."""
@@ -35,7 +40,7 @@ class Check:
             return f"[FAIL] pass the function itself, not {describe(fn)}"
         for n, (arguments, expected) in enumerate(self.cases, start=1):
             try:
-                answer = fn(*copy.deepcopy(arguments))
+                answer = self.ask(fn, *copy.deepcopy(arguments))
                 complaint = difference(answer, expected)
             except NotImplementedError:
                 return "[ .. ] not attempted yet"
@@ -233,5 +238,119 @@ unit_gain = Check(
     (
         ((np.array([[1.0, 1.0]]), np.array([[0.5, 0.5]])), [[1.0, 1.0]]),
         ((np.array([[1.0, 2.0], [3.0, 0.0]]), np.array([[1.0, 1.0], [2.0, 1.0]])), [[5 / 3, 5 / 3], [3.0, 1.5]]),
+    )
+)
+
+
+# ---------------------------------------------------------------- chapter 08
+
+# (residents, requests to come) -> whom Belady's policy gives up
+belady_victim = Check(
+    (
+        (([1, 2], [2, 1]), 1),
+        (([1, 2, 3], [3, 1, 2, 3]), 2),
+        (([1, 2, 3], [2, 3]), 1),
+        (([4, 5, 6], []), 4),
+        (([4, 5, 6], [4, 9, 4, 5]), 6),
+    )
+)
+
+# (experts asked for, slots) -> misses of a first-in first-out cache
+fifo_misses = Check(
+    (
+        (([], 2), 0),
+        (([1, 1, 2, 1], 2), 2),
+        (([1, 2, 1, 3, 1], 2), 4),
+        (([1, 2, 3, 4, 1, 2, 5, 1, 2, 3, 4, 5], 3), 9),
+        (([1, 2, 3, 4, 1, 2, 5, 1, 2, 3, 4, 5], 4), 10),
+    )
+)
+
+# (misses, misses of LRU, misses of the optimum) -> share of the gap that was closed
+gap_closed = Check((((100, 100, 60), 0.0), ((60, 100, 60), 1.0), ((90, 100, 60), 0.25), ((110, 100, 60), -0.25)))
+
+
+# ---------------------------------------------------------------- chapter 09
+
+# kinds of events -> hits over requests
+hit_rate = Check(
+    (
+        ((["hit", "miss"],), 0.5),
+        ((["miss", "evict", "miss", "prefetch", "hit", "hit"],), 0.5),
+        ((["hit"],), 1.0),
+        ((["miss", "evict", "miss"],), 0.0),
+    )
+)
+
+# (kind, expert) of one layer -> residents at the end
+residents = Check(
+    (
+        (([],), set()),
+        (([("miss", 1), ("miss", 2), ("hit", 1)],), {1, 2}),
+        (([("miss", 1), ("miss", 2), ("evict", 1), ("miss", 3)],), {2, 3}),
+        (([("miss", 1), ("prefetch", 4), ("evict", 1), ("miss", 1)],), {1, 4}),
+    )
+)
+
+# (token, kind, expert) of one layer -> tokens that each evicted expert stayed
+stays = Check(
+    (
+        (([(1, "miss", 0), (2, "hit", 0)],), []),
+        (([(1, "miss", 0), (4, "evict", 0), (4, "miss", 2)],), [3]),
+        (
+            ([(1, "miss", 0), (1, "miss", 1), (2, "evict", 1), (5, "miss", 1), (9, "evict", 0), (9, "evict", 1)],),
+            [1, 8, 4],
+        ),
+    )
+)
+
+
+# ---------------------------------------------------------------- chapter 06
+
+EXPERTS_FILE = bytes(range(1, 4)) + bytes(5) + bytes(range(4, 7)) + bytes(5) + bytes([7])  # 3 bytes each, a stride of 8
+
+
+def read_all(read_expert: Callable, e: int) -> object:
+    """What the learner's `read_expert` returns of EXPERTS_FILE, as a list; whether it notices that the file ends."""
+    try:
+        return list(read_expert(io.BytesIO(EXPERTS_FILE), e, 8, 3))
+    except EOFError:
+        return "EOFError"
+
+
+read_expert = Check((((0,), [1, 2, 3]), ((1,), [4, 5, 6]), ((2,), "EOFError")), read_all)
+
+
+def log_of(make_cache: Callable, slots: int, keys: list) -> dict:
+    """What a cache with `slots` slots returns for `keys`, and which of them it fetches."""
+    fetched: list = []
+
+    def fetch(key: object) -> str:
+        fetched.append(key)
+        return f"weights of {key}"
+
+    get = make_cache(slots, fetch)
+    right = all(get(key) == f"weights of {key}" for key in keys)
+    return {"fetched": fetched, "all right": right}
+
+
+make_cache = Check(
+    (
+        ((2, ["a", "a"]), {"fetched": ["a"], "all right": True}),
+        ((2, ["a", "b", "a", "b"]), {"fetched": ["a", "b"], "all right": True}),
+        ((2, ["a", "b", "c", "a"]), {"fetched": ["a", "b", "c", "a"], "all right": True}),
+        ((2, ["a", "b", "a", "c", "a", "b"]), {"fetched": ["a", "b", "c", "b"], "all right": True}),
+        ((1, ["a", "b", "b", "a"]), {"fetched": ["a", "b", "a"], "all right": True}),
+    ),
+    log_of,
+)
+
+# (layers, experts a token, bytes of an expert, hit rate, write back?) -> bytes over the link
+bytes_per_token = Check(
+    (
+        ((32, 2, 66_406_180, 0.6, False), 64 * 0.4 * 66_406_180),
+        ((32, 2, 66_406_180, 0.6, True), 128 * 0.4 * 66_406_180),
+        ((8, 2, 100, 1.0, True), 0.0),
+        ((8, 1, 100, 0.0, False), 800),
     )
 )

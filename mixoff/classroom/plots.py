@@ -114,7 +114,7 @@ def expert_grids(grids: Sequence[np.ndarray], titles: Sequence[str], columns: in
     axes[0, 0].invert_yaxis()
     seen = [STATES[code] for code in sorted({AWAY, RESIDENT, HIT, MISS}.union(*map(np.unique, grids)))]
     keys = [Patch(facecolor=colour, edgecolor=LINE, label=f"{name} {letter}") for name, letter, colour in seen]
-    fig.legend(handles=keys, loc="outside lower center", ncols=len(keys), frameon=False)
+    fig.legend(handles=keys, loc="outside lower center", ncols=len(keys) if len(keys) < 5 else 3, frameon=False)
     return fig
 
 
