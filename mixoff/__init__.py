@@ -15,8 +15,8 @@ _HOMES |= {"Trace": "trace", "Simulation": "simulator", "simulate": "simulator"}
 _HOMES |= {"plan": "planner", "Plan": "planner"}
 _MODULES = (
     "bench", "cache", "checkpoint", "conversion", "errors", "generation", "hardware", "keys", "loading", "lossy",
-    "memory", "models", "planner", "policies", "presets", "quality", "quantize", "routers", "runtime", "shapes", "simulator", "sizes",
-    "store", "synthetic", "timeline", "trace", "units",
+    "memory", "models", "planner", "policies", "presets", "quality", "quantize", "routers", "runtime",
+    "shapes", "simulator", "sizes", "store", "synthetic", "timeline", "trace", "units",
 )  # fmt: skip
 __all__ = [*_HOMES, *_MODULES]
 

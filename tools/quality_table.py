@@ -1,102 +1,63 @@
-"""Measures what quantizing the experts costs in quality, and writes the tables of docs/quantization.md.
+"""Measures what quantizing and the lossy knobs cost in quality, and writes the tables of docs/quantization.md.
 
-    python tools/quality_table.py mixoff/models/tiny-mixtral HELDOUT [--windows 16]
+    python tools/quality_table.py schemes [--windows 8]     # bits, groups, solvers, presets
+    python tools/quality_table.py knobs [--windows 8]       # fewer experts, skipped, pruned, coarse ones
 
-HELDOUT is a folder of text files, one a domain. Each gives the same number of windows of 256 tokens, evenly spread over
-it; a token is predicted from those before it in its window. Every variant sees the same windows, so differences are
-paired. Standard errors take windows, not tokens, as independent, and the domains as given (stratified).
-
-The weights are quantized and dequantized again, then transformers computes in fp32. Letters: **T** tokens of a window,
-**V** vocabulary, **E** experts, **D** domains, **W** windows of a domain. Does not know stores or offloading.
+Both on the bundled model and its held-out texts, unless told otherwise: MODEL is a folder, `--texts` a folder of text
+files, one a domain. With `--checkpoint FILE` every finished row is kept there, and a second run goes on where the first
+stopped. Weights are quantized and dequantized again, then transformers computes in fp32; knobs act through the runtime
+that serves the model, all experts resident, and the bytes are what the simulator counts of the choices they leave.
 """
 
 import argparse
+import json
 import math
 import sys
+import warnings
+from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mixoff.quantize import BITS, DEFAULT_SOLVER, GROUP_SIZES, PRESETS, SOLVERS, Precision, Scheme
+import mixoff
+from mixoff import models, quality
+from mixoff.quality import Comparison, Scores, Windows, estimate, measure, predictions, quantized, windows
+from mixoff.quantize import BITS, DEFAULT_SOLVER, GROUP_SIZES, PRESETS, SOLVERS, Precision, Scheme, packed_nbytes
 
-WINDOW = 256
 OTHERS = [solver for solver in SOLVERS if solver != DEFAULT_SOLVER]
+BASE = "16 bits"
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "quantization.md"
-MARKS = "<!-- measured: begin (tools/quality_table.py) -->\n", "<!-- measured: end -->\n"
+MARKS = "<!-- measured: begin (tools/quality_table.py {}) -->\n", "<!-- measured: end -->\n"
 
 
-def windows(folder, tokenizer, count):
-    """Token ids (D, W, T): `count` windows of each text file, evenly spread."""
-    chosen = []
-    for file in sorted(folder.glob("*.txt")):
-        ids = torch.tensor(tokenizer(file.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"])
-        if len(ids) < WINDOW * count:
-            sys.exit(f"{file} has {len(ids)} tokens, and {count} windows need {WINDOW * count}: ask for fewer windows")
-        starts = torch.linspace(0, len(ids) - WINDOW, count).long()
-        chosen.append(torch.stack([ids[start : start + WINDOW] for start in starts]))
-    if not chosen:
-        sys.exit(f"{folder} holds no .txt files")
-    return torch.stack(chosen)
+class Results:
+    """Rows by name, kept in a file of JSON if there is one, so that a row is made once."""
+
+    def __init__(self, file, over):
+        self.file, self.rows, self.key = file, {}, f"{tuple(over.ids.shape)} {int(over.ids.sum())}"
+        if file and file.exists() and (found := json.loads(file.read_text()))["windows"] == self.key:
+            self.rows = found["rows"]
+
+    def get(self, name, make):
+        """The row of that name, `make() -> (scores, columns)` if it is new."""
+        if name not in self.rows:
+            scores, columns = make()
+            self.rows[name] = {"scores": scores.to_dict(), "columns": columns}
+            if self.file:
+                self.file.write_text(json.dumps({"windows": self.key, "rows": self.rows}))
+            print(name, scores, file=sys.stderr, flush=True)
+        row = self.rows[name]
+        return Scores.from_dict(row["scores"]), row["columns"]
 
 
-def matrices(model):
-    """Role and a view (N, K) of every weight that a scheme may quantize here: experts and attention."""
-    for name, parameter in model.named_parameters():
-        if parameter.dim() == 3:  # (E, N, K), gate and up as one matrix, as a store keeps them
-            yield from (("experts", matrix) for matrix in parameter.data)
-        elif "self_attn" in name and parameter.dim() == 2:
-            yield "attention", parameter.data
-
-
-@torch.inference_mode()
-def measure(model, ids, reference):
-    """Loss and KL to the reference, nats a token, (D, W) each; an empty `reference` is filled with what is found."""
-    losses, divergences, fill = [], [], not reference
-    for n, window in enumerate(ids.flatten(0, 1)):
-        found = model(window[None]).logits[0].log_softmax(-1)  # (T, V)
-        if fill:
-            reference.append(found)
-        losses.append(-found[:-1].gather(1, window[1:, None]).mean())
-        divergences.append((reference[n].exp() * (reference[n] - found)).sum(-1).mean())
-    return (torch.stack(values).double().view(ids.shape[:2]) for values in (losses, divergences))
-
-
-def quantized(model, weights, schemes):
-    """Put `weights` through the scheme of their role into the model; return bits a weight by role, and MB in all."""
-    nbytes, counts = dict.fromkeys(schemes, 0), dict.fromkeys(schemes, 0)
-    for (role, matrix), original in zip(matrices(model), weights, strict=True):
-        q = schemes[role].quantize(original, role)
-        matrix.copy_(original if q is None else q.dequantize())
-        nbytes[role] += original.numel() * 2 if q is None else q.nbytes
-        counts[role] += original.numel()
-    return {role: 8 * nbytes[role] / counts[role] for role in schemes}, sum(nbytes.values()) / 1e6
-
-
-def variants(width):
-    """Key and schemes of every row: experts in all ways that their width allows, attention alone, and the presets."""
-    four = Precision(4, max(size for size in (16, 32, 64) if width % size == 0))
-    default = Scheme(attention=four)
-    for bits in BITS:
-        for size in (size for size in GROUP_SIZES if width % size == 0):
-            for solver in SOLVERS:
-                scheme = Scheme(experts=Precision(bits, size), solver=solver)
-                yield (f"experts {bits} bits", str(size), solver), {"experts": scheme, "attention": default}
-    for solver in SOLVERS:
-        scheme = Scheme(attention=four, solver=solver)
-        yield ("attention alone", str(four.group_size), solver), {"experts": scheme, "attention": scheme}
-    for name, scheme in PRESETS.items():
-        yield (f"preset `{name}`", "", ""), {"experts": scheme, "attention": scheme}
-
-
-def mean_and_error(values):
-    """Mean of values (D, W) and its standard error, the domains being given."""
-    return values.mean().item(), (values.var(1) / values.shape[1]).sum().sqrt().item() / len(values)
-
-
-def millinats(values):
-    return "{:.2f} ± {:.2f}".format(*(1000 * value for value in mean_and_error(values)))
+def comparison(rows):
+    """A comparison of `rows`, by name `(scores, columns)`."""
+    titles = dict.fromkeys(title for _, columns in rows.values() for title in columns)
+    columns = {title: {name: c[title] for name, (_, c) in rows.items() if title in c} for title in titles}
+    return Comparison({name: scores for name, (scores, _) in rows.items()}, columns)
 
 
 def table(head, rows):
@@ -104,91 +65,197 @@ def table(head, rows):
     return ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
 
 
-def quality_rows(results, base):
-    """One row a variant: bits, perplexity with its error, ratio to 16 bits and KL with their paired errors."""
-    for key, (bits, nbytes, loss, kl) in results.items():
-        perplexity, error = (f(value) for f, value in zip((math.exp, float), mean_and_error(loss), strict=True))
-        ratio, paired = (f(value) for f, value in zip((math.exp, float), mean_and_error(loss - base), strict=True))
-        yield [
-            *key,
-            f"{bits['experts']:.3f}",
-            f"{nbytes:.2f}",
-            f"{perplexity:.2f} ± {perplexity * error:.2f}",
-            f"{ratio:.4f} ± {ratio * paired:.4f}",
-            millinats(kl),
-        ]
+# Schemes -------------------------------------------------------------------------------------------------------------
 
 
-def solver_rows(results):
-    """What the other solvers have more than the default one in each form, paired, and those with the least KL."""
-    for what, size in dict.fromkeys(key[:2] for key in results if key[2]):
-        found = {solver: results[what, size, solver][2:] for solver in SOLVERS}  # loss and KL
-        (loss, kl), cells = found[DEFAULT_SOLVER], []
-        for other_loss, other_kl in (found[solver] for solver in OTHERS):
-            cells += [millinats(other_kl - kl), millinats(other_loss - loss)]
-        least = min((values for _, values in found.values()), key=lambda values: values.mean())
-        close = [solver for solver, (_, values) in found.items() if not clearly_above(values, least)]
-        yield [what, size, *cells, ", ".join(close)]
+def variants(width):
+    """Name and schemes of every row: experts in all ways that their width allows, attention alone, and the presets."""
+    four = Precision(4, max(size for size in (16, 32, 64) if width % size == 0))
+    attention = Scheme(attention=four)
+    for bits in BITS:
+        for size in (size for size in GROUP_SIZES if width % size == 0):
+            for solver in SOLVERS:
+                experts = Scheme(experts=Precision(bits, size), solver=solver)
+                yield f"{bits} bits g{size} {solver}", {"experts": experts, "attention": attention}
+    for solver in SOLVERS:
+        yield f"attention alone {solver}", {"attention": Scheme(attention=four, solver=solver)}
+    for name, scheme in PRESETS.items():
+        yield f"preset `{name}`", scheme
 
 
-def clearly_above(values, least):
-    """Whether values (D, W) exceed others in the mean by more than two standard errors of the difference."""
-    mean, error = mean_and_error(values - least)
-    return mean > 2 * error
+def scheme_row(model, over, reference, schemes):
+    with quantized(model, schemes) as sizes:
+        scores = measure(model, over, reference)
+    bits = 8 * sizes["experts"][0] / sizes["experts"][1]
+    nbytes = sizes["experts"][0] + sizes["attention"][0]
+    return scores, {"bits/weight (experts)": f"{bits:.3f}", "MB*": f"{nbytes / 1e6:.2f}"}
 
 
-def report(results, base, ids, model_name):
-    """Everything between the marks of the page."""
-    yield f"Model `{model_name}`, {ids.numel()} held-out tokens of {len(ids)} domains in windows of {WINDOW}. All is"
-    yield "measured, but bits and MB are exact. ± is one standard error; ratio and KL are paired with 16 bits."
+def schemes(arguments, tokenizer, texts):
+    """Lines of the tables of schemes and of solvers."""
+    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
+    over = windows(tokenizer, texts, arguments.windows)
+    results, reference = Results(arguments.checkpoint, over), predictions(model, over)
+    width = min(w.shape[1] for role, w in quality.matrices(model) if role in ("experts", "attention"))
+    named = {BASE: Scheme()} | dict(variants(width))
+    rows = {
+        name: results.get(name, lambda scheme=scheme: scheme_row(model, over, reference, scheme))
+        for name, scheme in named.items()
+    }
+    compared = comparison(rows)
+    yield from intro(arguments, over)
     yield ""
-    head = [
-        "what",
-        "group",
-        "solver",
-        "bits/weight (experts)",
-        "MB*",
-        "perplexity",
-        "ratio to 16 bits",
-        "KL, millinats",
-    ]
-    yield from table(head, quality_rows(results, base))
+    yield from compared.markdown().splitlines()
     yield ""
     yield f"*experts and attention, metadata included. Beside quantized experts attention is 4-bit, `{DEFAULT_SOLVER}`."
     yield ""
     yield f"What the others have more than `{DEFAULT_SOLVER}`, millinats a token, paired window by window (measured):"
     yield ""
     head = [f"{solver}: {what}" for solver in OTHERS for what in ("KL", "loss")]
-    yield from table(["what", "group", *head, "least KL, within two errors"], solver_rows(results))
+    yield from table(["what", *head, "least KL, within two errors"], solver_rows(compared))
 
 
-def write(page, lines):
+def intro(arguments, over):
+    D, W, T = over.ids.shape
+    yield f"Model `{arguments.model.name}`, {D * W * T} held-out tokens of {D} domains, {W} windows of {T} each. All is"
+    yield f"measured, but bits and MB are exact. ± is one standard error; ratio and KL are paired with {BASE}."
+
+
+def solver_rows(compared):
+    """What the other solvers have more than the default one in each form, paired, and those with the least KL."""
+    last = f" {DEFAULT_SOLVER}"
+    for form in (name.removesuffix(last) for name in compared.scores if name.endswith(last)):
+        names, cells = {solver: f"{form} {solver}" for solver in SOLVERS}, []
+        for solver in OTHERS:
+            more = compared.difference(names[solver], names[DEFAULT_SOLVER])
+            cells += [str(more[what].scaled(1000)) for what in ("kl", "loss")]
+        least = min(names.values(), key=lambda name: estimate(compared.scores[name].kl).mean)
+        close = [solver for solver in SOLVERS if not clearly_above(compared, names[solver], least)]
+        yield [form, *cells, ", ".join(close)]
+
+
+def clearly_above(compared, name, least):
+    """Whether the KL of `name` exceeds that of `least` by more than two standard errors of the difference."""
+    more = compared.difference(name, least)["kl"]
+    return more.mean > 2 * more.error
+
+
+# Knobs ---------------------------------------------------------------------------------------------------------------
+
+FINE, COARSE = Scheme(experts=Precision(4, 64)), Scheme(experts=Precision(2, 32))
+
+
+def knobs(arguments, tokenizer, texts):
+    """Lines of the table of lossy knobs, at `--slots` slots a layer."""
+    both = windows(tokenizer, texts, 2 * arguments.windows - 1)  # every second one is for counting, not for judging
+    over, other = (Windows(both.ids[:, start::2], both.domains) for start in (0, 1))
+    rows, results = {}, Results(arguments.checkpoint, over)
+    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
+    reference = predictions(model, over)
+    with served(model):
+        counts = run(model, other, None, None)[1].counts()
+    for name, knob in {BASE: None, **dict(choices(counts, arguments.slots))}.items():
+        rows[name] = results.get(name, lambda knob=knob: knob_row(model, over, reference, knob, arguments.slots, 2))
+    for name, make in coarse(model, over, reference, arguments.slots).items():
+        rows[name] = results.get(name, make)
+    yield from intro(arguments, over)
+    yield "`experts` is how many a token asks for in a layer. MB a token: what misses move with LRU and"
+    yield f"{arguments.slots} slots a layer (modelled: the simulator, over the choices that were left), 16 bits a"
+    yield "weight unless the row says otherwise. Attention stays in 16 bits."
+    yield ""
+    yield from comparison(rows).markdown().splitlines()
+
+
+def choices(counts, slots):
+    """The knobs by name."""
+    E = counts.shape[1]
+    yield from ((f"dynamic top-k, mass {mass}", quality.dynamic_top_k(mass)) for mass in (0.9, 0.8, 0.7, 0.6))
+    yield from ((f"skip below {share}", quality.skip_light(share)) for share in (0.25, 0.4))
+    yield f"skip misses but the heaviest, {slots} slots", quality.skip_misses(quality.Shadow(slots))
+    yield from ((f"prune to {keep} of {E}", quality.prune(counts, keep)) for keep in (E - 1, E - 2, E // 2))
+
+
+@contextmanager
+def served(model):
+    """Within `with`, the model's experts are served by a runtime that holds all of them."""
+    with warnings.catch_warnings(action="ignore"):  # that memory is not freed
+        mixoff.offload(model, "64GiB")
+    try:
+        yield model.mixoff
+    finally:
+        mixoff.restore(model)
+
+
+def run(model, over, reference, knob):
+    """Scores with a knob, and the trace of the choices it left, each token a pass of its own."""
+    model.mixoff.reroute = knob
+    with model.mixoff.trace() as recorder:
+        scores = measure(model, over, reference)
+    trace = recorder.trace
+    return scores, mixoff.Trace.from_array(trace.experts, trace.num_experts)
+
+
+def knob_row(model, over, reference, knob, slots, weight_nbytes):
+    """A row's scores and columns; weight_nbytes: of one weight, on average."""
+    with served(model) as runtime:
+        scores, trace = run(model, over, reference, knob)
+        weights = sum(math.prod(part.shape) for part in runtime.source.sites[0].parts)
+    E = model.config.num_local_experts
+    trace = mixoff.Trace.from_array(np.where(trace.experts < 0, -1, trace.experts % E), E)  # a twin is its expert
+    asked = (trace.experts >= 0).mean() * trace.top_k
+    moved = mixoff.simulate(trace, "lru", slots, expert_nbytes=round(weights * weight_nbytes)).bytes_moved
+    return scores, {"experts": f"{asked:.2f}", "MB a token": f"{moved / trace.tokens / 1e6:.3f}"}
+
+
+def coarse(model, over, reference, slots):
+    """Rows by name: experts in 4 bits, in 2 bits, and residents in 4 with misses computed in 2."""
+
+    def row(scheme, twin=None):
+        with quantized(model, {"experts": scheme}) as sizes:
+            per_weight = sizes["experts"][0] / sizes["experts"][1]
+            if twin is None:
+                return knob_row(model, over, reference, None, slots, per_weight)
+            knob = quality.coarse_misses(quality.Shadow(slots), model.config.num_local_experts)
+            with quality.with_twins(model, twin):
+                return knob_row(model, over, reference, knob, slots, packed_nbytes((1024, 1024), 2, 32) / 2**20)
+
+    return {
+        "experts in 4 bits": lambda: row(FINE),
+        "experts in 4 bits, misses in 2": lambda: row(FINE, COARSE),
+        "experts in 2 bits": lambda: row(COARSE),
+    }
+
+
+# The page ------------------------------------------------------------------------------------------------------------
+
+
+def write(page, what, lines):
     """Replace what stands between the marks of the page."""
-    before, _, rest = page.read_text(encoding="utf-8").partition(MARKS[0])
-    _, found, after = rest.partition(MARKS[1])
-    if not found:
-        sys.exit(f"{page} lacks the marks {MARKS[0].strip()} and {MARKS[1].strip()}")
-    page.write_text(before + MARKS[0] + "\n" + "\n".join(lines) + "\n\n" + MARKS[1] + after, encoding="utf-8")
+    begin, end = MARKS[0].format(what), MARKS[1]
+    before, found, rest = page.read_text(encoding="utf-8").partition(begin)
+    _, closed, after = rest.partition(end)
+    if not found or not closed:
+        sys.exit(f"{page} lacks the marks {begin.strip()} and {end.strip()}")
+    page.write_text(before + begin + "\n" + "\n".join(lines) + "\n\n" + end + after, encoding="utf-8")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path)
-    parser.add_argument("heldout", type=Path)
-    parser.add_argument("--windows", type=int, default=16, help="of each domain")
+    parser.add_argument("what", choices=["schemes", "knobs"])
+    parser.add_argument("--model", type=Path, default=models.path())
+    parser.add_argument("--texts", type=Path, help="folder of .txt files; the bundled held-out texts by default")
+    parser.add_argument("--windows", type=int, default=8, help="of each domain")
+    parser.add_argument("--slots", type=int, default=4, help="a layer, for what knobs move")
+    parser.add_argument("--checkpoint", type=Path, help="file for finished rows")
     parser.add_argument("--page", type=Path, default=PAGE)
     arguments = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()  # texts are longer than the model's context, windows are not
-    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
-    ids = windows(arguments.heldout, AutoTokenizer.from_pretrained(arguments.model), arguments.windows)
-    weights, reference, results = [matrix.clone() for _, matrix in matrices(model)], [], {}
-    base, _ = measure(model, ids, reference)
-    for key, schemes in variants(min(w.shape[1] for w in weights)):
-        bits, nbytes = quantized(model, weights, schemes)
-        loss, kl = measure(model, ids, reference)
-        results[key] = bits, nbytes, loss, kl
-        print(*key, f"KL {kl.mean():.5f}", file=sys.stderr, flush=True)
-    write(arguments.page, report(results, base, ids, arguments.model.name))
+    texts = models.heldout()
+    if arguments.texts:
+        texts = {file.stem: file.read_text(encoding="utf-8") for file in sorted(arguments.texts.glob("*.txt"))}
+    make = {"schemes": schemes, "knobs": knobs}[arguments.what]
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    write(arguments.page, arguments.what, list(make(arguments, tokenizer, texts)))
 
 
 if __name__ == "__main__":

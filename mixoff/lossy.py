@@ -1,0 +1,184 @@
+"""Knobs that trade quality for bytes: each changes what the model computes, and none is on unless you set it.
+
+    model.mixoff.reroute = mixoff.quality.dynamic_top_k(0.8)    # and None again to be exact
+
+Letters: **T** tokens, **K** experts a token, **E** experts, **L** sites. A knob is a function
+`(site, index (T, K), weights (T, K)) -> (index, weights)`, which has the last word on the router's choice. What one
+costs is measured by `quality`, in docs/quantization.md. Does not know models, files or how experts are computed.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from mixoff.cache import ExpertCache
+from mixoff.errors import MixoffError
+from mixoff.trace import MAX_EXPERTS
+
+NOBODY = MAX_EXPERTS  # no model has an expert of this number: transformers' mark for "no expert" is any from E on
+
+Reroute = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def leave_out(index: Tensor, weights: Tensor, dropped: Tensor) -> tuple[Tensor, Tensor]:
+    """The choice without what `dropped` (T, K) marks; the weights of a token's others are raised to the old sum.
+
+    >>> leave_out(torch.tensor([[3, 1]]), torch.tensor([[0.75, 0.25]]), torch.tensor([[False, True]]))
+    (tensor([[    3, 32767]]), tensor([[1., 0.]]))
+    """
+    kept = weights.masked_fill(dropped, 0)  # (T, K)
+    total = kept.sum(-1, keepdim=True)  # (T, 1)
+    raised = torch.where(total > 0, weights.sum(-1, keepdim=True) / total, 0)
+    return index.masked_fill(dropped, NOBODY), (kept * raised).to(weights.dtype)
+
+
+def shares(weights: Tensor) -> Tensor:
+    """Share of each expert in its token's weights, (T, K)."""
+    return weights.float() / weights.float().sum(-1, keepdim=True).clamp_min(1e-20)
+
+
+def heaviest(weights: Tensor, count: int) -> Tensor:
+    """Marks the `count` heaviest experts of each token, (T, K) bool."""
+    top = weights.topk(min(count, weights.shape[-1]), -1).indices
+    return torch.zeros_like(weights, dtype=torch.bool).scatter_(-1, top, True)
+
+
+def _share(name: str, value: float) -> float:
+    if not 0 <= value <= 1:
+        raise MixoffError(f"{name} is {value!r}: give a share of the router's weights, from 0 to 1")
+    return value
+
+
+def dynamic_top_k(mass: float = 0.8) -> Reroute:
+    """Lossy: of each token's experts the fewest whose weights make up `mass` of the sum, so a sure router asks for one.
+
+    Source: Huang et al., Harder Tasks Need More Experts (arXiv 2403.07652), there with trained routers.
+    """
+    _share("mass", mass)
+
+    def reroute(site: int, index: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        ordered, order = shares(weights).sort(-1, descending=True)  # (T, K)
+        before = ordered.cumsum(-1) - ordered  # what the heavier ones make up
+        superfluous = torch.zeros_like(before, dtype=torch.bool).scatter_(-1, order, before >= mass)
+        return leave_out(index, weights, superfluous & ~heaviest(weights, 1))
+
+    return reroute
+
+
+def skip_light(share: float = 0.2) -> Reroute:
+    """Lossy: experts with less than `share` of their token's weights are left out, but never a token's heaviest."""
+    _share("share", share)
+
+    def reroute(site: int, index: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        return leave_out(index, weights, (shares(weights) < share) & ~heaviest(weights, 1))
+
+    return reroute
+
+
+def prune(counts: Sequence[Sequence[int]], keep: int) -> Reroute:
+    """Lossy: all but the `keep` most used experts of each site are gone; counts (L, E), as `Trace.counts` has them.
+
+    A token that has none of its experts left gets nothing from that layer. Source: Lu et al., Not All Experts are Equal
+    (arXiv 2402.14800), which chooses by reconstruction rather than by use.
+    """
+    counts = torch.as_tensor(counts)  # (L, E)
+    if counts.ndim != 2 or not 1 <= keep <= counts.shape[1]:
+        raise MixoffError(f"cannot keep {keep!r} experts a layer of counts of shape {tuple(counts.shape)}: give (L, E)")
+    gone = ~heaviest(counts, keep)  # (L, E)
+
+    def reroute(site: int, index: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        inside = index < gone.shape[1]
+        return leave_out(index, weights, inside & gone[site][index.clamp_max(gone.shape[1] - 1)])
+
+    return reroute
+
+
+# Knobs that look at the cache ----------------------------------------------------------------------------------------
+
+
+class Tier(Protocol):
+    """Which experts are in the fast tier."""
+
+    def has(self, site: int, expert: int) -> bool: ...
+
+    def ask(self, site: int, experts: list[int]) -> None:
+        """A token asks for these, distinct and in router order."""
+
+
+class Live:
+    """The fast tier of a runtime; a prompt finds everything there, since it does not wait for single experts."""
+
+    def __init__(self, runtime: object) -> None:
+        self.runtime = runtime
+
+    def has(self, site: int, expert: int) -> bool:
+        return self.runtime.in_prompt() or (site, expert) in self.runtime.cache.slot_of
+
+    def ask(self, site: int, experts: list[int]) -> None:
+        """The runtime will note it itself."""
+
+
+class Shadow:
+    """A cache of `slots` a site without weights, for evaluation: a window goes through the model at once, token by
+    token through this, with the hits that decoding would have.
+    """
+
+    def __init__(self, slots: int, policy: str = "lru") -> None:
+        self.caches = defaultdict(lambda: ExpertCache([slots], policy))
+        self.hits = self.misses = 0
+
+    def has(self, site: int, expert: int) -> bool:
+        return expert in self.caches[site].slot_of
+
+    def ask(self, site: int, experts: list[int]) -> None:
+        for grant in self.caches[site].access(0, experts):
+            self.hits, self.misses = self.hits + (grant.kind == "hit"), self.misses + (grant.kind != "hit")
+
+
+def _missing(tier: Tier, site: int, index: Tensor, drop: Callable[[int, Tensor], Tensor] | None = None) -> Tensor:
+    """Marks the experts that are not in the tier when their token comes, (T, K) bool.
+
+    drop: `(t, missing (K,)) -> dropped (K,)`, what token t then does without; None: nothing.
+    """
+    marked = torch.zeros_like(index, dtype=torch.bool)
+    for t, chosen in enumerate(index.tolist()):
+        marked[t] = torch.tensor([e < NOBODY and not tier.has(site, e) for e in chosen])
+        if drop is not None:
+            marked[t] = drop(t, marked[t])
+        asked = chosen if drop is None else [e for e, out in zip(chosen, marked[t].tolist(), strict=True) if not out]
+        tier.ask(site, list(dict.fromkeys(e for e in asked if e < NOBODY)))
+    return marked
+
+
+def skip_misses(tier: object, keep: int = 1) -> Reroute:
+    """Lossy: an expert that is not in the fast tier is left out, unless it is one of a token's `keep` heaviest.
+
+    tier: a runtime (`model.mixoff`), or a `Shadow` for evaluation. Source: the choice that EdgeMoE and HOBBIT (arXiv
+    2411.01433) soften by lower precision.
+    """
+    tier = tier if hasattr(tier, "ask") else Live(tier)
+    if keep < 0:
+        raise MixoffError(f"keep is {keep!r}: give the number of experts that every token waits for, 0 or more")
+
+    def reroute(site: int, index: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        spared = heaviest(weights, keep) if keep else torch.zeros_like(index, dtype=torch.bool)
+        return leave_out(index, weights, _missing(tier, site, index, lambda t, missing: missing & ~spared[t]))
+
+    return reroute
+
+
+def coarse_misses(tier: Tier, num_experts: int) -> Reroute:
+    """Lossy, for evaluation: an expert that is missing is computed from its coarse twin, which is number + E.
+
+    The model has to hold the twins, as `quality.with_twins` makes it. Source: HOBBIT (arXiv 2411.01433).
+    """
+
+    def reroute(site: int, index: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        return index + num_experts * _missing(tier, site, index), weights
+
+    return reroute

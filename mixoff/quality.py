@@ -1,0 +1,341 @@
+"""What a model's predictions are worth: perplexity, distance to another model, agreement, each with its error.
+
+Letters: **D** domains, **W** windows of a domain, **T** tokens of a window, **V** vocabulary, **N**, **K** outputs and
+inputs of a weight.
+The sampling units are windows, not tokens, which are far from independent; domains are taken as given (stratified).
+Variants see the same windows, so their differences are paired, and much surer than the figures themselves.
+Does not know stores, caches or offloading: any causal language model will do.
+"""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mixoff import shapes
+from mixoff.errors import MixoffError
+from mixoff.lossy import (  # noqa: F401 (their home for users: mixoff.quality.dynamic_top_k)
+    Shadow,
+    coarse_misses,
+    dynamic_top_k,
+    prune,
+    skip_light,
+    skip_misses,
+)
+from mixoff.quantize import ROLES, Scheme
+from mixoff.units import format_nbytes
+
+LENGTH = 256  # tokens of a window
+MOST_NBYTES = 4 << 30  # of a reference's predictions, all of which stay in memory
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean and its standard error.
+
+    >>> print(Estimate(18.98, 1.62))
+    18.98 ± 1.62
+    """
+
+    mean: float
+    error: float
+
+    def __str__(self) -> str:
+        return f"{self.mean:.2f} ± {self.error:.2f}"
+
+    def scaled(self, factor: float) -> Estimate:
+        """The estimate in another unit: 1000 for millinats."""
+        return Estimate(self.mean * factor, self.error * abs(factor))
+
+
+def estimate(values: Tensor) -> Estimate:
+    """Mean of values (D, W) and its standard error, the domains being given.
+
+    >>> estimate(torch.tensor([[1.0, 3.0], [5.0, 5.0]]))
+    Estimate(mean=3.5, error=0.5)
+    """
+    D, W = values.shape
+    return Estimate(values.mean().item(), (values.var(1) / W).sum().sqrt().item() / D)
+
+
+@dataclass(frozen=True, eq=False)
+class Windows:
+    """Token ids, int (D, W, T), and the names of the domains."""
+
+    ids: Tensor
+    domains: tuple[str, ...]
+
+
+def windows(
+    tokenizer: Any, texts: str | Sequence[str] | Mapping[str, str], count: int = 8, length: int = LENGTH
+) -> Windows:
+    """`count` windows of each text, evenly spread; texts may have names. Raises MixoffError for a text too short."""
+    named = texts if isinstance(texts, Mapping) else dict(enumerate([texts] if isinstance(texts, str) else texts))
+    if not named or count < 2:
+        raise MixoffError("a standard error needs a text, and two windows of each: raise count to 2 or more")
+    chosen = []
+    for name, text in named.items():
+        ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        if len(ids) < length * count:
+            raise MixoffError(
+                f"text {name!r} has {len(ids):,} tokens, and {count} windows of {length} need {length * count:,}: "
+                "take fewer, shorter windows or longer texts"
+            )
+        starts = torch.linspace(0, len(ids) - length, count).long()
+        chosen.append(torch.stack([ids[start : start + length] for start in starts]))
+    return Windows(torch.stack(chosen), tuple(map(str, named)))
+
+
+def as_windows(tokenizer_or_ids: Any, texts: Any = None, count: int = 8, length: int = LENGTH) -> Windows:
+    """Windows of whatever is given: themselves, token ids (W, T) or (D, W, T), or a tokenizer with texts."""
+    if isinstance(tokenizer_or_ids, Windows):
+        return tokenizer_or_ids
+    if isinstance(tokenizer_or_ids, Tensor):
+        ids = tokenizer_or_ids[None] if tokenizer_or_ids.ndim == 2 else tokenizer_or_ids
+        if ids.ndim != 3 or ids.shape[1] < 2 or ids.shape[2] < 2:
+            raise MixoffError(
+                f"token ids have shape {tuple(tokenizer_or_ids.shape)}: give (windows, tokens), or (domains, windows, "
+                "tokens), two windows and two tokens at least"
+            )
+        return Windows(ids, tuple(map(str, range(len(ids)))))
+    if texts is None:
+        raise MixoffError("a tokenizer alone says nothing: give texts as well, or token ids (windows, tokens)")
+    return windows(tokenizer_or_ids, texts, count, length)
+
+
+@torch.inference_mode()
+def predictions(model: nn.Module, over: Windows) -> list[Tensor]:
+    """Log-probabilities of the next token, fp32 (T, V), of every window in order: a reference for `measure`."""
+    made: list[Tensor] = []
+    for window in over.ids.flatten(0, 1):
+        made.append(model(window[None]).logits[0].float().log_softmax(-1))
+        if (nbytes := made[0].nbytes * over.ids.shape[0] * over.ids.shape[1]) > MOST_NBYTES:
+            raise MixoffError(
+                f"the reference's predictions take {format_nbytes(nbytes)}, more than {format_nbytes(MOST_NBYTES)}: "
+                "take fewer or shorter windows"
+            )
+    return made
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """Of one model, window by window, (D, W) each, in fp64.
+
+    loss: cross-entropy, nats a token. kl: Kullback-Leibler divergence from the reference's predictions to these, nats a
+    token. top1: share of tokens where both think the same token likeliest. The last two are None without a reference.
+    """
+
+    loss: Tensor
+    kl: Tensor | None = None
+    top1: Tensor | None = None
+    domains: tuple[str, ...] = ()
+
+    @property
+    def perplexity(self) -> Estimate:
+        """exp of the loss; its error to first order."""
+        return _exponential(estimate(self.loss))
+
+    def to_dict(self) -> dict:
+        """All values as lists, and `domains`; `from_dict` reads them."""
+        values = {name: getattr(self, name) for name in ("loss", "kl", "top1")}
+        return {name: None if x is None else x.tolist() for name, x in values.items()} | {"domains": list(self.domains)}
+
+    @classmethod
+    def from_dict(cls, values: dict) -> Scores:
+        """The inverse of `to_dict`."""
+        kept = {
+            k: v if v is None else torch.tensor(v, dtype=torch.float64) for k, v in values.items() if k != "domains"
+        }
+        return cls(**kept, domains=tuple(values["domains"]))
+
+    def __repr__(self) -> str:
+        D, W = self.loss.shape
+        return f"Scores(perplexity {self.perplexity}, {D} domains x {W} windows)"
+
+
+def _exponential(x: Estimate) -> Estimate:
+    return Estimate(math.exp(x.mean), math.exp(x.mean) * x.error)
+
+
+@torch.inference_mode()
+def measure(model: nn.Module, over: Windows, reference: list[Tensor] | None = None) -> Scores:
+    """Scores of `model` over the windows; KL and agreement to `reference`, what `predictions` made of another model."""
+    rows = []
+    for n, window in enumerate(over.ids.flatten(0, 1)):
+        found = model(window[None]).logits[0].float().log_softmax(-1)  # (T, V)
+        loss = -found[:-1].gather(1, window[1:, None]).mean()
+        if reference is None:
+            rows.append((loss, loss, loss))
+            continue
+        true = reference[n]
+        kl = (true.exp() * (true - found)).sum(-1).mean()
+        rows.append((loss, kl, (true.argmax(-1) == found.argmax(-1)).float().mean()))
+    loss, kl, top1 = torch.tensor(rows, dtype=torch.float64).t().view(3, *over.ids.shape[:2])
+    return Scores(loss, *((None, None) if reference is None else (kl, top1)), domains=over.domains)
+
+
+def perplexity(
+    model: nn.Module, tokenizer_or_ids: Any, texts: Any = None, *, count: int = 8, length: int = LENGTH
+) -> Estimate:
+    """Perplexity of `model` with its standard error; texts: one, several, or by name.
+
+    `perplexity(model, tokenizer, mixoff.models.heldout())`, or with token ids (windows, tokens) instead of both.
+    """
+    return measure(model, as_windows(tokenizer_or_ids, texts, count, length)).perplexity
+
+
+# Comparisons ---------------------------------------------------------------------------------------------------------
+
+COLUMNS = ("perplexity", "ratio", "KL, millinats", "top-1, %")
+
+
+@dataclass(eq=False)
+class Comparison:
+    """Models side by side over the same windows. scores: by name, the first is what the others are held to.
+
+    columns: more to show of each, by title and name. Displays itself; `to_dict` has all figures.
+    """
+
+    scores: dict[str, Scores]
+    columns: dict[str, dict[str, str]] = field(default_factory=dict)
+
+    @property
+    def base(self) -> str:
+        """Name of the model that ratios are taken to."""
+        return next(iter(self.scores))
+
+    def difference(self, name: str, other: str | None = None) -> dict[str, Estimate]:
+        """What `name` has more than `other` (the base), paired: loss and KL in nats a token, top1 as a share."""
+        a, b = self.scores[name], self.scores[self.base if other is None else other]
+        pairs = {what: (getattr(a, what), getattr(b, what)) for what in ("loss", "kl", "top1")}
+        return {what: estimate(x - y) for what, (x, y) in pairs.items() if x is not None and y is not None}
+
+    def rows(self) -> Iterator[dict[str, str]]:
+        """One row a model, as text under the titles of the columns."""
+        for name, scores in self.scores.items():
+            ratio = _exponential(self.difference(name)["loss"])
+            row = {"": name} | {title: values.get(name, "") for title, values in self.columns.items()}
+            row |= {"perplexity": str(scores.perplexity), "ratio": f"{ratio.mean:.4f} ± {ratio.error:.4f}"}
+            if scores.kl is not None:
+                row["KL, millinats"] = str(estimate(scores.kl).scaled(1000))
+                row["top-1, %"] = str(estimate(scores.top1).scaled(100))
+            yield row
+
+    def to_dict(self) -> dict:
+        """By name: mean and error of perplexity, ratio to the base, KL (nats) and top1, and the further columns."""
+        out = {}
+        for name, scores in self.scores.items():
+            figures = {"perplexity": scores.perplexity, "ratio": _exponential(self.difference(name)["loss"])}
+            if scores.kl is not None:
+                figures |= {"kl": estimate(scores.kl), "top1": estimate(scores.top1)}
+            out[name] = {key: {"mean": x.mean, "error": x.error} for key, x in figures.items()}
+            out[name] |= {title: values[name] for title, values in self.columns.items() if name in values}
+        return out
+
+    def markdown(self) -> str:
+        """The table in Markdown."""
+        rows = list(self.rows())
+        return "\n".join(
+            "| " + " | ".join(cells) + " |" for cells in (rows[0], ["---"] * len(rows[0]), *(r.values() for r in rows))
+        )
+
+    def __str__(self) -> str:
+        rows = list(self.rows())
+        table = [list(rows[0]), *(list(row.values()) for row in rows)]
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        return "\n".join("  ".join(map(str.ljust, cells, widths)).rstrip() for cells in table)
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        rows = list(self.rows())
+        lines = [("th", rows[0]), *(("td", row.values()) for row in rows)]
+        cells = ("".join(f"<{tag}>{html.escape(x)}</{tag}>" for x in values) for tag, values in lines)
+        return f"<table>{''.join(f'<tr>{row}</tr>' for row in cells)}</table>"
+
+
+def compare(
+    models: Mapping[str, nn.Module | Callable[[], nn.Module]],
+    tokenizer_or_ids: Any,
+    texts: Any = None,
+    *,
+    count: int = 8,
+    length: int = LENGTH,
+) -> Comparison:
+    """An A/B table of `models` by name; the first is the reference for KL and agreement.
+
+    A function in place of a model is called when its turn comes, so that one model at a time is in memory.
+    """
+    over, reference, scores = as_windows(tokenizer_or_ids, texts, count, length), None, {}
+    for name, made in models.items():
+        model = made if isinstance(made, nn.Module) else made()
+        reference = predictions(model, over) if reference is None else reference
+        scores[name] = measure(model, over, reference)
+    return Comparison(scores)
+
+
+# Quantization without a store ----------------------------------------------------------------------------------------
+
+
+def matrices(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Role and a view (N, K) of every weight that a scheme may quantize, gate and up as one matrix as in a store."""
+    for module in shapes.expert_modules(model).values():
+        for weight in module.parameters(recurse=False):
+            if weight.dim() == 3:
+                yield from (("experts", w.t() if module.is_transposed else w) for w in weight.data)
+    modules = dict(model.named_modules())
+    for name, role in shapes.backbone_roles(model).items():
+        yield role, modules[name.removesuffix(".weight")].weight.data
+
+
+@contextmanager
+def quantized(model: nn.Module, schemes: Scheme | Mapping[str, Scheme]) -> Iterator[dict[str, tuple[int, int]]]:
+    """Within `with`, the model's weights are what quantizing makes of them; afterwards they are the originals again.
+
+    schemes: one for all, or by role. Yields `(bytes, weights)` by role, metadata included, 16 bits where it stays.
+    """
+    by_role = schemes if isinstance(schemes, Mapping) else dict.fromkeys(ROLES, schemes)
+    sizes, originals = {}, {}
+    try:
+        for role, w in matrices(model):
+            if w.data_ptr() in originals:  # a head that is its embedding, which came first
+                continue
+            q = by_role.get(role, Scheme()).quantize(w, role)
+            nbytes, weights = sizes.get(role, (0, 0))
+            sizes[role] = nbytes + (2 * w.numel() if q is None else q.nbytes), weights + w.numel()
+            originals[w.data_ptr()] = w, None if q is None else w.clone()
+            if q is not None:
+                w.copy_(q.dequantize())
+        yield sizes
+    finally:
+        for w, original in originals.values():
+            if original is not None:
+                w.copy_(original)
+
+
+@contextmanager
+def with_twins(model: nn.Module, coarse: Scheme) -> Iterator[nn.Module]:
+    """Within `with`, every expert has a twin, number + E, that went through `coarse`: for `coarse_misses`."""
+    modules = list(shapes.expert_modules(model).values())
+    kept = [dict(module.named_parameters(recurse=False)) for module in modules]
+    with quantized(model, {"experts": coarse}):
+        twins = [{name: w.data.clone() for name, w in weights.items()} for weights in kept]
+    try:
+        for module, weights, others in zip(modules, kept, twins, strict=True):
+            for name, w in weights.items():
+                both = torch.cat([w.data, others[name]])  # (2 E, ...)
+                setattr(module, name, nn.Parameter(both, requires_grad=False))
+            module.num_experts = len(both)
+        yield model
+    finally:
+        for module, weights in zip(modules, kept, strict=True):
+            for name, weight in weights.items():
+                setattr(module, name, weight)
+            module.num_experts = len(weight)
