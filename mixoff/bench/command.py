@@ -43,7 +43,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
     add("--tokens", "--max-new-tokens", type=int, metavar="N", help="decoded in each run (32; bundled model: 64)")
     add("--prompt-tokens", type=int, default=64, metavar="N", help="read before them (64)")
     add("--runs", type=int, help="of each contender, in turns (3; bundled model: 5)")
-    add("--peers", default="", metavar="LIST", help="of transformers,accelerate,mmap,llama.cpp")
+    add("--peers", default="", metavar="LIST", help="of transformers,accelerate,mmap,llama.cpp,llama.cpp-mapped")
     add("--llama-python", default=sys.executable, metavar="PATH", help="interpreter with llama-cpp-python (this one)")
     add("--checkpoint", metavar="FOLDER", help="16-bit copy of STORE, for transformers and accelerate")
     add("--gguf", metavar="FILE", help="copy of STORE for llama.cpp")
@@ -114,7 +114,7 @@ def _written(args: argparse.Namespace, peers: tuple[str, ...]) -> dict[str, str 
     name = Path(args.shape).name.lower()
     paths = {"store": folder / f"{name}-{args.scheme}"}
     paths |= {"checkpoint": folder / f"{name}-16bit"} if {"transformers", "accelerate"} & set(peers) else {}
-    paths |= {"gguf": folder / f"{name}-q2_k.gguf"} if "llama.cpp" in peers else {}
+    paths |= {"gguf": folder / f"{name}-q2_k.gguf"} if any(peer.startswith("llama.cpp") for peer in peers) else {}
     schemes = {"store": args.scheme, "checkpoint": "none", "gguf": "mixed"}  # a Q2_K file is as large as a mixed store
     makers: dict[str, Callable[[Path], object]] = {
         "store": lambda path: synthetic.write_store(args.shape, args.scheme, path),

@@ -35,7 +35,7 @@ ABLATIONS = {
     "without LRU cache and pre-loading": {"prefetch": "none", "policy": "none"},
     "naive offloading (layer by layer)": {"prefetch": "none", "policy": "none", "fetch": "layer"},
 }
-PEERS = ("transformers", "accelerate", "mmap", "llama.cpp")
+PEERS = ("transformers", "accelerate", "mmap", "llama.cpp", "llama.cpp-mapped")
 PROBES = 5  # streaming reads behind a roofline, at least
 TIMEOUT_S = 1800
 PACKAGE = Path(__file__).parents[2]  # the folder that a contender's python finds mixoff in
@@ -136,13 +136,9 @@ def _specs(settings: Settings, fast_bytes: int) -> list[Spec]:
 def _peer(peer: str, settings: Settings, common: dict) -> list[Spec]:
     if peer == "mmap":
         return [Spec("memory-mapped, no cache", peer, settings.store, load={"fast_bytes": _least(settings)}, **common)]
-    if peer == "llama.cpp":
-        path = _given(settings.gguf, peer, "--gguf FILE")
-        ways = {
-            "llama.cpp": {"mmap": True, "repack": True},
-            "llama.cpp, memory-mapped": {"mmap": True, "repack": False},
-        }
-        return [Spec(name, peer, path, load=way, **common) for name, way in ways.items()]
+    if peer.startswith("llama.cpp"):  # by default it lays some weights out anew in memory
+        path, repack = _given(settings.gguf, peer, "--gguf FILE"), peer == "llama.cpp"
+        return [Spec(peer, "llama.cpp", path, load={"repack": repack}, **common)]
     path = _given(settings.checkpoint, peer, "--checkpoint FOLDER")
     return [Spec({"accelerate": "accelerate, experts on disk"}.get(peer, peer), peer, path, **common)]
 

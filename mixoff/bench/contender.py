@@ -1,7 +1,7 @@
 """One contender, measured in this process: `python -m mixoff.bench.contender SPEC` prints one JSON object.
 
 Prompts and tokens are random ids, the same for every contender; tokens are fed, not sampled, so that all do the same
-work. The last run is timed by phase as well, with hooks that cost a microsecond or two a layer.
+work. Phases are timed in a run of their own, half as long, with hooks that cost a microsecond or two a layer.
 Does not know the other contenders.
 """
 
@@ -50,7 +50,7 @@ def _measured(model: nn.Module, spec: Spec) -> dict:
     runs = [session.decode(row[: spec.prompt_tokens], row[spec.prompt_tokens :]) for row in ids]
     counts, experts = _counts(model) - before, np.stack(choice.chosen)
     with Phases(model) as phases:
-        session.decode(ids[0, :4], ids[0, spec.prompt_tokens :])
+        session.decode(ids[0, :4], ids[0, -max(spec.tokens // 2, 1) :])
     choice.detach()
     report = {"prompt_s": [r.prompt_s for r in runs], "token_s": [r.token_s for r in runs]}
     report |= {"prompt_read_bytes": [r.prompt_read for r in runs], "read_bytes": [r.read for r in runs]}
@@ -59,14 +59,18 @@ def _measured(model: nn.Module, spec: Spec) -> dict:
 
 
 def _routing(model: nn.Module, spec: Spec) -> routing.Routing:
-    """The choice of experts: the model's own, or a trace long enough that no run meets the same part of it."""
+    """The choice of experts: the model's own, or a trace, long enough that no run meets the same part of it.
+
+    It begins with every expert once, in the warm-up, so that what has room for all of them holds all of them.
+    """
     if spec.routing == "model":
         return routing.Routing(model, None)
     modules = list(shapes.expert_modules(model).values())
     tokens = 2 * (spec.prompt_tokens + spec.tokens) * spec.runs + spec.warmup
-    k = top_k(model.config)
-    trace = routing.synthetic(spec.routing, spec.repeat, modules[0].num_experts, k, len(modules), tokens)
-    return routing.Routing(model, trace, routing.guessed(trace, modules[0].num_experts, spec.recall))
+    E, K, L = modules[0].num_experts, top_k(model.config), len(modules)
+    trace = routing.synthetic(spec.routing, spec.repeat, E, K, L, tokens)
+    trace = np.concatenate([routing.every_expert(E, K, L), trace])
+    return routing.Routing(model, trace, routing.guessed(trace, E, spec.recall))
 
 
 @dataclass

@@ -82,7 +82,7 @@ def run(spec: Spec) -> dict:
             llama.decode(token[None])
         runs = [_run(llama, row, spec.prompt_tokens) for row in ids]
     report |= {key: [r[key] for r in runs] for key in runs[0]}
-    report |= {"repeat_rate": _repeat_rate(llama, ids[0]), "peak_bytes": peak.nbytes}
+    report |= {"repeat_rate": _repeat_rate(llama, ids[0, : min(spec.tokens, LOOKED_AT)]), "peak_bytes": peak.nbytes}
     report |= {"touched_bytes": touched_nbytes(spec.path)}
     return asdict(spec) | report | {"versions": {"llama-cpp-python": llama.L.__version__}}
 
@@ -124,9 +124,9 @@ def _repeat_rate(llama: Llama, ids: np.ndarray) -> float | None:
 
     llama.L.llama_free(llama.context)
     llama.context = llama.new_context(look)
-    for token in ids[:LOOKED_AT]:
+    for token in ids:
         llama.decode(token[None])
-    return repeat_rate(np.array(chosen).reshape(len(ids[:LOOKED_AT]), -1, 2))
+    return repeat_rate(np.array(chosen).reshape(len(ids), -1, 2))
 
 
 if __name__ == "__main__":

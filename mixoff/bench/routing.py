@@ -112,6 +112,17 @@ def synthetic(preset: str, repeat: float | None, num_experts: int, top_k: int, l
     return draw(router.weight) if repeat is None else _tuned(draw, repeat)
 
 
+def every_expert(num_experts: int, top_k: int, layers: int) -> np.ndarray:
+    """Experts (T, L, K) of as few tokens as ask for each expert.
+
+    >>> every_expert(4, 2, layers=1).tolist()
+    [[[0, 1]], [[2, 3]]]
+    """
+    tokens = -(-num_experts // top_k)
+    each = (np.arange(tokens * top_k) % num_experts).reshape(tokens, 1, top_k)
+    return np.repeat(each, layers, 1)
+
+
 def _tuned(draw: Callable[[float], np.ndarray], repeat: float) -> np.ndarray:
     """Bisection over the weight of what the text is about: the repeat rate grows with it."""
     low, high = 0.0, 16.0

@@ -1,0 +1,101 @@
+#!/usr/bin/env python3
+"""Tokens/s against slots a layer, threads and model size: docs/scaling.svg, and a table on standard output.
+
+    python tools/scaling.py FOLDER [--tokens 16] [--rounds 1] [--record FILE]    # stores of `mixoff bench --shape`
+    python tools/scaling.py FOLDER --draw FILE                                   # only draw what was recorded
+
+Misses are read past the page cache (`--io direct`), so that a slot short of all is a read of the disk.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+
+from mixoff import store, synthetic
+from mixoff.arena import slot_nbytes
+from mixoff.bench import compare
+from mixoff.classroom import plots
+from mixoff.kernels import reference
+from mixoff.shapes import torch_dtype
+
+SHAPES = ("mixtral-700m", "mixtral-3b", "mixtral-8x7b")
+SLOTS = (2, 4, 6, 8)
+THREADS = (1, 2)
+SVG = Path(__file__).parents[1] / "docs" / "scaling.svg"
+MARKS = {"mixtral-700m": "o", "mixtral-3b": "s", "mixtral-8x7b": "D"}
+
+
+def budget(path, slots):
+    """`fast_bytes` for so many slots a layer, and not one more."""
+    source = store.open_source(path)
+    source.close()
+    scratch = reference.scratch_nbytes(source.sites, torch_dtype(source.dtype))
+    return slots * len(source.sites) * slot_nbytes(source.sites) + scratch
+
+
+def measure(folder, tokens, rounds):
+    """Points: shape, threads, slots, tokens/s measured and modelled, hit rate."""
+    points = []
+    for shape in SHAPES:
+        path = synthetic.write_store(shape, "mixed", Path(folder) / f"{shape}-mixed")
+        for threads in THREADS:
+            for slots in SLOTS:
+                settings = compare.Settings(
+                    str(path), threads, 8, tokens, rounds, fast_bytes=budget(path, slots), io="direct"
+                )
+                report = compare.compare(settings, lambda line: print(line, file=sys.stderr))
+                points.append({"shape": shape, "threads": threads, "slots": slots} | report.to_dict())
+    return points
+
+
+def table(points):
+    """Markdown, measured and modelled apart."""
+    head = "model | threads | slots a layer of 8 | hit rate | tokens/s (measured) | tokens/s (modelled) | ms p50 / p95"
+    lines = [f"| {head} |", "|" + "---|" * 7]
+    for p in points:
+        cells = [p["shape"], p["threads"], p["slots"], f"{p['hit_rate']:.3f}", f"{p['decode_tokens_per_s']:.2f}"]
+        cells += [f"{p['predicted_tokens_per_s']:.2f}", f"{p['ms_p50']:.0f} / {p['ms_p95']:.0f}"]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
+def draw(points):
+    """Measured solid, modelled dashed; one panel a number of threads."""
+    plots.use_style()
+    fig, axes = plt.subplots(1, len(THREADS), figsize=(9, 3.8), sharey=True, layout="constrained")
+    for ax, threads in zip(axes, THREADS, strict=True):
+        for shape, colour in zip(SHAPES, plots.OKABE_ITO.values(), strict=False):
+            mine = [p for p in points if p["shape"] == shape and p["threads"] == threads]
+            x = [p["slots"] for p in mine]
+            speeds = [p["decode_tokens_per_s"] for p in mine]
+            ax.plot(x, speeds, color=colour, marker=MARKS[shape], label=f"{shape}, measured")
+            ax.plot(x, [p["predicted_tokens_per_s"] for p in mine], color=colour, linestyle="--", label="modelled")
+        ax.set(title=f"{threads} thread(s)", xlabel="slots a layer, of 8", yscale="log", xticks=SLOTS)
+    axes[0].set_ylabel("decoded tokens/s")
+    axes[-1].legend(fontsize=7)
+    return fig
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder")
+    parser.add_argument("--tokens", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--record", metavar="FILE")
+    parser.add_argument("--draw", metavar="FILE")
+    args = parser.parse_args(argv)
+    if args.draw:
+        points = json.loads(Path(args.draw).read_text(encoding="utf-8"))
+    else:
+        points = measure(args.folder, args.tokens, args.rounds)
+    if args.record:
+        Path(args.record).write_text(json.dumps(points) + "\n", encoding="utf-8")
+    draw(points).savefig(SVG, metadata={"Date": None})
+    print(table(points))
+
+
+if __name__ == "__main__":
+    main()
