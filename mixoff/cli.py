@@ -30,8 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         return 1
-    except KeyboardInterrupt:
-        print("mixoff: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print(f"mixoff: {interrupt}" if interrupt.args else "mixoff: interrupted", file=sys.stderr)
         return 130
 
 
@@ -137,6 +137,8 @@ def _add_convert(commands: argparse._SubParsersAction) -> None:
     )
     command.add_argument("target", metavar="TARGET", help="folder to make; must not exist")
     command.add_argument("--scheme", default="none", help=f"quantization: {SCHEMES} (none)")
+    command.add_argument("--jobs", type=int, metavar="N", help="threads that quantize (all cores)")
+    command.add_argument("--restart", action="store_true", help="begin anew, whatever an earlier run has finished")
 
 
 def _convert(args: argparse.Namespace) -> int:
@@ -144,10 +146,15 @@ def _convert(args: argparse.Namespace) -> int:
     from mixoff import conversion
     from mixoff.units import format_nbytes
 
-    target = conversion.convert(args.source, args.target, args.scheme)
-    nbytes = sum(p.stat().st_size for p in target.iterdir())
-    report = {"target": str(target), "nbytes": nbytes}
-    print(json.dumps(report) if args.json else f"wrote {target}: {format_nbytes(nbytes)}")
+    progress = False if args.json else None
+    done = conversion.run(
+        args.source, args.target, args.scheme, jobs=args.jobs, restart=args.restart, progress=progress
+    )
+    nbytes, rate = sum(p.stat().st_size for p in done.target.iterdir()), done.source_nbytes / done.seconds / 1e6
+    report = {"target": str(done.target), "nbytes": nbytes, "source_nbytes": done.source_nbytes}
+    report |= {"seconds": done.seconds, "MB_per_s": rate}
+    took = f"{done.seconds:.1f} s, {rate:.0f} MB/s of weights (measured)"
+    print(json.dumps(report) if args.json else f"wrote {done.target}: {format_nbytes(nbytes)} in {took}")
     return 0
 
 

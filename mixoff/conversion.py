@@ -1,177 +1,435 @@
-"""From a checkpoint to a store: expert by expert, shard by shard, quantized as a scheme says.
+"""From a checkpoint to a store: weight by weight, shard by shard, quantized as a scheme says.
+
+Everything is laid out before the first byte is written: which bytes of which shard become which bytes of which file. So
+a conversion that was killed at any moment goes on where it stopped, and the store is the same to the byte. While it is
+in the making it lies in `TARGET.partial`, beside the journal of what is finished.
 
 Does not know caches or budgets.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
-import json
+import logging
 import os
 import shutil
-from collections.abc import Iterator
-from dataclasses import asdict
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
-from mixoff import shapes
-from mixoff.checkpoint import INDEX, Checkpoint, TensorRange
-from mixoff.errors import CheckpointError
-from mixoff.quantize import QTensor, Scheme
-from mixoff.shapes import PART_ALIGN, Part, Site
-from mixoff.store import FORMAT, MANIFEST, QUANTIZED, VERSION, Source, open_source, quantized_sites, stride
+from mixoff import __version__, hub, shapes, store
+from mixoff.blueprint import Blueprint, Weight, index, lay_out, manifest, to_json
+from mixoff.checkpoint import INDEX
+from mixoff.errors import CheckpointError, MixoffError
+from mixoff.journal import Journal, sync
+from mixoff.quantize import Scheme
+from mixoff.shards import Range, Ranges, Shards, kept_nbytes, open_shards, walk
+from mixoff.store import FORMAT, MANIFEST, VERSION
+from mixoff.units import format_nbytes
 
-CHUNK = 1 << 22  # bytes copied at a time
-SIDE_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "README.md", "LICENSE*", "NOTICE*")  # tokenizer, card, licences
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+COMMIT = 64 << 20  # bytes written between two entries of the journal: what a crash can cost
+AGAIN = "run the same command again, and it goes on where it stopped"
+KEPT = "kept of "  # what the journal calls that which outlives a shard
+PARTS = ("store", "kept", "shards", "journal.new")  # what `TARGET.partial` may hold beside journal and lock
+log = logging.getLogger("mixoff")
 
 
-def convert(source: str | Path, target: str | Path, scheme: str | Scheme = "none") -> Path:
-    """Write the checkpoint in folder `source` as a store into the new folder `target`; returns the target.
+@dataclass(frozen=True)
+class Options:
+    """How to convert, none of which changes a byte of the store."""
+
+    jobs: int
+    restart: bool
+    progress: bool | None
+
+    def __post_init__(self) -> None:
+        if type(self.jobs) is not int or self.jobs < 1:
+            raise MixoffError(f"jobs is {self.jobs!r}: give a whole number of threads, or leave it out")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a conversion did: the store, the bytes of weights read for it in this run, and how long that took."""
+
+    target: Path
+    source_nbytes: int
+    seconds: float
+
+
+def convert(
+    source: str | Path | Shards,
+    target: str | Path,
+    scheme: str | Scheme = "none",
+    *,
+    revision: str | None = None,
+    jobs: int | None = None,
+    restart: bool = False,
+    progress: bool | None = None,
+) -> Path:
+    """Write the checkpoint `source` as a store into the new folder `target`; returns the target.
 
     scheme: bits of each part of the model, a `Scheme` or the name of a preset; `"none"` keeps every weight as it is.
-    Memory: two experts, and the quantized part of the backbone. The store appears under its name only when it is
-    complete; an interrupted conversion leaves `target.partial`, which the next one replaces. Raises CheckpointError for
-    what cannot be converted, MixoffError for a scheme that does not suit the model's widths.
+    source: a folder, or a model on the Hub (`org/model`, with a revision as an argument or as `org/model@revision`),
+    which is fetched, consumed and deleted shard by shard.
+    jobs: threads that quantize; None takes every core. The store is the same bytes for any number.
+    progress: a bar on standard error; None shows it on a terminal.
+
+    The store appears under its name only when it is complete. Interrupted, killed or on a full disk, a conversion
+    leaves `target.partial`, from which the next one goes on; `restart` begins anew. Memory: at most two experts, the
+    backbone's largest tensors and 300 MB. Raises CheckpointError for what cannot be converted, MixoffError for a
+    scheme that does not suit the model's widths.
     """
+    return run(source, target, scheme, revision=revision, jobs=jobs, restart=restart, progress=progress).target
+
+
+def run(
+    source: str | Path | Shards,
+    target: str | Path,
+    scheme: str | Scheme = "none",
+    *,
+    revision: str | None = None,
+    jobs: int | None = None,
+    restart: bool = False,
+    progress: bool | None = None,
+) -> Report:
+    """`convert`, and what it took."""
+    started = time.perf_counter()
     scheme = Scheme.preset(scheme) if isinstance(scheme, str) else scheme
-    target = Path(target)
-    if target.exists():
-        raise CheckpointError(f"{target} exists already: choose another folder, or remove it first")
-    opened = open_source(source)
-    if opened.is_store:
-        opened.close()
-        raise CheckpointError(f"{source} is a store already: load it as it is, or copy the folder")
+    target, options = Path(target), Options(os.cpu_count() or 1 if jobs is None else jobs, restart, progress)
     partial = target.with_name(target.name + ".partial")
+    if target.exists() and not (partial / "journal").exists():
+        raise CheckpointError(f"{target} exists already: choose another folder, or remove it first")
+    with closing(_open(source, revision, partial / "shards")) as shards:
+        plan = lay_out(shards.checkpoint, scheme)
+        with _hold(partial, target), _explained(plan, partial, target):
+            nbytes = _make(shards, plan, partial, target, options)
+    return Report(target, nbytes, time.perf_counter() - started)
+
+
+def _open(source: str | Path | Shards, revision: str | None, downloads: Path) -> Shards:
+    if not isinstance(source, (str, Path)):
+        return source
+    source = hub.pinned(source, revision)
+    if store.is_store(source):
+        raise CheckpointError(f"{source} is a store already: load it as it is, or copy the folder")
+    return open_shards(source, downloads)
+
+
+# From the lock to the rename ------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _hold(partial: Path, target: Path) -> Iterator[None]:
+    """The folder for what is in the making, held against a second conversion, and removed once it holds nothing."""
+    from filelock import FileLock, Timeout
+
+    if partial.exists() and (strangers := sorted({p.name for p in partial.iterdir()} - {*PARTS, "journal", "lock"})):
+        raise CheckpointError(f"{partial} holds {strangers[0]!r}, which is not of a conversion: move that folder away")
+    partial.mkdir(parents=True, exist_ok=True)
     try:
-        sites = quantized_sites(opened.sites, scheme)
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        _write_store(opened, sites, scheme, partial)
-        os.replace(partial, target)
-    except Exception as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise CheckpointError(f"could not write {target}: {error.strerror or error}; nothing was kept") from error
-        raise
-    finally:
-        opened.close()
-    return target
+        with FileLock(partial / "lock", timeout=0):
+            useful = False
+            try:
+                yield
+            except BaseException:
+                useful = (partial / "shards").exists() or bool(Journal(partial / "journal").done)
+                raise
+            finally:
+                if not useful:  # the journal late: a run that is killed here is known to be complete
+                    _remove(partial, *PARTS, "journal", "lock")
+                    partial.rmdir()
+    except Timeout:
+        raise CheckpointError(f"another conversion into {target} is at work: wait for it, or end it first") from None
 
 
-def _write_store(source: Source, sites: tuple[Site, ...], scheme: Scheme, folder: Path) -> None:
-    entries = [_write_site(source, i, site, scheme, folder) for i, site in enumerate(sites)]
-    backbone = _write_backbone(Checkpoint(source.folder), scheme, folder)
-    for pattern in SIDE_FILES:
-        for side in source.folder.glob(pattern):
-            if not side.name.endswith(".index.json"):
-                shutil.copyfile(side, folder / side.name)
-    manifest = {
-        "format": FORMAT,
-        "version": VERSION,
-        "scheme": json.loads(scheme.to_json()),
-        "dtype": source.dtype,
-        "backbone": backbone,
-        "sites": entries,
-    }
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+@contextmanager
+def _explained(plan: Blueprint, partial: Path, target: Path) -> Iterator[None]:
+    """Errors of disks, and interrupts, in words."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"interrupted: {AGAIN}") from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise CheckpointError(f"could not convert into {target}: {error.strerror or error}; {AGAIN}") from error
+        missing = format_nbytes(_missing_nbytes(plan, partial))
+        raise CheckpointError(
+            f"the disk is full ({error.strerror}): {target} needs {missing} more; make room, then {AGAIN}"
+        ) from error
 
 
-# Experts --------------------------------------------------------------------------------------------------------------
+def _make(shards: Shards, plan: Blueprint, partial: Path, target: Path, options: Options) -> int:
+    """Everything between the lock and the rename; returns the bytes of weights that were read."""
+    identity, journal = _identity(shards, plan), Journal(partial / "journal")
+    if target.exists():  # only the cleaning up is missing, or it is none of ours
+        if journal.identity != identity or (partial / "store").exists():
+            raise CheckpointError(f"{target} exists already: choose another folder, or remove it first")
+        return 0
+    _resume(plan, partial, journal, identity, options.restart)
+    with closing(journal):
+        making = Making(plan, partial / "store", journal)
+        steps = _steps(shards, plan)
+        _check_space(shards, plan, steps, partial, target)
+        journal.begin(identity)
+        making.begin()
+        with closing(Ranges(partial / "kept", {step.file: step.keep for step in steps})) as ranges:
+            try:
+                nbytes = _write(making, shards, steps, ranges, options)
+            except (KeyboardInterrupt, MixoffError):  # the disk is fine
+                making.commit()
+                raise
+        if _identity(shards, plan) != identity:
+            raise CheckpointError("the checkpoint was changed while it was converted: run the same command again")
+        making.finish(shards)
+    os.replace(partial / "store", target)
+    sync(target.parent)
+    return nbytes
 
 
-def _write_site(source: Source, i: int, site: Site, scheme: Scheme, folder: Path) -> dict:
-    """Write the experts of one site, each padded to the stride; returns the site's entry in the manifest."""
-    path, hashes = folder / f"experts-{i:03d}.bin", []
-    for image in _images(source, i, site, scheme):
-        _append(path, image)
-        parts = [image[part.offset : part.offset + part.nbytes] for part in site.parts]
-        hashes.append([hashlib.sha256(part).hexdigest() for part in parts])
-    return {"file": path.name, "stride": stride(site), **asdict(site), "sha256": hashes}
+def _identity(shards: Shards, plan: Blueprint) -> str:
+    """What a journal is bound to: the versions, the scheme, every header and the state of the shards."""
+    facts = __version__, FORMAT, VERSION, plan.scheme, plan.weights, shards.identity()
+    return hashlib.sha256(repr(facts).encode()).hexdigest()
 
 
-def _images(source: Source, i: int, site: Site, scheme: Scheme) -> Iterator[bytearray]:
-    plain = source.sites[i]
-    raw = bytearray(plain.expert_nbytes)
-    for expert in range(site.num_experts):
-        source.reader.read_into(i, expert, memoryview(raw))
-        image = bytearray(stride(site))
-        for before, after in zip(plain.parts, site.parts, strict=True):
-            content = raw[before.offset : before.offset + before.nbytes]
-            if after.form is not None:
-                content = _quantized(content, before, plain.transposed, scheme)
-            image[after.offset : after.offset + after.nbytes] = content
-        yield image
+def _resume(plan: Blueprint, partial: Path, journal: Journal, identity: str, restart: bool) -> None:
+    """Go on with what is there, or remove it: what another conversion left, and what was damaged since."""
+    folder = partial / "store"
+    sound = all((folder / f).is_file() and (folder / f).stat().st_size == n for f, n in plan.sizes.items())
+    if journal.identity == identity and (sound or not journal.done) and not restart:
+        return
+    if journal.done and not restart:
+        what = "is damaged" if journal.identity == identity else "was begun from another source, scheme or version"
+        log.warning("%s %s: beginning anew", partial, what)
+    journal.identity, journal.done = None, {}
+    _remove(partial, "journal", *PARTS)  # the journal first: what it names is there
 
 
-def _quantized(content: bytearray, part: Part, transposed: bool, scheme: Scheme) -> bytes:
-    w = torch.frombuffer(content, dtype=shapes.torch_dtype(part.dtype)).view(part.shape)
-    return scheme.quantize(w.t() if transposed else w, "experts").to_buffer().numpy().tobytes()
+def _remove(partial: Path, *names: str) -> None:
+    for path in (partial / name for name in names):
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
-def _append(path: Path, image: bytearray) -> None:
-    with path.open("ab") as f:
-        f.write(image)
+def _missing_nbytes(plan: Blueprint, partial: Path) -> int:
+    """Bytes of the store that are not on the disk yet; without the small files."""
+    there = (partial / "store" / file for file in plan.sizes)
+    return sum(plan.sizes.values()) - sum(p.stat().st_blocks * 512 for p in there if p.exists())
 
 
-# The backbone ---------------------------------------------------------------------------------------------------------
+def _check_space(shards: Shards, plan: Blueprint, steps: list[Step], partial: Path, target: Path) -> None:
+    """Refuse before anything is written what cannot end well."""
+    needed, passing = _missing_nbytes(plan, partial), 0
+    if shards.transient:
+        passing = max(t.offset + t.nbytes for t in shards.checkpoint.tensors.values())
+        passing += kept_nbytes([step.file for step in steps], [weight.ranges for weight in plan.weights])
+    why = f" and {format_nbytes(passing)} for shards on their way" if passing else ""
+    if needed + passing > (free := shutil.disk_usage(partial).free):
+        raise CheckpointError(
+            f"{target} needs {format_nbytes(needed)} more{why}, and the disk has {format_nbytes(free)}: "
+            "make room, or choose a target on another disk"
+        )
 
 
-def _write_backbone(checkpoint: Checkpoint, scheme: Scheme, folder: Path) -> list[dict]:
-    """Copy all but the experts, shard by shard under the shards' own names, and quantize what the scheme says."""
-    roles = shapes.backbone_roles(shapes.skeleton(shapes.read_config(checkpoint.folder)))
-    quantized = {n: role for n, role in roles.items() if n in checkpoint.tensors and scheme.precision(role) is not None}
-    left_out, weight_map, entries = checkpoint.expert_names() | quantized.keys(), {}, []
-    for file in checkpoint.files:
-        tensors = {n: t for n, t in checkpoint.tensors.items() if t.file == file and n not in left_out}
-        if tensors:
-            entries.append(_copy_tensors(checkpoint.folder / file, tensors, folder / file))
-            weight_map |= dict.fromkeys(tensors, file)
-    if (checkpoint.folder / INDEX).exists():
-        total = sum(checkpoint.tensors[name].nbytes for name in weight_map)
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
-    if quantized:
-        entries.append(_write_quantized(checkpoint, quantized, scheme, folder / QUANTIZED))
-    return entries
+# Shard by shard -------------------------------------------------------------------------------------------------------
 
 
-def _copy_tensors(source: Path, tensors: dict[str, TensorRange], target: Path) -> dict:
-    """Write a safetensors file with some of another's tensors, in the same order; returns its entry in the manifest.
+@dataclass(frozen=True)
+class Step:
+    """A shard, the weights that it completes, what has to be kept of it, and shards that are done with after it."""
 
-    The data begins at the same place modulo 64 as in the source: transformers computes from the mapped file, and the
-    last bits of a BLAS product may depend on the alignment of its operands.
-    """
-    ordered = sorted(tensors.items(), key=lambda item: item[1].offset)
-    header, end, hashes = {"__metadata__": {"format": "pt"}}, 0, {}
-    for name, t in ordered:
-        header[name] = {"dtype": t.dtype, "shape": t.shape, "data_offsets": [end, end := end + t.nbytes]}
-    raw = json.dumps(header, separators=(",", ":")).encode()
-    raw += b" " * ((ordered[0][1].offset - 8 - len(raw)) % PART_ALIGN)  # the format allows spaces after the header
-    with source.open("rb") as f, target.open("wb") as out:
-        out.write(len(raw).to_bytes(8, "little") + raw)
-        for name, t in ordered:
-            digest = hashlib.sha256()
-            f.seek(t.offset)
-            for start in range(0, t.nbytes, CHUNK):
-                piece = f.read(min(CHUNK, t.nbytes - start))
-                digest.update(piece)
-                out.write(piece)
-            hashes[name] = digest.hexdigest()
-    return {"file": target.name, "nbytes": target.stat().st_size, "sha256": hashes}
+    file: str
+    weights: list[Weight]
+    keep: list[Range]
+    forget: list[str]
 
 
-def _write_quantized(checkpoint: Checkpoint, roles: dict[str, str], scheme: Scheme, target: Path) -> dict:
-    """Write the quantized weights of the backbone: the parts of each as `NAME.PART`, what else they need as JSON."""
-    from safetensors import safe_open
-    from safetensors.torch import save_file
+def _steps(shards: Shards, plan: Blueprint) -> list[Step]:
+    needs = [weight.ranges for weight in plan.weights]
+    files = shards.checkpoint.files
+    steps = {file: Step(file, [], [], []) for file in (walk(files, needs) if shards.transient else files)}
+    place, ends = {file: i for i, file in enumerate(steps)}, {}
+    for weight, ranges in zip(plan.weights, needs, strict=True):
+        last = max((file for file, _, _ in ranges), key=place.__getitem__)
+        steps[last].weights.append(weight)
+        for file, *_ in (earlier := [r for r in ranges if r[0] != last]):
+            ends[file] = max(last, ends.get(file, file), key=place.__getitem__)
+        for r in earlier:
+            steps[r[0]].keep.append(r)
+    for file, last in ends.items():
+        steps[last].forget.append(file)
+    return list(steps.values())
 
-    tensors, described = {}, {}
-    for name, role in roles.items():
-        with safe_open(checkpoint.folder / checkpoint.tensors[name].file, framework="pt") as f:
-            q: QTensor = scheme.quantize(f.get_tensor(name), role)
-        parts, described[name] = q.to_tensors()
-        tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
-    save_file(tensors, target, metadata={"mixoff": json.dumps(described)})  # one key: several come in any order
-    hashes = {name: hashlib.sha256(t.numpy().tobytes()).hexdigest() for name, t in tensors.items()}
-    return {"file": target.name, "nbytes": target.stat().st_size, "sha256": hashes}
+
+def _write(making: Making, shards: Shards, steps: list[Step], ranges: Ranges, options: Options) -> int:
+    """Write what is not done yet; returns the bytes of weights that were read."""
+    done, nbytes = making.journal.done, 0
+    if not shards.transient:
+        for step in steps:
+            ranges.open(step.file, shards.acquire(step.file))
+    with _Workers(options.jobs) as workers, _bar(making, options.progress) as bar:
+        for step in steps:
+            weights = [weight for weight in step.weights if weight.name not in done]
+            keep = shards.transient and step.keep and KEPT + step.file not in done
+            if shards.transient and (weights or keep):
+                ranges.open(step.file, shards.acquire(step.file))
+            for weight in workers.convert(weights, making, ranges):
+                bar.update(weight.part.nbytes)
+                nbytes += weight.part.nbytes
+            if shards.transient:
+                _let_go(making, shards, step, ranges, bool(keep))
+        making.commit()
+    return nbytes
+
+
+def _let_go(making: Making, shards: Shards, step: Step, ranges: Ranges, keep: bool) -> None:
+    """The shard has been used up, now or before a crash: keep what others need, note that, and only then release it."""
+    if keep:
+        ranges.keep(step.file)
+        making.journal.add(KEPT + step.file, [])
+    making.commit()
+    ranges.leave(step.file)
+    shards.release(step.file)
+    for file in step.forget:
+        ranges.forget(file)
+
+
+def _bar(making: Making, progress: bool | None) -> tqdm:
+    from tqdm.auto import tqdm
+
+    sizes = {weight.name: weight.part.nbytes for weight in making.plan.weights}
+    done = sum(nbytes for name, nbytes in sizes.items() if name in making.journal.done)
+    hidden = not (sys.stderr.isatty() if progress is None else progress)
+    return tqdm(total=sum(sizes.values()), initial=done, unit="B", unit_scale=True, disable=hidden, desc="converting")
+
+
+# Weight by weight -----------------------------------------------------------------------------------------------------
+
+
+class _Workers:
+    """Threads of a conversion: one reads ahead, one writes behind, the others quantize blocks of one weight."""
+
+    def __init__(self, jobs: int) -> None:
+        self.reader, self.writer, self.solvers = (ThreadPoolExecutor(n) for n in (1, 1, jobs))
+
+    def __enter__(self) -> _Workers:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for pool in (self.reader, self.solvers, self.writer):
+            pool.shutdown(cancel_futures=True)
+
+    def convert(self, weights: list[Weight], making: Making, ranges: Ranges) -> Iterator[Weight]:
+        """Yields each weight once it is written; no more than three are in memory."""
+        behind: Future | None = None
+        for weight, raw in _ahead(self.reader, lambda weight: _read(weight, ranges), weights):
+            image = _image(weight, raw, making.plan.scheme, self.solvers.map)
+            if behind:
+                yield behind.result()
+            behind = self.writer.submit(making.put, weight, image)
+        if behind:
+            yield behind.result()
+
+
+def _ahead(pool: ThreadPoolExecutor, work: Callable, items: Iterable) -> Iterator[tuple]:
+    """Each item with what `work` makes of it, one ahead of the caller."""
+    waiting: tuple | None = None
+    for item in items:
+        following = item, pool.submit(work, item)
+        if waiting:
+            yield waiting[0], waiting[1].result()
+        waiting = following
+    if waiting:
+        yield waiting[0], waiting[1].result()
+
+
+def _read(weight: Weight, ranges: Ranges) -> np.ndarray:
+    """The bytes of a weight as its checkpoint has them, uint8 (nbytes,)."""
+    raw = np.empty(weight.part.nbytes, np.uint8)
+    for extent in weight.extents:
+        extent.fill(memoryview(raw), ranges.read)
+    return raw
+
+
+def _image(weight: Weight, raw: np.ndarray, scheme: Scheme, each: Callable) -> np.ndarray:
+    """The bytes of a weight as the store has them, uint8 (nbytes,)."""
+    if weight.role is None:
+        return raw
+    w = torch.from_numpy(raw).view(shapes.torch_dtype(weight.part.dtype)).view(weight.part.shape)
+    return scheme.quantize(w.t() if weight.transposed else w, weight.role, each).to_buffer().numpy()
+
+
+class Making:
+    """The files of a store in the making, and the journal of what stands in them for certain."""
+
+    def __init__(self, plan: Blueprint, folder: Path, journal: Journal) -> None:
+        self.plan, self.folder, self.journal = plan, folder, journal
+        self.files: dict[str, FileIO] = {}
+        self.waiting_nbytes = 0
+
+    def begin(self) -> None:
+        """Make every file in its size, with what it begins with."""
+        self.folder.mkdir(exist_ok=True)
+        for file, nbytes in self.plan.sizes.items():
+            with (self.folder / file).open("ab"):  # makes it, and leaves what is in it
+                os.truncate(self.folder / file, nbytes)
+            if file in self.plan.heads:
+                self._write(file, 0, self.plan.heads[file])
+        self.commit()
+        sync(self.folder)
+
+    def put(self, weight: Weight, image: np.ndarray) -> Weight:
+        """Write the outputs of a weight; every 64 MB what was written is made certain."""
+        hashes, rest = [], memoryview(image)
+        for output in weight.outputs:
+            piece, rest = rest[: output.nbytes], rest[output.nbytes :]
+            self._write(output.file, output.offset, piece)
+            hashes.append(hashlib.sha256(piece).hexdigest())
+        self.journal.add(weight.name, hashes)
+        self.waiting_nbytes += image.nbytes
+        if self.waiting_nbytes >= COMMIT:
+            self.commit()
+        return weight
+
+    def commit(self) -> None:
+        """Bytes first, then the journal that names them."""
+        for file in list(self.files):
+            os.fsync(self.files[file].fileno())
+            self.files.pop(file).close()
+        self.journal.commit()
+        self.waiting_nbytes = 0
+
+    def _write(self, file: str, offset: int, piece: bytes | memoryview) -> None:
+        if file not in self.files:
+            self.files[file] = (self.folder / file).open("r+b", buffering=0)
+        self.files[file].seek(offset)
+        rest = memoryview(piece)
+        while rest:
+            rest = rest[self.files[file].write(rest) :]
+
+    def finish(self, shards: Shards) -> None:
+        """Add the small files, the manifest last, and nothing else."""
+        small = shards.side_files() | {MANIFEST: to_json(manifest(self.plan, self.journal.done))}
+        if shards.checkpoint.files != ["model.safetensors"]:
+            small[INDEX] = to_json(index(self.plan))
+        for path in self.folder.iterdir():
+            if path.name not in self.plan.sizes:
+                path.unlink()
+        for name in sorted(small, key=lambda name: name == MANIFEST):
+            if Path(name).name != name or name in self.plan.sizes:
+                raise CheckpointError(f"{name!r} is no name for a small file of a store: do not trust this checkpoint")
+            (self.folder / name).write_bytes(small[name])
+            sync(self.folder / name)
+        sync(self.folder)

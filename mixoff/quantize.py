@@ -421,25 +421,39 @@ def quantize(
 
 def quantize_block(w: Tensor, q: QTensor, start: int, stop: int, solver: str) -> None:
     """Solve, store and pack the rows start..stop of `w` (N, K), which share nothing with other blocks, into `q`."""
-    top = 2**q.bits - 1
-    step = max(1, SLICE // q.shape[1])
+    top, groups = 2**q.bits - 1, q.shape[1] // q.group_size
+    step = max(1, SLICE // (groups if engine().whole else q.shape[1]))
     slices = [slice(row, min(row + step, stop - start)) for row in range(0, stop - start, step)]
-
-    def groups(rows: slice) -> Tensor:  # an fp32 copy (rows, K/G, G)
-        copy = w[start + rows.start : start + rows.stop].to("cpu", torch.float32, copy=True)
-        return copy.contiguous().unflatten(1, (-1, q.group_size))
-
-    solved = torch.empty(4, stop - start, q.shape[1] // q.group_size)
+    solved, held = torch.empty(4, stop - start, groups), {}
     for rows in slices:
-        solved[:, rows] = torch.stack(solve(groups(rows), top, solver))
+        copy = widened(w[start:stop][rows], q.group_size)
+        solved[:, rows] = torch.stack(solve(copy, top, solver))
+        held |= {rows.start: copy} if engine().whole else {}
     scale, minimum, energy, overlap = solved
     gain = torch.where(fold(overlap) > 0, fold(energy) / fold(overlap), 1.0).clamp(1, 2)[:, None]  # (rows, 1)
     store_metadata(q, start, stop, scale * gain, minimum * gain)
     scale, minimum = (stored.T for stored in q._metadata(start, stop))  # (rows, K/G)
-    factor, zero = torch.where(scale > 0, gain / scale, 0.0), zero_point(scale, minimum)
+    factor, zero = torch.where(scale > 0, gain / scale, 0.0).contiguous(), zero_point(scale, minimum).contiguous()
     for rows in slices:
-        codes = nearest_codes(groups(rows).mul_(factor[rows, :, None]).add_(zero[rows, :, None]), top)
-        store_codes(q, start, stop, rows, codes.int().flatten(1))
+        copy = held.pop(rows.start, None)
+        copy = widened(w[start:stop][rows], q.group_size) if copy is None else copy
+        engine().encode(copy, factor[rows], zero[rows], top, q, start, stop, rows)
+
+
+def widened(w: Tensor, group_size: int) -> Tensor:
+    """An fp32 copy (rows, K/G, G) of some rows (rows, K)."""
+    copy = torch.empty(w.shape)
+    for rows in zip(copy.split(few := max(1, SLICE // w.shape[1])), w.split(few), strict=True):
+        rows[0].copy_(rows[1])
+    return copy.unflatten(1, (-1, group_size))
+
+
+def encode_torch(
+    w: Tensor, factor: Tensor, zero: Tensor, top: int, q: QTensor, start: int, stop: int, rows: slice
+) -> None:
+    """Round `w * factor + zero`, groups (rows, K/G, G) which it overwrites, to codes, and pack them into `q`."""
+    codes = nearest_codes(w.mul_(factor[..., None]).add_(zero[..., None]), top)
+    store_codes(q, start, stop, rows, codes.int().flatten(1))
 
 
 def store_codes(q: QTensor, start: int, stop: int, rows: slice, codes: Tensor) -> None:
@@ -455,7 +469,8 @@ def solve(w: Tensor, top: int, solver: str) -> tuple[Tensor, Tensor, Tensor, Ten
 
     The sums are of w * w and of w times its approximation, ones where a solver stretches nothing; all (rows, K/G).
     """
-    low, high = w.amin(-1), w.amax(-1)
+    few = max(1, SLICE // w[0].numel())
+    low, high = (torch.cat([bound(rows, -1) for rows in w.split(few)]) for bound in (torch.amin, torch.amax))
     largest = torch.maximum(-low, high)
     if not (largest <= LARGEST).all():
         found = f"{largest.max():.4g}, above {LARGEST:.0f}" if largest.isfinite().all() else "NaN or infinity"
@@ -480,11 +495,14 @@ def solve(w: Tensor, top: int, solver: str) -> tuple[Tensor, Tensor, Tensor, Ten
 
 @functools.cache
 def engine() -> SimpleNamespace:
-    """`refine` for hqq and `fit` for lsq; both change their last arguments in place."""
+    """`refine` for hqq and `fit` for lsq, which change their last arguments in place, and `encode`.
+
+    whole: whether a block is best done at once, since its inner loops keep nothing but a group.
+    """
     try:
         import numba
     except ImportError:
-        return SimpleNamespace(name="torch", refine=refine_torch, fit=fit_torch)
+        return SimpleNamespace(name="torch", whole=False, refine=refine_torch, fit=fit_torch, encode=encode_torch)
     for helper in (nearest_code, fold_array):
         numba.extending.register_jitable(helper)
 
@@ -495,11 +513,21 @@ def engine() -> SimpleNamespace:
             run = numba.njit(nogil=True)(loop)
         return lambda w, *args: run(w.flatten(0, -2).numpy(), *(flat_array(value) for value in args))
 
-    return SimpleNamespace(name="numba", refine=compiled(refine_loop), fit=compiled(fit_loop))
+    pack_codes = compiled(encode_loop)
+
+    def encode(w: Tensor, factor: Tensor, zero: Tensor, top: int, q: QTensor, *place: int | slice) -> None:
+        *block, rows = place
+        groups, width = w.shape[1], WIDTH[q.bits]
+        pack_codes(w, factor, zero, top, groups, 0, width, q.block("codes", *block)[:, rows].numpy())
+        if q.bits == 3:
+            pack_codes(w, factor, zero, top, groups, 2, 1, q.block("high", *block)[:, rows].numpy())
+
+    refine, fit = compiled(refine_loop), compiled(fit_loop)
+    return SimpleNamespace(name="numba", whole=True, refine=refine, fit=fit, encode=encode)
 
 
-def flat_array(value: Tensor | int) -> np.ndarray | int:
-    """The memory of a contiguous tensor as a one-dimensional array; a number as it is."""
+def flat_array(value: Tensor | np.ndarray | int) -> np.ndarray | int:
+    """The memory of a contiguous tensor as a one-dimensional array; an array or a number as it is."""
     return value.view(-1).numpy() if isinstance(value, Tensor) else value
 
 
@@ -627,6 +655,34 @@ def fit_torch(w: Tensor, top: int, scale: Tensor, minimum: Tensor, energy: Tenso
             break
     energy.copy_(fold(w * w))
     overlap.copy_(scale * (covariance + total * mean) + minimum * (size * mean))
+
+
+def encode_loop(
+    w: np.ndarray,
+    factor: np.ndarray,
+    zero: np.ndarray,
+    top: int,
+    per_row: int,
+    shift: int,
+    width: int,
+    words: np.ndarray,
+) -> None:
+    """Round groups (groups, G), `per_row` of them a row, to codes, and pack `width` bits of each from bit `shift`.
+
+    words (words a row, rows), of 32 or 16 bits.
+    """
+    size, top, mask, bits = w.shape[1], np.float32(top), 2**width - 1, 8 * words.itemsize
+    per_word, codes = bits // width, np.empty(size, np.int32)
+    for group in range(len(w)):
+        row, a, z = w[group], factor[group], zero[group]
+        for k in range(size):
+            codes[k] = (np.int32(nearest_code(row[k] * a + z, top)) >> shift) & mask
+        first = group % per_row * (size // per_word)
+        for i in range(size // per_word):
+            word = np.int32(0)
+            for k in range(per_word):
+                word |= codes[i * per_word + k] << np.int32(k * width)
+            words[first + i, group // per_row] = word
 
 
 # Schemes --------------------------------------------------------------------------------------------------------------

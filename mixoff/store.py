@@ -35,6 +35,10 @@ FORMAT, VERSION = "mixoff-store", 1
 ALIGN = 4096  # bytes; what direct I/O asks for, and a page
 
 
+class EncodedError(CheckpointError):
+    """A checkpoint that has to be converted before it can be used."""
+
+
 @dataclass
 class Source:
     """A model folder that experts are served from: a store or a plain checkpoint.
@@ -73,6 +77,11 @@ def open_source(path: str | Path) -> Source:
     if (folder / MANIFEST).exists():
         return _open_store(folder)
     checkpoint = published.open_checkpoint(folder)
+    if not checkpoint.in_place:
+        raise EncodedError(
+            f"{folder} stores weights as {checkpoint.method}, from which experts cannot be served: "
+            f"convert it first (`mixoff convert {path} TARGET`), or load it with a scheme"
+        )
     dtype = checkpoint_dtype(checkpoint)
     sites = checkpoint.stored_sites(shapes.expert_sites(shapes.skeleton(shapes.read_config(folder)), dtype))
     return Source(folder, sites, dtype, Scheme(), ExpertReader(folder, checkpoint.extents(sites)))
@@ -183,8 +192,11 @@ def _damaged(folder: Path, error: Exception) -> CheckpointError:
 
 
 def _open_store(folder: Path) -> Source:
+    return _described(folder, read_manifest(folder))
+
+
+def _described(folder: Path, manifest: dict) -> Source:
     """Sites follow from configuration and scheme; the manifest has to say the same of them."""
-    manifest = read_manifest(folder)
     try:
         scheme, dtype = Scheme.from_json(json.dumps(manifest["scheme"])), manifest["dtype"]
         shapes.dtype_nbytes(dtype)
@@ -255,7 +267,8 @@ def verify(path: str | Path, full: bool = False) -> dict:
     first tensor that is not what the conversion wrote.
     """
     folder = local_folder(path)
-    source, manifest = _open_store(folder), read_manifest(folder)
+    manifest = read_manifest(folder)
+    source = _described(folder, manifest)
     source.close()
     checked = {"experts": sum(site.num_experts for site in source.sites), "tensors": 0, "nbytes": 0}
     for file, offset, nbytes, name, sha256 in _hashed_ranges(folder, source, manifest):
@@ -272,7 +285,8 @@ def _hashed_ranges(folder: Path, source: Source, manifest: dict) -> Iterator[tup
             for e in range(site.num_experts):
                 for part, sha256 in zip(site.parts, entry["sha256"][e], strict=True):
                     offset = e * stride(site) + part.offset
-                    yield entry["file"], offset, part.nbytes, f"{site.name}.{e}.{part.name}", sha256
+                    name = f"{site.name}.{e}.{part.name} (layer {site.layer}, expert {e})"
+                    yield entry["file"], offset, part.nbytes, name, sha256
         for entry in manifest["backbone"]:
             tensors = read_header(folder / entry["file"])
             if tensors.keys() != entry["sha256"].keys():

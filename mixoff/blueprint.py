@@ -1,0 +1,181 @@
+"""What a conversion will write, laid out before the first byte: which bytes of which shard go where in which file.
+
+Does not know how bytes are read, quantized or written.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+
+from mixoff import shapes, store
+from mixoff.checkpoint import DTYPES, ITEM_BITS, Checkpoint, Extent
+from mixoff.errors import CheckpointError
+from mixoff.quantize import QTensor, Scheme
+from mixoff.shapes import PART_ALIGN, Part, Site
+from mixoff.store import FORMAT, QUANTIZED, VERSION, expert_file, stride
+
+
+@dataclass(frozen=True)
+class Output:
+    """A range of a file of the store, and the name of what stands there."""
+
+    name: str
+    file: str
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One weight on its way: how it is read, what it then is, and where its bytes go.
+
+    part: as it is read. role: of the scheme, where it is quantized. Its byte image is cut into the outputs in order.
+    """
+
+    name: str
+    extents: tuple[Extent, ...]
+    part: Part
+    transposed: bool
+    role: str | None
+    outputs: tuple[Output, ...]
+
+    @property
+    def ranges(self) -> list[tuple[str, int, int]]:
+        """What has to be read for it: file, offset, size."""
+        return [r for extent in self.extents for r in extent.ranges()]
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """A store before it is written: its weights, and of each file the size and the bytes that it begins with."""
+
+    scheme: Scheme
+    dtype: str
+    sites: tuple[Site, ...]
+    weights: list[Weight]
+    sizes: dict[str, int]
+    heads: dict[str, bytes]
+
+
+def lay_out(checkpoint: Checkpoint, scheme: Scheme) -> Blueprint:
+    """The store that `scheme` makes of `checkpoint`. Raises CheckpointError or MixoffError for what cannot be made."""
+    dtype = store.checkpoint_dtype(checkpoint)
+    model = shapes.skeleton(shapes.read_config(checkpoint.folder))
+    plain = checkpoint.stored_sites(shapes.expert_sites(model, dtype))
+    plan = Blueprint(scheme, dtype, store.quantized_sites(plain, scheme), [], {}, {})
+    _place_experts(plan, plain, checkpoint.extents(plain))
+    backbone = checkpoint.backbone()
+    roles = {name: role for name, role in shapes.backbone_roles(model).items() if name in backbone}
+    quantized = {name: role for name, role in roles.items() if scheme.precision(role) is not None}
+    _place_copied(plan, {name: entry for name, entry in backbone.items() if name not in quantized}, checkpoint.files)
+    if quantized:
+        _place_quantized(plan, quantized, backbone)
+    return plan
+
+
+def _place_experts(plan: Blueprint, plain: Iterable[Site], extents: dict[tuple[int, int], list[Extent]]) -> None:
+    for i, (before, after) in enumerate(zip(plain, plan.sites, strict=True)):
+        file = expert_file(i)
+        plan.sizes[file] = stride(after) * after.num_experts
+        for e in range(before.num_experts):
+            for old, new in zip(before.parts, after.parts, strict=True):
+                name = f"{before.name}.{e}.{old.name}"
+                inside = [x for x in extents[i, e] if old.offset <= x.place < old.offset + old.nbytes]
+                moved = tuple(replace(x, place=x.place - old.offset) for x in inside)
+                role = "experts" if new.form != old.form else None
+                output = Output(name, file, e * stride(after) + new.offset, new.nbytes)
+                plan.weights.append(Weight(name, moved, old, before.transposed, role, (output,)))
+
+
+def _place_copied(plan: Blueprint, tensors: dict, files: list[str]) -> None:
+    """The tensors that stay as they are, in files with the shards' own names.
+
+    The data begins at the same place modulo 64 as in the shard: transformers computes from the mapped file, and the
+    last bits of a BLAS product may depend on the alignment of its operands.
+    """
+    for file in files:
+        of_file = {name: t for name, (t, _) in tensors.items() if t.file == file}
+        ordered = sorted(of_file.items(), key=lambda item: item[1].offset)
+        if not ordered:
+            continue
+        begin = ordered[0][1].offset % PART_ALIGN
+        wanted = {name: (t.dtype, t.shape, t.nbytes) for name, t in ordered}
+        offsets = _place_tensors(plan, file, wanted, {"format": "pt"}, begin)
+        for name, t in ordered:
+            part = Part(name, t.shape, t.dtype, 0, t.nbytes)
+            output = Output(name, file, offsets[name], t.nbytes)
+            plan.weights.append(Weight(name, (tensors[name][1],), part, False, None, (output,)))
+
+
+STORED_NAMES = {torch.int32: "I32", torch.int16: "I16", torch.float16: "F16", torch.uint8: "U8"}
+
+
+def _place_quantized(plan: Blueprint, roles: dict[str, str], backbone: dict) -> None:
+    """The backbone's quantized weights: the parts of each as `NAME.PART`, what else they need in one JSON."""
+    described, parts = {}, {}
+    for name, role in roles.items():
+        form = plan.scheme.precision(role)
+        shape = backbone[name][0].shape
+        empty = QTensor.empty(shape, form.bits, form.group_size, plan.scheme.metadata_bits)
+        tensors, described[name] = empty.to_tensors()
+        parts[name] = {f"{name}.{part}": (STORED_NAMES[t.dtype], t.shape, t.nbytes) for part, t in tensors.items()}
+    wanted = {key: entry for of_name in parts.values() for key, entry in of_name.items()}
+    ordered = dict(sorted(wanted.items(), key=lambda item: (-ITEM_BITS[item[1][0]], item[0])))  # each aligned to itself
+    offsets = _place_tensors(plan, QUANTIZED, ordered, {"mixoff": json.dumps(described)}, 0)
+    for name, role in roles.items():
+        t, extent = backbone[name]
+        part = Part(name, t.shape, DTYPES[t.dtype], 0, t.nbytes)
+        outputs = tuple(Output(key, QUANTIZED, offsets[key], entry[2]) for key, entry in parts[name].items())
+        plan.weights.append(Weight(name, (extent,), part, False, role, outputs))
+
+
+def _place_tensors(plan: Blueprint, file: str, tensors: dict[str, tuple], metadata: dict, begin: int) -> dict[str, int]:
+    """Lay out a safetensors file whose data begins at `begin` modulo 64; offsets of its tensors in the file."""
+    if Path(file).name != file:
+        raise CheckpointError(f"a shard is named {file!r}, which is a path: do not trust this checkpoint")
+    if file in plan.sizes:
+        raise CheckpointError(f"a shard is named {file}, as a file of the store is: rename it, and in the index too")
+    header, end, offsets = {"__metadata__": metadata}, 0, {}
+    for name, (dtype, shape, nbytes) in tensors.items():
+        offsets[name] = end
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [end, end := end + nbytes]}
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * ((begin - 8 - len(raw)) % PART_ALIGN)  # the format allows spaces after the header
+    plan.heads[file] = len(raw).to_bytes(8, "little") + raw
+    plan.sizes[file] = len(plan.heads[file]) + end
+    return {name: offset + len(plan.heads[file]) for name, offset in offsets.items()}
+
+
+def to_json(value: dict) -> bytes:
+    return (json.dumps(value, indent=1) + "\n").encode()
+
+
+def index(plan: Blueprint) -> dict:
+    """Which file holds what of the backbone that transformers loads."""
+    copied = [weight for weight in plan.weights if weight.outputs[0].file in plan.heads and weight.role is None]
+    weight_map = {weight.name: weight.outputs[0].file for weight in copied}
+    total = sum(weight.part.nbytes for weight in copied)
+    return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+
+
+def manifest(plan: Blueprint, done: dict[str, list[str]]) -> dict:
+    """What stands where, with SHA-256 of every range; no times, no paths."""
+    hashes = {o.name: sha256 for w in plan.weights for o, sha256 in zip(w.outputs, done[w.name], strict=True)}
+    sites = []
+    for i, site in enumerate(plan.sites):
+        names = [[f"{site.name}.{e}.{part.name}" for part in site.parts] for e in range(site.num_experts)]
+        entry = {"file": expert_file(i), "stride": stride(site), **asdict(site)}
+        sites.append(entry | {"sha256": [[hashes[name] for name in of_expert] for of_expert in names]})
+    by_file: dict[str, dict[str, str]] = {file: {} for file in plan.heads}
+    for weight in plan.weights:
+        for output in weight.outputs:
+            if output.file in by_file:
+                by_file[output.file][output.name] = hashes[output.name]
+    backbone = [{"file": file, "nbytes": plan.sizes[file], "sha256": tensors} for file, tensors in by_file.items()]
+    head = {"format": FORMAT, "version": VERSION, "scheme": json.loads(plan.scheme.to_json()), "dtype": plan.dtype}
+    return head | {"backbone": backbone, "sites": sites}
