@@ -9,7 +9,10 @@ from __future__ import annotations
 import torch
 
 from mixoff import kernels
+from mixoff.kernels import cpu
 from mixoff.quantize import QTensor
+
+SILU = ("SiLU", "SiLUActivation")  # torch's and transformers' own class for it
 
 
 def by_expert(top_k_index: torch.Tensor, num_experts: int) -> dict[int, torch.Tensor]:
@@ -31,15 +34,42 @@ def by_expert(top_k_index: torch.Tensor, num_experts: int) -> dict[int, torch.Te
 
 
 def expert_mlp(
-    module: torch.nn.Module, x: torch.Tensor, weights: dict[str, torch.Tensor | QTensor], scratch: torch.Tensor
+    module: torch.nn.Module,
+    x: torch.Tensor,
+    weights: dict[str, torch.Tensor | QTensor],
+    scratch: torch.Tensor,
+    exact: bool = False,
 ) -> torch.Tensor:
-    """One expert of any family that transformers decorates: x (R, D) -> (R, D), the steps of `grouped_mm` in order."""
+    """One expert of any family that transformers decorates: x (R, D) -> (R, D), the steps of `grouped_mm` in order.
+
+    exact: activations stay fp32 in products with quantized weights.
+    """
+    if fuses(module, x, weights, exact):
+        h = cpu.linear(x.float(), weights["gate_up_proj"], exact)  # (R, 2F)
+        h = cpu.gated(h, weights["down_proj"], exact).to(x.dtype)  # (R, D)
+        return module.post_expert_norm(h) if module.has_post_expert_norm else h
 
     def linear(x: torch.Tensor, name: str) -> torch.Tensor:
-        out = kernels.linear(x, weights[name], scratch, module.is_transposed)
+        out = kernels.linear(x, weights[name], scratch, module.is_transposed, exact)
         return out.add_(weights[f"{name}_bias"].to(out.dtype)) if module.has_bias else out
 
     h = linear(x, "gate_up_proj" if module.has_gate else "up_proj")
     h = module._apply_gate(h) if module.has_gate else module.act_fn(h)  # (R, F)
     h = linear(h, "down_proj")  # (R, D)
     return module.post_expert_norm(h) if module.has_post_expert_norm else h
+
+
+def fuses(module: torch.nn.Module, x: torch.Tensor, weights: dict[str, torch.Tensor | QTensor], exact: bool) -> bool:
+    """Whether activation and down projection are one compiled call: quantized weights, and the gate is plain silu."""
+    down = weights["down_proj"]
+    if not isinstance(down, QTensor) or not is_silu_gated(module):
+        return False
+    return all(kernels.choose(x, w, exact) in ("int8", "fp32") for w in (weights["gate_up_proj"], down))
+
+
+def is_silu_gated(module: torch.nn.Module) -> bool:
+    """Whether the expert computes `silu(gate) * up`, gate before up, no bias: transformers' default gate."""
+    if not module.has_gate or not module.is_concatenated or module.has_bias:
+        return False
+    default = type(module)._apply_gate.__name__ == "_default_apply_gate"
+    return default and type(getattr(module, "act_fn", None)).__name__ in SILU

@@ -22,17 +22,18 @@ if TYPE_CHECKING:
 
 
 class QuantizedLinear(nn.Module):
-    """`x @ w.T + bias` for a quantized w (N, K). Made from the layer that it replaces; `quantized` is set later."""
+    """`x @ w.T + bias` for a quantized w (N, K). Made from the layer that it replaces; `fill` sets the rest later."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self.shape = (linear.out_features, linear.in_features)
         self.bias = linear.bias
         self.quantized: QTensor | None = None
+        self.exact = False
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (..., K) -> (..., N), in x's dtype."""
-        out = kernels.linear(x.reshape(-1, self.shape[1]), self.quantized).view(*x.shape[:-1], -1)
+        out = kernels.linear(x.reshape(-1, self.shape[1]), self.quantized, exact=self.exact).view(*x.shape[:-1], -1)
         return out if self.bias is None else out + self.bias
 
     def extra_repr(self) -> str:
@@ -83,11 +84,14 @@ def hollow(model: nn.Module, names: list[str]) -> None:
         setattr(modules[parent], child, kind(layer))
 
 
-def fill(model: nn.Module, weights: dict[str, QTensor], dtype: torch.dtype) -> None:
-    """Give each hollow layer its weight. Raises CheckpointError when a shape is not the layer's."""
+def fill(model: nn.Module, weights: dict[str, QTensor], dtype: torch.dtype, exact: bool = False) -> None:
+    """Give each hollow layer its weight. exact: activations stay fp32.
+
+    Raises CheckpointError when a shape is not the layer's.
+    """
     modules = dict(model.named_modules())
     for name, q in weights.items():
         layer = modules[name.removesuffix(".weight")]
         if layer.shape != q.shape:
             raise CheckpointError(f"{name} has shape {q.shape} in the store, config.json says {layer.shape}")
-        layer.quantized, layer.dtype = q, dtype
+        layer.quantized, layer.dtype, layer.exact = q, dtype, exact

@@ -2,15 +2,36 @@
 product with the weights that they stand for.
 """
 
+import os
+import platform
+import subprocess
 import sys
+import threading
 
+import numba
+import numpy as np
 import pytest
 import torch
-from tolerances import product_bound
+from tolerances import (
+    FUSED_EXACT,
+    FUSED_INT8,
+    INT8_RELATIVE,
+    INT8_TYPICAL,
+    SILU_ERROR,
+    SILU_SMALLEST,
+    int8_bound,
+    int8_typical,
+    product_bound,
+)
+from transformers import GptOssConfig, MixtralConfig
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
-from mixoff import kernels
-from mixoff.kernels import cpu, reference
+from mixoff import experts, kernels
+from mixoff.errors import MixoffError
+from mixoff.kernels import cpu, loops, reference, simd
 from mixoff.kernels.reference import linear, scratch_nbytes
+from mixoff.kernels.threads import Crew
 from mixoff.quantize import quantize
 from mixoff.shapes import Part, Site
 
@@ -52,27 +73,137 @@ def test_the_scratch_is_a_block_of_the_widest_weight():
 
 # --- quantized weights ------------------------------------------------------------------------------------------------
 
+FORMS = [(2, 16), (2, 32), (2, 128), (3, 64), (3, 128), (4, 16), (4, 64), (4, 128), (8, 32), (8, 128)]
+ODD = [(384, 256), (192, 128), (131, 256), (17, 128), (1, 128), (300, 512)]  # whole blocks, parts, less than a vector
 
-@pytest.mark.parametrize(("bits", "group"), [(2, 16), (2, 32), (2, 64), (3, 64), (4, 64), (4, 128), (8, 32)])
-@pytest.mark.parametrize(("n", "k"), [(384, 256), (192, 128), (128, 128), (131, 256), (17, 128), (1, 128), (300, 512)])
-def test_packed_codes_give_the_product_with_their_weights(bits, group, n, k):
-    """Against fp64 on the dequantized weights, for few rows (compiled) and many (dequantized), whole blocks and odd."""
+
+def random_weight(n, k, bits, group):
+    """A weight with every code and any metadata: solvers would leave the largest sums out."""
     torch.manual_seed(n + k)
-    w = quantize(torch.randn(n, k) * 0.02, bits, group)
+    w = quantize(torch.randn(n, k) * 0.02, bits, group, "rtn")
+    for name in w.parts:
+        if w.parts[name].dtype != torch.float16:
+            w.parts[name].copy_(torch.randint(-(2**31), 2**31, w.parts[name].shape).to(w.parts[name].dtype))
+    return w
+
+
+@pytest.mark.parametrize(("bits", "group"), FORMS)
+@pytest.mark.parametrize(("n", "k"), ODD)
+def test_packed_codes_give_the_product_with_their_weights(bits, group, n, k):
+    """Against fp64 on the dequantized weights, for one row and several, with fp32 activations and int8."""
+    w = random_weight(n, k, bits, group)
     dense = w.dequantize()
-    for rows in (1, 3, 4, 5, 20):
+    for rows in (1, 5):
         x = torch.randn(rows, k)
-        exact, bound = x.double() @ dense.double().t(), product_bound(x, dense)
-        for compute in (kernels.linear, reference.linear):
-            assert ((compute(x, w) - exact).abs() <= bound).all(), f"{rows} rows, {compute.__module__}"
+        true, bound = x.double() @ dense.double().t(), product_bound(x, dense)
+        for kernel in ("reference", "dense", "fp32"):
+            out = kernels.linear(x, w, kernel=kernel)
+            assert ((out - true).abs() <= bound).all(), f"{rows} rows, {kernel}"
+        out = kernels.linear(x, w, kernel="int8")
+        assert ((out - true).abs() <= bound + int8_bound(x, dense, group)).all(), f"{rows} rows"
 
 
-def test_few_rows_are_compiled_and_rows_do_not_see_each_other():
+@pytest.mark.parametrize(("bits", "group"), [(2, 32), (3, 128), (4, 64), (8, 64)])
+def test_every_cpu_gets_the_same_bits(bits, group, monkeypatch):
+    """Plain vectors, pairs of bytes, and sums of four: with its own instruction where the CPU has it."""
+    native = cpu.integer_way()
+    ways = {"any", native}
+    if native != "vnni":
+        monkeypatch.setattr(simd.Emitter, "dot4", lambda self, total, *four: self.b.add(total, self.madd_wide(*four)))
+        ways.add("vnni")
+    for n, k in ((384, 256), (131, 128), (3, 128)):
+        w, outs = random_weight(n, k, bits, group), {}
+        for way in ways:
+            x, outs[way] = torch.randn(1, k, generator=torch.manual_seed(1)), torch.empty(1, n)
+            uncached = loops.linear.__wrapped__(bits, 1, way).py_func if way == "vnni" else None
+            run = numba.njit(uncached) if uncached else loops.linear(bits, 1, way)
+            run(x.numpy(), False, w.image.numpy(), n, group, outs[way].numpy(), 0, -(-n // 128))
+        assert all(torch.equal(out, outs[native]) for out in outs.values())
+
+
+COMPILE_FOR = """
+import numba
+from mixoff.kernels import cpu, loops
+assert cpu.integer_way() == "vnni"
+run, types = loops.linear(2, 1, "vnni"), numba.types
+matrix = types.Array(types.float32, 2, "C")
+image = types.Array(types.uint8, 1, "C")
+run.compile((matrix, types.boolean, image, types.intp, types.intp, matrix, types.intp, types.intp))
+assembly = "".join(run.inspect_asm().values())
+print(assembly.count("vpdpbusd"), assembly.count("vpmaddubsw"))
+"""
+
+
+@pytest.mark.skipif(platform.machine().lower() not in ("x86_64", "amd64"), reason="VNNI is an extension of x86")
+@pytest.mark.parametrize("feature", ["avxvnni", "avx512vnni"])
+def test_a_cpu_with_vnni_uses_it(feature, tmp_path):
+    """Compiled for such a CPU, not run: the assembly has the instruction and not the one it replaces."""
+    features = "+fma,+avx,+avx2," + ("+avx512f,+avx512vl," if "512" in feature else "") + f"+{feature}"
+    env = {"NUMBA_CPU_NAME": "x86-64", "NUMBA_CPU_FEATURES": features, "NUMBA_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE_FOR], env=os.environ | env, capture_output=True, text=True, check=True
+    )
+    found, replaced = map(int, done.stdout.split())
+    assert found >= 4 * 8 and replaced == 0
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("group", [16, 32, 64, 128])
+def test_sums_stay_inside_their_accumulators(bits, group):
+    """A 16-bit lane takes the products of every other pair of inputs: half of those between two widenings."""
+    largest = (2**bits - 1) * simd.TOP
+    span = simd.SPANS[bits]
+    if span is None:
+        assert 2 * largest > 2**15 - 1, "pairs of 8-bit codes need more than 16 bits, so they are never taken"
+    else:
+        assert min(span, group) // 2 * largest <= 2**15 - 1
+        assert span % group == 0 or group % span == 0, "spans begin and end with groups"
+    assert group * largest * 255 < 2**31, "32 bits, even times a scale's code"
+
+
+@pytest.mark.parametrize(("bits", "group"), [(2, 128), (3, 128), (4, 128), (8, 128)])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_largest_sums_do_not_overflow(bits, group, sign):
+    w = random_weight(128, 256, bits, group)
+    for name in ("codes", "high"):
+        if name in w.parts:
+            w.parts[name].fill_(-1)  # every code is the greatest
+    x, dense = torch.full((4, 256), float(sign)), w.dequantize()
+    true = x.double() @ dense.double().t()
+    for rows in (1, 2, 4):
+        out = kernels.linear(x[:rows], w, kernel="int8")
+        assert ((out - true[:rows]).abs() <= product_bound(x, dense)[:rows]).all()
+
+
+@pytest.mark.parametrize(("bits", "group"), [(2, 16), (2, 32), (2, 64), (4, 64)])
+def test_int8_activations_err_as_derived(bits, group):
     torch.manual_seed(0)
-    w, x = quantize(torch.randn(256, 128) * 0.02, 2, 32), torch.randn(cpu.MOST_ROWS, 128)
-    assert cpu.serves(x, w) and not cpu.serves(torch.randn(cpu.MOST_ROWS + 1, 128), w)
-    together = kernels.linear(x, w)
-    assert torch.equal(together, torch.cat([kernels.linear(row[None], w) for row in x]))
+    w = quantize(torch.randn(512, 1024) * 0.02, bits, group)
+    dense, x = w.dequantize(), torch.randn(8, 1024)
+    true = x.double() @ dense.double().t()
+    error = (kernels.linear(x, w) - true).square().mean().sqrt()
+    assert float(error) == pytest.approx(int8_typical(x, dense, group), rel=INT8_TYPICAL)
+    assert error / true.square().mean().sqrt() < INT8_RELATIVE[group]
+
+
+def test_rows_do_not_see_each_other():
+    """Every row's bits are its own, in whatever company; products of many rows are dequantized only if exact."""
+    torch.manual_seed(0)
+    w, x = quantize(torch.randn(256, 128) * 0.02, 2, 32), torch.randn(11, 128)
+    for kernel in ("int8", "fp32"):
+        alone = torch.cat([kernels.linear(row[None], w, kernel=kernel) for row in x])
+        for rows in (2, 3, 4, 5, 11):
+            assert torch.equal(kernels.linear(x[:rows], w, kernel=kernel), alone[:rows])
+    most = cpu.FP32_ROWS[2]
+    few, many = torch.randn(most, 128), torch.randn(most + 1, 128)
+    assert (kernels.choose(few, w, True), kernels.choose(many, w, True)) == ("fp32", "dense")
+    assert kernels.choose(few, w) == kernels.choose(many, w) == "int8"
+
+
+def test_weights_are_dequantized_to_the_bits_of_the_reference():
+    for bits, group in FORMS:
+        w, x = random_weight(300, 256, bits, group), torch.eye(256)
+        assert torch.equal(kernels.linear(x, w, kernel="dense"), w.dequantize().t())
 
 
 def test_threads_do_not_change_a_bit(monkeypatch):
@@ -88,18 +219,139 @@ def test_threads_do_not_change_a_bit(monkeypatch):
             torch.set_num_threads(1)
 
 
+def test_two_callers_share_a_crew():
+    """And an error in a helper reaches the one that asked, after which the crew works on."""
+    crew, totals = Crew(2), [np.zeros(90, int), np.zeros(90, int)]
+
+    def add(total):
+        def work(first, last):
+            total[first:last] += 1
+
+        for _ in range(200):
+            crew.share(work, 90)
+
+    others = threading.Thread(target=add, args=(totals[0],))
+    others.start()
+    add(totals[1])
+    others.join()
+    assert all((total == 200).all() for total in totals)
+
+    def fail(first, last):
+        if first:
+            raise ValueError("in a helper")
+
+    with pytest.raises(ValueError, match="in a helper"):
+        crew.share(fail, 3)
+    add(totals[0])
+    assert (totals[0] == 400).all()
+
+
+def test_what_is_not_finite_shows():
+    w = quantize(torch.randn(64, 64) * 0.02, 2, 32)
+    for bad in (torch.inf, -torch.inf, torch.nan):
+        x = torch.zeros(1, 64)
+        x[0, 40] = bad
+        for exact in (False, True):
+            assert not kernels.linear(x, w, exact=exact).isfinite().any()
+    assert torch.equal(kernels.linear(torch.full((1, 64), 1e-38), w), torch.zeros(1, 64))
+
+
 def test_other_dtypes_come_back_as_they_went_in():
     w, x = quantize(torch.randn(64, 64) * 0.02, 2, 32), torch.randn(1, 64).bfloat16()
     out = kernels.linear(x, w)
     assert out.dtype == torch.bfloat16 and torch.equal(out, kernels.linear(x.float(), w).bfloat16())
 
 
-def test_without_numba_the_reference_computes(monkeypatch):
-    monkeypatch.setitem(sys.modules, "numba", None)
-    cpu.kernel.cache_clear()
-    try:
-        w, x = quantize(torch.randn(64, 64) * 0.02, 2, 32), torch.randn(1, 64)
-        assert not cpu.serves(x, w)
-        assert torch.equal(kernels.linear(x, w), reference.linear(x, w))
-    finally:
-        cpu.kernel.cache_clear()
+def test_the_choice_can_be_replaced():
+    w, x = quantize(torch.randn(64, 64) * 0.02, 2, 32), torch.randn(1, 64)
+    assert torch.equal(kernels.linear(x, w, kernel="reference"), reference.linear(x, w))
+    with pytest.raises(MixoffError, match="choose one of int8, fp32, dense, reference"):
+        kernels.linear(x, w, kernel="fastest")
+
+
+# --- experts ----------------------------------------------------------------------------------------------------------
+
+
+def silu_experts(d, f):
+    config = MixtralConfig(hidden_size=d, intermediate_size=f, num_local_experts=2)
+    return MixtralExperts(config)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize(("d", "f"), [(128, 192), (256, 96)])
+def test_the_fused_expert_takes_the_generic_steps(d, f, exact, monkeypatch):
+    """Up to the rounding of activations in between: the fused one keeps fp32 there, the generic one does as well."""
+    torch.manual_seed(0)
+    module = silu_experts(d, f)
+    weights = {
+        "gate_up_proj": quantize(torch.randn(2 * f, d) * 0.1, 4, 32),
+        "down_proj": quantize(torch.randn(d, f) * 0.1, 4, 32),
+    }
+    for rows in (1, 3, 8):
+        x = torch.randn(rows, d)
+        assert experts.fuses(module, x, weights, exact)
+        fused = experts.expert_mlp(module, x, weights, None, exact)
+        monkeypatch.setattr(experts, "fuses", lambda *_: False)
+        plain = experts.expert_mlp(module, x, weights, None, exact)
+        monkeypatch.undo()
+        gate, up = (x.double() @ weights["gate_up_proj"].dequantize().double().t()).chunk(2, 1)
+        h, down = torch.nn.functional.silu(gate) * up, weights["down_proj"].dequantize()
+        true = h @ down.double().t()
+        allowed = FUSED_EXACT if exact else FUSED_INT8
+        for out in (fused, plain):
+            assert (out - true).norm() <= allowed * true.norm()
+
+
+def test_silu_is_silu_everywhere():
+    gate = torch.cat([torch.linspace(-120, 120, 4001), torch.tensor([0.0, -0.0, 1e-30, 3e38, -3e38])])
+    h = torch.cat([gate, torch.ones_like(gate)])[None]
+    out = torch.from_numpy(numba.njit(loops.silu_gate)(h.numpy()))[0]
+    true = torch.nn.functional.silu(gate.double())
+    assert ((out - true).abs() <= SILU_ERROR * true.abs() + SILU_SMALLEST).all()
+    assert np.isnan(numba.njit(loops.silu_gate)(np.full((1, 2), np.nan, np.float32))).all()
+
+
+def test_only_a_plain_silu_gate_is_fused():
+    module = silu_experts(128, 64)
+    assert experts.is_silu_gated(module)
+    module.act_fn = torch.nn.GELU()
+    assert not experts.is_silu_gated(module)
+    assert not experts.is_silu_gated(GptOssExperts(GptOssConfig(hidden_size=64, intermediate_size=64)))
+
+
+# --- without numba, and its cache -------------------------------------------------------------------------------------
+
+BLOCKED = """
+import sys
+sys.modules["numba"] = sys.modules["llvmlite"] = None
+import mixoff, torch
+from mixoff import kernels
+from mixoff.kernels import cpu
+from mixoff.quantize import quantize
+w, x = quantize(torch.randn(64, 64) * 0.02, 2, 32), torch.randn(1, 64)
+assert kernels.choose(x, w) == "reference" and cpu.loops() is None
+model = mixoff.load("tiny-mixtral", fast_bytes="1GiB", scheme="mixed")
+print(model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=2, do_sample=False).shape[1])
+"""
+
+
+def test_without_numba_everything_works():
+    done = subprocess.run([sys.executable, "-c", BLOCKED], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.split() == ["5"], done.stderr
+
+
+CACHED = """
+import torch
+from mixoff import kernels
+from mixoff.kernels import cpu, loops
+from mixoff.quantize import quantize
+kernels.linear(torch.ones(1, 64), quantize(torch.randn(64, 64), 2, 32, "rtn"))
+stats = loops.linear(2, 1, cpu.integer_way()).stats
+print(sum(stats.cache_hits.values()), sum(stats.cache_misses.values()))
+"""
+
+
+def test_compiled_code_is_kept(tmp_path):
+    env = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
+    runs = [subprocess.run([sys.executable, "-c", CACHED], env=env, capture_output=True, text=True) for _ in range(2)]
+    assert [run.stdout.split() for run in runs] == [["0", "1"], ["1", "0"]], runs[0].stderr

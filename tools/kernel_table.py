@@ -1,8 +1,10 @@
-"""Time of one product with quantized weights, compiled and dequantized: the table in docs/benchmarks.md.
+"""Time of one product with quantized weights beside the bandwidth of memory: the tables in docs/kernels.md.
 
-    python tools/kernel_table.py [--threads 1] [--runs 7]
+    python tools/kernel_table.py [--threads 1 2] [--runs 15] [--part gemv rows errors]
 
-The weights rotate through more memory than the caches hold, as experts do. Prints markdown; best of all runs.
+`gemv`: one row, weights rotating through more than four times the last cache, as experts do; the probe of read
+bandwidth runs before, between and after. `rows`: several rows through every kernel, which shows where they cross.
+`errors`: what int8 activations cost. Prints markdown; times are the best of all runs.
 """
 
 from __future__ import annotations
@@ -13,19 +15,14 @@ from collections.abc import Callable
 
 import torch
 
-from mixoff.kernels import cpu, reference
-from mixoff.quantize import QTensor, quantize
+from mixoff import kernels
+from mixoff.hardware import read_bandwidth
+from mixoff.quantize import QTensor, packed_nbytes, quantize
 
-SHAPE = (4096, 4096)
-FORMS = ((2, 16), (2, 32), (2, 64), (4, 64), (8, 64))
-ROWS = (1, 2, 4, 8)
-COLD_NBYTES = 128 << 20
-
-
-def read_bandwidth(runs: int) -> float:
-    """Bytes a second of summing 256 MiB of fp32: what memory gives in this run."""
-    x = torch.ones(1 << 26)
-    return x.nbytes / best(lambda i: x.sum(), runs)
+SHAPES = ((14336, 4096), (4096, 14336))
+FORMS = ((2, 16), (2, 32), (2, 64), (3, 64), (4, 64), (8, 64))
+ROWS = (1, 2, 4, 8, 16, 32, 64, 256)
+COLD_NBYTES = 144 << 20  # more than four times 32 MiB of cache
 
 
 def best(fn: Callable[[int], object], runs: int) -> float:
@@ -39,39 +36,80 @@ def best(fn: Callable[[int], object], runs: int) -> float:
     return min(times)
 
 
-def copies(w: QTensor) -> list[QTensor]:
-    """So many copies of a weight that a round through them leaves none in a cache."""
-    n = -(-COLD_NBYTES // w.nbytes)
-    return [
-        QTensor(w.shape, w.bits, w.group_size, w.metadata_bits, {k: v.clone() for k, v in w.parts.items()})
-        for _ in range(n)
-    ]
+def cold_weights(shape: tuple[int, int], bits: int, group: int) -> list[QTensor]:
+    """So many weights that a round through them leaves none in a cache: random codes on the grids of a small one."""
+    weights = []
+    for _ in range(-(-COLD_NBYTES // packed_nbytes(shape, bits, group))):
+        w = QTensor.empty(shape, bits, group)
+        for name, part in w.parts.items():
+            if part.is_floating_point():
+                part.fill_(-0.02 if name == "min_top" else 0.02)
+            else:
+                part.view(torch.uint8).random_(0, 256)
+        weights.append(w)
+    return weights
+
+
+def gemv_table(threads: int, runs: int) -> None:
+    """Cold products of one row, both shapes and all forms, with the share of what memory gives in the same run."""
+    print(f"\n{threads} thread(s), all measured\n")
+    print("| weights | shape | ms | GB/s | memory reads, GB/s | share | fp32 activations, ms |")
+    print("|---" * 7 + "|")
+    torch.set_num_threads(threads)
+    for bits, group in FORMS:
+        for shape in SHAPES:
+            weights, x = cold_weights(shape, bits, group), torch.randn(1, shape[1])
+            before = read_bandwidth(threads, rounds=2)
+            took = best(lambda i, ws=weights, x=x: kernels.linear(x, ws[i % len(ws)]), runs)
+            limit = max(before, read_bandwidth(threads, rounds=2))
+            slow = best(lambda i, ws=weights, x=x: kernels.linear(x, ws[i % len(ws)], exact=True), 3)
+            rate = weights[0].nbytes / took
+            cells = [f"{bits}-bit g{group}", f"{shape[0]}x{shape[1]}", f"{1e3 * took:.2f}", f"{rate / 1e9:.1f}"]
+            cells += [f"{limit / 1e9:.1f}", f"{rate / limit:.0%}", f"{1e3 * slow:.1f}"]
+            print(f"| {' | '.join(cells)} |", flush=True)
+
+
+def rows_table(threads: int) -> None:
+    """Products of several rows through each kernel, 4096x4096."""
+    torch.set_num_threads(threads)
+    print(f"\n4096x4096, {threads} thread(s), ms, all measured\n")
+    print(f"| weights | kernel | {' | '.join(f'{rows} rows' for rows in ROWS)} |\n|---|---|{'---|' * len(ROWS)}")
+    for bits, group in ((2, 32), (3, 64), (4, 64), (8, 64)):
+        weights = cold_weights((4096, 4096), bits, group)
+        for kernel in ("int8", "fp32", "dense"):
+            cells = []
+            for rows in ROWS:
+                x = torch.randn(rows, 4096)
+                took = best(lambda i, ws=weights, x=x, k=kernel: kernels.linear(x, ws[i % len(ws)], kernel=k), 3)
+                cells.append(f"{1e3 * took:.1f}")
+            print(f"| {bits}-bit g{group} | {kernel} | {' | '.join(cells)} |", flush=True)
+
+
+def error_table() -> None:
+    """Relative error of int8 activations in a product with Gaussian weights and activations."""
+    print("\n| weights | relative error of a product, Gaussian activations (measured) |\n|---|---|")
+    for bits, group in FORMS:
+        torch.manual_seed(0)
+        w, x = quantize(torch.randn(1024, 1024) * 0.02, bits, group), torch.randn(16, 1024)
+        true = x.double() @ w.dequantize().double().t()
+        print(f"| {bits}-bit g{group} | {float((kernels.linear(x, w) - true).norm() / true.norm()):.2%} |")
 
 
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--runs", type=int, default=7)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--runs", type=int, default=15)
+    parser.add_argument("--part", nargs="+", choices=("gemv", "rows", "errors"), default=["gemv", "rows", "errors"])
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
-    limit = read_bandwidth(arguments.runs)
-    print(f"{SHAPE[0]}x{SHAPE[1]}, {arguments.threads} thread(s), memory reads {limit / 1e9:.1f} GB/s (measured)\n")
-    heads = [f"{rows} row{'s' * (rows > 1)}" for rows in ROWS]
-    print(f"| weights | {' | '.join(f'{h}: compiled / dequantized, ms' for h in heads)} | 1 row: GB/s | of the limit |")
-    print("|---" * (len(ROWS) + 3) + "|")
-    for bits, group in FORMS:
-        weights = copies(quantize(torch.randn(SHAPE) * 0.02, bits, group, solver="rtn"))
-        cells = []
-        for rows in ROWS:
-            x = torch.randn(rows, SHAPE[1])
-            compiled = best(lambda i, x=x: cpu.linear(x, weights[i % len(weights)]), arguments.runs)  # noqa: B023
-            dense = best(lambda i, x=x: reference.linear(x, weights[i % len(weights)]), 3)  # noqa: B023
-            cells.append(f"{1000 * compiled:.1f} / {1000 * dense:.0f}")
-            if rows == 1:
-                rate = weights[0].nbytes / compiled
-        print(f"| {bits}-bit g{group} | {' | '.join(cells)} | {rate / 1e9:.2f} | {rate / limit:.0%} |", flush=True)
+    for threads in arguments.threads:
+        if "gemv" in arguments.part:
+            gemv_table(threads, arguments.runs)
+    if "rows" in arguments.part:
+        rows_table(1)
+    if "errors" in arguments.part:
+        error_table()
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
-"""Products of a few rows with quantized weights on a CPU, straight from the packed codes, compiled by numba.
+"""Products of rows with quantized weights on a CPU, straight from the packed codes: which compiled loop, which threads.
 
-Letters: **T** rows of activations, **N** outputs, **K** inputs, **G** group size.
-Nothing is unpacked into memory: a word of codes meets its activations in registers, and 128 outputs advance side by
-side, as `mixoff.quantize` lays them out. Each output is summed by one thread in one order, so results do not depend on
-the number of threads. Activations stay fp32.
+Letters: **T** rows of activations, **N** outputs, **K** inputs, **F** expert width.
+Activations are quantized to int8, one scale a group; `exact` keeps them fp32. Each output is summed by one thread in
+one order, so results do not depend on the number of threads.
 
 Does not know experts or caches. Where numba is missing, `reference` computes instead.
 """
@@ -12,95 +11,89 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from types import ModuleType
 
-import numpy as np
 import torch
 
-from mixoff.quantize import BLOCK, SUPER, QTensor
+from mixoff.kernels.threads import crew
+from mixoff.quantize import BLOCK, QTensor
 
-MOST_ROWS = 4  # more rows share the cost of dequantizing once; measured for 4096x4096 in docs/benchmarks.md
-BITS = (2, 4, 8)  # 3-bit codes lie in two arrays: left to `reference`
-SHARED_ABOVE = 1 << 21  # weights; a smaller matrix is done before another thread has woken up
+SHARED_ABOVE = 1 << 21  # weights times rows; less is done before another thread has woken up
+FP32_ROWS = {2: 24, 3: 16, 4: 32, 8: 32}  # fp32 activations: from more rows on, dequantizing once is faster
+
+
+@functools.cache
+def loops() -> ModuleType | None:
+    """The compiled loops; None where numba is not installed, or the CPU has no fused multiply-add."""
+    try:
+        from mixoff.kernels import loops
+    except ImportError:
+        return None
+    return loops if integer_way() else None
+
+
+@functools.cache
+def integer_way(features: frozenset[str] | None = None, machine: str | None = None) -> str | None:
+    """How a CPU multiplies bytes: `vnni`, `avx2` or `any` (see `simd`); by default, the CPU that numba compiles for.
+
+    >>> integer_way(frozenset({"fma", "avx2"}), "x86_64"), integer_way(frozenset(), "aarch64")
+    ('avx2', 'any')
+    """
+    features, machine = (features, machine) if features is not None else target()
+    if machine.startswith(("x86", "i386", "i686", "amd64")):
+        if not {"fma", "avx2"} <= features:
+            return None
+        return "vnni" if "avxvnni" in features or {"avx512vnni", "avx512vl"} <= features else "avx2"
+    return "any"
+
+
+def target() -> tuple[frozenset[str], str]:
+    """Features and architecture of what numba compiles for, which environment variables may set."""
+    from numba.core.registry import cpu_target
+
+    triple, _, features = cpu_target.target_context.codegen().magic_tuple()
+    return frozenset(f[1:] for f in features.split(",") if f.startswith("+")), triple.split("-")[0].lower()
 
 
 def serves(x: torch.Tensor, w: QTensor) -> bool:
-    """Whether this module computes `x @ w.T`: decided by rows, bits, device and numba's presence alone."""
-    few = x.shape[0] <= MOST_ROWS and w.bits in BITS and w.metadata_bits == 8
-    return few and x.device.type == "cpu" and kernel(w.bits) is not None
+    """Whether this module can compute `x @ w.T`: decided by form, device, CPU and numba's presence alone."""
+    return w.metadata_bits == 8 and x.device.type == "cpu" and loops() is not None
 
 
-def linear(x: torch.Tensor, w: QTensor) -> torch.Tensor:
+def linear(x: torch.Tensor, w: QTensor, exact: bool = False) -> torch.Tensor:
     """`x @ w.T` for x (T, K) and w (N, K), in x's dtype -> (T, N); `serves(x, w)` must hold."""
-    out = torch.empty(x.shape[0], w.shape[0])  # (T, N)
-    arrays = [w.parts[name].numpy() for name in ("codes", "scale_base", "scale_span", "min_top", "min_span")]
-    codes, grids = arrays[0], [grid.view(np.float16).astype(np.float32) for grid in arrays[1:]]
-    metadata = w.parts["scale_codes"].numpy(), w.parts["min_codes"].numpy()
-    arguments = (x.float().contiguous().numpy(), codes.view(np.uint32), *grids, *metadata, w.group_size, out.numpy())
-    run, blocks = kernel(w.bits), -(-w.shape[0] // BLOCK)
-    threads = min(torch.get_num_threads(), blocks) if w.shape[0] * w.shape[1] > SHARED_ABOVE else 1
-    bounds = [blocks * i // threads for i in range(threads + 1)]
+    return _product(x.float().contiguous(), False, w, exact).to(x.dtype)
+
+
+def gated(h: torch.Tensor, w: QTensor, exact: bool = False) -> torch.Tensor:
+    """`(silu(gate) * up) @ w.T` for h (T, 2F), fp32, gate in its first half, and w (N, F) -> fp32 (T, N)."""
+    return _product(h, True, w, exact)
+
+
+def _product(x: torch.Tensor, gate: bool, w: QTensor, exact: bool) -> torch.Tensor:
+    T, (N, K) = x.shape[0], w.shape
+    out = torch.empty(T, N)
+    run = loops().linear(w.bits, 1 if T == 1 else 2 if T == 2 else 4, "float" if exact else integer_way())
+    arguments = (x.numpy(), gate, w.image.numpy(), N, w.group_size, out.numpy())
+    share(lambda first, last: run(*arguments, first, last), -(-N // BLOCK), N * K * T)
+    return out
+
+
+def share(work: Callable[[int, int], object], count: int, size: int) -> None:
+    """Call `work(first, last)` on ranges of 0..count: on torch's number of threads where `size` is worth it."""
+    threads = min(torch.get_num_threads(), count) if size > SHARED_ABOVE else 1
     if threads == 1:
-        run(*arguments, 0, blocks)
+        work(0, count)
     else:
-        list(pool(threads).map(lambda i: run(*arguments, bounds[i], bounds[i + 1]), range(threads)))
-    return out.to(x.dtype)
+        crew(threads).share(work, count)
 
 
-@functools.cache
-def pool(threads: int) -> ThreadPoolExecutor:
-    """Threads that wait for work; numba's own would end the process when two models compute at once."""
-    return ThreadPoolExecutor(threads, thread_name_prefix="mixoff-kernel")
-
-
-@functools.cache
-def kernel(bits: int) -> Callable | None:
-    """The compiled loop for codes of `bits` bits, None where numba is not installed."""
-    try:
-        import numba
-    except ImportError:
-        return None
-    try:
-        return numba.njit(nogil=True, fastmath={"contract"}, cache=True)(LOOPS[bits])
-    except RuntimeError:  # no folder in which to keep compiled code
-        return numba.njit(nogil=True, fastmath={"contract"})(LOOPS[bits])
-
-
-def _loop(bits: int) -> Callable:
-    """The loop over blocks, written once for all widths: `bits` and what follows from it are constants to numba."""
-    per_word, mask = 32 // bits, np.uint32(2**bits - 1)
-
-    def loop(x, codes, base, span, top, min_span, scale_codes, min_codes, group, out, first, last):
-        rows, K = x.shape
-        N = out.shape[1]
-        words, groups = K // per_word, K // group
-        step = group // per_word  # words of a group
-        acc, total = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
-        for t in range(rows):
-            for b in range(first, last):
-                start = b * BLOCK
-                n = min(BLOCK, N - start)
-                block = codes[start * words : (start + n) * words].reshape(words, n)
-                total[:] = np.float32(0)
-                for g in range(groups):
-                    acc[:] = np.float32(0)
-                    sum_x = np.float32(0)
-                    for j in range(g * step, (g + 1) * step):
-                        word = block[j]
-                        for i in range(per_word):
-                            value, shift = x[t, j * per_word + i], np.uint32(bits * i)
-                            sum_x += value
-                            for r in range(n):
-                                acc[r] += np.float32(np.int32((word[r] >> shift) & mask)) * value
-                    item = start * groups + g * n
-                    for r in range(n):
-                        grid = (item + r) // SUPER
-                        scale = base[grid] + np.float32(scale_codes[item + r]) * (span[grid] / np.float32(256))
-                        low = top[grid] - np.float32(min_codes[item + r]) * (min_span[grid] / np.float32(256))
-                        total[r] += scale * acc[r] + low * sum_x
-                out[t, start : start + n] = total[:n]
-
-    return loop
-
-
-LOOPS = {bits: _loop(bits) for bits in BITS}
+def dense(x: torch.Tensor, w: QTensor) -> torch.Tensor:
+    """`x @ w.T` by way of weights, each block of outputs dequantized once: the bits of the reference."""
+    image, size, run = w.image.numpy(), w.group_size, loops().dequantizer(w.bits)
+    out = x.new_empty(x.shape[0], w.shape[0])  # (T, N)
+    for start, stop in w.blocks():
+        block = torch.empty(w.shape[1], stop - start)  # (K, B)
+        run(image, w.shape[0], size, start, block.numpy())
+        torch.mm(x, block.to(x.dtype), out=out[:, start:stop])
+    return out

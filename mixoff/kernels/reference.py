@@ -16,6 +16,7 @@ import torch
 
 from mixoff.quantize import BLOCK, QTensor
 from mixoff.shapes import Part, Site, torch_dtype
+from mixoff.strided import StridedTensor
 
 BLOCK_ROWS = 32  # rows of a weight widened at a time; at K = 4096 in fp32 a block is 512 KiB and stays in the L2 cache
 EVEN_ROWS = 8  # BLAS sums the odd rows at the end of a matrix in another order: such a weight is one block
@@ -52,7 +53,7 @@ def linear(
 
     `scratch`: uint8, `scratch_nbytes` long; a quantized weight takes its scratch from torch, no more than that.
     """
-    if isinstance(w, QTensor):
+    if isinstance(w, (QTensor, StridedTensor)):
         return _from_codes(x, w)
     w = w if transposed else w.t()  # (K, N)
     return torch.mm(x, w) if w.dtype == x.dtype else _widened(x, w, scratch)
@@ -72,7 +73,7 @@ def _widened(x: torch.Tensor, w: torch.Tensor, scratch: torch.Tensor) -> torch.T
     return out
 
 
-def _from_codes(x: torch.Tensor, w: QTensor) -> torch.Tensor:
+def _from_codes(x: torch.Tensor, w: QTensor | StridedTensor) -> torch.Tensor:
     out = x.new_empty(x.shape[0], w.shape[0])  # (T, N)
     for start, stop in w.blocks():
         weights = w.block_weights(start, stop).to(x.dtype)  # (B, K)

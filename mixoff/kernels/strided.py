@@ -16,10 +16,11 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from mixoff.kernels.cpu import MOST_ROWS, SHARED_ABOVE, pool
+from mixoff.kernels.cpu import share
 from mixoff.strided import StridedTensor
 
 BITS = (2, 4)
+MOST_ROWS = 4  # more rows share the cost of dequantizing once
 
 
 def serves(x: torch.Tensor, w: StridedTensor) -> bool:
@@ -33,15 +34,10 @@ def linear(x: torch.Tensor, w: StridedTensor) -> torch.Tensor:
     out = torch.empty(x.shape[0], w.shape[0])  # (T, N)
     rows, run = w.shape[0] // len(w.matrices), kernel(w.form.bits)
     activations = x.float().contiguous().numpy()
-    threads = min(torch.get_num_threads(), w.step) if rows * w.shape[1] > SHARED_ABOVE else 1
-    bounds = [w.step * i // threads for i in range(threads + 1)]
     for i, parts in enumerate(w.matrices):
         columns = out[:, i * rows : (i + 1) * rows].numpy()
         arguments = (activations, *_arrays(parts), columns)
-        if threads == 1:
-            run(*arguments, 0, w.step)
-        else:
-            list(pool(threads).map(lambda j, args=arguments: run(*args, bounds[j], bounds[j + 1]), range(threads)))
+        share(lambda first, last, args=arguments: run(*args, first, last), w.step, rows * w.shape[1])
     return out.to(x.dtype)
 
 

@@ -1,0 +1,296 @@
+"""Products with quantized weights, compiled by numba: the loops over blocks, groups and rows around `simd.group`.
+
+Letters: **T** rows of activations, **N** outputs, **K** inputs, **G** group size, **F** expert width.
+Weights are read where they lie, in the byte image of a `QTensor`. Each output is summed by one thread, groups
+ascending, so neither threads nor the number of rows in a call change a bit.
+
+Importing this module imports numba. Does not know tensors.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numba
+import numpy as np
+from numba.extending import overload, register_jitable
+
+from mixoff.kernels import simd
+from mixoff.kernels.simd import BLOCK, LANES, TOP, WIDTH, group
+
+STAMP = hashlib.sha256(Path(simd.__file__).read_bytes()).hexdigest()  # of what numba's cache on disk doesn't look at
+SUPER = 128  # groups on one grid of metadata
+SMALLEST = np.float32(2.0**-100)  # a group of activations below it counts as zero: its scale would leave fp32's range
+HALF, SPAN = np.float32(2.0**112), np.float32(2.0**104)  # what fp16's bits, moved to fp32's places, lack; over 256
+ROUND = np.float32(1.5 * 2**23)  # x + ROUND - ROUND rounds |x| < 2**22 half to even
+LOG2_E, LN2_HIGH, LN2_LOW = np.float32(1.44269504), np.float32(0.693359375), np.float32(-2.12194440e-4)
+EXP = tuple(map(np.float32, (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 0.5)))
+MOST_EXP = np.float32(87)  # exp of more leaves fp32's range
+
+
+def jit(loop: Callable) -> Callable:
+    """`loop` compiled, kept on disk where there is a folder for it."""
+    try:
+        return numba.njit(nogil=True, cache=True, error_model="numpy")(loop)
+    except RuntimeError:  # no folder in which to keep compiled code
+        return numba.njit(nogil=True, error_model="numpy")(loop)
+
+
+@functools.cache
+def linear(bits: int, rows: int, way: str) -> Callable:
+    """The product with a weight of `bits` bits, `rows` (1, 2 or 4) side by side, in one of the ways of `simd`.
+
+    x (T, K) fp32 into out (T, N), for blocks first..last of outputs, in groups of `size`. gate: x is (T, 2K), and
+    silu(first half) * second half takes its place.
+    """
+    stamp = STAMP
+
+    def product_of(x, gate, image, N, size, out, first, last):
+        x = silu_gate(x) if gate else x
+        codes, scales, sums = activations(way, x, size, rows, bits)
+        product(bits, rows, way, stamp, codes, scales, sums, image, N, size, out, first, last)
+
+    return jit(product_of)
+
+
+# Activations ----------------------------------------------------------------------------------------------------------
+
+
+@register_jitable
+def silu_gate(h):
+    """silu(gate) * up of h (T, 2F) -> (T, F); exp after Cephes' expf, in steps that LLVM turns into vectors."""
+    T, F = h.shape[0], h.shape[1] // 2
+    out, power, whole = np.empty((T, F), np.float32), np.empty(F, np.float32), np.empty(F, np.int32)
+    factor = whole.view(np.float32)
+    for t in range(T):
+        for i in range(F):
+            y = min(max(-h[t, i], -MOST_EXP), MOST_EXP)
+            n = y * LOG2_E + ROUND - ROUND
+            r = y - n * LN2_HIGH - n * LN2_LOW
+            p = ((((EXP[0] * r + EXP[1]) * r + EXP[2]) * r + EXP[3]) * r + EXP[4]) * r + EXP[5]
+            power[i] = p * (r * r) + r + np.float32(1)
+            whole[i] = (np.int32(n) + np.int32(127)) << np.int32(23)
+        for i in range(F):
+            gate = -MOST_EXP if h[t, i] < -MOST_EXP else h[t, i]  # what is not a number stays so
+            out[t, i] = gate / (np.float32(1) + power[i] * factor[i]) * h[t, F + i]
+    return out
+
+
+def activations(way, x, size, rows, bits):
+    """Activations as a product takes them, T filled up to a multiple of `rows`: codes, scales, sums of each group."""
+
+
+@overload(activations, prefer_literal=True)
+def _activations(way, x, size, rows, bits):
+    per_byte = 8 // WIDTH[bits.literal_value]
+    if way.literal_value == "float":
+        return lambda way, x, size, rows, bits: unquantized(x, size, rows)
+    return lambda way, x, size, rows, bits: quantized(x, size, rows, per_byte)
+
+
+@register_jitable
+def unquantized(x, size, rows):
+    T, K = x.shape
+    padded = (T + rows - 1) // rows * rows
+    values, scales = np.zeros((padded, K), np.float32), np.ones((padded, K // size), np.float32)
+    sums = np.zeros((padded, K // size), np.float32)
+    for t in range(T):
+        for k in range(K):
+            values[t, k] = x[t, k]
+        for g in range(K // size):
+            for k in range(g * size, (g + 1) * size):
+                sums[t, g] += x[t, k]
+    return values, scales, sums
+
+
+@register_jitable
+def quantized(x, size, rows, per_byte):
+    """To int8, one scale a group, symmetric. The codes of a word's bytes lie together: every `per_byte`-th input.
+
+    The sum of a group is that of its quantized values, so that their errors meet `w` and not `w - minimum`.
+    """
+    T, K = x.shape
+    padded = (T + rows - 1) // rows * rows
+    codes = np.zeros((padded, K), np.int8)
+    scales, sums = np.zeros((padded, K // size), np.float32), np.zeros((padded, K // size), np.float32)
+    values = np.empty(K, np.int8)
+    word = 4 * per_byte
+    bits = x.view(np.int32)
+    for t in range(T):
+        for g in range(K // size):
+            most = np.int32(
+                0
+            )  # magnitudes order as the integers of their bits do, and those LLVM compares side by side
+            for k in range(g * size, (g + 1) * size):
+                most = max(most, bits[t, k] & np.int32(0x7FFFFFFF))
+            largest = from_bits(most)
+            inverse = np.float32(TOP) / largest if largest >= SMALLEST else np.float32(0)
+            total = np.int32(0)
+            for k in range(g * size, (g + 1) * size):
+                code = np.int32(x[t, k] * inverse + ROUND - ROUND)
+                values[k] = code
+                total += code
+            scales[t, g] = largest / np.float32(TOP) if not largest < SMALLEST else np.float32(0)
+            sums[t, g] = scales[t, g] * np.float32(total)
+        for j in range(0, K, word):
+            for byte in range(4):
+                for i in range(per_byte):
+                    codes[t, j + 4 * i + byte] = values[j + per_byte * byte + i]
+    return codes, scales, sums
+
+
+@register_jitable
+def from_bits(value):
+    """The fp32 number of these 32 bits."""
+    return np.int32(value).view(np.float32)
+
+
+# Products -------------------------------------------------------------------------------------------------------------
+
+
+@register_jitable
+def grids_of(image, start, count, first, used):
+    """Metadata grids first..first + used of `count`, fp32 (used, 4): base, span / 256, top, -span / 256.
+
+    fp16 is widened by moving its bits, which any CPU can.
+    """
+    halves = image[start : start + 8 * count].view(np.uint16)
+    moved = np.empty((4, used), np.int32)
+    wide, out = moved.view(np.float32), np.empty((used, 4), np.float32)
+    for k in range(4):
+        for i in range(used):
+            half = np.int32(halves[k * count + first + i])
+            moved[k, i] = (half & np.int32(0x7FFF)) << np.int32(13) | (half & np.int32(0x8000)) << np.int32(16)
+    for i in range(used):
+        out[i, 0], out[i, 1] = wide[0, i] * HALF, wide[1, i] * SPAN
+        out[i, 2], out[i, 3] = wide[2, i] * HALF, -wide[3, i] * SPAN
+    return out
+
+
+@register_jitable
+def widened(image, start, rows, nbytes, wide):
+    """`rows` rows of `nbytes` bytes each, with room for `wide`: a block of fewer outputs than a vector has."""
+    out = np.zeros((rows, wide), np.uint8)
+    for i in range(rows):
+        for k in range(nbytes):
+            out[i, k] = image[start + i * nbytes + k]
+    return out
+
+
+def product(bits, rows, way, stamp, x, scales, sums, image, N, size, out, first, last):
+    """Codes of activations (T, K) times the weight in `image`, into the rows that `out` (T, N) has."""
+
+
+@overload(product, prefer_literal=True)
+def _product(bits, rows, way, stamp, x, scales, sums, image, N, size, out, first, last):
+    vectors = 8 // rows.literal_value
+    chunk, per_word = vectors * LANES, 32 // WIDTH[bits.literal_value]
+    third = int(bits.literal_value == 3)
+    x_item = 4 if way.literal_value == "float" else 1
+
+    def loop(bits, rows, way, stamp, x, scales, sums, image, N, size, out, first, last):
+        T, K = x.shape
+        groups, words, step = K // size, K // per_word, size // per_word
+        items, high_at = N * groups, 4 * N * words
+        count, grids_at = (items + SUPER - 1) // SUPER, high_at + third * (N * K // 8)
+        base, scales_at = image.ctypes.data, grids_at + 8 * count
+        lanes, total = np.zeros((4, BLOCK), np.float32), np.empty((rows, BLOCK), np.float32)
+        for b in range(first, last):
+            start = b * BLOCK
+            n = min(BLOCK, N - start)
+            item, beside = start * groups, n
+            first_grid = item // SUPER
+            grids = grids_of(image, grids_at, count, first_grid, (item + n * groups - 1) // SUPER - first_grid + 1)
+            codes, high = base + 4 * start * words, base + high_at + start * K // 8
+            scale_codes = base + scales_at + item
+            min_codes = scale_codes + items
+            if n < LANES:
+                beside = LANES
+                codes8 = widened(image, 4 * start * words, words, 4 * n, 4 * LANES)
+                high8 = widened(image, high_at + start * K // 8, third * (K // 16), 2 * n, 2 * LANES)
+                scale8 = widened(image, scales_at + item, groups, n, LANES)
+                min8 = widened(image, scales_at + items + item, groups, n, LANES)
+                codes, high = codes8.ctypes.data, high8.ctypes.data
+                scale_codes, min_codes = scale8.ctypes.data, min8.ctypes.data
+            for t in range(0, T, rows):
+                for i in range(rows):
+                    for r in range(BLOCK):
+                        total[i, r] = 0
+                x_at, s_at = x.ctypes.data + t * K * x_item, scales.ctypes.data + 4 * t * groups
+                sum_at, total_at = sums.ctypes.data + 4 * t * groups, total.ctypes.data
+                for g in range(groups):
+                    at = g * step * beside
+                    if n == BLOCK:
+                        for r in range(0, BLOCK, chunk):
+                            group(
+                                bits, rows, vectors, way, False, step, codes + 4 * (at + r), 4 * BLOCK,
+                                high + 2 * (at + r), 2 * BLOCK, x_at + g * size * x_item, K * x_item,
+                                scale_codes + g * BLOCK + r, min_codes + g * BLOCK + r, grids.ctypes.data + 16 * g,
+                                s_at + 4 * g, sum_at + 4 * g, 4 * groups, total_at + 4 * r,
+                            )  # fmt: skip
+                    else:
+                        for r in range(n):
+                            for k in range(4):
+                                lanes[k, r] = grids[(item + g * n + r) // SUPER - first_grid, k]
+                        for v in range(0, n, LANES):
+                            r = min(v, beside - LANES)
+                            group(
+                                bits, rows, 1, way, True, step, codes + 4 * (at + r), 4 * beside,
+                                high + 2 * (at + r), 2 * beside, x_at + g * size * x_item, K * x_item,
+                                scale_codes + g * beside + r, min_codes + g * beside + r, lanes.ctypes.data + 4 * r,
+                                s_at + 4 * g, sum_at + 4 * g, 4 * groups, total_at + 4 * v,
+                            )  # fmt: skip
+                for i in range(min(rows, out.shape[0] - t)):
+                    for v in range(0, n, LANES):
+                        r = max(0, min(v, n - LANES))
+                        for k in range(min(LANES, n)):
+                            out[t + i, start + r + k] = total[i, v + k]
+
+    return loop
+
+
+# Weights --------------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def dequantizer(bits: int) -> Callable:
+    """The weights of one block of outputs, inputs first: image into out (K, n), the bits of `QTensor.dequantize`."""
+    width, third = WIDTH[bits], int(bits == 3)
+    per_word, mask = 32 // width, np.int32(2**width - 1)
+
+    def dequantize(image, N, size, start, out):
+        K, n = out.shape
+        groups, step, item = K // size, size // per_word, start * (K // size)
+        items, high_at = N * groups, N * K * width // 8
+        count, grids_at = (items + SUPER - 1) // SUPER, high_at + third * (N * K // 8)
+        first_grid = item // SUPER
+        grids = grids_of(image, grids_at, count, first_grid, (item + n * groups - 1) // SUPER - first_grid + 1)
+        codes_at = start * K * width // 8
+        words = image[codes_at : codes_at + n * K * width // 8].view(np.int32)
+        highs = image[high_at + start * K // 8 : high_at + third * ((start + n) * K // 8)].view(np.int16)
+        scale_codes = image[grids_at + 8 * count :]
+        scale, zero = np.empty(n, np.float32), np.empty(n, np.float32)
+        for g in range(groups):
+            for r in range(n):
+                at = item + g * n + r
+                grid = grids[at // SUPER - first_grid]
+                scale[r] = grid[0] + np.float32(scale_codes[at]) * grid[1]
+                minimum = grid[2] + np.float32(scale_codes[items + at]) * grid[3]
+                zero[r] = -minimum / scale[r] if scale[r] > 0 else np.float32(0)
+            for j in range(g * step, (g + 1) * step):
+                for i in range(per_word):
+                    k = j * per_word + i
+                    if third:
+                        for r in range(n):
+                            low = words[j * n + r] >> np.int32(width * i) & mask
+                            top = np.int32(highs[k // 16 * n + r]) >> np.int32(k % 16) & np.int32(1)
+                            out[k, r] = (np.float32(low | top << np.int32(2)) - zero[r]) * scale[r]
+                    else:
+                        for r in range(n):
+                            code = words[j * n + r] >> np.int32(width * i) & mask
+                            out[k, r] = (np.float32(code) - zero[r]) * scale[r]
+
+    return jit(dequantize)
