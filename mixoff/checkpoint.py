@@ -156,13 +156,16 @@ class Checkpoint:
     Raises CheckpointError for anything missing, damaged or unsafe.
     """
 
+    in_place = True  # whether experts can be served from these files as they are
+    method: str | None = None  # of the quantization that this class reads
+
     def __init__(self, folder: str | Path, headers: Mapping[str, dict[str, TensorRange]] | None = None) -> None:
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise CheckpointError(
                 f"no model folder at {folder}: give the folder that holds config.json and *.safetensors"
             )
-        _refuse_quantized(read_json(self.folder / "config.json"), self.folder)
+        _refuse_quantized(read_json(self.folder / "config.json"), self.folder, self.method)
         self.files = _weight_files(self.folder) if headers is None else sorted(headers)
         self.tensors: dict[str, TensorRange] = {}
         for file in self.files:
@@ -190,21 +193,31 @@ class Checkpoint:
         """Every tensor that is no expert's by name: as it is once it has been read, and how to read it."""
         experts = self.expert_names()
         whole = {name: t for name, t in self.tensors.items() if name not in experts}
-        return {name: (t, Extent(t.file, t.offset, 0, t.nbytes)) for name, t in whole.items()}
+        return {name: (t, self._extent(name, 0, t.nbytes, 0)) for name, t in whole.items()}
+
+    def side_changes(self) -> dict[str, bytes]:
+        """Small files that a store has otherwise than this checkpoint."""
+        return {}
+
+    def _extent(self, name: str, start: int, nbytes: int, place: int) -> Extent:
+        """How to read `nbytes` from byte `start` of a tensor into an image."""
+        t = self.tensors[name]
+        return Extent(t.file, t.offset + start, place, nbytes)
 
     def expert_dtype(self) -> str:
         """The one dtype that all experts are stored in, by torch's name."""
-        found = {self.tensors[name].dtype for name in self.expert_names()}
+        found = {self.tensors[name].dtype: name for name in sorted(self.expert_names(), reverse=True)}
         if not found:
             raise CheckpointError(
                 f"{self.folder} has no expert weights under a name that mixoff knows (…layers.0.….experts.0.w1.weight)"
             )
-        if len(found) > 1 or not found <= DTYPES.keys():
+        if len(found) > 1 or not found.keys() <= DTYPES.keys():
+            examples = ", ".join(f"{name} in {dtype}" for dtype, name in sorted(found.items()))
             raise CheckpointError(
-                f"experts are stored as {', '.join(sorted(found))}: "
+                f"experts are stored as {', '.join(sorted(found))} ({examples}): "
                 f"mixoff reads checkpoints that have one of {', '.join(DTYPES)} for all experts"
             )
-        return DTYPES[found.pop()]
+        return DTYPES[found.popitem()[0]]
 
     def extents(self, sites: Sequence[Site]) -> dict[tuple[int, int], list[Extent]]:
         """Where the bytes of each expert stand, by (site, expert). Every part of every expert is covered, once."""
@@ -219,14 +232,14 @@ class Checkpoint:
         """Where a part of expert `e` of site `i` stands: a slice of a tensor, or a tensor for each of its matrices."""
         site = sites[i]
         if name := places.get((i, None, part.name)):
-            self._expect(t := self.tensors[name], (site.num_experts, *part.shape), site, e)
-            return [Extent(t.file, t.offset + e * part.nbytes, part.offset, part.nbytes)]
+            self._expect(self.tensors[name], (site.num_experts, *part.shape), site, e)
+            return [self._extent(name, e * part.nbytes, part.nbytes, part.offset)]
         extents, place = [], part.offset
         pieces = keys.PIECES.get(part.name, (part.name,))
         for matrix in pieces:
-            t = self.tensors.get(places.get((i, e, matrix)))
+            t = self.tensors.get(name := places.get((i, e, matrix)))
             self._expect(t, (part.shape[0] // len(pieces), *part.shape[1:]), site, e)
-            extents.append(Extent(t.file, t.offset, place, t.nbytes))
+            extents.append(self._extent(name, 0, t.nbytes, place))
             place += t.nbytes
         return extents
 
@@ -242,12 +255,15 @@ class Checkpoint:
             )
 
 
-def _refuse_quantized(config: dict, folder: Path) -> None:
+def _refuse_quantized(config: dict, folder: Path, known: str | None) -> None:
     for holder in (config, config.get("text_config")):
         if isinstance(holder, dict) and (quantization := holder.get("quantization_config")):
             method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
+            if method == known:
+                continue
+            name = " ".join(str(method).split())[:50]
             raise CheckpointError(
-                f"{folder} is quantized already ({method}): give mixoff the 16-bit original of this model"
+                f"{folder} is quantized already ({name}): give mixoff the 16-bit original of this model"
             )
 
 

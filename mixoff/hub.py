@@ -114,7 +114,7 @@ class HubShards:
         return f"{self.model} {[(file, self.listed[file].size) for file in self.checkpoint.files]}"
 
     def side_files(self) -> dict[str, bytes]:
-        return read_side_files(self.checkpoint.folder)
+        return read_side_files(self.checkpoint.folder) | self.checkpoint.side_changes()
 
     def acquire(self, file: str) -> Path:
         from huggingface_hub import hf_hub_download

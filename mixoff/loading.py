@@ -72,7 +72,7 @@ def load(
         )
         undo.callback(runtime.close)
         _check_memory(runtime.arena.numel() + runtime.ram_nbytes)
-        model = _load_backbone(source, compute)
+        model = _load_backbone(source, compute, exact)
         undo.pop_all()
     bind(model, runtime)
     return model
@@ -96,13 +96,20 @@ def _check_memory(nbytes: int) -> None:
 
 def _open(path: str | Path, scheme: str | Scheme | None) -> store.Source:
     """The source at `path`, in the precision of `scheme` if one is given."""
-    source = store.open_source(path)
     scheme = Scheme.preset(scheme) if isinstance(scheme, str) else scheme
-    if scheme is None or scheme == source.scheme:
-        return source
-    source.close()
-    if source.is_store:
-        raise MixoffError(f"{path} is a store in another scheme: load it without one, or convert the original again")
+    try:
+        source = store.open_source(path)
+    except store.EncodedError:
+        if scheme is None:
+            raise
+    else:
+        if scheme is None or scheme == source.scheme:
+            return source
+        source.close()
+        if source.is_store:
+            raise MixoffError(
+                f"{path} is a store in another scheme: load it without one, or convert the original again"
+            )
     temporary = TemporaryDirectory(prefix="mixoff-", ignore_cleanup_errors=True)
     converted = store.open_source(conversion.convert(path, Path(temporary.name) / "store", scheme))
     converted.temporary = temporary
@@ -118,7 +125,7 @@ def _compute_dtype(dtype: str | torch.dtype, stored: str) -> torch.dtype:
     return shapes.torch_dtype(name)
 
 
-def _load_backbone(source: store.Source, compute: torch.dtype) -> PreTrainedModel:
+def _load_backbone(source: store.Source, compute: torch.dtype, exact: bool) -> PreTrainedModel:
     """`from_pretrained` of everything but the experts: their parameters are removed before weights are looked for."""
     config = shapes.read_config(source.folder)
     quantized, tensors = store.read_backbone(source.folder)
@@ -142,7 +149,7 @@ def _load_backbone(source: store.Source, compute: torch.dtype) -> PreTrainedMode
         raise CheckpointError(
             f"{source.folder} lacks {', '.join(lacking[:3])}: the download is incomplete, fetch it again"
         )
-    layers.fill(model, quantized, compute)
+    layers.fill(model, quantized, compute, exact)
     if tensors and (source.folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(source.folder, local_files_only=True)
     model.generation_config.disable_compile = True  # the experts are not a graph

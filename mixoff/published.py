@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from mixoff import shapes, strided
+from mixoff import encoded, shapes, strided
 from mixoff.checkpoint import INDEX, Checkpoint, Extent, TensorRange, read_json
 from mixoff.errors import CheckpointError
 from mixoff.shapes import Part, Site
@@ -39,7 +39,7 @@ def is_published(folder: Path) -> bool:
 
 def open_checkpoint(folder: str | Path, headers: Mapping[str, dict[str, TensorRange]] | None = None) -> Checkpoint:
     """The checkpoint in `folder`, in whichever layout it is; `headers` as in `Checkpoint`."""
-    kind = PublishedCheckpoint if is_published(Path(folder)) else Checkpoint
+    kind = PublishedCheckpoint if is_published(Path(folder)) else encoded.checkpoint_class(Path(folder))
     return kind(folder, headers)
 
 

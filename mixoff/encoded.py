@@ -1,0 +1,217 @@
+"""Checkpoints whose weights are encoded, decoded while they are read: fp8 with scales of blocks, and MXFP4.
+
+DeepSeek-V3 stores `….weight` in fp8 beside `….weight_scale_inv`, one number for a block of 128 x 128. gpt-oss stores
+experts as `…_proj_blocks`, 32 numbers of 4 bits in 16 bytes, beside `…_proj_scales`, one exponent for those. Decoded
+they are bf16, as transformers reads them; so only a conversion can use them, and its store is an ordinary one.
+
+Does not know stores, schemes or caches.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from mixoff.checkpoint import Checkpoint, Extent, Read, TensorRange, read_json
+from mixoff.errors import CheckpointError
+
+SCALE = "_scale_inv"
+FP8 = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
+SCALES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F8_E8M0": torch.float8_e8m0fnu}
+UNUSED = (".input_scale", ".activation_scale")  # of activations, which are not encoded here
+FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # and the same below zero; OCP Microscaling Formats 1.0, section 5.3.3
+GROUP = 32  # numbers of MXFP4 that share an exponent
+BIAS = 127  # of that exponent
+PIECE = 1 << 22  # numbers decoded at a time
+
+
+def checkpoint_class(folder: Path) -> type[Checkpoint]:
+    """The class that reads the checkpoint in `folder`, by what its config.json says of its encoding."""
+    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    quantization = config.get("quantization_config")
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    return {"fp8": Fp8Checkpoint, "mxfp4": Mxfp4Checkpoint}.get(method if isinstance(method, str) else None, Checkpoint)
+
+
+class EncodedCheckpoint(Checkpoint):
+    """A checkpoint of encoded weights; `tensors` describes them as they are once decoded, under transformers' names."""
+
+    in_place = False
+
+    def __init__(self, folder: str | Path, headers: Mapping[str, dict[str, TensorRange]] | None = None) -> None:
+        super().__init__(folder, headers)
+        self.encoded: dict[str, Extent] = {}
+        self._decode_names()
+
+    def _decode_names(self) -> None:
+        """Replace encoded tensors in `tensors` by what they become, and note in `encoded` how."""
+        raise NotImplementedError
+
+    def _extent(self, name: str, start: int, nbytes: int, place: int) -> Extent:
+        if name not in self.encoded:
+            return super()._extent(name, start, nbytes, place)
+        return replace(self.encoded[name], place=place, nbytes=nbytes)  # a matrix is decoded as a whole
+
+    def _add(self, name: str, shape: tuple[int, ...], extent: Extent) -> None:
+        if name in self.tensors:
+            raise CheckpointError(f"{self.folder} has {name} twice, encoded and plain: keep one of them")
+        self.tensors[name] = TensorRange(extent.file, "BF16", shape, extent.offset, 2 * math.prod(shape))
+        self.encoded[name] = extent
+
+    def side_changes(self) -> dict[str, bytes]:
+        """config.json without its quantization_config: the store's weights are decoded."""
+        config = read_json(self.folder / "config.json")
+        del config["quantization_config"]
+        return {"config.json": (json.dumps(config, indent=2) + "\n").encode()}
+
+
+# fp8 ------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Fp8Extent(Extent):
+    """A matrix of fp8, and the scales of its blocks. nbytes: of the decoded matrix, bf16."""
+
+    weight: TensorRange | None = None
+    scale: TensorRange | None = None
+    block: tuple[int, int] = (128, 128)
+
+    def ranges(self) -> list[tuple[str, int, int]]:
+        return [(t.file, t.offset, t.nbytes) for t in (self.weight, self.scale)]
+
+    def fill(self, image: memoryview, read: Read) -> None:
+        (rows, columns), (height, width) = self.weight.shape, self.block
+        out = torch.frombuffer(image[self.place : self.place + self.nbytes], dtype=torch.bfloat16).view(rows, columns)
+        scales = _read(self.scale, self.scale.offset, self.scale.nbytes, SCALES[self.scale.dtype], read).float()
+        scales = scales.view(-(-rows // height), -(-columns // width)).repeat_interleave(width, 1)[:, :columns]
+        step = max(1, PIECE // (height * columns)) * height  # rows, whole blocks of them
+        for start in range(0, rows, step):
+            n = min(step, rows - start)
+            offset = self.weight.offset + start * columns
+            codes = _read(self.weight, offset, n * columns, FP8[self.weight.dtype], read).view(n, columns)
+            of_rows = scales[start // height : -(-(start + n) // height)].repeat_interleave(height, 0)[:n]
+            out[start : start + n] = codes.float().mul_(of_rows)
+
+
+class Fp8Checkpoint(EncodedCheckpoint):
+    """fp8 as DeepSeek-V3 has it: `weight_block_size` in the configuration, or one scale for each weight."""
+
+    method = "fp8"
+
+    def _decode_names(self) -> None:
+        for name in [name for name in self.tensors if name.endswith(UNUSED)]:
+            del self.tensors[name]
+        for name in [name for name in self.tensors if name.endswith(SCALE)]:
+            scale, weight = self.tensors.pop(name), self.tensors.pop(name.removesuffix(SCALE), None)
+            if weight is None:
+                raise CheckpointError(f"{self.folder} lacks {name.removesuffix(SCALE)}: fetch it again")
+            block = self._block(weight.shape, scale) if weight.dtype in FP8 and scale.dtype in SCALES else None
+            if block is None:
+                raise CheckpointError(
+                    f"{name} is {scale.dtype} {scale.shape} for a weight that is {weight.dtype} {weight.shape}: "
+                    "mixoff knows fp8 matrices with a scale for each block; use the 16-bit original of this model"
+                )
+            place = weight.file, weight.offset, 0, 2 * math.prod(weight.shape)
+            self._add(name.removesuffix(SCALE), weight.shape, Fp8Extent(*place, weight, scale, block))
+        if plain := sorted(name for name, t in self.tensors.items() if t.dtype in FP8):
+            raise CheckpointError(f"{self.folder} has no scale for {plain[0]}: fetch it again, or use a 16-bit copy")
+
+    def _block(self, shape: tuple[int, ...], scale: TensorRange) -> tuple[int, int] | None:
+        """Rows and columns that share a scale: as configured, or what the grid says. None for what is no such grid."""
+        size = read_json(self.folder / "config.json")["quantization_config"].get("weight_block_size")
+        grid = (1, 1) if math.prod(scale.shape) == 1 else scale.shape
+        if len(shape) != 2 or len(grid) != 2 or 0 in (*shape, *grid):
+            return None
+        sizes = isinstance(size, list) and len(size) == 2 and all(type(n) is int and n > 0 for n in size)
+        if sizes and grid == tuple(-(-n // b) for n, b in zip(shape, size, strict=True)):
+            return tuple(size)
+        even = not any(n % g for n, g in zip(shape, grid, strict=True))
+        return tuple(n // g for n, g in zip(shape, grid, strict=True)) if even else None
+
+
+# MXFP4 ----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Mxfp4Extent(Extent):
+    """Experts' matrices of MXFP4, transposed: codes (outputs, inputs), decoded (inputs, outputs).
+
+    blocks, scales: of all experts. first, count: which of them. nbytes: decoded, bf16.
+    """
+
+    blocks: TensorRange | None = None
+    scales: TensorRange | None = None
+    first: int = 0
+    count: int = 1
+
+    def ranges(self) -> list[tuple[str, int, int]]:
+        return [(t.file, t.offset + self.first * n, self.count * n) for t, n in self._sizes()]
+
+    def fill(self, image: memoryview, read: Read) -> None:
+        _, outputs, groups, _ = self.blocks.shape
+        inputs = groups * GROUP
+        out = torch.frombuffer(image[self.place : self.place + self.nbytes], dtype=torch.bfloat16)
+        out = out.view(self.count, inputs, outputs)
+        step = max(1, PIECE // inputs)  # outputs
+        for i in range(self.count):
+            for start in range(0, outputs, step):
+                n = min(step, outputs - start)
+                packed, exponents = (
+                    _read(t, t.offset + (self.first + i) * size + start * size // outputs, n * size // outputs,
+                          torch.uint8, read)
+                    for t, size in self._sizes()
+                )  # fmt: skip
+                out[i, :, start : start + n] = decode_mxfp4(packed.view(n, groups, -1), exponents.view(n, groups)).T
+
+    def _sizes(self) -> list[tuple[TensorRange, int]]:
+        """Blocks and scales, and how many bytes of each an expert has."""
+        return [(t, t.nbytes // t.shape[0]) for t in (self.blocks, self.scales)]
+
+
+def decode_mxfp4(packed: torch.Tensor, exponents: torch.Tensor) -> torch.Tensor:
+    """MXFP4 codes, uint8 (rows, groups, 16), with their exponents, uint8 (rows, groups): bf16 (rows, groups * 32).
+
+    >>> decode_mxfp4(torch.tensor([[[0x21] + [0xF0] * 15]], dtype=torch.uint8), torch.tensor([[128]]))[0, :4]
+    tensor([  1.,   2.,   0., -12.], dtype=torch.bfloat16)
+    """
+    table = torch.tensor((*FP4, *(-value for value in FP4)), dtype=torch.bfloat16)
+    values = torch.stack([table[(packed & 15).int()], table[(packed >> 4).int()]], dim=-1).flatten(-2)
+    return torch.ldexp(values, exponents.int()[..., None] - BIAS).flatten(1)
+
+
+class Mxfp4Checkpoint(EncodedCheckpoint):
+    """gpt-oss: experts in MXFP4, all of a layer in one tensor, all else in bf16."""
+
+    method = "mxfp4"
+
+    def _decode_names(self) -> None:
+        for name in [name for name in self.tensors if name.endswith("_blocks")]:
+            base = name.removesuffix("_blocks")
+            blocks, scales = self.tensors.pop(name), self.tensors.pop(f"{base}_scales", None)
+            if scales is None or len(blocks.shape) != 4 or 0 in blocks.shape or blocks.shape[-1] != GROUP // 2:
+                raise CheckpointError(f"{name} {blocks.shape} has no scales or is not MXFP4: fetch {blocks.file} again")
+            if scales.shape != blocks.shape[:-1] or {blocks.dtype, scales.dtype} != {"U8"}:
+                raise CheckpointError(f"{name} {blocks.shape} does not suit its scales {scales.shape}: fetch it again")
+            experts, outputs, groups, _ = blocks.shape
+            shape = (experts, groups * GROUP, outputs)
+            extent = Mxfp4Extent(blocks.file, blocks.offset, 0, 2 * math.prod(shape), blocks, scales, 0, experts)
+            self._add(base, shape, extent)
+
+    def _extent(self, name: str, start: int, nbytes: int, place: int) -> Extent:
+        if name not in self.encoded:
+            return super()._extent(name, start, nbytes, place)
+        whole = self.encoded[name]
+        one = whole.nbytes // whole.count
+        return replace(whole, place=place, nbytes=nbytes, first=start // one, count=nbytes // one)
+
+
+def _read(t: TensorRange, offset: int, nbytes: int, dtype: torch.dtype, read: Read) -> torch.Tensor:
+    """`nbytes` of the file of `t` as a tensor (nbytes / itemsize,)."""
+    raw = bytearray(nbytes)
+    read(t.file, offset, memoryview(raw))
+    return torch.frombuffer(raw, dtype=dtype)
