@@ -143,10 +143,12 @@ class DirectReader(ExpertReader):
         super().__init__(folder, extents)
         self.descriptors = {name: os.open(self.folder / name, os.O_RDONLY | os.O_DIRECT) for name in self.files}
         self.buffers: queue.SimpleQueue[mmap.mmap] = queue.SimpleQueue()
+        longest = max(x.nbytes for extent in extents.values() for x in extent)
+        self.step = min(PIECE, -(-longest // BLOCK) * BLOCK)  # bytes of a request
         if any(x.offset % BLOCK or x.place % BLOCK for extent in extents.values() for x in extent):
-            self.buffer_nbytes = buffers * (PIECE + 2 * BLOCK)
+            self.buffer_nbytes = buffers * (self.step + 2 * BLOCK)
             for _ in range(buffers):
-                self.buffers.put(pages(PIECE + 2 * BLOCK))
+                self.buffers.put(pages(self.step + 2 * BLOCK))
 
     def try_out(self) -> None:
         """Read a block. Raises OSError where the filesystem opens files so, but does not read them."""
@@ -161,8 +163,8 @@ class DirectReader(ExpertReader):
         self.descriptors = {}
 
     def _fill(self, image: memoryview, begin: int, end: int, x: Extent, room: int) -> None:
-        for start in range(begin, end, PIECE):
-            stop, offset = min(start + PIECE, end), x.offset + start - x.place
+        for start in range(begin, end, self.step):
+            stop, offset = min(start + self.step, end), x.offset + start - x.place
             blocks = self._blocks(image, start, stop, offset, room)
             if blocks is not None:
                 self._read_blocks(blocks, stop - start, offset, x)
@@ -184,7 +186,7 @@ class DirectReader(ExpertReader):
         try:
             buffer = self.buffers.get_nowait()
         except queue.Empty:  # an image that only happens to be unaligned: nothing was set aside for it
-            buffer = pages(PIECE + 2 * BLOCK)
+            buffer = pages(self.step + 2 * BLOCK)
         wanted = skip + len(image)
         self._read_blocks(memoryview(buffer)[: -(-wanted // BLOCK) * BLOCK], wanted, offset - skip, x)
         np.copyto(np.frombuffer(image, np.uint8), np.frombuffer(buffer, np.uint8, len(image), skip))  # without the GIL

@@ -346,14 +346,15 @@ class _Call:
         self.finish(slot, grant)
 
     def finish(self, slot: int, grant: Grant) -> None:
-        """Compute from a slot whose bytes are there, and let go of it."""
+        """Compute from a slot whose bytes are there, and let go of it; who was restored is not computed."""
         if self.listened and (grant.kind == HIT or slot in self.guessed):
             self.tell(grant.key, "hit")
-        t0 = time.perf_counter()
-        if grant.kind != RESTORE:
-            self.compute(grant.key[1], self.runtime.arena.weights(slot, grant.key[0]))
-        self.transfer.release(slot)
         self.guessed.discard(slot)
+        if grant.kind == RESTORE:
+            return
+        t0 = time.perf_counter()
+        self.compute(grant.key[1], self.runtime.arena.weights(slot, grant.key[0]))
+        self.transfer.release(slot)
         if self.listened:
             self.tell(grant.key, "compute", 0, t0, time.perf_counter())
             if grant.kind == BYPASS:
@@ -414,7 +415,7 @@ def _served(
     def compute(expert: int, weights: dict[str, Weight]) -> None:
         if (rows := where.get(expert)) is not None:  # of this expert, (R,); none where whole layers are fetched
             mine = hidden_states if isinstance(rows, slice) else hidden_states[rows // K]  # (R, D)
-            out[rows] = expert_mlp(self, mine, weights, runtime.scratch)
+            out[rows] = expert_mlp(self, mine, weights, runtime.scratch, runtime.exact)
 
     runtime.serve(site, list(where), compute, None if runtime.in_prompt() else _given(where, top_k_weights))
     weighted = out * top_k_weights.reshape(-1, 1)  # (T * K, D)

@@ -3,7 +3,7 @@
 `RamTier` is a transfer that stands before another. What leaves the fast tier is kept in it, and what is asked for and
 lies there is copied, not read. While there is room a copy stays behind, so that giving up its twin in the fast tier
 costs nothing (inclusive); where RAM is short such doubles are the first to go, so that both tiers together hold as many
-different experts as they have slots (exclusive). Copies are made at once, by the thread that asks.
+different experts as they have slots, but one (exclusive). Copies are made at once, by the thread that asks.
 
 Does not know policies, models or files.
 """
