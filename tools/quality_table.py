@@ -104,6 +104,7 @@ def schemes(arguments, tokenizer, texts):
     }
     compared = comparison(rows)
     yield from intro(arguments, over)
+    yield "bits and MB are exact."
     yield ""
     yield from compared.markdown().splitlines()
     yield ""
@@ -117,8 +118,8 @@ def schemes(arguments, tokenizer, texts):
 
 def intro(arguments, over):
     D, W, T = over.ids.shape
-    yield f"Model `{arguments.model.name}`, {D * W * T} held-out tokens of {D} domains, {W} windows of {T} each. All is"
-    yield f"measured, but bits and MB are exact. ± is one standard error; ratio and KL are paired with {BASE}."
+    yield f"Model `{arguments.model.name}`, {D * W * T} held-out tokens of {D} domains, {W} windows of {T} each."
+    yield f"Perplexity, ratio, KL and top-1 are measured, ± is one standard error, ratio and KL are paired with {BASE};"
 
 
 def solver_rows(compared):
@@ -159,8 +160,8 @@ def knobs(arguments, tokenizer, texts):
     for name, make in coarse(model, over, reference, arguments.slots).items():
         rows[name] = results.get(name, make)
     yield from intro(arguments, over)
-    yield "`experts` is how many a token asks for in a layer. MB a token: what misses move with LRU and"
-    yield f"{arguments.slots} slots a layer (modelled: the simulator, over the choices that were left), 16 bits a"
+    yield "experts, how many a token asks for in a layer, are counted. MB a token are modelled: what misses move with"
+    yield f"LRU and {arguments.slots} slots a layer, by the simulator, over the choices that were left, 16 bits a"
     yield "weight unless the row says otherwise. Attention stays in 16 bits."
     yield ""
     yield from comparison(rows).markdown().splitlines()
