@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mixoff import models, shapes
+from mixoff import hub, models, shapes
 from mixoff.errors import CheckpointError, MixoffError
 
 if TYPE_CHECKING:
@@ -159,8 +159,8 @@ def read(source: str | Path) -> PretrainedConfig:
         values = dict(PRESETS[str(source)])
         return AutoConfig.for_model(values.pop("model_type"), **values)
     path = folder_of(source)
-    if path is None and re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
-        path = _from_hub(str(source))
+    if path is None and (model := hub.parse(source)) is not None:
+        path = _from_hub(model)
     if path is None or not (path / "config.json").exists():
         raise CheckpointError(f"no config.json in {source}: give a model folder, or one of {', '.join(PRESETS)}")
     return shapes.read_config(path)
@@ -176,17 +176,14 @@ def folder_of(source: object) -> Path | None:
     return path.parent if path.is_file() else path if path.is_dir() else None
 
 
-def _from_hub(name: str) -> Path:
-    from huggingface_hub import hf_hub_download
-
+def _from_hub(model: hub.HubId) -> Path:
     try:
-        return Path(hf_hub_download(name, "config.json")).parent
-    except Exception as error:  # the network fails in many ways; to the user all of them are one
-        reason = str(error).strip().split("\n")[0]
+        return hub.config_folder(model)
+    except CheckpointError as error:
         raise CheckpointError(
-            f"{name} is not built in, and its config.json could not be fetched ({reason}): give a local folder, "
+            f"{model} is not built in, and its config.json could not be fetched ({error}): give a local folder, "
             f"or one of {', '.join(PRESETS)}"
-        ) from None
+        ) from error
 
 
 def from_config(config: PretrainedConfig, name: str, dtype: str | None = None) -> ModelShape:
