@@ -100,7 +100,7 @@ def offload(
         if folder is not None:
             choose_io(source, io, budget, limited=False)
         _strip(modules, undo)
-        _quantize_backbone(model, scheme, dtype, undo)
+        _quantize_backbone(model, scheme, dtype, exact, undo)
         compute, k = shapes.torch_dtype(dtype), top_k(model.config)
         runtime = Runtime(source, budget, policy, scope, compute, prefetch=prefetch, top_k=k, exact=exact)
         undo.callback(runtime.close)
@@ -246,7 +246,7 @@ def _strip(modules: list[nn.Module], undo: ExitStack) -> None:
         module._parameters.clear()
 
 
-def _quantize_backbone(model: nn.Module, scheme: Scheme, dtype: str, undo: ExitStack) -> None:
+def _quantize_backbone(model: nn.Module, scheme: Scheme, dtype: str, exact: bool, undo: ExitStack) -> None:
     """Put quantized layers in place of those that `scheme` quantizes; a tied head goes with its embedding."""
     modules, by_weight = dict(model.named_modules()), {}
     for name, role in shapes.backbone_roles(model).items():
@@ -259,7 +259,7 @@ def _quantize_backbone(model: nn.Module, scheme: Scheme, dtype: str, undo: ExitS
         parent, _, child = name.removesuffix(".weight").rpartition(".")
         undo.callback(setattr, modules[parent], child, modules[name.removesuffix(".weight")])
     layers.hollow(model, list(quantized))
-    layers.fill(model, quantized, shapes.torch_dtype(dtype))
+    layers.fill(model, quantized, shapes.torch_dtype(dtype), exact)
 
 
 def _switch(model: nn.Module, modules: list[nn.Module], undo: ExitStack) -> None:
