@@ -32,15 +32,15 @@ def config(path):
 
 
 def watched(source, target, **how):
-    """Convert, and the most bytes that the folder in the making ever held in shards and in all."""
+    """Convert, and what the folder in the making held at most: bytes and number of shards, bytes in all."""
     from mixoff import hub
 
     partial, peaks = Path(f"{target}.partial"), []
 
     def look():
         sizes = {p: p.stat().st_size for p in partial.rglob("*") if p.is_file()}
-        peaks.append((sum(n for p, n in sizes.items() if p.suffix == ".safetensors" and p.parent.name == "shards"),
-                      len([p for p in sizes if p.suffix == ".safetensors" and p.parent.name == "shards"])))  # fmt: skip
+        shards = [n for p, n in sizes.items() if p.suffix == ".safetensors" and p.parent.name == "shards"]
+        peaks.append((sum(shards), len(shards), sum(sizes.values())))
 
     acquire, release = hub.HubShards.acquire, hub.HubShards.release
     hub.HubShards.acquire = lambda self, file: (acquire(self, file), look())[0]
@@ -49,7 +49,8 @@ def watched(source, target, **how):
         convert(source, target, **how)
     finally:
         hub.HubShards.acquire, hub.HubShards.release = acquire, release
-    return {"bytes": max(n for n, _ in peaks), "files": max(n for _, n in peaks), "left": partial.exists()}
+    shards, files, everything = map(max, zip(*peaks, strict=True))
+    return {"shards": shards, "files": files, "all": everything, "left": partial.exists()}
 
 
 def main():
