@@ -1,4 +1,4 @@
-"""The command line: `mixoff demo, run, convert, verify, bench, trace, simulate, plan`.
+"""The command line: `mixoff demo, run, convert, verify, bench, trace, simulate, plan, doctor`.
 
 Every command takes `--json`: then standard output holds one JSON object and nothing else. What is wrong with a
 request is one line on standard error and exit code 2. Does not know any arithmetic.
@@ -41,7 +41,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"mixoff {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (_add_demo, _add_run, _add_convert, _add_verify, _add_bench, _add_trace, _add_simulate, _add_plan):
+    adders = _add_demo, _add_run, _add_convert, _add_verify, _add_bench, _add_trace, _add_simulate, _add_plan
+    for add in (*adders, _add_doctor):
         add(commands)
     return parser
 
@@ -301,4 +302,18 @@ def _plan(args: argparse.Namespace) -> int:
     how = {"context": args.context, "batch": args.batch, "scheme": args.scheme, "hardware": args.hardware}
     plan = planner.plan(args.source, *sizes, **how)
     print(plan.to_json() if args.json else plan)
+    return 0
+
+
+def _add_doctor(commands: argparse._SubParsersAction) -> None:
+    command = _add_command(commands, "doctor", _doctor, "versions, memory, bandwidths, and what will work here")
+    command.add_argument("--refresh", action="store_true", help="measure bandwidths anew")
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    _quiet_transformers()
+    from mixoff import doctor
+
+    checkup = doctor.examine(cached=not args.refresh)
+    print(checkup.to_json() if args.json else checkup)
     return 0

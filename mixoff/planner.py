@@ -207,7 +207,7 @@ class Needs:
 
     def slots(self, fast_bytes: int) -> list[int]:
         """Slots of each layer within `fast_bytes`, none where one each is too much."""
-        from mixoff.runtime import plan_slots
+        from mixoff.arena import plan_slots
 
         try:
             return plan_slots(self.sizes.sites, max(fast_bytes, 0), self.scratch, "layer")

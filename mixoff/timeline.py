@@ -55,8 +55,11 @@ def _even(share: float) -> dict[int, float]:
 
 
 GPU = "assumed: fused kernels that were never run on a GPU; replace it by what `mixoff bench` measures"
-CPU = "measured: one thread of an AMD EPYC (AVX2), docs/time.md"
-CPU_SHARES = {2: 0.30, 3: 0.05, 4: 0.40, 8: 0.50, 16: 0.45, 32: 0.80}
+CPU = (
+    "fitted to three measured runs of `mixoff bench`, two threads of an AMD EPYC (AVX2), docs/time.md; "
+    "3, 8 and 32 bits are assumed"
+)
+CPU_SHARES = {2: 0.30, 3: 0.10, 4: 0.20, 8: 0.30, 16: 0.33, 32: 0.50}
 EFFICIENCY = {
     "cuda": {
         "low": Efficiency(_even(0.25), 1.2e-3, 0.40e-3, GPU),
@@ -64,9 +67,9 @@ EFFICIENCY = {
         "high": Efficiency(_even(0.8), 0.4e-3, 0.08e-3, GPU),
     },
     "cpu": {
-        "low": Efficiency({bits: 0.6 * share for bits, share in CPU_SHARES.items()}, 1.0e-3, 0.30e-3, CPU),
-        "expected": Efficiency(CPU_SHARES, 0.6e-3, 0.15e-3, CPU),
-        "high": Efficiency({bits: min(1.3 * share, 1.0) for bits, share in CPU_SHARES.items()}, 0.5e-3, 0.10e-3, CPU),
+        "low": Efficiency({bits: 0.6 * share for bits, share in CPU_SHARES.items()}, 2.5e-3, 1.0e-3, CPU),
+        "expected": Efficiency(CPU_SHARES, 1.6e-3, 0.6e-3, CPU),
+        "high": Efficiency({bits: 1.5 * share for bits, share in CPU_SHARES.items()}, 1.0e-3, 0.3e-3, CPU),
     },
 }
 

@@ -147,3 +147,21 @@ def test_the_probe_measures_what_it_names(tmp_path, monkeypatch):
     here = hardware.probe()
     assert (here.fast_Bps, here.disk_Bps) == (20e9, 2e9)
     assert all(s.startswith(KINDS) for s in here.sources.values())
+
+
+# ---------------------------------------------------------------- doctor
+
+
+def test_the_doctor_says_what_works_and_why(figures, capsys):
+    from mixoff import cli
+
+    assert cli.main(["doctor", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert set(report["versions"]) >= {"python", "mixoff", "torch", "transformers", "numba"}
+    assert report["machine"]["disk_Bps"] == 1.5e9 and len(figures) == 1
+    said = {f["what"]: f for f in report["findings"]}
+    assert said["experts backend of transformers"]["works"] and all(f["why"] for f in report["findings"])
+    assert said["Mixtral-8x7B as `mixed`"]["why"]
+    assert cli.main(["doctor", "--refresh"]) == 0
+    text = capsys.readouterr().out
+    assert "17.0 GB/s (measured)" in text and "1.50 GB/s (measured" in text and len(figures) == 2

@@ -71,7 +71,7 @@ def draw(made, path):
         events = engine.step(chip, MODES[0]).events(seed=SEED)
         first = [e for e in events if 4 <= e.layer < 4 + SHOWN]
         timeline.gantt(first, ax, f"{title}: {SHOWN} layers with pre-loading ({timeline.gain(engine, chip):.2f}x)")
-    axes[0].legend(*axes[0].get_legend_handles_labels(), ncols=4, loc="upper right", frameon=False, fontsize=8)
+    fig.legend(*axes[0].get_legend_handles_labels(), ncols=5, loc="outside lower center", frameon=False)
     fig.savefig(path, metadata={"Date": None})
 
 
