@@ -11,7 +11,7 @@ Does not know caches or budgets.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -124,7 +124,7 @@ def stored_sites(sites: tuple[Site, ...], entries: list[dict]) -> tuple[Site, ..
     return tuple(strided_sites(sites, lambda _, part: Form(*forms[part.name][1:])))
 
 
-def strided_sites(sites: Iterable[Site], form_of: object) -> Iterable[Site]:
+def strided_sites(sites: Iterable[Site], form_of: Callable[[Site, Part], Form]) -> Iterable[Site]:
     """The sites with every part in the form `form_of(site, part)`."""
     for site in sites:
         parts = []
