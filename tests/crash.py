@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 import torch
-import transformers  # noqa: F401  once, so that no fork has to
+from transformers import MixtralForCausalLM  # noqa: F401  once, so that no fork has to
 
 from mixoff import conversion
 from mixoff.checkpoint import Checkpoint
