@@ -99,7 +99,7 @@ def _demo(args: argparse.Namespace) -> int:
 
 def _add_run(commands: argparse._SubParsersAction) -> None:
     command = _add_command(commands, "run", _run, "generate text from a store, or from a plain checkpoint folder")
-    command.add_argument("path", metavar="PATH", help="folder of a store or checkpoint, or the name of a bundled model")
+    command.add_argument("path", metavar="PATH", help="folder of a store or checkpoint, bundled model, or Hub id")
     command.add_argument("--prompt", required=True, help="text to continue")
     command.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
     _add_budget(command, "6GiB")
@@ -108,6 +108,9 @@ def _add_run(commands: argparse._SubParsersAction) -> None:
         "--scope", default="layer", help="'layer': slots of each MoE layer apart; 'global': one pool (layer)"
     )
     command.add_argument("--policy", default="lru", help="which resident to evict (lru)")
+    command.add_argument("--ram-bytes", metavar="SIZE", help="a tier of copies in RAM before the disk (none)")
+    command.add_argument("--prefetch", default="auto", help="guesses: auto, none or next-router (auto)")
+    command.add_argument("--io", default="auto", help="reads: auto, direct (past the page cache) or buffered (auto)")
     command.add_argument("--dtype", default="auto", help="of the computation: auto, float32, bfloat16, float16 (auto)")
     command.add_argument("--temperature", type=float, default=0.0, help="0 is greedy; else sample (0)")
     command.add_argument("--seed", type=int, default=0, help="of sampling (0)")
@@ -118,6 +121,7 @@ def _run(args: argparse.Namespace) -> int:
     from mixoff import generation, loading
 
     how = {"scheme": args.scheme, "policy": args.policy, "scope": args.scope, "dtype": args.dtype}
+    how |= {"ram_bytes": args.ram_bytes, "prefetch": args.prefetch, "io": args.io}
     with loading.load(args.path, args.fast_bytes, **how) as model:
         tokenizer = generation.load_tokenizer(model.mixoff.source.folder)
         on_text = None if args.json else lambda piece: print(piece, end="", flush=True)
@@ -134,7 +138,7 @@ def _run(args: argparse.Namespace) -> int:
 def _add_convert(commands: argparse._SubParsersAction) -> None:
     command = _add_command(commands, "convert", _convert, "write a checkpoint as a store: one aligned range an expert")
     command.add_argument(
-        "source", metavar="SOURCE", help="folder of a plain checkpoint, or the name of a bundled model"
+        "source", metavar="SOURCE", help="folder of a plain checkpoint, bundled model, or Hub id (org/model@revision)"
     )
     command.add_argument("target", metavar="TARGET", help="folder to make; must not exist")
     command.add_argument("--scheme", default="none", help=f"quantization: {SCHEMES} (none)")
@@ -207,10 +211,13 @@ def _bench(args: argparse.Namespace) -> int:
 
 def _add_trace(commands: argparse._SubParsersAction) -> None:
     command = _add_command(commands, "trace", _trace, "record which experts a model asks for while it generates")
-    command.add_argument("path", metavar="PATH", help="folder of a store or checkpoint, or the name of a bundled model")
+    command.add_argument("path", metavar="PATH", help="folder of a store or checkpoint, bundled model, or Hub id")
     command.add_argument("--prompt-file", required=True, metavar="FILE", help="text to continue")
     command.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
     command.add_argument("--out", required=True, metavar="FILE", help="the trace to write, .npz")
+    command.add_argument(
+        "--prefetch", default="auto", help="auto, none, or next-router, whose guesses the trace then holds (auto)"
+    )
     _add_budget(command, "6GiB")
 
 
@@ -220,7 +227,7 @@ def _trace(args: argparse.Namespace) -> int:
     from mixoff.units import format_nbytes
 
     prompt = _read_text(args.prompt_file)
-    with loading.load(args.path, args.fast_bytes) as model:
+    with loading.load(args.path, args.fast_bytes, prefetch=args.prefetch) as model:
         tokenizer = generation.load_tokenizer(model.mixoff.source.folder)
         with model.mixoff.trace() as recorder:
             generation.generate(model, tokenizer, prompt, args.max_new_tokens)
@@ -229,6 +236,7 @@ def _trace(args: argparse.Namespace) -> int:
     report = {"out": str(out), "tokens": trace.tokens, "prompt_tokens": int(trace.is_prompt.sum())}
     report |= {"layers": len(trace.layers), "top_k": trace.top_k, "num_experts": trace.num_experts}
     report |= {"nbytes": out.stat().st_size, "expert_nbytes": trace.expert_nbytes}
+    report |= {"predicted": trace.predicted is not None}
     print(json.dumps(report) if args.json else f"wrote {out}: {trace}, {format_nbytes(report['nbytes'])}")
     return 0
 

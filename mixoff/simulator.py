@@ -158,7 +158,8 @@ def _guesses(prefetch: str, requests: Requests, L: int, E: int) -> tuple[int, np
     if prefetch == "next-router":
         if requests.named is None:
             raise MixoffError(
-                "this trace holds no guesses of the next router: record it with prefetch on, or use recall=0.86"
+                "this trace holds no guesses of the next router: record it with prefetch next-router, in a budget that "
+                "does not hold all experts, or use recall=0.86"
             )
         return NAMED, requests.named
     try:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import csv
 import functools
 import json
+import math
 import time
 import zipfile
 import zlib
@@ -254,6 +255,15 @@ class Trace:
         first = (before[:, :, 0] == after[:, :, 0]) & (after[:, :, 0] >= 0)
         either = ((before[..., None] == after[:, :, None, :]) & (after[:, :, None, :] >= 0)).any((2, 3))
         return np.stack([first.mean(0), either.mean(0)], axis=1)
+
+    def random_repeat_rates(self) -> tuple[float, float]:
+        """`repeat_rates` of routing without memory or favourites: 1 / E, and 1 - C(E - k, k) / C(E, k), k = 2 choices.
+
+        >>> Trace.from_array([[[0, 1]]], num_experts=8).random_repeat_rates()
+        (0.125, 0.4642857142857143)
+        """
+        E, k = self.num_experts, min(self.top_k, 2)
+        return 1 / E, 1 - math.comb(E - k, k) / math.comb(E, k)
 
     def balance(self) -> dict[str, np.ndarray]:
         """How evenly experts are used, by layer (L,).
@@ -686,31 +696,75 @@ def depths(requests: Requests, L: int, E: int, scope: str) -> np.ndarray:
 
     scope: `layer`, a list a layer, or `global`, one for all. Last column: first uses.
     Source: Mattson et al., Evaluation techniques for storage hierarchies (1970): one pass gives LRU for all sizes.
+    Marks at each key's last use stand in a tree of sums (Fenwick, 1994), after Bennett and Kruskal (1975).
     """
     pools, size = (L, E) if scope == "layer" else (1, L * E)
-    histogram, order = np.zeros((L, size + 1), np.int64), np.full((pools, size), -1, np.int64)
-    run = compiled(depths_loop, requests.keys.size)
-    run(requests.keys, requests.starts, requests.site, order, np.zeros(pools, np.int64), histogram)
+    histogram, room = np.zeros((L, size + 1), np.int64), 2 * size
+    tree, owner = np.zeros((pools, room + 1), np.int64), np.full((pools, room), -1, np.int64)
+    run = compiled(depths_loop, requests.keys.size, (marked, mark, renumber))
+    run(requests.keys, requests.starts, requests.site, tree, owner, np.full(L * E, -1, np.int64), histogram)
     return histogram
 
 
 def depths_loop(
-    keys: np.ndarray, starts: np.ndarray, site: np.ndarray, order: np.ndarray, held: np.ndarray, histogram: np.ndarray
+    keys: np.ndarray,
+    starts: np.ndarray,
+    site: np.ndarray,
+    tree: np.ndarray,
+    owner: np.ndarray,
+    used: np.ndarray,
+    histogram: np.ndarray,
 ) -> None:
-    """All depths of a call are looked up before any of its keys moves to the front, as a cache serves a token."""
-    unseen = histogram.shape[1] - 1
+    """All depths of a call are looked up before any of its keys moves to the front, as a cache serves a token.
+
+    used: time of each key's last use, -1 for never; owner: the key last used at each time of a pool's, or -1.
+    """
+    clock, held = np.zeros(len(tree), np.int64), np.zeros(len(tree), np.int64)
     for c in range(len(starts) - 1):
-        pool = min(site[c], len(order) - 1)
-        for move in (False, True):
-            for i in range(starts[c], starts[c + 1]):
-                depth = 0
-                while depth < held[pool] and order[pool, depth] != keys[i]:
-                    depth += 1
-                if not move:
-                    histogram[site[c], depth if depth < held[pool] else unseen] += 1
-                    continue
-                if depth == held[pool]:
-                    held[pool] += 1
-                for j in range(depth, 0, -1):
-                    order[pool, j] = order[pool, j - 1]
-                order[pool, 0] = keys[i]
+        p = min(site[c], len(tree) - 1)
+        for i in range(starts[c], starts[c + 1]):
+            when = used[keys[i]]
+            histogram[site[c], histogram.shape[1] - 1 if when < 0 else held[p] - marked(tree[p], when)] += 1
+        for i in range(starts[c], starts[c + 1]):
+            key = keys[i]
+            if clock[p] == owner.shape[1]:
+                clock[p] = renumber(tree[p], owner[p], used)
+            if used[key] >= 0:
+                mark(tree[p], used[key], -1)
+                owner[p, used[key]] = -1
+            else:
+                held[p] += 1
+            used[key], owner[p, clock[p]] = clock[p], key
+            mark(tree[p], clock[p], 1)
+            clock[p] += 1
+
+
+def marked(tree: np.ndarray, when: int) -> int:
+    """Marks up to and with the time `when`."""
+    total, i = 0, when + 1
+    while i > 0:
+        total += tree[i]
+        i -= i & -i
+    return total
+
+
+def mark(tree: np.ndarray, when: int, by: int) -> None:
+    """Set a mark at the time `when`, or take it away."""
+    i = when + 1
+    while i < len(tree):
+        tree[i] += by
+        i += i & -i
+
+
+def renumber(tree: np.ndarray, owner: np.ndarray, used: np.ndarray) -> int:
+    """Times from 0 again, in the same order; returns the first that is free."""
+    free = 0
+    tree[:] = 0
+    for when in range(len(owner)):
+        key = owner[when]
+        owner[when] = -1
+        if key >= 0:
+            owner[free], used[key] = key, free
+            mark(tree, free, 1)
+            free += 1
+    return free

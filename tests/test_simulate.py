@@ -244,11 +244,17 @@ def test_recording_and_replay_from_the_command_line(tmp_path, capsys):
         "9",
         "--out",
         str(out),
+        "--fast-bytes",
+        "6MB",
+        "--prefetch",
+        "next-router",
         "--json",
     ]
     assert main(command) == 0
     report = json.loads(capsys.readouterr().out)
-    assert report["tokens"] == report["prompt_tokens"] + 8 and report["layers"] == 8
+    assert report["tokens"] == report["prompt_tokens"] + 8 and report["layers"] == 8 and report["predicted"]
+    assert main(["simulate", str(out), "--prefetch", "next-router", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["predictions"] == 8 * 7 * 2
     assert main(["simulate", str(out), "--policy", "belady", "--slots", "3", "--global", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["hits"] + report["misses"] == 8 * 8 * 2 and report["bytes_moved"] == report["misses"] * SLOT

@@ -169,7 +169,9 @@ def test_statistics_against_counting_one_by_one():
 
 def test_uniform_routing_repeats_as_mixtrals_table_says():
     """20,000 pairs: sigma 0.0035 and 0.0023; the tolerance is four of them, the seed fixed."""
-    first, either = random_trace(20_001, 1, 8).repeat_rates()[0]
+    trace = random_trace(20_001, 1, 8)
+    assert trace.random_repeat_rates() == (1 / 8, pytest.approx(1 - 15 / 28))
+    first, either = trace.repeat_rates()[0]
     assert (first, either) == (pytest.approx(1 / 8, abs=0.01), pytest.approx(1 - 15 / 28, abs=0.014))
 
 

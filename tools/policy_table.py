@@ -1,18 +1,34 @@
 #!/usr/bin/env python3
-"""Print the tables of docs/simulator.md: hit rates of decoding by policy and slots, over traces of the tiny model.
+"""Print the tables of docs/simulator.md: hit rates and the gap closed by policy, prefetch, and the fit of routers.
 
-python tools/policy_table.py TRACES.npz      # int8 (layers, tokens, 2) for each domain
+python tools/policy_table.py                  # bundled traces; or TRACES.npz, int8 (layers, tokens, 2) by domain
+python tools/policy_table.py --speed 100000   # how long replays of so many tokens take
 """
 
 import argparse
 import sys
+import time
 
 import numpy as np
 
-from mixoff import simulate, simulator, trace
+from mixoff import models, routers, simulate, simulator, trace
+from mixoff.routers import Router, preset
 
 SLOTS = (2, 3, 4, 5, 6)
 ONLINE = [name for name in simulator.CODES if name not in simulator.OFFLINE]
+SHAPES = {  # router, slots, seed; none of the seeds was used while `half-life` was made
+    "8/2, Mixtral, 4 slots": (preset("mixtral-8x7b"), 4, 101),
+    "8/2, more local, 4 slots": (Router(8, 2, 1.0, 0.97), 4, 102),
+    "64/8, 16 slots": (Router(64, 8, 1.0, 0.95), 16, 103),
+    "128/8, Qwen3, 16 slots": (preset("qwen3-235b"), 16, 104),
+    "128/8, Qwen3, 32 slots": (preset("qwen3-235b"), 32, 105),
+    "128/8, Qwen3, 64 slots": (preset("qwen3-235b"), 64, 106),
+}
+
+
+def domains_of_tiny():
+    """The bundled traces by domain."""
+    return trace.load_domains(models.path() / "traces.npz")
 
 
 def mean_rates(traces, policy, scope):
@@ -50,18 +66,90 @@ def by_policy(traces, scope):
 
 
 def by_domain(domains):
-    """The five domains at 4 slots a layer."""
-    names = ["lru", "lfuda", "lfru", "static", "belady"]
-    rows = [(name, [simulate(t, policy, 4).hit_rate for policy in names]) for name, t in domains.items()]
-    return table(["domain", *(f"`{name}`" for name in names)], rows)
+    """The five domains at 4 slots a layer, and the share of the gap that our own policy closes."""
+    names, rows = ["lru", "lfuda", "lfru", "half-life", "static", "belady"], []
+    for domain, t in domains.items():
+        rates = {policy: simulate(t, policy, 4).hit_rate for policy in names}
+        share = (rates["half-life"] - rates["lru"]) / (rates["belady"] - rates["lru"])
+        rows.append((domain, [*rates.values(), f"{100 * share:.0f} %"]))
+    return table(["domain", *(f"`{name}`" for name in names), "gap closed by `half-life`"], rows)
+
+
+def by_shape(tokens=2_000, layers=4):
+    """Share of the gap from LRU to Belady on synthetic routers, and the two hit rates that it lies between."""
+    columns = {}
+    for shape, (router, slots, seed) in SHAPES.items():
+        scored = router.trace(tokens, layers, seed, scores=True)
+        plain = trace.Trace.from_array(scored.experts, scored.num_experts)
+        rates = {f"`{name}`": simulate(plain, name, slots).hit_rate for name in simulator.CODES}
+        lru, best = rates["`lru`"], rates["`belady`"]
+        rates["`half-life`, with scores"] = simulate(scored, "half-life", slots).hit_rate
+        shares = {name: f"{100 * (rate - lru) / (best - lru):.0f} %" for name, rate in rates.items()}
+        columns[shape] = {"hit rate of LRU": lru, "hit rate of Belady": best} | shares
+    rows = [(name, [column[name] for column in columns.values()]) for name in next(iter(columns.values()))]
+    return table(["", *columns], rows)
+
+
+def by_prefetch(domains, slots=4):
+    """What prefetch adds on the tiny model's traces, mean over domains: hit rate, and bytes in experts a token."""
+    rows = []
+    for name in ("none", "popularity", "recall=0.5", "recall=0.86", "oracle"):
+        runs = [simulate(t, "lru", slots, prefetch=name, expert_nbytes=1) for t in domains.values()]
+        tokens = sum(len(t) for t in domains.values())
+        parts = ("bytes_moved", "prefetch_used_bytes", "prefetch_wasted_bytes")
+        moved = [f"{sum(getattr(r, part) for r in runs) / tokens:.2f}" for part in parts]
+        rows.append((f"`{name}`", [float(np.mean([r.hit_rate for r in runs])), *moved]))
+    return table(["guesses", "hit rate", "experts moved a token", "used guesses", "wasted"], rows)
+
+
+def fits():
+    """Presets of routers beside what was reported."""
+    rows = []
+    for name, rates in (("qwen3-235b", routers.QWEN3_235B_RATES), ("glm-5.2", routers.GLM_5_2_RATES)):
+        router = preset(name)
+        for share, rate in rates.items():
+            found = router.hit_rate(router.num_experts * share)
+            rows.append((f"`{name}`, LRU hit rate, {share:.0%} resident", [f"{rate:.3f}", found]))
+    repeats = preset("mixtral-8x7b").trace(12_000).repeat_rates()
+    for layer, wanted in routers.MIXTRAL_REPEATS.items():
+        for k, what in enumerate(("first choice", "first or second")):
+            rows.append((f"`mixtral-8x7b`, layer {layer}, same {what}", [f"{wanted[k]:.3f}", float(repeats[layer, k])]))
+    return table(["", "reported", "modelled"], rows)
+
+
+def cpu_s(job, *args):
+    """Seconds of this process."""
+    start = time.process_time()
+    job(*args)
+    return time.process_time() - start
+
+
+def speed(tokens, layers=32):
+    """CPU seconds of curves and replays, 32 layers, uniform routing; each is run once before on a short trace."""
+    columns = {}
+    for E, K, slots in ((8, 2, 4), (128, 8, 32)):
+        short, long = (Router(E, K, 0.0, 0.0, layers=layers).trace(n) for n in (50, tokens))
+        jobs = {f"LRU, all sizes, {scope}": (simulator.curve, "lru", scope) for scope in simulator.SCOPES}
+        scopes = simulator.SCOPES if E == 8 else ("layer",)
+        jobs |= {f"`{p}`, {scope}": (simulate, p, slots, scope) for p in simulator.CODES for scope in scopes}
+        for job, *args in jobs.values():
+            job(short, *args)
+        columns[f"{E}/{K}"] = {name: f"{cpu_s(job, long, *args):.1f}" for name, (job, *args) in jobs.items()}
+    names = columns["8/2"]
+    return table([f"{tokens:,} tokens", *columns], [(n, [c.get(n, "") for c in columns.values()]) for n in names])
 
 
 def main(argv=None):
     """Print all tables."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("traces", metavar="TRACES", help=".npz with an array (layers, tokens, top-k) for each domain")
-    domains = trace.load_domains(parser.parse_args(argv).traces)
+    parser.add_argument("traces", metavar="TRACES", nargs="?", help=".npz of arrays (layers, tokens, top-k) by domain")
+    parser.add_argument("--speed", type=int, metavar="TOKENS", help="print only how long replays take")
+    args = parser.parse_args(argv)
+    domains = trace.load_domains(args.traces) if args.traces else domains_of_tiny()
     trace.COMPILE_FROM = 0  # many replays of one size: compiling pays
+    if args.speed:
+        print(speed(args.speed))
+        return 0
     traces = list(domains.values())
     print(
         "One pool a layer\n",
@@ -71,6 +159,9 @@ def main(argv=None):
         sep="\n",
     )
     print("Four slots a layer\n", by_domain(domains), sep="\n")
+    print("Synthetic routers, slots of a layer, share of the gap closed\n", by_shape(), sep="\n")
+    print("Prefetch, LRU, four slots a layer and two beside\n", by_prefetch(domains), sep="\n")
+    print("Routers\n", fits(), sep="\n")
     return 0
 
 
