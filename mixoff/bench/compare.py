@@ -85,7 +85,9 @@ def compare(settings: Settings, on_line: Callable[[str], None] = lambda line: No
                 probes += _probes(settings, len(specs))
                 reports[spec.name].append(_run(spec, limit, settings))
                 on_line(f"{spec.name}: {_said(reports[spec.name][-1])}, memory {probes[-1] / 1e9:.1f} GB/s")
-            if any(said[-1].get("moved_bytes") for said in reports.values()):
+            if any(
+                sum(said[-1].get("moved_bytes") or [0]) for said in reports.values() if said[-1]["kind"] == "mixoff"
+            ):
                 disks.append(hardware.disk_bandwidth(Path(settings.store).parent, PIECE, WORKERS))
     machine = replace(machine, fast_Bps=max(probes), disk_Bps=max(disks, default=machine.disk_Bps))
     rows = [_row(spec, reports[spec.name], machine, plan) for spec in specs]
@@ -217,7 +219,8 @@ def _row(spec: Spec, reports: list[dict], machine: Hardware, plan: Plan) -> Row:
         return made
     source = store.open_source(spec.path)
     source.close()
-    predicted = timeline.predict(presets.shape_of(spec.path), source.scheme, machine, made.hit_rate)
-    fixed = sum(plan.bytes[name] for name in ("backbone", "kv_cache", "workspace"))
+    predicted = timeline.predict(presets.shape_of(spec.path), source.scheme, machine, made.cached_rate)
+    packed = source.folder / store.QUANTIZED  # the rest of the backbone stays in its files, mapped
+    fixed = plan.bytes["kv_cache"] + plan.bytes["workspace"] + (packed.stat().st_size if packed.exists() else 0)
     planned = reports[0]["base_bytes"] + fixed + reports[0]["info"]["fast_bytes_peak"]
     return replace(made, predicted_tokens_per_s=predicted.tokens_per_s, planned_bytes=planned)

@@ -54,6 +54,7 @@ def _measured(model: nn.Module, spec: Spec) -> dict:
     choice.detach()
     report = {"prompt_s": [r.prompt_s for r in runs], "token_s": [r.token_s for r in runs]}
     report |= {"prompt_read_bytes": [r.prompt_read for r in runs], "read_bytes": [r.read for r in runs]}
+    report["moved_bytes"] = [r.moved for r in runs]
     report |= {"phases_s": phases.per_token(), "repeat_rate": repeat_rate(experts)}
     return report | _served(model, counts, spec)
 
@@ -75,12 +76,13 @@ def _routing(model: nn.Module, spec: Spec) -> routing.Routing:
 
 @dataclass
 class Run:
-    """Seconds and bytes read from storage of a prompt and of the tokens after it."""
+    """Seconds of a prompt and of each token after it; bytes read from storage for both, and moved for the tokens."""
 
     prompt_s: float
     prompt_read: int | None
     token_s: list[float]
     read: int | None
+    moved: int | None
 
 
 class Session:
@@ -91,15 +93,18 @@ class Session:
 
     def decode(self, prompt: torch.Tensor, tokens: torch.Tensor) -> Run:
         """Run `prompt` (T,) at once, then each of `tokens` (T,) alone."""
-        at_start = limits.read_nbytes()
+        before = self._bytes()
         prompt_s, cache = self._step(prompt, None)
-        at_prompt, token_s = limits.read_nbytes(), []
+        between, token_s = self._bytes(), []
         for token in tokens:
             seconds, cache = self._step(token.view(1), cache)
             token_s.append(seconds)
-        at_end = limits.read_nbytes()
-        known = at_start is not None
-        return Run(prompt_s, at_prompt - at_start if known else None, token_s, at_end - at_prompt if known else None)
+        after = self._bytes()
+        return Run(prompt_s, _less(between[0], before[0]), token_s, *map(_less, after, between))
+
+    def _bytes(self) -> tuple[int | None, int | None]:
+        """Read from storage so far, and moved into the fast tier."""
+        return limits.read_nbytes(), self.model.mixoff.bytes_moved if hasattr(self.model, "mixoff") else None
 
     def _step(self, ids: torch.Tensor, cache: object) -> tuple[float, object]:
         start = time.perf_counter()
@@ -108,6 +113,10 @@ class Session:
         if not torch.isfinite(out.logits).all():
             raise MixoffError("the model's logits are not finite: its weights are damaged")
         return seconds, out.past_key_values
+
+
+def _less(after: int | None, before: int | None) -> int | None:
+    return None if after is None else after - before
 
 
 # What the runtime counted ---------------------------------------------------------------------------------------------
@@ -125,9 +134,9 @@ def _served(model: nn.Module, counts: Counter, spec: Spec) -> dict:
     if not hasattr(model, "mixoff"):
         return {"touched_bytes": resident_touched_nbytes(model)}
     info, source = model.mixoff.info(), model.mixoff.source
-    requests = counts["hits"] + counts["misses"]
-    report = {"touched_bytes": touched_nbytes(model, source), "moved_bytes": counts["misses"] * source.expert_nbytes}
-    report |= {"hit_rate": counts["hits"] / requests if requests else None, "capacity": info.capacity}
+    requests, guessed = counts["hits"] + counts["misses"], counts["prefetch_hits"]
+    report = {"touched_bytes": touched_nbytes(model, source), "capacity": info.capacity}
+    report |= {"hit_rate": counts["hits"] / requests, "cached_rate": (counts["hits"] - guessed) / requests}
     report |= {"expert_nbytes": source.expert_nbytes, "fast_bytes": info.fast_bytes, "info": info.to_dict()}
     return report
 

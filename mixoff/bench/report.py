@@ -44,6 +44,7 @@ class Row:
     roofline_tokens_per_s: float | None = None
     roofline_share: float | None = None
     hit_rate: float | None = None
+    cached_rate: float | None = None
     repeat_rate: float | None = None
     prefetch: str | None = None
     fast_bytes: int | None = None
@@ -81,7 +82,7 @@ def _bytes(reports: Sequence[dict], tokens_per_s: float, read_Bps: float) -> dic
     if "phases_s" in first:
         medians = {name: statistics.median(r["phases_s"][name] for r in reports) for name in first["phases_s"]}
         figures["phases_ms"] = {name: 1000 * s for name, s in medians.items()}
-    for key in ("hit_rate", "repeat_rate"):
+    for key in ("hit_rate", "cached_rate", "repeat_rate"):
         known = [r[key] for r in reports if r.get(key) is not None]
         figures[key] = statistics.mean(known) if known else None
     figures |= {key: max(r[key] for r in reports) for key in ("peak_bytes", "loaded_bytes") if first[key]}
@@ -157,7 +158,7 @@ COLUMNS = {
     "GB a token touched / moved / read from disk": lambda r: " / ".join(
         _number(x, 2, 1e-9) for x in (r.bytes_touched_per_token, r.bytes_moved_per_token, r.bytes_read_per_token)
     ),
-    "hit rate": lambda r: _number(r.hit_rate, 3),
+    "hit rate (cache alone)": lambda r: f"{_number(r.hit_rate, 3)} ({_number(r.cached_rate, 3)})",
     "repeat rate": lambda r: _number(r.repeat_rate, 3),
     "peak GiB": lambda r: _number(r.peak_bytes, 2, 2**-30),
     "GiB (modelled)": lambda r: _number(r.planned_bytes, 2, 2**-30),
