@@ -51,12 +51,15 @@ def test_blocks_give_the_bits_of_the_whole(n, k, compute, threads, transposed):
     torch.manual_seed(n * k)
     weight = torch.randn((k, n) if transposed else (n, k)).mul_(0.02).half()
     whole = weight.to(compute) if transposed else weight.to(compute).t()
-    scratch = torch.empty(scratch_nbytes([site(n, k)], compute), dtype=torch.uint8)
+    least = scratch_nbytes([site(n, k)], compute)
+    scratches = [torch.empty(nbytes, dtype=torch.uint8) for nbytes in (least, 2 * least + 64, 40 * least)]
     torch.set_num_threads(threads)
     try:
         for rows in (1, 2, 3, 5, 8, 9, 17, 40):
             x = torch.randn(rows, k).to(compute)
-            assert torch.equal(linear(x, weight, scratch, transposed), torch.mm(x, whole)), f"{rows} rows"
+            expected = torch.mm(x, whole)
+            for scratch in scratches:
+                assert torch.equal(linear(x, weight, scratch, transposed), expected), f"{rows} rows"
     finally:
         torch.set_num_threads(1)
 

@@ -63,11 +63,23 @@ def test_agrees_with_transformers_on_dequantized_weights(stores, name):
     """As near to exact arithmetic as transformers is itself: the same weights in fp64 give the exact logits."""
     oracle = resident(BUNDLED)
     put_dequantized(oracle, BUNDLED, Scheme.preset(name))
-    with torch.no_grad(), mixoff.load(stores[name], fast_bytes="1GiB") as model:
+    with torch.no_grad(), mixoff.load(stores[name], fast_bytes="1GiB", exact=True) as model:
         ours, theirs = model(IDS).logits, oracle(IDS).logits
         oracle.set_experts_implementation("eager")  # grouped_mm has no fp64
         exact = oracle.double()(IDS).logits
     assert within_rounding(ours, theirs, exact)
+
+
+def test_int8_activations_cost_less_than_a_tenth_of_the_quantization(stores):
+    """In KL to the model in full precision; errors of activations and weights are independent, so that they add."""
+    with torch.no_grad():
+        full = resident(BUNDLED)(IDS).logits.double().log_softmax(-1)
+        kl = {}
+        for exact in (True, False):
+            with mixoff.load(stores["mixed"], fast_bytes="1GiB", exact=exact) as model:
+                ours = model(IDS).logits.double().log_softmax(-1)
+            kl[exact] = (full.exp() * (full - ours)).sum(-1).mean()
+    assert kl[False] != kl[True] and kl[False] < 1.1 * kl[True]
 
 
 def test_a_preset_named_at_load_is_that_store(stores):
@@ -118,7 +130,7 @@ def test_a_tied_head_follows_its_embedding(tmp_path):
     assert list(store.read_quantized(target)) == ["model.embed_tokens.weight"]
     plain = resident(BUNDLED)
     plain.model.embed_tokens.weight.data = quantize(plain.model.embed_tokens.weight.data.half(), 8, 64).dequantize()
-    with torch.no_grad(), mixoff.load(target, fast_bytes="1GiB") as model:
+    with torch.no_grad(), mixoff.load(target, fast_bytes="1GiB", exact=True) as model:
         ours, theirs = model(IDS).logits, plain(IDS).logits
         plain.set_experts_implementation("eager")
         assert within_rounding(ours, theirs, plain.double()(IDS).logits)

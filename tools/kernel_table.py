@@ -1,6 +1,6 @@
 """Time of one product with quantized weights beside the bandwidth of memory: the tables in docs/kernels.md.
 
-    python tools/kernel_table.py [--threads 1 2] [--runs 15] [--part gemv rows errors]
+    python tools/kernel_table.py [--threads 1 2] [--runs 100] [--part gemv rows errors]
 
 `gemv`: one row, weights rotating through more than four times the last cache, as experts do; the probe of read
 bandwidth runs before, between and after. `rows`: several rows through every kernel, which shows where they cross.
@@ -62,7 +62,7 @@ def gemv_table(threads: int, runs: int) -> None:
             before = read_bandwidth(threads, rounds=2)
             took = best(lambda i, ws=weights, x=x: kernels.linear(x, ws[i % len(ws)]), runs)
             limit = max(before, read_bandwidth(threads, rounds=2))
-            slow = best(lambda i, ws=weights, x=x: kernels.linear(x, ws[i % len(ws)], exact=True), 3)
+            slow = best(lambda i, ws=weights, x=x: kernels.linear(x, ws[i % len(ws)], exact=True), runs // 10)
             rate = weights[0].nbytes / took
             cells = [f"{bits}-bit g{group}", f"{shape[0]}x{shape[1]}", f"{1e3 * took:.2f}", f"{rate / 1e9:.1f}"]
             cells += [f"{limit / 1e9:.1f}", f"{rate / limit:.0%}", f"{1e3 * slow:.1f}"]
@@ -99,7 +99,7 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--runs", type=int, default=15)
+    parser.add_argument("--runs", type=int, default=100)
     parser.add_argument("--part", nargs="+", choices=("gemv", "rows", "errors"), default=["gemv", "rows", "errors"])
     arguments = parser.parse_args()
     torch.manual_seed(0)

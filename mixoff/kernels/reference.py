@@ -60,9 +60,13 @@ def linear(
 
 
 def _widened(x: torch.Tensor, w: torch.Tensor, scratch: torch.Tensor) -> torch.Tensor:
-    """The product with w (K, N) in another dtype, a block of outputs at a time, each laid out in memory as w is."""
+    """The product with w (K, N) in another dtype, a block of outputs at a time, each laid out in memory as w is.
+
+    Blocks are as large as the scratch allows: every call of torch costs more than a small block's work.
+    """
     K, N = w.shape
-    B = block_rows(N)
+    fitting = scratch.numel() // (K * x.element_size()) // EVEN_ROWS * EVEN_ROWS
+    B = max(block_rows(N), min(N, fitting))
     out = x.new_empty(x.shape[0], N)  # (T, N)
     wide = scratch.view(x.dtype)[: K * B]
     wide = wide.view(K, B) if w.stride(1) == 1 else wide.view(B, K).t()  # (K, B)
