@@ -18,11 +18,13 @@ from collections.abc import Collection, Sequence
 import numpy as np
 
 from mixoff.cache import BYPASS, MISS
+from mixoff.errors import BudgetError
 from mixoff.readers import Reader
 from mixoff.store import slab
 from mixoff.transfer import Key, Landing, ThreadTransfer, Transfer
+from mixoff.units import format_nbytes
 
-WORKERS = 4  # requests in flight; with pieces of 4 MiB more of them read no faster, measured in docs/benchmarks.md
+WORKERS = 4  # requests in flight; more of them read no faster: tools/transfer_table.py
 INLINE_BELOW = 1 << 20  # bytes; a smaller expert is copied from the page cache sooner than a thread has woken up
 
 
@@ -44,7 +46,13 @@ class RamTier:
     def __init__(self, inner: Transfer, images: Sequence[memoryview], sizes: Sequence[int], slots: int) -> None:
         self.inner, self.sizes = inner, sizes
         self.images = [np.frombuffer(image, np.uint8) for image in images]
-        self.memory = slab(slots * len(images[0])).view(slots, -1).numpy()  # (slots, bytes)
+        try:
+            self.memory = slab(slots * len(images[0])).view(slots, -1).numpy()  # (slots, bytes)
+        except OSError as error:
+            raise BudgetError(
+                f"the system has no {format_nbytes(slots * len(images[0]))} for the RAM tier ({error.strerror}): "
+                "lower ram_bytes"
+            ) from None
         self.free = list(range(slots))
         self.alone: OrderedDict[Key, int] = OrderedDict()  # copies of what the fast tier does not hold
         self.doubles: OrderedDict[Key, int] = OrderedDict()  # copies of what it holds as well

@@ -371,3 +371,22 @@ def test_tiers_are_hard_limits(tmp_path):
     grown, tiers, backbone, ram_hits, moved = map(int, done.stdout.split())
     assert 37_000_000 < tiers <= 40_000_000 and ram_hits > 0 and moved > 2 * tiers
     assert 0.95 * tiers < grown < tiers + backbone + 8_000_000
+
+
+@pytest.mark.parametrize(("module", "words"), [("arena", "lower fast_bytes"), ("tiers", "lower ram_bytes")])
+def test_memory_that_the_system_does_not_have_is_said_with_figures(tiny, monkeypatch, module, words):
+    def refuse(nbytes):
+        raise OSError(12, "Cannot allocate memory")
+
+    if module == "arena":
+        monkeypatch.setattr(mixoff.store, "slab", refuse)
+    else:
+        monkeypatch.setattr(mixoff.tiers, "slab", refuse)
+    with pytest.raises(mixoff.BudgetError, match=rf"the system has no [\d.]+ [KM]iB .*{words}"):
+        mixoff.load(tiny[0], fast_bytes="1MB", ram_bytes="1MB")
+
+
+def test_tiers_beyond_all_memory_are_refused(tiny, monkeypatch):
+    monkeypatch.setattr(mixoff.hardware, "memory_nbytes", lambda: (500_000, 100_000))
+    with pytest.raises(mixoff.BudgetError, match="this process may have 488 KiB"):
+        mixoff.load(tiny[0], fast_bytes="1MB", ram_bytes="1MB")
