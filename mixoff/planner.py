@@ -9,6 +9,7 @@ from __future__ import annotations
 import html
 import json
 import math
+import sys
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -170,7 +171,7 @@ def _only(source: object, wanted: object, own: object) -> object:
 
 @dataclass(frozen=True)
 class Needs:
-    """What a model asks of memory on a kind of device."""
+    """What a model asks of memory on a kind of device. page_cache: bytes of RAM for files that were read."""
 
     sizes: sizes.Sizes
     context: int
@@ -179,6 +180,7 @@ class Needs:
     backbone: int
     kv_cache: int
     workspace: int
+    page_cache: int
 
     @classmethod
     def of(cls, of: sizes.Sizes, machine: Hardware, context: int, batch: int) -> Needs:
@@ -186,7 +188,8 @@ class Needs:
         compute = timeline.compute_dtype(machine, of.shape.dtype)
         kv_cache = of.shape.with_dtype(compute).kv_nbytes(context, batch)
         rows = batch * math.ceil(context * PROMPT_SHARE)
-        return cls(of, context, batch, compute, of.backbone(compute), kv_cache, workspace_nbytes(of, compute, rows))
+        fixed = of.backbone(compute), kv_cache, workspace_nbytes(of, compute, rows)
+        return cls(of, context, batch, compute, *fixed, machine.fast_bytes if machine.device == "cpu" else sys.maxsize)
 
     @property
     def fixed(self) -> int:
@@ -209,10 +212,23 @@ class Needs:
         """Slots of each layer within `fast_bytes`, none where one each is too much."""
         from mixoff.arena import plan_slots
 
+        left = max(fast_bytes - self.spare(fast_bytes) * self.sizes.slot_nbytes, 0)
         try:
-            return plan_slots(self.sizes.sites, max(fast_bytes, 0), self.scratch, "layer")
+            return plan_slots(self.sizes.sites, left, self.scratch, "layer")
         except BudgetError:
             return [0] * len(self.sizes.sites)
+
+    def spare(self, fast_bytes: int) -> int:
+        """Slots that the runtime sets aside for prefetching, which it does where misses come past the page cache."""
+        from mixoff.prefetch import set_aside
+        from mixoff.readers import goes_direct
+
+        of = self.sizes
+        slots, experts = max(fast_bytes - self.scratch, 0) // of.slot_nbytes, sum(s.num_experts for s in of.sites)
+        nbytes = sum(site.num_experts * site.expert_nbytes for site in of.sites)
+        direct = goes_direct("auto", nbytes + min(max(fast_bytes, 0), nbytes), self.page_cache, False)
+        wanted = max(of.shape.top_k)
+        return set_aside("auto", slots, len(of.sites), experts, wanted, direct, of.slot_nbytes)[0]
 
 
 def workspace_nbytes(of: sizes.Sizes, compute: str, rows: int) -> int:
@@ -276,7 +292,8 @@ def _tiers(needs: Needs, machine: Hardware, slots: list[int], resident: bool) ->
     The interpreter's share of RAM is kept free where the fast tier is a card's memory.
     """
     of = needs.sizes
-    arena = sum(slots) * of.slot_nbytes + needs.scratch if any(slots) else of.experts if resident else 0
+    spare = needs.spare(_remaining(needs, machine)) if any(slots) else 0
+    arena = (sum(slots) + spare) * of.slot_nbytes + needs.scratch if any(slots) else of.experts if resident else 0
     beyond = 0 if resident else of.experts - _held(needs, slots)
     room = max(machine.ram_bytes - machines.CPU_RESERVED, 0) if machine.device == "cuda" else machine.ram_bytes
     ram = 0 if resident else of.experts if of.experts <= room else min(beyond, room)

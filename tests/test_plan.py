@@ -192,6 +192,19 @@ def test_the_fast_tier_is_what_load_allocates(scheme, slots):
         assert loaded_nbytes(model) == plan.bytes["backbone"]
 
 
+def test_slots_that_are_set_aside_for_guesses_are_planned(tmp_path):
+    """Where the page cache cannot hold experts and fast tier, the runtime prefetches; here `io` makes it."""
+    store = mixoff.convert("tiny-mixtral", tmp_path / "store", "none")
+    machine = replace(CPU, fast_bytes=20_000_000)  # the experts alone have 14 MB
+    plan = mixoff.plan(store, context=16, hardware=machine)
+    fixed = sum(plan.bytes[name] for name in ("backbone", "kv_cache", "workspace"))
+    with mixoff.load(store, plan.fast_bytes, io="direct") as model:
+        runtime = model.mixoff
+        assert len(runtime.guesses.spares) == 2 and not plan.resident
+        assert runtime.slots // 8 == plan.slots_per_layer
+        assert runtime.allocated_nbytes == plan.tiers["fast"] - fixed
+
+
 def loaded_nbytes(model):
     """Bytes of all weights and buffers of the backbone, packed ones included, shared ones once."""
     plain = {id(t): t.nbytes for t in (*model.parameters(), *model.buffers())}
