@@ -517,10 +517,10 @@ def engine() -> SimpleNamespace:
 
     def encode(w: Tensor, factor: Tensor, zero: Tensor, top: int, q: QTensor, *place: int | slice) -> None:
         *block, rows = place
-        groups, width = w.shape[1], WIDTH[q.bits]
-        pack_codes(w, factor, zero, top, groups, 0, width, q.block("codes", *block)[:, rows].numpy())
+        given = w, factor, zero, top, w.shape[1], rows.start
+        pack_codes(*given, 0, WIDTH[q.bits], q.block("codes", *block).numpy())  # whole, so of one type: compiled once
         if q.bits == 3:
-            pack_codes(w, factor, zero, top, groups, 2, 1, q.block("high", *block)[:, rows].numpy())
+            pack_codes(*given, 2, 1, q.block("high", *block).numpy())
 
     refine, fit = compiled(refine_loop), compiled(fit_loop)
     return SimpleNamespace(name="numba", whole=True, refine=refine, fit=fit, encode=encode)
@@ -663,13 +663,14 @@ def encode_loop(
     zero: np.ndarray,
     top: int,
     per_row: int,
+    first_row: int,
     shift: int,
     width: int,
     words: np.ndarray,
 ) -> None:
     """Round groups (groups, G), `per_row` of them a row, to codes, and pack `width` bits of each from bit `shift`.
 
-    words (words a row, rows), of 32 or 16 bits.
+    words (words a row, rows), of 32 or 16 bits, of which those of the rows from `first_row` are written.
     """
     size, top, mask, bits = w.shape[1], np.float32(top), 2**width - 1, 8 * words.itemsize
     per_word, codes = bits // width, np.empty(size, np.int32)
@@ -682,7 +683,7 @@ def encode_loop(
             word = np.int32(0)
             for k in range(per_word):
                 word |= codes[i * per_word + k] << np.int32(k * width)
-            words[first + i, group // per_row] = word
+            words[first + i, first_row + group // per_row] = word
 
 
 # Schemes --------------------------------------------------------------------------------------------------------------
