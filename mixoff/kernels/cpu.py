@@ -19,7 +19,7 @@ from mixoff.kernels.threads import crew
 from mixoff.quantize import BLOCK, QTensor
 
 SHARED_ABOVE = 1 << 21  # weights times rows; less is done before another thread has woken up
-FP32_ROWS = {2: 24, 3: 16, 4: 32, 8: 32}  # fp32 activations: from more rows on, dequantizing once is faster
+FP32_ROWS = {2: 128, 3: 64, 4: 128, 8: 128}  # fp32 activations: for more rows dequantizing once is faster
 
 
 @functools.cache
