@@ -14,9 +14,10 @@ _HOMES |= {"offload": "memory", "restore": "memory"}
 _HOMES |= {"Trace": "trace", "Simulation": "simulator", "simulate": "simulator"}
 _HOMES |= {"plan": "planner", "Plan": "planner"}
 _MODULES = (
-    "bench", "cache", "checkpoint", "conversion", "errors", "generation", "hardware", "keys", "loading", "lossy",
-    "memory", "models", "planner", "policies", "presets", "quality", "quantize", "routers", "runtime",
-    "shapes", "simulator", "sizes", "store", "synthetic", "timeline", "trace", "units",
+    "arena", "bench", "cache", "checkpoint", "conversion", "errors", "events", "generation", "hardware", "keys",
+    "loading", "lossy", "memory", "models", "planner", "policies", "prefetch", "presets", "quality", "quantize",
+    "readers", "routers", "runtime", "shapes", "simulator", "sizes", "store", "synthetic", "tiers", "timeline",
+    "trace", "transfer", "units",
 )  # fmt: skip
 __all__ = [*_HOMES, *_MODULES]
 
