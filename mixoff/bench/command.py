@@ -42,6 +42,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
     add("--threads", type=int, default=1, help="of every contender (1)")
     add("--tokens", "--max-new-tokens", type=int, metavar="N", help="decoded in each run (32; bundled model: 64)")
     add("--prompt-tokens", type=int, default=64, metavar="N", help="read before them (64)")
+    add("--warmup", type=int, default=8, metavar="N", help="decoded before the clock runs (8)")
     add("--runs", type=int, help="of each contender, in turns (3; bundled model: 5)")
     add("--peers", default="", metavar="LIST", help="of transformers,accelerate,mmap,llama.cpp,llama.cpp-mapped")
     add("--llama-python", default=sys.executable, metavar="PATH", help="interpreter with llama-cpp-python (this one)")
@@ -83,6 +84,7 @@ def _settings(args: argparse.Namespace) -> Settings:
         prompt_tokens=args.prompt_tokens,
         tokens=args.tokens or 32,
         rounds=args.runs or 3,
+        warmup=args.warmup,
         routing=ROUTINGS[args.routing],
         repeat=args.repeat,
         fast_bytes=None if args.fast_bytes is None else parse_nbytes(args.fast_bytes),
