@@ -2,7 +2,7 @@
 """Tokens/s against slots a layer, threads and model size: docs/scaling.svg, and a table on standard output.
 
     python tools/scaling.py FOLDER [--tokens 16] [--rounds 1] [--record FILE]    # stores of `mixoff bench --shape`
-    python tools/scaling.py FOLDER --draw FILE                                   # only draw what was recorded
+    python tools/scaling.py FOLDER --draw FILE...                                # only draw what was recorded
 
 Misses are read past the page cache (`--io direct`), so that a slot short of all is a read of the disk.
 """
@@ -36,10 +36,10 @@ def budget(path, slots):
     return slots * len(source.sites) * slot_nbytes(source.sites) + scratch
 
 
-def measure(folder, tokens, rounds):
+def measure(folder, shapes, tokens, rounds):
     """Points: shape, threads, slots, tokens/s measured and modelled, hit rate."""
     points = []
-    for shape in SHAPES:
+    for shape in shapes:
         path = synthetic.write_store(shape, "mixed", Path(folder) / f"{shape}-mixed")
         for threads in THREADS:
             for slots in SLOTS:
@@ -84,13 +84,14 @@ def main(argv=None):
     parser.add_argument("folder")
     parser.add_argument("--tokens", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--shapes", default=",".join(SHAPES))
     parser.add_argument("--record", metavar="FILE")
-    parser.add_argument("--draw", metavar="FILE")
+    parser.add_argument("--draw", metavar="FILE", nargs="+", default=[])
     args = parser.parse_args(argv)
     if args.draw:
-        points = json.loads(Path(args.draw).read_text(encoding="utf-8"))
+        points = [p for file in args.draw for p in json.loads(Path(file).read_text(encoding="utf-8"))]
     else:
-        points = measure(args.folder, args.tokens, args.rounds)
+        points = measure(args.folder, args.shapes.split(","), args.tokens, args.rounds)
     if args.record:
         Path(args.record).write_text(json.dumps(points) + "\n", encoding="utf-8")
     draw(points).savefig(SVG, metadata={"Date": None})
