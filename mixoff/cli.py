@@ -48,10 +48,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _hush() -> None:
-    """No progress bars or advice from libraries between our lines."""
+    """No progress bars or advice from libraries between our lines, and no spinning threads between our products."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # read when torch is imported: its OpenMP threads would spin on the cores that our kernels want (docs/benchmarks.md)
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def _quiet_transformers() -> None:

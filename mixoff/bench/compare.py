@@ -38,6 +38,9 @@ ABLATIONS = {
 PEERS = ("transformers", "accelerate", "mmap", "llama.cpp", "llama.cpp-mapped")
 PROBES = 5  # streaming reads behind a roofline, at least
 TIMEOUT_S = 1800
+# torch's OpenMP threads would spin for milliseconds after each of its operations, on the cores that our kernels' want
+PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE"}
+ENVIRONMENT = {"mixoff": PASSIVE, "mmap": PASSIVE}
 PACKAGE = Path(__file__).parents[2]  # the folder that a contender's python finds mixoff in
 
 
@@ -188,8 +191,9 @@ def _run(spec: Spec, limit: limits.Limit | None, settings: Settings) -> dict:
     llama = spec.kind == "llama.cpp"
     python, module = (settings.llama_python, "llama") if llama else (sys.executable, "contender")
     words = [*(limit.words if limit else ()), python, "-m", f"mixoff.bench.{module}", spec.to_json()]
+    env = environment(spec.threads, **ENVIRONMENT.get(spec.kind, {}))
     try:
-        done = subprocess.run(words, capture_output=True, text=True, env=environment(spec.threads), timeout=TIMEOUT_S)
+        done = subprocess.run(words, capture_output=True, text=True, env=env, timeout=TIMEOUT_S)
     except subprocess.TimeoutExpired:
         return {"failure": f"took more than {TIMEOUT_S} s"}
     if done.returncode == 0:
@@ -200,10 +204,11 @@ def _run(spec: Spec, limit: limits.Limit | None, settings: Settings) -> dict:
     return {"failure": f"exit code {done.returncode}: {last}"}
 
 
-def environment(threads: int) -> dict[str, str]:
-    """Threads alike for every library, and mixoff within reach of any interpreter."""
+def environment(threads: int, **own: str) -> dict[str, str]:
+    """Threads alike for every library, waiting as each does by default, and mixoff within reach of any interpreter."""
+    inherited = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
     counts = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"), str(threads))
-    return {**os.environ, **counts, "PYTHONPATH": str(PACKAGE), "HF_HUB_OFFLINE": "1"}
+    return {**inherited, **counts, **own, "PYTHONPATH": str(PACKAGE), "HF_HUB_OFFLINE": "1"}
 
 
 def _said(report: dict) -> str:
