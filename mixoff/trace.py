@@ -669,7 +669,7 @@ def _padded(named: list[list[Sequence[int]]], rows: list[int]) -> np.ndarray | N
 
 # --- loops, compiled by numba where that pays ------------------------------------------------------------------------
 
-COMPILE_FROM = 200_000  # requests: below, Python is done before numba has started
+COMPILE_FROM = 20_000  # requests, two seconds in Python; numba starts in one once it has compiled, which takes ten
 
 
 def compiled(loop: Callable, requests: int = COMPILE_FROM, helpers: tuple[Callable, ...] = ()) -> Callable:

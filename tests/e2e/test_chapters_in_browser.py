@@ -3,7 +3,10 @@
 python3 go.py e2e --basetemp=SOMEWHERE      keeps the screenshots
 """
 
+import re
+
 import pytest
+from chapters import often
 
 import badges
 
@@ -47,13 +50,58 @@ def photograph(page, path):
     page.screenshot(path=path)
 
 
-@pytest.mark.parametrize("chapter", badges.chapters(), ids=lambda path: path.stem)
+WATCH = """() => {
+    window.seen = [];
+    new MutationObserver((changes) => changes.forEach(({target}) => {
+        if (target.dataset.mode !== 'replay' && target.dataset.token) window.seen.push(Number(target.dataset.token));
+    })).observe(document.body, {subtree: true, attributes: true, attributeFilter: ['data-token']});
+}"""
+
+
+def drive_view(page):
+    """Chapter 09: frames came while the cell ran; the widget says what the kernel printed; replay plays and scrubs."""
+    assert len(set(page.evaluate("window.seen"))) > 5, "the grid moved while the model wrote"
+    view = page.locator(".mixoff-cache")
+    printed = page.locator(".jp-OutputArea-output", has_text="hit rate").filter(has_text="tokens:").first.inner_text()
+    tokens, hits, misses = map(int, re.search(r"(\d+) tokens: (\d+) hits, (\d+) misses", printed).groups())
+    assert [view.get_attribute(f"data-{name}") for name in ("tokens", "hits", "misses", "token")] == [
+        *map(str, (tokens, hits, misses, tokens - 1))
+    ]
+    scrub = view.locator(".scrub")
+    scrub.evaluate("e => { e.value = 10; e.dispatchEvent(new Event('input')); }")
+    view.locator(".step").click()
+    assert view.get_attribute("data-token") == "11"
+    view.locator(".speed").select_option("30")
+    view.locator(".play").click()
+    page.wait_for_function(f"() => document.querySelector('.mixoff-cache').dataset.token === '{tokens - 1}'")
+    assert view.get_attribute("data-hits") == str(hits)
+
+
+def drive_stepper(page):
+    """Chapter 08: the reader is asked whom to give up, and the steps end with the hits that the kernel printed."""
+    stepper = page.locator(".mixoff-stepper")
+    printed = page.locator(".jp-OutputArea-output", has_text="lru: 3 hits of 11").first.inner_text()
+    while stepper.locator(".step").is_enabled():
+        stepper.locator(".step").click()
+        if stepper.get_attribute("data-asking") == "true":
+            stepper.locator(".slots button").first.click()
+    hits = int(re.search(r"lru: (\d+) hits", printed)[1])
+    assert stepper.get_attribute("data-hits") == str(hits) and "guesses right" in stepper.inner_text()
+
+
+DRIVERS = {"08_cache_policies": drive_stepper, "09_live_cache": drive_view}
+
+
+@pytest.mark.parametrize("chapter", often(badges.chapters()))
 def test_chapter_runs_from_top_to_bottom(chapter, open_notebook, tmp_path):
     page = open_notebook(chapter)
+    page.evaluate(WATCH)
     cells = run_all(page)
     assert [cell["count"] for cell in cells] == list(range(1, len(cells) + 1))
     assert [cell for cell in cells if cell["errors"] and "raises-exception" not in cell["tags"]] == []
     assert sum(cell["images"] for cell in cells) > 0, "a chapter shows at least one figure"
+    if chapter.stem in DRIVERS:
+        DRIVERS[chapter.stem](page)
     photograph(page, tmp_path / f"{chapter.stem}.png")
     assert page.locator(".jp-RenderedImage img").count() > 0
     assert page.complaints == []
