@@ -124,9 +124,7 @@ def _findings(versions: dict[str, str], machine: Hardware, total: int) -> list[F
 
 def _gpu_finding(machine: Hardware) -> Finding:
     if machine.device == "cpu":
-        return Finding(
-            "GPU", False, "torch sees none: the CPU computes, and the fast tier is a share of RAM"
-        )
+        return Finding("GPU", False, "torch sees none: the CPU computes, and the fast tier is a share of RAM")
     return Finding(
         "GPU",
         False,
