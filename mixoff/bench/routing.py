@@ -86,7 +86,7 @@ class Routing:
 def guessed(trace: np.ndarray, num_experts: int, recall: float) -> np.ndarray:
     """Guesses (T, L, K) of which a share `recall` is what the trace chose, and the others are experts that it did not.
 
-    >>> trace = synthetic("uniform", None, 8, 2, layers=4, tokens=50)
+    >>> trace = synthetic("uniform", None, 8, 2, layers=4, tokens=2000)
     >>> float((guessed(trace, 8, 0.5) == trace).mean().round(1))
     0.5
     """
