@@ -36,8 +36,8 @@ def budget(path, slots):
     return slots * len(source.sites) * slot_nbytes(source.sites) + scratch
 
 
-def measure(folder, shapes, tokens, rounds):
-    """Points: shape, threads, slots, tokens/s measured and modelled, hit rate."""
+def measure(folder, shapes, tokens, rounds, record):
+    """Points: shape, threads, slots, and a report each; kept after every one of them, since this takes minutes."""
     points = []
     for shape in shapes:
         path = synthetic.write_store(shape, "mixed", Path(folder) / f"{shape}-mixed")
@@ -48,6 +48,8 @@ def measure(folder, shapes, tokens, rounds):
                 )
                 report = compare.compare(settings, lambda line: print(line, file=sys.stderr))
                 points.append({"shape": shape, "threads": threads, "slots": slots} | report.to_dict())
+                if record:
+                    Path(record).write_text(json.dumps(points) + "\n", encoding="utf-8")
     return points
 
 
@@ -69,6 +71,8 @@ def draw(points):
     for ax, threads in zip(axes, THREADS, strict=True):
         for shape, colour in zip(SHAPES, plots.OKABE_ITO.values(), strict=False):
             mine = [p for p in points if p["shape"] == shape and p["threads"] == threads]
+            if not mine:
+                continue
             x = [p["slots"] for p in mine]
             speeds = [p["decode_tokens_per_s"] for p in mine]
             ax.plot(x, speeds, color=colour, marker=MARKS[shape], label=f"{shape}, measured")
@@ -91,9 +95,7 @@ def main(argv=None):
     if args.draw:
         points = [p for file in args.draw for p in json.loads(Path(file).read_text(encoding="utf-8"))]
     else:
-        points = measure(args.folder, args.shapes.split(","), args.tokens, args.rounds)
-    if args.record:
-        Path(args.record).write_text(json.dumps(points) + "\n", encoding="utf-8")
+        points = measure(args.folder, args.shapes.split(","), args.tokens, args.rounds, args.record)
     draw(points).savefig(SVG, metadata={"Date": None})
     print(table(points))
 
