@@ -12,7 +12,7 @@ import badges
 
 PROJECT = badges.project()
 
-# What Colab's runtime of August 2026 has (googlecolab/backend-info); for the last three a version it surely exceeds
+# What Colab's runtime of August 2026 has (googlecolab/backend-info); for the last five a version it surely exceeds
 COLAB = {
     "torch": "2.11.0",
     "transformers": "5.15.0",
@@ -26,6 +26,8 @@ COLAB = {
     "psutil": "5.9.5",
     "rich": "13.9.4",
     "safetensors": "0.5.0",
+    "filelock": "3.15.0",
+    "tqdm": "4.66.0",
 }
 HEAVY = ("torch", "transformers", "numba", "ipywidgets", "anywidget", "matplotlib", "hqq", "triton", "rich", "numpy")
 
