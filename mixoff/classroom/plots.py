@@ -102,7 +102,9 @@ def expert_grids(grids: Sequence[np.ndarray], titles: Sequence[str], columns: in
     """
     L, E = grids[0].shape
     rows = -(-len(grids) // columns)
-    size = (0.27 * E * columns + 0.6, (0.27 * L + 0.5) * rows + 0.4)
+    seen = [STATES[code] for code in sorted({AWAY, RESIDENT, HIT, MISS}.union(*map(np.unique, grids)))]
+    below = 0.4 if len(seen) < 5 else 0.9  # the legend takes one line or two
+    size = (0.27 * E * columns + 0.6, (0.27 * L + 0.5) * rows + below)
     fig, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, sharex=True, sharey=True)
     for ax, grid, title in zip(axes.flat, grids, titles, strict=False):
         draw_grid(ax, grid)
@@ -112,7 +114,6 @@ def expert_grids(grids: Sequence[np.ndarray], titles: Sequence[str], columns: in
     for ax in axes[-1]:
         ax.set(xticks=[0.5, E - 0.5], xticklabels=[0, E - 1], xlabel="expert")
     axes[0, 0].invert_yaxis()
-    seen = [STATES[code] for code in sorted({AWAY, RESIDENT, HIT, MISS}.union(*map(np.unique, grids)))]
     keys = [Patch(facecolor=colour, edgecolor=LINE, label=f"{name} {letter}") for name, letter, colour in seen]
     fig.legend(handles=keys, loc="outside lower center", ncols=len(keys) if len(keys) < 5 else 3, frameon=False)
     return fig
