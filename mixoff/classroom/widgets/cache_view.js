@@ -13,13 +13,6 @@ function size(n) {
   return `${n.toFixed(i ? 1 : 0)} ${PREFIXES[i]}`;
 }
 
-function isDark(el) {
-  const lab = el.closest("[data-jp-theme-light]") || document.body;
-  if (lab.dataset.jpThemeLight) return lab.dataset.jpThemeLight === "false";
-  if (document.documentElement.getAttribute("theme") === "dark" || document.body.dataset.theme === "dark") return true;
-  return !document.body.dataset.theme && matchMedia("(prefers-color-scheme: dark)").matches;
-}
-
 // draws one expert into a square of `side` pixels: colour, and a letter or a shape that survives greyscale
 function drawCell(pen, state, x, y, side, style) {
   const paint = (name) => (pen.fillStyle = style.getPropertyValue(name).trim());

@@ -51,7 +51,7 @@ class CacheView(anywidget.AnyWidget):
     layers of 128 experts (docs/benchmarks.md).
     """
 
-    _esm = HERE / "cache_view.js"
+    _esm = (HERE / "theme.js").read_text("utf-8") + (HERE / "cache_view.js").read_text("utf-8")
     _css = HERE / "cache_view.css"
     layers = traitlets.List(traitlets.Int()).tag(sync=True)  # numbers of the MoE layers
     experts = traitlets.Int().tag(sync=True)

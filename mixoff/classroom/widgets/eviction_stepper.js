@@ -1,11 +1,4 @@
 // One layer's cache, request by request. Python worked out every step; this shows them and asks before each eviction.
-function isDark(el) {
-  const lab = el.closest("[data-jp-theme-light]") || document.body;
-  if (lab.dataset.jpThemeLight) return lab.dataset.jpThemeLight === "false";
-  if (document.documentElement.getAttribute("theme") === "dark" || document.body.dataset.theme === "dark") return true;
-  return !document.body.dataset.theme && matchMedia("(prefers-color-scheme: dark)").matches;
-}
-
 const FRAME = `
   <div class="bar">
     <label>Policy <select class="policy"></select></label>

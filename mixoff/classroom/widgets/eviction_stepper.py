@@ -77,7 +77,7 @@ class EvictionStepper(anywidget.AnyWidget):
     'lru: 0 hits of 4, evicts 1 2; belady: 1 hit of 4, evicts 2'
     """
 
-    _esm = HERE / "eviction_stepper.js"
+    _esm = (HERE / "theme.js").read_text("utf-8") + (HERE / "eviction_stepper.js").read_text("utf-8")
     _css = HERE / "eviction_stepper.css"
     requests = traitlets.List(traitlets.Int()).tag(sync=True)
     steps = traitlets.Dict().tag(sync=True)  # by policy
