@@ -99,6 +99,15 @@ def outcome(use):
         return None
 
 
+def damaged_copy(source, tmp_path_factory, data, others, often=1):
+    """A copy of `source` in a new folder with one file spoiled, and which: one of `others`, or of its shards."""
+    folder = shutil.copytree(source, tmp_path_factory.mktemp("damaged") / "model")
+    shards = sorted(p.name for p in folder.glob("*.safetensors"))
+    name, apply = data.draw(damage([*others, *shards * often]))
+    harm(folder, name, apply)
+    return folder, name
+
+
 LIMITS = {
     "deadline": None,
     "derandomize": True,
@@ -109,12 +118,8 @@ LIMITS = {
 @settings(max_examples=120, **LIMITS)
 @given(st.data())
 def test_damaged_checkpoints(checkpoint, tmp_path_factory, data):
-    root = tmp_path_factory.mktemp("damaged")
-    folder = shutil.copytree(checkpoint, root / "model")
-    shards = sorted(p.name for p in folder.glob("*.safetensors"))
-    name, apply = data.draw(damage([*JSON, *shards, *shards]))
-    harm(folder, name, apply)
-    before = {p.name for p in folder.iterdir()}
+    folder, _ = damaged_copy(checkpoint, tmp_path_factory, data, JSON, often=2)
+    root, before = folder.parent, {p.name for p in folder.iterdir()}
     target = outcome(lambda: mixoff.convert(folder, root / "target", progress=False))
     assert {p.name for p in root.iterdir()} <= {"model", "target"} and {p.name for p in folder.iterdir()} == before
     if target is not None:
@@ -125,26 +130,18 @@ def test_damaged_checkpoints(checkpoint, tmp_path_factory, data):
 @settings(max_examples=80, **LIMITS)
 @given(st.data())
 def test_damaged_checkpoints_in_use(checkpoint, tmp_path_factory, data):
-    root = tmp_path_factory.mktemp("damaged")
-    folder = shutil.copytree(checkpoint, root / "model")
-    shards = sorted(p.name for p in folder.glob("*.safetensors"))
-    name, apply = data.draw(damage([*JSON, *shards]))
-    harm(folder, name, apply)
+    folder, name = damaged_copy(checkpoint, tmp_path_factory, data, JSON)
     outcome(lambda: compute(folder, name))
-    shutil.rmtree(root)
+    shutil.rmtree(folder.parent)
 
 
 @settings(max_examples=80, **LIMITS)
 @given(st.data())
 def test_damaged_stores(store, tmp_path_factory, data):
-    root = tmp_path_factory.mktemp("damaged")
-    folder = shutil.copytree(store, root / "store")
-    shards = sorted(p.name for p in folder.glob("*.safetensors"))
-    name, apply = data.draw(damage(["config.json", INDEX, MANIFEST, MANIFEST, MANIFEST, *shards]))
-    harm(folder, name, apply)
+    folder, name = damaged_copy(store, tmp_path_factory, data, ["config.json", INDEX, MANIFEST, MANIFEST, MANIFEST])
     outcome(lambda: mixoff.verify(folder, full=True))
     outcome(lambda: compute(folder, name))
-    shutil.rmtree(root)
+    shutil.rmtree(folder.parent)
 
 
 def compute(folder, damaged):
