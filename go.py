@@ -44,6 +44,8 @@ NBVAL = (
     "--nbval-kernel-startup-timeout=120",
     "--nbval-sanitize-with=tests/nbval_sanitize.cfg",
 )
+# One worker a core, four at most (each holds torch); a file stays in one worker, since a chapter's cells share a kernel.
+WORKERS = ("-n", "auto", "--maxprocesses=4", "--dist=loadfile")
 NO_VENV = """\
 This Python cannot make virtual environments: its `venv` module is incomplete, and there is no `uv` on the path.
 Install one of them, then run the same command again:
@@ -152,7 +154,7 @@ def test_commands(arguments: list[str]) -> list[list[str]]:
     return [
         ["tools/nb.py", "check"],
         ["tools/make_colab.py", "--check"],
-        ["-m", "pytest", *NBVAL, "tests", "notebooks", *arguments],
+        ["-m", "pytest", *WORKERS, *NBVAL, "tests", "notebooks", *arguments],
     ]
 
 
