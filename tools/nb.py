@@ -26,6 +26,7 @@ from nbclient.exceptions import CellExecutionError
 
 import badges
 import chapter_rules
+import widget_states
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CELL_TIMEOUT_S = 300
@@ -129,7 +130,7 @@ def execute(nb, folder: pathlib.Path) -> None:
             cell.outputs, cell.execution_count = [], None
     where = {"metadata": {"path": str(folder)}}
     options = {"timeout": CELL_TIMEOUT_S, "kernel_name": "python3", "coalesce_streams": True}
-    NotebookClient(nb, resources=where, store_widget_state=False, record_timing=False, **options).execute()
+    NotebookClient(nb, resources=where, store_widget_state=True, record_timing=False, **options).execute()
 
 
 def run(path: pathlib.Path) -> None:
@@ -137,6 +138,7 @@ def run(path: pathlib.Path) -> None:
     nb, start = read(path), time.monotonic()
     with this_python():
         execute(nb, path.parent)
+    widget_states.keep(nb, path)
     tidy(nb, path)
     write(nb, path)
     print(f"ran {path.name} in {time.monotonic() - start:.0f} s")
@@ -147,7 +149,8 @@ def run(path: pathlib.Path) -> None:
 
 def problems(path: pathlib.Path) -> list[str]:
     """What is wrong with one chapter, a sentence each."""
-    found = chapter_rules.problems(read(path))
+    nb = read(path)
+    found = [*chapter_rules.problems(nb), *widget_states.problems(nb, path)]
     nbytes = path.stat().st_size
     if nbytes > chapter_rules.MAX_FILE_NBYTES:
         found.append(f"{nbytes} bytes, at most {chapter_rules.MAX_FILE_NBYTES}")
