@@ -3,6 +3,7 @@
 import html
 import subprocess
 import sys
+from dataclasses import asdict, replace
 
 import matplotlib
 import numpy as np
@@ -10,8 +11,11 @@ import pytest
 
 matplotlib.use("Agg")
 
+import mixoff
 from mixoff.classroom import check, plots, setup, show
 from mixoff.classroom.checks import Check, difference
+from mixoff.classroom.widgets import PlanExplorer
+from mixoff.classroom.widgets.plan_explorer import Choice, explore, lacking_nbytes, smallest_change
 
 double = Check((((2,), 4), ((5,), 10)))
 pair = Check(((([1, 2], 3), np.array([[1, 2]] * 3)),))
@@ -109,6 +113,87 @@ def test_grids_are_drawn_with_a_letter_for_each_hit_and_miss():
     fig = plots.expert_grids([grid, grid], ["token 1", "token 2"], columns=2)
     for ax in fig.axes:
         assert sorted(t.get_text() for t in ax.texts if t.get_text()) == ["M", "M", "h"]
+    matplotlib.pyplot.close(fig)
+
+
+# ---------------------------------------------------------------- the plan to play with
+
+OLMOE = "allenai/OLMoE-1B-7B-0924"  # read in less than a second
+LARGE = "mistralai/Mixtral-8x22B-Instruct-v0.1"
+CHOICES = {
+    "all that fit": Choice(OLMOE),
+    "two slots": Choice(OLMOE, slots=2, experts=16),
+    "a small card": Choice(OLMOE, hardware="rtx-4060-laptop", experts=16, attention=16, context=16384),
+    "no card": Choice(OLMOE, hardware="laptop", experts=8, group=64),
+    "no card, few slots": Choice(OLMOE, hardware="laptop", experts=16, slots=5),
+}
+
+
+@pytest.mark.parametrize("choice", CHOICES.values(), ids=CHOICES)
+def test_explorer_shows_the_plan(choice):
+    outcome = explore(choice)
+    plan, fast = outcome.plan, outcome.tiers[0]
+    assert outcome.fits and plan.fits and outcome.change == ""
+    assert outcome.slots == plan.slots_per_layer == (choice.slots or plan.slots_per_layer)
+    assert fast.nbytes == plan.tiers["fast"] + plan.hardware.reserved_nbytes <= fast.limit
+    assert {tier.name: tier.nbytes for tier in outcome.tiers[1:]}.items() <= {
+        "RAM": plan.tiers["ram"],
+        "disk": plan.tiers["disk"],
+    }.items()
+    asked = {"context": choice.context, "scheme": choice.scheme, "hardware": choice.hardware}
+    if not choice.slots:
+        assert plan.to_dict() == mixoff.plan(OLMOE, **asked).to_dict() | {"scheme": plan.scheme}
+
+
+def test_explorer_begins_with_the_preset_mixed():
+    assert Choice().scheme == mixoff.Scheme.preset("mixed")
+    plan = explore(Choice(OLMOE)).plan
+    assert plan.to_dict() == mixoff.plan(OLMOE).to_dict()
+
+
+@pytest.mark.parametrize(
+    ("choice", "changed"),
+    [
+        (Choice(OLMOE, context=131072), "context"),
+        (Choice(OLMOE, experts=16, context=65536, hardware="rtx-4060-laptop"), "context"),
+        (Choice(OLMOE, experts=16, slots=40, hardware="rtx-4060-laptop"), "slots"),
+        (Choice(LARGE, experts=16, attention=16, hardware="rtx-4060-laptop"), "hardware"),
+    ],
+)
+def test_smallest_change_fits_and_less_of_it_does_not(choice, changed):
+    """One control alone has moved, and the step before its new value is still too large."""
+    moved = smallest_change(choice)
+    different = {name for name, value in asdict(moved).items() if value != getattr(choice, name)}
+    assert different == {changed} and explore(moved).fits and not explore(choice).fits
+    assert explore(choice).change
+    if changed == "context":
+        assert lacking_nbytes(replace(moved, context=2 * moved.context)) > 0
+
+
+def test_explorer_says_when_one_change_is_not_enough():
+    outcome = explore(Choice(LARGE, experts=16, attention=16, context=131072, hardware="rtx-4060-laptop"))
+    assert outcome.change == "no single control is enough: move several" and "GiB too much" in outcome.verdict
+    assert outcome.rates == {} and "does not run" in outcome.speed
+
+
+def test_explorer_answers_a_browser_with_figures_or_a_reason():
+    explorer = PlanExplorer(OLMOE)
+    explorer.choice = explorer.choice | {"experts": 16, "slots": 999, "asked": 7}
+    assert (explorer.answer["asked"], explorer.answer["slots"], explorer.answer["fits"]) == (7, 64, True)
+    explorer.choice = explorer.choice | {"experts": 5, "asked": 8}
+    assert explorer.answer == {"error": explorer.summary(), "asked": 8} and "5" in explorer.summary()
+    with pytest.raises(mixoff.MixoffError, match="choose one of"):
+        PlanExplorer(OLMOE, experts=5)
+
+
+def test_still_plan_has_every_part_and_every_limit():
+    explorer = PlanExplorer(OLMOE, experts=16)
+    fig = explorer.figure()
+    (ax,) = fig.axes
+    assert [label.get_text().split("\n")[0] for label in ax.get_yticklabels()] == ["VRAM", "RAM", "disk"]
+    assert sum(text.get_text().startswith("has") for text in ax.texts) == 2, "the disk's size is not known"
+    drawn = sum(bar.get_width() for bar in ax.patches) * 2**30
+    assert drawn == pytest.approx(sum(tier.nbytes for tier in explorer.outcome.tiers))
     matplotlib.pyplot.close(fig)
 
 
