@@ -29,6 +29,7 @@ from mixoff.errors import MixoffError
 
 VERSION = 1
 OPTIONAL = ("weights", "times_s", "predicted", "scores")  # by token; what a trace may or may not know
+BESIDE = ("weights", "predicted")  # what `load_domains` reads beside a trace
 NO_EXPERT = -1  # a place in a token's choice that names nobody
 MAX_EXPERTS = 2**15 - 1  # experts are stored as int16 at most
 PHASES = ("decode", "prompt")
@@ -456,11 +457,21 @@ def _read_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
 
 
 def load_domains(path: str | Path, num_experts: int = 8) -> dict[str, Trace]:
-    """Traces by name from a `.npz` of plain arrays (L, T, K), as the bundled model has for its five domains."""
-    return {
-        name: Trace.from_array(np.moveaxis(array, 0, 1) if array.ndim == 3 else array, num_experts)
-        for name, array in read_arrays(path).items()
-    }
+    """Traces by name from a `.npz` of plain arrays (L, T, K), as the bundled model has for its five domains.
+
+    NAME.weights and NAME.predicted, of the same order, may stand beside NAME. Raises MixoffError.
+    """
+    traces, beside = {}, {}
+    for name, array in read_arrays(path).items():
+        array = np.moveaxis(array, 0, 1) if array.ndim == 3 else array
+        of, _, what = name.rpartition(".")
+        if what in BESIDE:
+            beside.setdefault(of, {})[what] = array
+        else:
+            traces[name] = array
+    if strange := sorted(beside.keys() - traces.keys()):
+        raise MixoffError(f"{path} knows {' and '.join(beside[strange[0]])} of {strange[0]}, but not its experts")
+    return {name: Trace.from_array(array, num_experts, **beside.get(name, {})) for name, array in traces.items()}
 
 
 def _bundled(path: Path) -> Trace:

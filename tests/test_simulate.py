@@ -221,7 +221,9 @@ def test_predictors_are_what_they_say():
 
 def test_bundled_traces_and_all_policies_from_the_command_line(tmp_path, capsys):
     for domain in ("novel", "scripture", "spanish", "code", "facts"):
-        assert len(Trace.load(f"tiny-mixtral/{domain}")) >= 2_000
+        trace = Trace.load(f"tiny-mixtral/{domain}")
+        assert len(trace) >= 2_000 and np.allclose(trace.weights.sum(2), 1, atol=1e-3)
+        assert (trace.predicted[:, 0] == -1).all() and simulate(trace, prefetch="next-router").prefetch_hits > 0
     short = Trace.load("tiny-mixtral/facts").select(slice(0, 150)).save(tmp_path / "t.npz")
     command = ["simulate", str(short), "--slots", "3", "--policy", "all"]
     assert main([*command, "--prefetch", "oracle", "--prefetch-nbytes", "1MB", "--json"]) == 0

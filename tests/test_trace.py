@@ -123,6 +123,18 @@ def test_plain_arrays_are_no_trace_but_can_be_loaded_by_name(tmp_path):
     assert np.array_equal(mixoff.trace.load_domains(tmp_path / "d.npz")["novel"].experts, SMALL)
 
 
+def test_what_is_known_beside_plain_arrays_is_loaded_with_them(tmp_path):
+    weights = np.full(np.shape(SMALL), 0.5, np.float16)
+    arrays = {"novel": SMALL, "novel.weights": weights, "novel.predicted": SMALL, "code": SMALL}
+    np.savez(tmp_path / "d.npz", **{name: np.moveaxis(np.asarray(array), 0, 1) for name, array in arrays.items()})
+    traces = mixoff.trace.load_domains(tmp_path / "d.npz")
+    assert np.array_equal(traces["novel"].weights, weights) and np.array_equal(traces["novel"].predicted, SMALL)
+    assert set(traces) == {"novel", "code"} and traces["code"].weights is None
+    np.savez(tmp_path / "e.npz", **{"novel.weights": np.moveaxis(weights, 0, 1)})
+    with pytest.raises(MixoffError, match="weights of novel, but not its experts"):
+        mixoff.trace.load_domains(tmp_path / "e.npz")
+
+
 @settings(max_examples=60, deadline=None)
 @given(at=st.floats(0, 1), byte=st.integers(1, 255), cut=st.booleans())
 def test_a_damaged_file_is_refused_or_still_a_trace(tmp_path_factory, at, byte, cut):

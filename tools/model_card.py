@@ -1,6 +1,10 @@
 """Measures the tiny model and writes its card: figures.json, traces.npz and README.md into the model's folder.
 
     python tools/model_card.py .train/export HELDOUT
+    python tools/model_card.py MODEL_FOLDER HELDOUT --only-traces
+
+traces.npz holds three arrays a domain: DOMAIN, the choices (L, T, K); DOMAIN.weights, what the router gave each of
+them; DOMAIN.predicted, what each layer's router names on the input of the router before it, -1 for the first layer.
 
 Everything is measured with transformers on held-out text, except tokens, time and the curve, which training.json
 reports (tools/train_tiny.py export).  Windows do not overlap: 512 tokens, each predicted from those before it in its
@@ -33,17 +37,22 @@ FIRST_MODEL = {"tokens": 5.5e6, "cpu_s": 54 * 60}  # reported by the model that 
 
 
 class Recorder:
-    """Hooks on every router: choices `chosen[l]` (T, K), and `guessed[l]` (T, 4) from layer l - 1's input."""
+    """Hooks on every router: `chosen[l]` and `weights[l]` (T, K), and `guessed[l]` (T, 4) from layer l - 1's input."""
 
     def __init__(self, model):
         routers = [layer.mlp.gate for layer in model.model.layers]
-        self.chosen, self.guessed = [[] for _ in routers], [[] for _ in routers]
+        self.chosen, self.weights, self.guessed = ([[] for _ in routers] for _ in range(3))
         self.handles = [r.register_forward_hook(self.note_choice(n)) for n, r in enumerate(routers)]
         for n, (router, following) in enumerate(pairwise(routers), 1):
             self.handles.append(router.register_forward_pre_hook(self.note_guess(n, following)))
 
     def note_choice(self, n):
-        return lambda router, inputs, output: self.chosen[n].append(output[2])
+        def note(router, inputs, output):
+            _, weights, chosen = output
+            self.chosen[n].append(chosen)
+            self.weights[n].append(weights)
+
+        return note
 
     def note_guess(self, n, following):
         """The next router on this router's input: what a prefetcher can know one layer ahead."""
@@ -52,17 +61,19 @@ class Recorder:
         )
 
     def detach(self):
-        """Removes the hooks; returns choices (L, T, K) and guesses (L - 1, T, 4) as int8 arrays."""
+        """Removes the hooks; returns choices (L, T, K) and guesses (L - 1, T, 4), int8, and weights (L, T, K), fp16."""
         for handle in self.handles:
             handle.remove()
-        chosen = torch.stack([torch.cat(pieces) for pieces in self.chosen])  # (L, T, K)
-        guessed = torch.stack([torch.cat(pieces) for pieces in self.guessed[1:]])  # (L - 1, T, 4)
-        return chosen.to(torch.int8).numpy(), guessed.to(torch.int8).numpy()
+        chosen, weights, guessed = (
+            torch.stack([torch.cat(pieces) for pieces in noted])
+            for noted in (self.chosen, self.weights, self.guessed[1:])
+        )
+        return chosen.to(torch.int8).numpy(), guessed.to(torch.int8).numpy(), weights.to(torch.float16).numpy()
 
 
 @torch.no_grad()
 def read_text(model, ids):
-    """Nats of all tokens of ids (T + 1,), and choices and guesses of the first TRACE_TOKENS inputs."""
+    """Nats of all tokens of ids (T + 1,), and choices, guesses and weights of the first TRACE_TOKENS inputs."""
     nats, recorder, routing = 0.0, Recorder(model), None
     for start in range(0, len(ids) - 1, WINDOW):
         piece = torch.tensor(ids[start : start + WINDOW + 1])
@@ -74,15 +85,25 @@ def read_text(model, ids):
 
 
 def measure_text(model, tokenizer, texts):
-    """Loss of each domain, and its traces and guesses."""
-    loss, traces, guesses = {}, {}, {}
+    """Loss of each domain, its traces, guesses and weights."""
+    loss, traces, guesses, weights = {}, {}, {}, {}
     for domain, text in texts.items():
         ids = tokenizer(text, verbose=False)["input_ids"]
-        nats, traces[domain], guesses[domain] = read_text(model, ids)
+        nats, traces[domain], guesses[domain], weights[domain] = read_text(model, ids)
         count, nbytes = len(ids) - 1, len(text.encode())
         bits = nats / math.log(2) / nbytes
         loss[domain] = {"bits_per_byte": bits, "nats_per_token": nats / count, "tokens": count, "bytes": nbytes}
-    return loss, traces, guesses
+    return loss, traces, guesses, weights
+
+
+def save_traces(path, traces, guesses, weights):
+    """As `mixoff.trace.load_domains` reads them; of the guesses as many as a token has experts."""
+    arrays = dict(traces)
+    for domain, chosen in traces.items():
+        first = np.full_like(chosen[:1], -1)  # no router comes before the first layer's
+        arrays[f"{domain}.weights"] = weights[domain]
+        arrays[f"{domain}.predicted"] = np.concatenate([first, guesses[domain][:, :, : chosen.shape[2]]])
+    np.savez_compressed(path, **arrays)
 
 
 # ---------------------------------------------------------------- routing
@@ -347,12 +368,18 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("model", type=Path, help="Hub folder with training.json")
     parser.add_argument("heldout", type=Path, help="folder of DOMAIN.txt")
+    parser.add_argument("--only-traces", action="store_true", help="write traces.npz and nothing else")
     args = parser.parse_args(argv)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
     model.set_experts_implementation("eager")
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     texts = {d: (args.heldout / f"{d}.txt").read_text(encoding="utf8") for d in DOMAINS}
-    loss, traces, guesses = measure_text(model, tokenizer, texts)
+    if args.only_traces:
+        texts = {d: text[: 8 * TRACE_TOKENS] for d, text in texts.items()}
+    loss, traces, guesses, weights = measure_text(model, tokenizer, texts)
+    save_traces(args.model / "traces.npz", traces, guesses, weights)
+    if args.only_traces:
+        return
     shares = expert_shares(traces)
     figures = {
         "bits_per_byte": float(np.mean([v["bits_per_byte"] for v in loss.values()])),
@@ -363,7 +390,6 @@ def main(argv=None):
         "guess_recall": guess_recall(traces, guesses),
         "samples": samples(model, tokenizer, texts),
     }
-    np.savez_compressed(args.model / "traces.npz", **traces)
     (args.model / "figures.json").write_text(json.dumps(figures, indent=2, ensure_ascii=False) + "\n", encoding="utf8")
     training = json.loads((args.model / "training.json").read_text())
     (args.model / "README.md").write_text(card(model, figures, training), encoding="utf8")
