@@ -15,8 +15,10 @@ from mixoff.quantize import QTensor
 SILU = ("SiLU", "SiLUActivation")  # torch's and transformers' own class for it
 
 
-def by_expert(top_k_index: torch.Tensor, num_experts: int) -> dict[int, torch.Tensor]:
-    """Positions of each expert in the flattened (T, K) choice, experts in router order.
+def by_expert(
+    top_k_index: torch.Tensor, num_experts: int, device: torch.device | None = None
+) -> dict[int, torch.Tensor]:
+    """Positions of each expert in the flattened (T, K) choice, experts in router order; on `device`, if one is given.
 
     The sort is the one of transformers' `grouped_mm`, which is not stable: on several threads a row's last bit may
     depend on its place among the rows of a product, so rows keep that order. An index of `num_experts` or more is
@@ -26,9 +28,10 @@ def by_expert(top_k_index: torch.Tensor, num_experts: int) -> dict[int, torch.Te
     {3: tensor([0]), 1: tensor([1, 2])}
     """
     flat = top_k_index.flatten()  # (T * K,)
-    router_order = dict.fromkeys(flat.tolist())  # the one look at the router's choice
+    router_order = dict.fromkeys(flat.tolist())
     experts, order = torch.sort(flat)
     distinct, counts = torch.unique_consecutive(experts, return_counts=True)
+    order = order.to(device or flat.device, non_blocking=True)
     positions = dict(zip(distinct.tolist(), order.split(counts.tolist()), strict=True))
     return {expert: positions[expert] for expert in router_order if expert < num_experts}
 
@@ -47,7 +50,7 @@ def expert_mlp(
     if fuses(module, x, weights, exact):
         h = cpu.linear(x.float(), weights["gate_up_proj"], exact)  # (R, 2F)
         h = cpu.gated(h, weights["down_proj"], exact).to(x.dtype)  # (R, D)
-        return module.post_expert_norm(h) if module.has_post_expert_norm else h
+        return normed(module, h)
 
     def linear(x: torch.Tensor, name: str) -> torch.Tensor:
         out = kernels.linear(x, weights[name], scratch, module.is_transposed, exact)
@@ -56,7 +59,12 @@ def expert_mlp(
     h = linear(x, "gate_up_proj" if module.has_gate else "up_proj")
     h = module._apply_gate(h) if module.has_gate else module.act_fn(h)  # (R, F)
     h = linear(h, "down_proj")  # (R, D)
-    return module.post_expert_norm(h) if module.has_post_expert_norm else h
+    return normed(module, h)
+
+
+def normed(module: torch.nn.Module, h: torch.Tensor) -> torch.Tensor:
+    """`h` after the norm that some families end an expert with; transformers 5.15, Colab's, has no such flag yet."""
+    return module.post_expert_norm(h) if getattr(module, "has_post_expert_norm", False) else h
 
 
 def fuses(module: torch.nn.Module, x: torch.Tensor, weights: dict[str, torch.Tensor | QTensor], exact: bool) -> bool:

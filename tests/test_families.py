@@ -123,7 +123,7 @@ def test_every_decorated_class(module, name, dtype):
 
 
 def test_the_classes_were_found_and_at_most_two_are_refused():
-    assert len(CLASSES) >= 60
+    assert len(CLASSES) >= 50  # transformers 5.15, Colab's, has 51; 5.23 has 65
     assert len(REFUSED) <= 2 and set(REFUSED) <= {name for _, name in CLASSES}
 
 
@@ -132,15 +132,19 @@ def test_every_kind_of_experts_is_among_them():
     made = [layer_of(getattr(importlib.import_module(module), name), torch.float32).experts for module, name in CLASSES]
     own_gate = [m for m in made if "integrations" not in type(m)._apply_gate.__module__]
     assert own_gate and any(m.is_transposed for m in made) and any(m.has_bias for m in made)
-    assert any(not m.has_gate for m in made) and any(m.has_post_expert_norm for m in made)
+    assert any(not m.has_gate for m in made)
+    assert any(getattr(m, "has_post_expert_norm", False) for m in made) == ("has_post_expert_norm" in FLAGS)
     assert any(not m.is_concatenated for m in made)  # gate and up interleaved
     assert any(m.down_proj.shape[1] == SIZES["latent"] for m in made)  # experts narrower than the model
 
 
+# of the installed transformers: older ones have fewer
+FLAGS = set(inspect.signature(use_experts_implementation).parameters) - {"experts_class", "experts_interface"}
+
+
 def test_every_flag_of_the_decorator_is_known():
     """Fails when a new transformers can say something about experts that mixoff has not heard of."""
-    flags = set(inspect.signature(use_experts_implementation).parameters) - {"experts_class", "experts_interface"}
-    assert flags == shapes.FLAGS
+    assert FLAGS <= shapes.FLAGS
 
 
 class Plain(nn.Module):
