@@ -6,6 +6,9 @@
     python3 go.py test      every test, every chapter            (test --all adds what is slow)
     python3 go.py e2e       chapters in a real browser; needs Chromium
     python3 go.py bench     tokens/s on this machine beside its own roofline
+    python3 go.py site      the course as pages in build/site, which need no server and no network
+    python3 go.py slides    a deck of slides of every chapter in build/slides
+    python3 go.py schedule  the 90-minute, half-day and one-day workshop, from the chapters' metadata
 
 What follows the job is passed on to it: `python3 go.py test -k cache -x`.
 The environment is `.venv` beside this file. Nothing is installed twice: a stamp inside remembers what stands there.
@@ -33,9 +36,16 @@ VENV = ROOT / ".venv"
 STAMP = VENV / "mixoff.json"
 OLDEST, FIRST_UNTRIED = (3, 10), (3, 14)
 
-JOBS = ("demo", "lab", "test", "e2e", "bench")
-EXTRAS = {"lab": {"lab"}, "test": {"lab", "test", "reference"}, "e2e": {"lab", "test", "e2e"}}
-ALL_EXTRAS = {"lab", "test", "reference", "e2e", "triton"}
+JOBS = ("demo", "lab", "test", "e2e", "bench", "site", "slides", "schedule")
+EXTRAS = {
+    "lab": {"lab"},
+    "test": {"lab", "test", "reference"},
+    "e2e": {"lab", "test", "e2e", "site"},
+    "site": {"lab", "site"},
+    "slides": {"lab", "site"},
+    "schedule": {"lab", "site"},
+}
+ALL_EXTRAS = {"lab", "test", "reference", "e2e", "triton", "site"}
 
 NBVAL = (
     "--nbval",
@@ -167,6 +177,9 @@ def commands(job: str, arguments: list[str]) -> list[list[str]]:
         "lab": ["-m", "jupyterlab", "notebooks/00_start_here.ipynb"],
         "e2e": ["-m", "pytest", "-m", "e2e", "tests/e2e"],
         "bench": ["-m", "mixoff", "bench"],
+        "site": ["tools/make_site.py"],
+        "slides": ["tools/slides.py"],
+        "schedule": ["tools/schedule.py"],
     }
     return [single[job] + arguments]
 

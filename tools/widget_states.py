@@ -47,7 +47,7 @@ def keep(nb, chapter: pathlib.Path) -> None:
     path, found = file_of(chapter), states(nb)
     if found:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(found, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(found, ensure_ascii=False) + "\n", encoding="utf-8")
     else:
         path.unlink(missing_ok=True)
 

@@ -191,8 +191,7 @@ function render({ model, el }) {
   $(".scrub").oninput = () => { stop(); show(Number($(".scrub").value)); };
   $(".speed").onchange = () => { if (timer) { stop(); play(); } };
   const redress = () => { dress(); if (frames) show(at); else onLive(); };
-  const themes = new MutationObserver(redress);
-  themes.observe(document.body, { attributes: true, attributeFilter: ["data-jp-theme-light", "data-theme"] });
+  const forgetThemes = onTheme(redress);
   model.on("change:live", onLive);
   model.on("change:recording", onRecording);
   dress();
@@ -201,7 +200,7 @@ function render({ model, el }) {
   requestAnimationFrame(redress); // now that it stands in the page, whose theme it takes
   return () => {
     stop();
-    themes.disconnect();
+    forgetThemes();
     model.off("change:live", onLive);
     model.off("change:recording", onRecording);
   };

@@ -105,11 +105,9 @@ function render({ model, el }) {
   $(".again").onclick = start;
   $(".policy").onchange = start;
   const dress = () => root.classList.toggle("mixoff-dark", isDark(el));
-  const themes = new MutationObserver(dress);
-  themes.observe(document.body, { attributes: true, attributeFilter: ["data-jp-theme-light", "data-theme"] });
   start();
   requestAnimationFrame(dress);
-  return () => themes.disconnect();
+  return onTheme(dress);
 }
 
 export default { render };

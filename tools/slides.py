@@ -1,0 +1,187 @@
+#!/usr/bin/env python3
+"""Makes a deck of slides of every chapter: its headings, figures, predictions and summaries, nothing else.
+
+    slides.py [FOLDER]        default build/slides; open NN_name.html, no network is needed
+
+Which cell becomes which slide follows from tags, headings and outputs, on a copy; a slide type that an author has set
+in a cell's metadata wins. nbconvert makes the deck; reveal.js is copied from the package sphinx-revealjs, so that the
+repository carries none of it. Does not know what a chapter is about.
+"""
+
+from __future__ import annotations
+
+import html
+import pathlib
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from importlib.resources import files
+
+import nbformat
+from latex2mathml.converter import convert as mathml
+from nbconvert import SlidesExporter
+
+import badges
+import chapter_rules
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+TOOLS = ROOT / "tools"
+REVEAL = ("reveal.js", "reveal.css")
+LEFT_OUT = ("You will be able to", "What this leaves out", "Five questions", "Further reading", "Notes for instructors")
+HEADING = re.compile(r"^#{1,3} +(.+)$", re.M)
+FENCE = re.compile(r"^```.*?^```$", re.M | re.S)
+MINUTES = re.compile(r"^Difficulty.*$", re.M)
+CLAIM = re.compile(r"(?:^>.*\n?)+", re.M)
+FORMULA = re.compile(r"(?<![\\$\w])\$([^$\n]+)\$(?![\d$])")
+MOST_LINES = 14  # of printed text on a slide
+
+
+# ---------------------------------------------------------------- cells of a deck
+
+
+def slide(source: str, kind: str = "slide"):
+    """A Markdown cell that opens a slide, or goes on with one (kind `-`)."""
+    source = FORMULA.sub(lambda match: mathml(match[1]), source)
+    return nbformat.v4.new_markdown_cell(source, metadata={"slideshow": {"slide_type": kind}})
+
+
+def shown(outputs: list, kind: str):
+    """A cell of outputs alone."""
+    cell = nbformat.v4.new_code_cell("", metadata={"slideshow": {"slide_type": kind}})
+    cell.outputs = outputs
+    return cell
+
+
+def figures(cell) -> Iterator[tuple[dict, str]]:
+    """Each figure of a code cell, with its caption."""
+    for output in cell.outputs:
+        if "image/png" in output.get("data", {}):
+            yield output, output["data"].get("text/plain", "")
+
+
+def printed(cell) -> str:
+    """What a code cell printed, as far as it fits on a slide."""
+    text = "".join(output.text for output in cell.outputs if output.output_type == "stream")
+    lines = text.rstrip().splitlines()
+    return "\n".join(lines[:MOST_LINES] + ["…"] * (len(lines) > MOST_LINES))
+
+
+def opening(cell) -> Iterator:
+    """The first slide: title, promise, minutes."""
+    lines = [line for line in cell.source.splitlines() if line.strip()]
+    yield slide("\n\n".join(lines[:3]))
+
+
+class Deck:
+    """Slides in the making. A heading waits for what belongs on its slide; alone it makes one where nothing does."""
+
+    def __init__(self) -> None:
+        self.cells: list = []
+        self.heading, self.waiting, self.asked, self.summing = "", False, False, False
+
+    def flush(self) -> None:
+        """Puts a waiting heading on a slide of its own."""
+        if self.waiting:
+            self.cells.append(slide(f"## {self.heading}"))
+        self.waiting = False
+
+    def add(self, source: str = "") -> None:
+        """A slide below the current heading."""
+        self.cells.append(slide(f"## {self.heading}\n\n{source}".rstrip()))
+        self.waiting = False
+
+    def section(self, title: str, body: str) -> None:
+        """A heading with the text below it, of which only a claim or an exercise's minutes are shown."""
+        self.flush()
+        self.heading, self.waiting = title, not title.startswith(LEFT_OUT)
+        self.summing = title == "Summary"
+        if claim := CLAIM.search(body) if title.startswith("Audit a claim") else MINUTES.search(body):
+            self.add(claim[0])
+
+    def markdown(self, cell) -> None:
+        """Headings and predictions."""
+        if "predict" in chapter_rules.tags(cell):
+            self.add(cell.source)
+            self.asked = True
+            return
+        parts = HEADING.split(FENCE.sub("", cell.source))
+        for title, body in zip(parts[1::2], parts[2::2], strict=True):
+            self.section(title, body)
+
+    def code(self, cell) -> None:
+        """Figures, what answers a prediction, and the summary."""
+        found = list(figures(cell))
+        for output, caption in found:
+            self.add()
+            self.cells.append(shown([output], "-"))
+            self.cells.append(slide(f'<p class="caption">{html.escape(caption)}</p>', "-"))
+        if self.summing:
+            self.add(
+                "\n".join(o["data"]["text/markdown"] for o in cell.outputs if "text/markdown" in o.get("data", {}))
+            )
+            self.summing = False
+        elif self.asked and not found and printed(cell):
+            self.cells.append(slide(f"<pre>{html.escape(printed(cell))}</pre>", "fragment"))
+        self.asked = False
+
+
+def deck(nb):
+    """The notebook that nbconvert turns into slides."""
+    made, opened = Deck(), False
+    for cell in nb.cells:
+        own = cell.metadata.get("slideshow", {}).get("slide_type")
+        if own == "skip" or chapter_rules.tags(cell) & {"generated", "instructor"}:
+            continue
+        if own:
+            made.flush()
+            made.cells.append(cell)
+        elif not opened and cell.source.startswith("# "):
+            made.cells += opening(cell)
+            opened = True
+        else:
+            getattr(made, cell.cell_type)(cell)
+    made.flush()
+    return nbformat.v4.new_notebook(cells=made.cells)
+
+
+# ---------------------------------------------------------------- files
+
+
+def exporter() -> SlidesExporter:
+    """nbconvert's, with our page around the slides; dear to make, so one makes all decks."""
+    without = {"exclude_input": True, "exclude_input_prompt": True, "exclude_output_prompt": True}
+    return SlidesExporter(template_file=str(TOOLS / "slides.html.j2"), exclude_anchor_links=True, **without)
+
+
+def page(path: pathlib.Path, converter: SlidesExporter) -> str:
+    """The deck of a chapter as HTML."""
+    nb = deck(nbformat.read(path, as_version=4))
+    nb.metadata["title"] = badges.title(path)
+    return converter.from_notebook_node(nb)[0]
+
+
+def build(out: pathlib.Path, chapters: list[pathlib.Path] | None = None) -> list[pathlib.Path]:
+    """Writes the decks of all chapters, or of some, and the reveal.js that they share; returns their files."""
+    shutil.rmtree(out, ignore_errors=True)
+    (out / "reveal").mkdir(parents=True)
+    for name in REVEAL:
+        (out / "reveal" / name).write_bytes((files("sphinx_revealjs") / "_static/revealjs/dist" / name).read_bytes())
+    shutil.copy(TOOLS / "slides.css", out / "reveal" / "deck.css")
+    made, converter = [], exporter()
+    for path in badges.chapters() if chapters is None else chapters:
+        made.append(out / f"{path.stem}.html")
+        made[-1].write_text(page(path, converter), encoding="utf-8")
+    return made
+
+
+def main(argv: list[str]) -> int:
+    """Builds, and says where."""
+    out = pathlib.Path(argv[0] if argv else ROOT / "build" / "slides")
+    for path in build(out):
+        print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
