@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers.generation.streamers import BaseStreamer
 
 
 @dataclass
@@ -38,12 +39,16 @@ class Generation:
 class _Clock:
     """A transformers streamer: notes each new token and when it came, and hands on the text that has become certain."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, on_text: Callable[[str], None] | None) -> None:
-        self.tokenizer, self.on_text, self.result = tokenizer, on_text, Generation()
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, on_text: Callable[[str], None] | None, other: BaseStreamer | None
+    ) -> None:
+        self.tokenizer, self.on_text, self.other, self.result = tokenizer, on_text, other, Generation()
         self.prompt_seen, self.start = False, time.perf_counter()
 
     def put(self, ids: torch.Tensor) -> None:
         """Take in the prompt, then each new token."""
+        if self.other:
+            self.other.put(ids)
         if not self.prompt_seen:  # transformers hands over the prompt first
             self.prompt_seen = True
             return
@@ -53,6 +58,8 @@ class _Clock:
 
     def end(self) -> None:
         self._extend(final=True)
+        if self.other:
+            self.other.end()
 
     def _extend(self, final: bool) -> None:
         text = self.tokenizer.decode(self.result.token_ids, skip_special_tokens=True)
@@ -81,20 +88,24 @@ def generate(
     temperature: float = 0.0,
     seed: int = 0,
     on_text: Callable[[str], None] | None = None,
+    streamer: BaseStreamer | None = None,
+    add_special_tokens: bool = True,
 ) -> Generation:
     """Continue `prompt`: greedy at temperature 0, else sampled from `seed`. `on_text` gets each new piece of text.
 
+    streamer: hears each token too. add_special_tokens: False where the prompt spells them out, as chat templates do.
     Raises MixoffError when nothing can be generated within the model's context.
     """
     import torch
 
-    ids = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
+    how = {"return_token_type_ids": False, "add_special_tokens": add_special_tokens}
+    ids = tokenizer(prompt, return_tensors="pt", **how).to(model.device)
     _check_room(ids["input_ids"].shape[1], max_new_tokens, getattr(model.config, "max_position_embeddings", None))
     how = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature > 0 else {"do_sample": False}
     if temperature == 0:  # or transformers warns that a sampling parameter of the model's own is not used
         how |= {"temperature": None, "top_p": None, "top_k": None}
     torch.manual_seed(seed)
-    clock = _Clock(tokenizer, on_text)
+    clock = _Clock(tokenizer, on_text, streamer)
     end = model.generation_config.eos_token_id
     pad = end[0] if isinstance(end, list) else end
     model.generate(**ids, **how, max_new_tokens=max_new_tokens, pad_token_id=pad, streamer=clock)
