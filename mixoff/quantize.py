@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from mixoff.errors import CheckpointError, MixoffError
+from mixoff.pages import slab
 from mixoff.units import format_nbytes
 
 BITS = (2, 3, 4, 8)
@@ -36,6 +37,7 @@ FORMAT = "mixoff-qtensor-1"
 
 BLOCK = 128  # outputs whose codes lie beside each other
 SUPER = 128  # groups on one metadata grid
+HUGE_PAGE = 2 << 20  # bytes
 WIDTH = {2: 2, 3: 2, 4: 4, 8: 8}  # bits of a code in the part `codes`; the third bit of 3-bit codes lies in `high`
 LARGEST = 8192.0  # |w| up to which every stored number stays below fp16's 65504
 SMALLEST_SCALE = 2.0**-24  # the smallest fp16 number above zero
@@ -131,6 +133,11 @@ class Parts(Mapping):
 
     def __len__(self) -> int:
         return len(self.places)
+
+
+def _memory(nbytes: int) -> Tensor:
+    """Memory for the image of a matrix, uint8 (nbytes,); in huge pages where it fills one."""
+    return slab(nbytes) if nbytes >= HUGE_PAGE else torch.empty(nbytes, dtype=torch.uint8)
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -242,7 +249,7 @@ class QTensor:
         """A matrix with parts that are allocated and not yet filled."""
         form = tuple(shape), bits, group_size, metadata_bits
         check_format(*form)
-        return cls(*form, Parts(torch.empty(packed_nbytes(*form), dtype=torch.uint8), form))
+        return cls(*form, Parts(_memory(packed_nbytes(*form)), form))
 
     @classmethod
     def from_buffer(
@@ -302,7 +309,9 @@ class QTensor:
         found = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
         if found != wanted:
             raise CheckpointError(f"the parts of a quantized {form[0]} matrix are {found}, and should be {wanted}")
-        q = cls(*form, {name: tensors[name].contiguous() for name in wanted})
+        q = cls.empty(*form)
+        for name, part in q.parts.items():
+            part.copy_(tensors[name])
         q.check_values()
         return q
 

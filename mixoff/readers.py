@@ -12,7 +12,6 @@ import mmap
 import os
 import queue
 import threading
-from contextlib import suppress
 from io import FileIO
 from pathlib import Path
 from typing import Protocol
@@ -21,25 +20,11 @@ import numpy as np
 
 from mixoff.checkpoint import Extent
 from mixoff.errors import CheckpointError, MixoffError
+from mixoff.pages import pages
 
 BLOCK = 4096  # bytes; what direct I/O asks for on any disk in use
 PIECE = 4 << 20  # bytes of one request: smaller ones read slower, longer ones leave less to do at once
 IO = ("auto", "direct", "buffered")
-
-
-def pages(nbytes: int) -> mmap.mmap:
-    """Fresh private memory that begins at a page, in huge pages where the system has them to give.
-
-    Private, since only that counts as the process's own; huge, since direct I/O pins every page it writes to, which
-    took a third of a core at 3 GB/s with pages of 4 KiB and a tenth of that with huge ones. Raises OSError.
-    """
-    if not hasattr(mmap, "MAP_PRIVATE"):
-        return mmap.mmap(-1, nbytes)
-    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with suppress(OSError):  # a kernel without huge pages
-            memory.madvise(mmap.MADV_HUGEPAGE)
-    return memory
 
 
 class Reader(Protocol):

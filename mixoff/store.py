@@ -23,8 +23,9 @@ import torch
 from mixoff import hub, published, shapes
 from mixoff.checkpoint import Checkpoint, Extent, read_header, read_json
 from mixoff.errors import CheckpointError
+from mixoff.pages import slab as slab
 from mixoff.quantize import QTensor, Scheme, layout, packed_nbytes
-from mixoff.readers import ExpertReader, pages
+from mixoff.readers import ExpertReader
 from mixoff.shapes import Part, Site
 from mixoff.shards import local_folder
 from mixoff.strided import StridedTensor
@@ -307,10 +308,3 @@ def _sha256(path: Path, offset: int, nbytes: int) -> str:
             digest.update(piece)
             nbytes -= len(piece)
     return digest.hexdigest()
-
-
-def slab(nbytes: int) -> torch.Tensor:
-    """`nbytes` of memory as a uint8 tensor, aligned to a page, allocated once and given back with its last view."""
-    if nbytes == 0:
-        return torch.empty(0, dtype=torch.uint8)
-    return torch.frombuffer(pages(nbytes), dtype=torch.uint8)

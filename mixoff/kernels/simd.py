@@ -24,6 +24,7 @@ LANES = 8  # outputs of a vector
 WIDTH = {2: 2, 3: 2, 4: 4, 8: 8}  # bits of a code in a word; the third of 3-bit codes lies apart
 TOP = 127  # the largest quantized activation
 BLOCK = 128  # outputs of a block of codes
+AHEAD = 4096  # bytes; how far before their turn codes are asked for: the CPU does not foresee the steps between blocks
 SPANS = {2: 128, 3: 64, 4: 32, 8: None}  # inputs whose products sum up in 16 bits; None: 8-bit codes never do
 
 BYTE, I16, I32, I64, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
@@ -55,6 +56,13 @@ class Emitter:
         vector = ir.VectorType(value.type, LANES)
         one = self.b.insert_element(ir.Constant(vector, ir.Undefined), value, I32(0))
         return self.b.shuffle_vector(one, ir.Constant(vector, ir.Undefined), ir.Constant(V32x8, [0] * LANES))
+
+    def prefetch(self, address: ir.Value, offset: int) -> None:
+        """Ask for the cache line `offset` bytes after an address; one that does not exist is no error."""
+        pointer = BYTE.as_pointer()
+        kind = ir.FunctionType(ir.VoidType(), [pointer, I32, I32, I32])
+        place = self.b.inttoptr(self.b.add(address, I64(offset)), pointer)
+        self.b.call(self.b.module.declare_intrinsic("llvm.prefetch", [pointer], kind), [place, I32(0), I32(3), I32(1)])
 
     def every(self, value: int, kind: ir.VectorType = V32x8) -> ir.Constant:
         return ir.Constant(kind, [value] * kind.count)
@@ -167,6 +175,8 @@ class Emitter:
         b = self.b
         at = b.add(place.codes, b.mul(j, place.codes_row))
         words = [self.at(at, V32x8, 32 * v) for v in range(self.vectors)]
+        for v in range(0, self.vectors, 2):
+            self.prefetch(at, 32 * v + AHEAD)
         if self.bits != 3:
             return words, None
         at = b.add(place.high, b.mul(j, place.high_row))
