@@ -18,7 +18,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
-from types import SimpleNamespace
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -353,8 +353,8 @@ def to_grid(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     The span is stored, not its 256th, which fp16 could not tell from zero where weights are small.
     """
     rows = torch.cat([values, values[-1:].expand(-len(values) % SUPER)]).view(-1, SUPER)
-    base = rows.amin(1).half()
-    span = ((rows.amax(1) - base) * (256 / 255)).clamp_min(0).half()
+    base = rows.amin(1).half() + 0.0  # no -0.0, whose sign depends on the order of comparisons
+    span = ((rows.amax(1) - base) * (256 / 255)).clamp_min(0).half() + 0.0
     per_value = torch.where(span > 0, 256 / span.float(), 0.0)
     codes = ((rows - base[:, None]) * per_value[:, None]).round().clamp(0, 255)
     return base, span, codes.flatten()[: len(values)].to(torch.uint8)
@@ -381,13 +381,13 @@ def store_metadata(q: QTensor, start: int, stop: int, scale: Tensor, minimum: Te
     items = slice(start * groups, stop * groups)
     scale, minimum = scale.T.flatten(), minimum.T.flatten()
     if q.metadata_bits == 16:
-        q.parts["scale"][items], q.parts["minimum"][items] = scale, minimum
+        q.parts["scale"][items], q.parts["minimum"][items] = scale.half() + 0.0, minimum.half() + 0.0
         return
     scale, minimum = keep_zeros(scale, minimum)
     grids = slice(items.start // SUPER, -(-items.stop // SUPER))
     q.parts["scale_base"][grids], q.parts["scale_span"][grids], q.parts["scale_codes"][items] = to_grid(scale)
     base, q.parts["min_span"][grids], q.parts["min_codes"][items] = to_grid(-minimum)
-    q.parts["min_top"][grids] = -base
+    q.parts["min_top"][grids] = 0.0 - base
 
 
 # Quantizing -----------------------------------------------------------------------------------------------------------
@@ -430,23 +430,54 @@ def quantize(
 
 def quantize_block(w: Tensor, q: QTensor, start: int, stop: int, solver: str) -> None:
     """Solve, store and pack the rows start..stop of `w` (N, K), which share nothing with other blocks, into `q`."""
-    top, groups = 2**q.bits - 1, q.shape[1] // q.group_size
-    step = max(1, SLICE // (groups if engine().whole else q.shape[1]))
+    if compiled := loops():
+        w = widened(w[start:stop], q.group_size)
+        arrays = w.flatten(0, 1).numpy(), SOLVERS.index(solver), q.bits, *block_arrays(q, start, stop)
+        if not compiled.compiled()(*arrays):
+            check_range(w)
+    else:
+        quantize_block_torch(w[start:stop], q, start, stop, solver)
+
+
+def block_arrays(q: QTensor, start: int, stop: int) -> tuple:
+    """Where the parts of a block stand, as `solvers.compiled` takes them; of what `q` does not have, nothing."""
+    groups, none = q.shape[1] // q.group_size, torch.empty(0, 0, dtype=torch.int16)
+    items = slice(start * groups, stop * groups)
+    ranges = dict.fromkeys(q.parts, slice(items.start // SUPER, -(-items.stop // SUPER)))
+    ranges |= dict.fromkeys(("scale", "minimum", "scale_codes", "min_codes"), items)
+
+    def parts(dtype: torch.dtype, *names: str) -> tuple[np.ndarray, ...]:
+        found = (q.parts[name][ranges[name]] if name in q.parts else none.flatten() for name in names)
+        return tuple(part.view(dtype).numpy() for part in found)
+
+    high = q.block("high", start, stop) if q.bits == 3 else none
+    wide = parts(torch.int16, "scale", "minimum")
+    grids = parts(torch.int16, "scale_base", "scale_span", "min_top", "min_span")
+    return (
+        q.block("codes", start, stop).numpy(),
+        high.numpy(),
+        wide,
+        grids,
+        parts(torch.uint8, "scale_codes", "min_codes"),
+    )
+
+
+def quantize_block_torch(w: Tensor, q: QTensor, start: int, stop: int, solver: str) -> None:
+    """`quantize_block` without numba, of the rows `w` (rows, K)."""
+    top, step = 2**q.bits - 1, max(1, SLICE // q.shape[1])
     slices = [slice(row, min(row + step, stop - start)) for row in range(0, stop - start, step)]
-    solved, held = torch.empty(4, stop - start, groups), {}
+    solved = torch.empty(4, stop - start, q.shape[1] // q.group_size)
     for rows in slices:
-        copy = widened(w[start:stop][rows], q.group_size)
-        solved[:, rows] = torch.stack(solve(copy, top, solver))
-        held |= {rows.start: copy} if engine().whole else {}
+        solved[:, rows] = torch.stack(solve(widened(w[rows], q.group_size), top, solver))
     scale, minimum, energy, overlap = solved
     gain = torch.where(fold(overlap) > 0, fold(energy) / fold(overlap), 1.0).clamp(1, 2)[:, None]  # (rows, 1)
     store_metadata(q, start, stop, scale * gain, minimum * gain)
     scale, minimum = (stored.T for stored in q._metadata(start, stop))  # (rows, K/G)
-    factor, zero = torch.where(scale > 0, gain / scale, 0.0).contiguous(), zero_point(scale, minimum).contiguous()
+    factor, zero = torch.where(scale > 0, gain / scale, 0.0), zero_point(scale, minimum)
     for rows in slices:
-        copy = held.pop(rows.start, None)
-        copy = widened(w[start:stop][rows], q.group_size) if copy is None else copy
-        engine().encode(copy, factor[rows], zero[rows], top, q, start, stop, rows)
+        copy = widened(w[rows], q.group_size)
+        codes = nearest_codes(copy.mul_(factor[rows][..., None]).add_(zero[rows][..., None]), top)
+        store_codes(q, start, stop, rows, codes.int().flatten(1))
 
 
 def widened(w: Tensor, group_size: int) -> Tensor:
@@ -455,14 +486,6 @@ def widened(w: Tensor, group_size: int) -> Tensor:
     for rows in zip(copy.split(few := max(1, SLICE // w.shape[1])), w.split(few), strict=True):
         rows[0].copy_(rows[1])
     return copy.unflatten(1, (-1, group_size))
-
-
-def encode_torch(
-    w: Tensor, factor: Tensor, zero: Tensor, top: int, q: QTensor, start: int, stop: int, rows: slice
-) -> None:
-    """Round `w * factor + zero`, groups (rows, K/G, G) which it overwrites, to codes, and pack them into `q`."""
-    codes = nearest_codes(w.mul_(factor[..., None]).add_(zero[..., None]), top)
-    store_codes(q, start, stop, rows, codes.int().flatten(1))
 
 
 def store_codes(q: QTensor, start: int, stop: int, rows: slice, codes: Tensor) -> None:
@@ -478,66 +501,43 @@ def solve(w: Tensor, top: int, solver: str) -> tuple[Tensor, Tensor, Tensor, Ten
 
     The sums are of w * w and of w times its approximation, ones where a solver stretches nothing; all (rows, K/G).
     """
-    few = max(1, SLICE // w[0].numel())
-    low, high = (torch.cat([bound(rows, -1) for rows in w.split(few)]) for bound in (torch.amin, torch.amax))
+    check_range(w)
+    low, high = w.amin(-1), w.amax(-1)
     largest = torch.maximum(-low, high)
-    if not (largest <= LARGEST).all():
-        found = f"{largest.max():.4g}, above {LARGEST:.0f}" if largest.isfinite().all() else "NaN or infinity"
-        raise MixoffError(f"the weights hold {found}: repair or rescale the checkpoint")
     floor = (largest * RESOLUTION).clamp_min(SMALLEST_SCALE)
     scale, minimum = torch.maximum((high - low) / top, floor), low.clone()
     energy, overlap = torch.ones_like(scale), torch.ones_like(scale)
     if solver == "hqq":
         zero = -low / scale
-        engine().refine(w, 1 / scale, high - low > SHRINK_ABOVE, top, zero)
+        refine_torch(w, 1 / scale, high - low > SHRINK_ABOVE, top, zero)
         minimum = -zero * scale
     elif solver == "lsq":
-        engine().fit(w, top, scale, minimum, energy, overlap)
+        fit_torch(w, top, scale, minimum, energy, overlap)
         scale = torch.maximum(scale, floor)
     constant = low == high  # then |c| is the scale and the code 0 or 1; the scale 0 marks a group of zeros
     scale, minimum = torch.where(constant, largest, scale), torch.where(constant, low.clamp_max(0), minimum)
     return scale, minimum, energy, overlap
 
 
-# Inner loops, compiled by numba where it is installed and in torch elsewhere, with equal results ----------------------
+def check_range(w: Tensor) -> None:
+    """Raise MixoffError for NaN, infinity, and what fp16 metadata cannot reach."""
+    low, high = torch.aminmax(w)
+    if not (largest := torch.maximum(-low, high)) <= LARGEST:
+        found = f"{largest:.4g}, above {LARGEST:.0f}" if largest.isfinite() else "NaN or infinity"
+        raise MixoffError(f"the weights hold {found}: repair or rescale the checkpoint")
+
+
+# Inner loops in torch; `solvers` has them compiled by numba, with equal results ---------------------------------------
 
 
 @functools.cache
-def engine() -> SimpleNamespace:
-    """`refine` for hqq and `fit` for lsq, which change their last arguments in place, and `encode`.
-
-    whole: whether a block is best done at once, since its inner loops keep nothing but a group.
-    """
+def loops() -> ModuleType | None:
+    """The compiled solvers; None where numba is not installed."""
     try:
-        import numba
+        from mixoff import solvers
     except ImportError:
-        return SimpleNamespace(name="torch", whole=False, refine=refine_torch, fit=fit_torch, encode=encode_torch)
-    for helper in (nearest_code, fold_array):
-        numba.extending.register_jitable(helper)
-
-    def compiled(loop: Callable) -> Callable:
-        try:
-            run = numba.njit(nogil=True, cache=True)(loop)
-        except RuntimeError:  # no folder in which to keep compiled code
-            run = numba.njit(nogil=True)(loop)
-        return lambda w, *args: run(w.flatten(0, -2).numpy(), *(flat_array(value) for value in args))
-
-    pack_codes = compiled(encode_loop)
-
-    def encode(w: Tensor, factor: Tensor, zero: Tensor, top: int, q: QTensor, *place: int | slice) -> None:
-        *block, rows = place
-        given = w, factor, zero, top, w.shape[1], rows.start
-        pack_codes(*given, 0, WIDTH[q.bits], q.block("codes", *block).numpy())  # whole, so of one type: compiled once
-        if q.bits == 3:
-            pack_codes(*given, 2, 1, q.block("high", *block).numpy())
-
-    refine, fit = compiled(refine_loop), compiled(fit_loop)
-    return SimpleNamespace(name="numba", whole=True, refine=refine, fit=fit, encode=encode)
-
-
-def flat_array(value: Tensor | np.ndarray | int) -> np.ndarray | int:
-    """The memory of a contiguous tensor as a one-dimensional array; an array or a number as it is."""
-    return value.view(-1).numpy() if isinstance(value, Tensor) else value
+        return None
+    return solvers
 
 
 def fold(values: Tensor) -> Tensor:
@@ -549,57 +549,17 @@ def fold(values: Tensor) -> Tensor:
     return values[..., 0]
 
 
-def fold_array(values: np.ndarray) -> np.float32:
-    """`fold` of an array whose length is a power of two, which it overwrites."""
-    half = len(values)
-    while half > 1:
-        half //= 2
-        for i in range(half):
-            values[i] += values[half + i]
-    return values[0]
-
-
 def nearest_codes(x: Tensor, top: int) -> Tensor:
     """`x` held between 0 and `top` and rounded half to even, in place."""
     return x.clamp_(0, top).add_(float(ROUND)).sub_(float(ROUND))
 
 
-def nearest_code(x: np.float32, top: np.float32) -> np.float32:
-    """`nearest_codes` of one number."""
-    return min(max(x, np.float32(0)), top) + ROUND - ROUND
-
-
-def refine_loop(w: np.ndarray, inverse: np.ndarray, wide: np.ndarray, top: int, zero: np.ndarray) -> None:
-    """HQQ on groups (groups, G): alternate codes and `zero` (groups,) until they settle.
+def refine_torch(w: Tensor, inverse: Tensor, wide: Tensor, top: int, zero: Tensor) -> None:
+    """HQQ on groups w (..., G): alternate codes and `zero` (...) until they settle.
 
     The zero that suits the codes best is `mean(q - (w - e) / scale)`, e the errors after l_p shrinkage. No error
     exceeds its group's range, so groups not marked `wide` have no e other than 0. `inverse` is 1 / scale.
     """
-    size = w.shape[1]
-    top, share, buffer = np.float32(top), np.float32(1 / size), np.empty(size, np.float32)
-    for group in range(len(w)):
-        row, a, z = w[group], inverse[group], zero[group]
-        for k in range(size):
-            buffer[k] = row[k]
-        mean = fold_array(buffer) * share
-        for _ in range(ITERATIONS):
-            total, shrunk, settled = 0, 0.0, z
-            for k in range(size):
-                total += np.int32(nearest_code(row[k] * a + z, top))
-            if wide[group]:
-                for k in range(size):
-                    e = row[k] - (nearest_code(row[k] * a + z, top) - z) / a
-                    error = np.float64(abs(e))
-                    if error > SHRINK_ABOVE:
-                        shrunk += np.sign(e) * (error - error ** (LP_NORM - 1) / BETA)
-            z = np.float32(total) * share - (mean - np.float32(shrunk) * share) * a
-            if z == settled:
-                break
-        zero[group] = z
-
-
-def refine_torch(w: Tensor, inverse: Tensor, wide: Tensor, top: int, zero: Tensor) -> None:
-    """`refine_loop` in torch: w (..., G), the others (...)."""
     share, mean, shrunk = 1 / w.shape[-1], fold(w) / w.shape[-1], torch.zeros(())
     for _ in range(ITERATIONS):
         q = nearest_codes((w * inverse[..., None]).add_(zero[..., None]), top)
@@ -615,43 +575,11 @@ def refine_torch(w: Tensor, inverse: Tensor, wide: Tensor, top: int, zero: Tenso
             break
 
 
-def fit_loop(
-    w: np.ndarray, top: int, scale: np.ndarray, minimum: np.ndarray, energy: np.ndarray, overlap: np.ndarray
-) -> None:
-    """Least squares on groups (groups, G): alternate codes and the line `scale * q + minimum` through (q, w).
-
-    `energy` becomes the sum of w * w, `overlap` that of w times its approximation; all (groups,).
-    """
-    size = w.shape[1]
-    top, share, buffer = np.float32(top), np.float32(1 / size), np.empty(size, np.float32)
-    for group in range(len(w)):
-        row, s, m = w[group], scale[group], minimum[group]
-        for k in range(size):
-            buffer[k] = row[k] * row[k]
-        energy[group] = fold_array(buffer)
-        for k in range(size):
-            buffer[k] = row[k]
-        mean = fold_array(buffer) * share
-        for _ in range(ITERATIONS):
-            a, total, squares, before_s, before_m = np.float32(1) / s, 0, 0, s, m
-            for k in range(size):
-                q = nearest_code((row[k] - m) * a, top)
-                buffer[k] = q * (row[k] - mean)
-                code = np.int32(q)
-                total += code
-                squares += code * code
-            covariance, spread = fold_array(buffer), size * squares - total * total
-            if spread > 0:
-                s = np.float32(size) * covariance / np.float32(spread)
-            m = mean - s * (np.float32(total) * share)
-            if s == before_s and m == before_m:
-                break
-        overlap[group] = s * (covariance + np.float32(total) * mean) + m * (np.float32(size) * mean)
-        scale[group], minimum[group] = s, m
-
-
 def fit_torch(w: Tensor, top: int, scale: Tensor, minimum: Tensor, energy: Tensor, overlap: Tensor) -> None:
-    """`fit_loop` in torch: w (..., G), the others (...)."""
+    """Least squares on groups w (..., G): alternate codes and the line `scale * q + minimum` through (q, w).
+
+    `energy` becomes the sum of w * w, `overlap` that of w times its approximation; these and the others (...).
+    """
     size, mean = w.shape[-1], fold(w) / w.shape[-1]
     for _ in range(ITERATIONS):
         q = nearest_codes((w - minimum[..., None]).mul_((1 / scale)[..., None]), top)
@@ -664,35 +592,6 @@ def fit_torch(w: Tensor, top: int, scale: Tensor, minimum: Tensor, energy: Tenso
             break
     energy.copy_(fold(w * w))
     overlap.copy_(scale * (covariance + total * mean) + minimum * (size * mean))
-
-
-def encode_loop(
-    w: np.ndarray,
-    factor: np.ndarray,
-    zero: np.ndarray,
-    top: int,
-    per_row: int,
-    first_row: int,
-    shift: int,
-    width: int,
-    words: np.ndarray,
-) -> None:
-    """Round groups (groups, G), `per_row` of them a row, to codes, and pack `width` bits of each from bit `shift`.
-
-    words (words a row, rows), of 32 or 16 bits, of which those of the rows from `first_row` are written.
-    """
-    size, top, mask, bits = w.shape[1], np.float32(top), 2**width - 1, 8 * words.itemsize
-    per_word, codes = bits // width, np.empty(size, np.int32)
-    for group in range(len(w)):
-        row, a, z = w[group], factor[group], zero[group]
-        for k in range(size):
-            codes[k] = (np.int32(nearest_code(row[k] * a + z, top)) >> shift) & mask
-        first = group % per_row * (size // per_word)
-        for i in range(size // per_word):
-            word = np.int32(0)
-            for k in range(per_word):
-                word |= codes[i * per_word + k] << np.int32(k * width)
-            words[first + i, first_row + group // per_row] = word
 
 
 # Schemes --------------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import mixoff
 from mixoff import quantize as qz
 from mixoff.errors import CheckpointError, MixoffError
 from mixoff.quantize import PRESETS, SOLVERS, Precision, QTensor, Scheme, layout, packed_nbytes, quantize
@@ -45,16 +46,22 @@ def hqq_package():
 @pytest.fixture
 def numba_engine():
     pytest.importorskip("numba", reason="numba is not installed")
-    return qz.engine()
+    return qz.loops()
 
 
 @pytest.fixture
-def torch_engine(monkeypatch):
-    """What machines without numba run."""
-    monkeypatch.setitem(sys.modules, "numba", None)
-    engine = qz.engine.__wrapped__()
-    assert engine.name == "torch"
-    return engine
+def without_numba(monkeypatch):
+    """What machines without numba run, from when it is called."""
+
+    def remove():
+        monkeypatch.setattr(qz, "loops", lambda: None)
+
+    with monkeypatch.context() as patched:
+        patched.setitem(sys.modules, "numba", None)
+        patched.delitem(sys.modules, "mixoff.solvers", raising=False)
+        patched.delattr(mixoff, "solvers", raising=False)
+        assert qz.loops.__wrapped__() is None
+    return remove
 
 
 # Storage
@@ -293,7 +300,7 @@ def test_errors_agree_with_the_hqq_package_on_trained_weights(hqq_package, root)
 
 
 @pytest.mark.parametrize("kind", ["gauss", "huge"])
-def test_one_step_is_that_of_the_hqq_package(hqq_package, kind, numba_engine, torch_engine, monkeypatch):
+def test_one_step_is_that_of_the_hqq_package(hqq_package, kind, monkeypatch):
     """With the l_p shrinkage, which fires where weights are wide and changes the step there."""
     w = weights(kind, 64, 64).unflatten(1, (-1, 32))
     low, high = w.amin(-1, keepdim=True), w.amax(-1, keepdim=True)
@@ -303,7 +310,7 @@ def test_one_step_is_that_of_the_hqq_package(hqq_package, kind, numba_engine, to
     plain = step(w, inverse, -low * inverse, [0, 3], 1e-9, qz.LP_NORM, -1)[2]
     zero = (-low * inverse)[..., 0].clone()
     monkeypatch.setattr(qz, "ITERATIONS", 1)
-    torch_engine.refine(w, inverse[..., 0], (high - low)[..., 0] > qz.SHRINK_ABOVE, 3, zero)
+    qz.refine_torch(w, inverse[..., 0], (high - low)[..., 0] > qz.SHRINK_ABOVE, 3, zero)
     torch.testing.assert_close(zero, expected[..., 0], rtol=1e-5, atol=1e-5)
     assert torch.allclose(expected, plain) == (kind == "gauss")
 
@@ -315,11 +322,10 @@ def test_one_step_is_that_of_the_hqq_package(hqq_package, kind, numba_engine, to
 @pytest.mark.parametrize("kind", ["gauss", "huge"])
 @pytest.mark.parametrize("solver", ["hqq", "lsq"])
 def test_engines_threads_and_slices_give_the_same_bits(
-    solver, kind, bits, size, numba_engine, torch_engine, monkeypatch
+    solver, kind, bits, size, numba_engine, without_numba, monkeypatch
 ):
     w = weights(kind, 300, 384)
     image = quantize(w, bits, size, solver).to_buffer()
-    assert qz.engine().name == "numba"
     try:
         torch.set_num_threads(2)
         with ThreadPoolExecutor(3) as pool:
@@ -327,11 +333,34 @@ def test_engines_threads_and_slices_give_the_same_bits(
                 assert torch.equal(q.to_buffer(), image)
     finally:
         torch.set_num_threads(1)
-    for weights_at_a_time in (1, 5000, 10**9):
+    without_numba()
+    for weights_at_a_time in (qz.SLICE, 1, 5000, 10**9):
         monkeypatch.setattr(qz, "SLICE", weights_at_a_time)
         assert torch.equal(quantize(w, bits, size, solver).to_buffer(), image)
-    monkeypatch.setattr(qz, "engine", lambda: torch_engine)
-    assert torch.equal(quantize(w, bits, size, solver).to_buffer(), image)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    form=st.sampled_from(FORMS),
+    solver=st.sampled_from(SOLVERS),
+    rows=st.integers(1, 260),
+    groups=st.integers(1, 9),
+    level=st.sampled_from([1e-7, 1e-4, 0.02, 1.0, 900.0]),
+    seed=st.integers(0, 2**20),
+)
+def test_compiled_solvers_give_the_bits_of_torch(form, solver, rows, groups, level, seed):
+    """Also where groups are zero, nearly constant, of one sign, or too small for fp16's normal numbers."""
+    bits, size, metadata = form
+    pytest.importorskip("numba", reason="numba is not installed")
+    torch.manual_seed(seed)
+    w = torch.randn(rows, groups, size) * level * torch.exp(torch.randn(rows, groups, 1))
+    kinds = torch.randint(6, (rows, groups, 1))
+    w = torch.where(kinds == 0, 0.0, torch.where(kinds == 1, w.abs(), torch.where(kinds == 2, -w.abs(), w)))
+    w = torch.where((kinds == 3) & (w < 0), -0.0, w).flatten(1).clamp(-8000, 8000)
+    q, expected = quantize(w, bits, size, solver, metadata), QTensor.empty(tuple(w.shape), bits, size, metadata)
+    for start, stop in expected.blocks():
+        qz.quantize_block_torch(w[start:stop], expected, start, stop, solver)
+    assert torch.equal(q.to_buffer(), expected.to_buffer())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -355,8 +384,7 @@ w = torch.empty(4096, 4096, dtype=torch.bfloat16).normal_(0, 0.02)
 kept = []
 for without_numba in (False, True):
     if without_numba:
-        sys.modules["numba"] = None
-        qz.engine.cache_clear()
+        qz.loops = lambda: None
     for solver in qz.SOLVERS:
         qz.quantize(w[:256], solver=solver)  # compiled, and the allocator's pools exist
         open("/proc/self/clear_refs", "w").write("5")  # forget the peak
