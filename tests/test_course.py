@@ -59,6 +59,8 @@ def test_the_page_has_every_workshop_and_links_its_chapters():
     for workshop in WORKSHOPS:
         assert f"## The {workshop.name} workshop: {workshop.minutes} minutes" in page
     assert "(../notebooks/00_start_here.ipynb)" in page
+    home = [c.number for c in schedule.chapters() if not c.workshops]
+    assert all(f"{number} " in page.split("In no workshop, for home:")[1] for number in home)
 
 
 def test_too_much_for_a_workshop_is_refused_with_figures(root):

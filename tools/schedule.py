@@ -208,11 +208,17 @@ def section(workshop: Workshop, course: Sequence[Chapter]) -> str:
     return "\n".join([f"## The {workshop.name} workshop: {workshop.minutes} minutes", "", *head, *table, "", *said])
 
 
+def for_home(course: Sequence[Chapter]) -> list[str]:
+    """A sentence that names the chapters of no workshop, where there are any."""
+    named = [f"{chapter.number} {chapter.title.split(':')[0]}" for chapter in course if not chapter.workshops]
+    return [f"In no workshop, for home: {', '.join(named)}."] if named else []
+
+
 def page() -> str:
     """The page of the site, in Markdown."""
     course = chapters()
     opening = "# Schedules\n\nMade by `python3 go.py schedule` from the metadata of the chapters; times from the start."
-    return "\n\n".join([opening, *(section(workshop, course) for workshop in WORKSHOPS)]) + "\n"
+    return "\n\n".join([opening, *(section(workshop, course) for workshop in WORKSHOPS), *for_home(course)]) + "\n"
 
 
 def minutes_of(text: str) -> int:
@@ -229,7 +235,8 @@ def main(argv: list[str] | None = None) -> int:
     asked = parser.parse_args(argv)
     try:
         course = chapters()
-        print("\n\n".join(text(w, course, asked.start) for w in WORKSHOPS if asked.workshop in (None, w.name)))
+        parts = [text(w, course, asked.start) for w in WORKSHOPS if asked.workshop in (None, w.name)]
+        print("\n\n".join(parts + for_home(course)))
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2

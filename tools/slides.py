@@ -28,7 +28,8 @@ import chapter_rules
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 TOOLS = ROOT / "tools"
 REVEAL = ("reveal.js", "reveal.css")
-LEFT_OUT = ("You will be able to", "What this leaves out", "Five questions", "Further reading", "Notes for instructors")
+LEFT_OUT = ("You will be able to", "What this leaves out", "The map of the course", "Five questions", "Further reading")
+LEFT_OUT += ("Notes for instructors",)
 HEADING = re.compile(r"^#{1,3} +(.+)$", re.M)
 FENCE = re.compile(r"^```.*?^```$", re.M | re.S)
 MINUTES = re.compile(r"^Difficulty.*$", re.M)
@@ -81,9 +82,9 @@ class Deck:
         self.heading, self.waiting, self.asked, self.summing = "", False, False, False
 
     def flush(self) -> None:
-        """Puts a waiting heading on a slide of its own."""
+        """Puts a waiting heading on a slide of its own, in large letters."""
         if self.waiting:
-            self.cells.append(slide(f"## {self.heading}"))
+            self.cells.append(slide(f"# {self.heading}"))
         self.waiting = False
 
     def add(self, source: str = "") -> None:
@@ -94,9 +95,12 @@ class Deck:
     def section(self, title: str, body: str) -> None:
         """A heading with the text below it, of which only a claim or an exercise's minutes are shown."""
         self.flush()
+        if minutes := MINUTES.search(body):  # what follows an exercise belongs to the section again
+            self.cells.append(slide(f"# {title}\n\n{minutes[0]}"))
+            return
         self.heading, self.waiting = title, not title.startswith(LEFT_OUT)
         self.summing = title == "Summary"
-        if claim := CLAIM.search(body) if title.startswith("Audit a claim") else MINUTES.search(body):
+        if title.startswith("Audit a claim") and (claim := CLAIM.search(body)):
             self.add(claim[0])
 
     def markdown(self, cell) -> None:
