@@ -132,6 +132,11 @@ def solved_stub(book):
     book.cells[chapter_rules.tagged(book, "exercise")[0]].source = "def f(): return 1"
 
 
+def failing_solution(book):
+    cell = book.cells[chapter_rules.tagged(book, "solution")[0]]
+    cell.outputs = [nbformat.v4.new_output("stream", text="[FAIL] case 2: 4, expected 10\n")]
+
+
 def no_questions(book):
     for cell in book.cells:
         cell.source = cell.source.replace("## Five questions", "## Some questions")
@@ -167,6 +172,7 @@ SPOILERS = {
     no_setup: "tagged setup",
     no_solution: "no cell tagged solution",
     solved_stub: "is not a stub",
+    failing_solution: "its check does not accept: '[FAIL] case 2",
     no_questions: "'Five questions' is missing",
     no_instructor: "instructor notes are missing",
     old_badge: "generated first cell is out of date",

@@ -231,6 +231,9 @@ def exercise(nb, stub: int, following: int) -> Iterator[str]:
         source = nb.cells[i].source
         if not re.search(r"^def \w+_solution\(", source, re.M) or "check." not in source:
             yield f"cell {i} defines NAME_solution and checks it, so that Run all keeps the learner's attempt"
+        verdicts = "".join(output_texts(nb.cells[i]))
+        if "[ ok ]" not in verdicts or "[FAIL]" in verdicts:
+            yield f"cell {i} stores a solution that its check does not accept: {verdicts.strip()[:60]!r}"
 
 
 RULES = (execution, outputs, leaks, sources, metadata, budgets, lengths, opening, headings, exercises)

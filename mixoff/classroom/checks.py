@@ -13,6 +13,7 @@ import copy
 import io
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import numpy as np
 
@@ -67,8 +68,12 @@ def difference(answer: object, expected: object) -> str | None:
     """
     if answer is None:
         return f"returned nothing, expected {describe(expected)}"
-    if isinstance(expected, (str, bool, dict, set)):
+    if isinstance(expected, (str, bool, set)):
         return None if answer == expected else f"{describe(answer)}, expected {describe(expected)}"
+    if isinstance(expected, dict):
+        return dict_difference(answer, expected)
+    if isinstance(expected, list) and any(isinstance(x, str) for x in expected):
+        return words_difference(answer, expected)
     if isinstance(expected, tuple):
         return tuple_difference(answer, expected)
     return array_difference(np.asarray(answer), np.asarray(expected))
@@ -82,6 +87,26 @@ def tuple_difference(answer: object, expected: tuple) -> str | None:
         if complaint := difference(one, want):
             return f"{name} answer: {complaint}"
     return None
+
+
+def dict_difference(answer: object, expected: dict) -> str | None:
+    """The same for answers with names: the first name whose answer is wrong."""
+    if not isinstance(answer, dict) or answer.keys() != expected.keys():
+        return f"{describe(answer)}, expected {describe(expected)}"
+    complaints = ((name, difference(answer[name], want)) for name, want in expected.items())
+    return next((f"{name}: {complaint}" for name, complaint in complaints if complaint), None)
+
+
+def words_difference(answer: object, expected: list) -> str | None:
+    """The same for lists of words, the first place where they differ.
+
+    >>> words_difference(["fetch 3"], ["fetch 3", "compute 3"])
+    'position 1 is nothing, expected compute 3'
+    """
+    if not isinstance(answer, (list, tuple)):
+        return f"{describe(answer)}, expected {describe(expected)}"
+    pairs = enumerate(zip_longest(answer, expected, fillvalue="nothing"))
+    return next((f"position {n} is {one}, expected {want}" for n, (one, want) in pairs if one != want), None)
 
 
 def array_difference(answer: np.ndarray, expected: np.ndarray) -> str | None:
@@ -143,7 +168,7 @@ route = Check(
     (
         ((np.array([[0.0, 2.0, 1.0, -1.0]]), 1), ([[1]], [[1.0]])),
         ((np.log([[1.0, 3.0, 2.0]]), 2), ([[1, 2]], [[0.6, 0.4]])),
-        ((np.log([[6.0, 1.0, 3.0], [1.0, 0.5, 4.0]]), 2), ([[0, 2], [2, 0]], [[2 / 3, 1 / 3], [8 / 9, 1 / 9]])),
+        ((np.log([[6.0, 1.0, 3.0], [1.0, 0.5, 4.0]]), 2), ([[0, 2], [2, 0]], [[2 / 3, 1 / 3], [0.8, 0.2]])),
         ((1000 + np.log([[4.0, 1.0]]), 2), ([[0, 1]], [[0.8, 0.2]])),
     )
 )
@@ -331,16 +356,16 @@ def log_of(make_cache: Callable, slots: int, keys: list) -> dict:
 
     get = make_cache(slots, fetch)
     right = all(get(key) == f"weights of {key}" for key in keys)
-    return {"fetched": fetched, "all right": right}
+    return {"fetched": fetched, "each get returned its weights": right}
 
 
 make_cache = Check(
     (
-        ((2, ["a", "a"]), {"fetched": ["a"], "all right": True}),
-        ((2, ["a", "b", "a", "b"]), {"fetched": ["a", "b"], "all right": True}),
-        ((2, ["a", "b", "c", "a"]), {"fetched": ["a", "b", "c", "a"], "all right": True}),
-        ((2, ["a", "b", "a", "c", "a", "b"]), {"fetched": ["a", "b", "c", "b"], "all right": True}),
-        ((1, ["a", "b", "b", "a"]), {"fetched": ["a", "b", "a"], "all right": True}),
+        ((2, ["a", "a"]), {"fetched": ["a"], "each get returned its weights": True}),
+        ((2, ["a", "b", "a", "b"]), {"fetched": ["a", "b"], "each get returned its weights": True}),
+        ((2, ["a", "b", "c", "a"]), {"fetched": ["a", "b", "c", "a"], "each get returned its weights": True}),
+        ((2, ["a", "b", "a", "c", "a", "b"]), {"fetched": ["a", "b", "c", "b"], "each get returned its weights": True}),
+        ((1, ["a", "b", "b", "a"]), {"fetched": ["a", "b", "a"], "each get returned its weights": True}),
     ),
     log_of,
 )
@@ -352,5 +377,162 @@ bytes_per_token = Check(
         ((32, 2, 66_406_180, 0.6, True), 128 * 0.4 * 66_406_180),
         ((8, 2, 100, 1.0, True), 0.0),
         ((8, 1, 100, 0.0, False), 800),
+    )
+)
+
+
+# ---------------------------------------------------------------- chapter 05
+
+# (log-probabilities (T, V), row t for the token after t; tokens (T,)) -> perplexity
+perplexity = Check(
+    (
+        ((np.log([[0.5, 0.5], [0.5, 0.5]]), np.array([0, 1])), 2.0),
+        ((np.log([[0.25, 0.75], [0.9, 0.1], [0.5, 0.5]]), np.array([0, 1, 1])), (0.75 * 0.1) ** -0.5),
+        ((np.log(np.full((5, 4), 0.25)), np.array([3, 1, 0, 2, 2])), 4.0),
+        ((np.log([[0.2, 0.8], [0.6, 0.4], [0.3, 0.7], [0.9, 0.1]]), np.array([0, 0, 1, 0])), 0.024 ** (-1 / 3)),
+    )
+)
+
+# (losses of a (W,), losses of b (W,)) -> mean of b - a, its standard error
+paired = Check(
+    (
+        ((np.array([1.0, 2.0]), np.array([2.0, 3.0])), (1.0, 0.0)),
+        ((np.array([1.0, 5.0, 3.0]), np.array([1.0, 6.0, 5.0])), (1.0, 3**-0.5)),
+        ((np.array([2.0, 2.0, 2.0, 2.0]), np.array([1.0, 2.0, 1.0, 2.0])), (-0.5, 12**-0.5)),
+    )
+)
+
+# (sizes, losses) -> indices of the points that no other beats
+worth_having = Check(
+    (
+        (([1, 2], [5, 3]), [0, 1]),
+        (([1, 2, 2], [5, 3, 4]), [0, 1]),
+        (([3, 1, 2], [1, 4, 4]), [0, 1]),
+        (([5, 4, 3, 3], [0, 2, 3, 1]), [0, 3]),
+        (([2, 2], [7, 7]), [0, 1]),
+    )
+)
+
+
+# ---------------------------------------------------------------- chapter 07
+
+
+def order_of(serve: Callable, experts: list, resident: set) -> list[str]:
+    """What the learner's `serve` does, in its order: fetch, wait for and compute which expert."""
+    done: list[str] = []
+
+    def fetch(e: int) -> Callable:
+        done.append(f"fetch {e}")
+        return lambda: done.append(f"wait {e}")
+
+    serve(experts, resident, fetch, lambda e: done.append(f"compute {e}"))
+    return done
+
+
+# (experts asked for, residents) -> the order of fetches, waits and computations
+serve = Check(
+    (
+        (([1, 2], {1, 2}), ["compute 1", "compute 2"]),
+        (([5], set()), ["fetch 5", "wait 5", "compute 5"]),
+        (([3, 1], {1, 7}), ["fetch 3", "compute 1", "wait 3", "compute 3"]),
+        (
+            ([3, 1, 4, 0], {0, 1}),
+            ["fetch 3", "fetch 4", "compute 1", "compute 0", "wait 3", "compute 3", "wait 4", "compute 4"],
+        ),
+    ),
+    order_of,
+)
+
+# (misses, hits, seconds of a copy, seconds of an expert) -> seconds from the router's choice to the last expert
+layer_s = Check(
+    (
+        ((0, 2, 1.0, 1.0), 2.0),
+        ((1, 0, 3.0, 1.0), 4.0),
+        ((1, 1, 3.0, 1.0), 4.0),
+        ((1, 3, 2.0, 1.0), 4.0),
+        ((2, 1, 2.0, 3.0), 9.0),
+        ((3, 0, 1.0, 0.5), 3.5),
+    )
+)
+
+# (share of right guesses, seconds of a copy, seconds that hide it) -> seconds that a guess saves
+guess_gain = Check(
+    (
+        ((1.0, 2.0, 3.0), 2.0),
+        ((0.5, 2.0, 3.0), 1.0),
+        ((1.0, 4.0, 1.0), 1.0),
+        ((0.0, 4.0, 1.0), -3.0),
+        ((0.5, 4.0, 1.0), -1.0),
+        ((0.75, 4.0, 1.0), 0.0),
+    )
+)
+
+
+# ---------------------------------------------------------------- chapter 02
+
+MIXTRAL_NUMBERS = {
+    "layers": 32, "width": 4096, "expert_width": 14336, "experts": 8, "shared": 0, "heads": 32, "kv_heads": 8,
+    "head_dim": 128, "vocab": 32000, "tables": 2,
+}  # fmt: skip
+
+# ten numbers of a configuration -> parameters of experts, attention, embeddings
+parameters = Check(
+    (
+        ((MIXTRAL_NUMBERS,), (45_097_156_608, 1_342_177_280, 262_144_000)),
+        ((MIXTRAL_NUMBERS | {"tables": 1},), (45_097_156_608, 1_342_177_280, 131_072_000)),
+        (
+            (MIXTRAL_NUMBERS | {"layers": 48, "width": 2048, "expert_width": 768, "experts": 128, "kv_heads": 4},),
+            (28_991_029_248, 905_969_664, 131_072_000),
+        ),
+        (
+            (MIXTRAL_NUMBERS | {"layers": 1, "width": 2048, "expert_width": 1408, "experts": 64, "shared": 2},),
+            (570_949_632, 20_971_520, 131_072_000),
+        ),
+    )
+)
+
+# (parameters of each part, bits of a weight of each part) -> bytes
+stored_nbytes = Check(
+    (
+        (((8,), (16,)), 16),
+        (((100, 20, 4), (4, 8, 16)), 78),
+        (((45_097_156_608, 1_342_177_280, 262_144_000), (4.25, 4.25, 16)), 25_195_184_128),
+    )
+)
+
+# (layers, key-value heads, width of a head, tokens) -> bytes in 16 bits
+kv_nbytes = Check((((32, 8, 128, 1), 131_072), ((32, 8, 128, 4096), 2**29), ((1, 1, 64, 10), 2560)))
+
+
+# ---------------------------------------------------------------- chapter 15
+
+# (bytes of VRAM, of RAM, of an expert, layers, experts a layer) -> experts in VRAM, in RAM, on disk
+tiers = Check(
+    (
+        ((13_112_374_272, 10_194_693_632, 66_404_420, 32, 8), (192, 64, 0)),
+        ((100, 45, 10, 4, 4), (8, 4, 4)),
+        ((39, 1000, 10, 4, 4), (0, 16, 0)),
+        ((1000, 1000, 10, 4, 4), (16, 0, 0)),
+        ((85, 0, 10, 4, 4), (8, 0, 8)),
+    )
+)
+
+# (tokens of each turn, question first; room) -> how many of the latest turns are sent
+recent = Check(
+    (
+        (([5], 10), 1),
+        (([5, 20, 5], 30), 3),
+        (([5, 20, 5], 29), 1),
+        (([3, 9, 3, 4, 3], 12), 3),
+        (([3, 2, 3, 2, 30], 12), 1),
+    )
+)
+
+# (active parameters, bytes touched, bytes moved, operations/s, bytes/s of memory, of the link) -> what, ms a token
+what_binds = Check(
+    (
+        ((12.9e9, 5.2e9, 0.78e9, 8.1e12, 320e9, 12e9), ("link", 65.0)),
+        ((12.9e9, 4.2e9, 0.0, 8.1e12, 320e9, 12e9), ("memory", 13.125)),
+        ((10e9, 1e9, 0.0, 1e12, 320e9, 12e9), ("compute", 20.0)),
     )
 )

@@ -102,7 +102,7 @@ def expert_grids(grids: Sequence[np.ndarray], titles: Sequence[str], columns: in
     """
     L, E = grids[0].shape
     rows = -(-len(grids) // columns)
-    seen = [STATES[code] for code in sorted({AWAY, RESIDENT, HIT, MISS}.union(*map(np.unique, grids)))]
+    seen = [STATES[code] for code in sorted(set().union(*map(np.unique, grids)))]
     below = 0.4 if len(seen) < 5 else 0.9  # the legend takes one line or two
     size = (0.27 * E * columns + 0.6, (0.27 * L + 0.5) * rows + below)
     fig, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, sharex=True, sharey=True)
