@@ -14,10 +14,10 @@ _HOMES |= {"offload": "memory", "restore": "memory"}
 _HOMES |= {"Trace": "trace", "Simulation": "simulator", "simulate": "simulator"}
 _HOMES |= {"plan": "planner", "Plan": "planner"}
 _MODULES = (
-    "arena", "bench", "cache", "checkpoint", "conversion", "errors", "events", "generation", "hardware", "keys",
+    "arena", "bench", "cache", "checkpoint", "conversion", "cuda", "errors", "events", "generation", "hardware", "keys",
     "loading", "lossy", "memory", "models", "planner", "policies", "prefetch", "presets", "quality", "quantize",
-    "readers", "routers", "runtime", "shapes", "simulator", "sizes", "store", "synthetic", "tiers", "timeline",
-    "trace", "transfer", "units",
+    "readers", "rescue", "routers", "runtime", "shapes", "simulator", "sizes", "store", "streams", "synthetic",
+    "tiers", "timeline", "trace", "transfer", "units",
 )  # fmt: skip
 __all__ = [*_HOMES, *_MODULES]
 

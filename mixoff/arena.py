@@ -6,6 +6,9 @@ Does not know which expert is where.
 
 from __future__ import annotations
 
+import errno
+from collections.abc import Callable
+
 import torch
 
 from mixoff import shapes, store, strided
@@ -13,26 +16,24 @@ from mixoff.errors import BudgetError, MixoffError
 from mixoff.quantize import QTensor
 from mixoff.units import format_nbytes
 
+ALLOCATORS = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDA out of memory")  # in RuntimeErrors of torch
 SCOPES = ("layer", "global")
 Weight = torch.Tensor | QTensor | strided.StridedTensor
 
 
 class Arena:
-    """S slots of `slot_nbytes` each, allocated once, and each aligned to a page. Raises BudgetError.
+    """S slots of `slot_nbytes` each, allocated once, and each aligned to a page.
 
-    images: each slot as writable bytes.
+    empty: allocates uint8 memory of a device; None is RAM, where `images` are the slots as writable bytes. Raises what
+    the allocator raises: `out_of_memory` tells which errors are about that.
     """
 
-    def __init__(self, slots: int, sites: tuple[shapes.Site, ...]) -> None:
+    def __init__(
+        self, slots: int, sites: tuple[shapes.Site, ...], empty: Callable[[int], torch.Tensor] | None = None
+    ) -> None:
         self.sites, self.slot_nbytes = sites, slot_nbytes(sites)
-        try:
-            self.slots = store.slab(slots * self.slot_nbytes).view(slots, -1)  # (S, slot_nbytes)
-        except OSError as error:
-            raise BudgetError(
-                f"the system has no {format_nbytes(slots * self.slot_nbytes)} for {slots} slots of the fast tier "
-                f"({error.strerror}): lower fast_bytes"
-            ) from None
-        self.images = [memoryview(slot.numpy()) for slot in self.slots]
+        self.slots = (empty or store.slab)(slots * self.slot_nbytes).view(slots, -1)  # (S, slot_nbytes)
+        self.images = [] if empty else [memoryview(slot.numpy()) for slot in self.slots]
         kinds = {}
         self._kind = [kinds.setdefault(site.parts, i) for i, site in enumerate(sites)]  # sites alike share views
         self._views: dict[tuple[int, int], dict[str, Weight]] = {}
@@ -47,6 +48,20 @@ class Arena:
         if at not in self._views:
             self._views[at] = {part.name: view(self.slots[slot], part) for part in self.sites[site].parts}
         return self._views[at]
+
+
+def out_of_memory(error: Exception) -> str | None:
+    """What an error says, in a sentence, if it is about memory that was not to be had; None for any other.
+
+    >>> out_of_memory(MemoryError("no room")), out_of_memory(ValueError("no sense"))
+    ('no room', None)
+    """
+    lacking = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    lacking = lacking or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+    words = str(error)
+    if lacking or (isinstance(error, RuntimeError) and any(mark in words for mark in ALLOCATORS)):
+        return ". ".join(words.strip().split("\n")[0].split(". ")[:2]) or type(error).__name__
+    return None
 
 
 def slot_nbytes(sites: tuple[shapes.Site, ...]) -> int:

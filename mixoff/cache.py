@@ -70,6 +70,11 @@ class ExpertCache:
         self.hits = self.misses = self.evictions = 0
         self.prompt_hits = self.prompt_misses = self.restores = 0
 
+    def count_on(self, before: ExpertCache) -> None:
+        """Go on counting where a cache that this one replaces stopped."""
+        for name in ("hits", "misses", "evictions", "prompt_hits", "prompt_misses", "restores"):
+            setattr(self, name, getattr(before, name))
+
     def access(
         self,
         pool: int,

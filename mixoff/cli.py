@@ -11,6 +11,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from mixoff import __version__
 from mixoff.errors import CheckpointError, MixoffError
@@ -35,8 +36,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
+class _Parser(argparse.ArgumentParser):
+    """argparse, which says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"mixoff: {message}; see {self.prog} --help\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="mixoff", description="Mixture-of-Experts models in less memory than they need, exactly."
     )
     parser.add_argument("--version", action="version", version=f"mixoff {__version__}")
@@ -75,7 +83,7 @@ def _add_budget(command: argparse.ArgumentParser, default: str) -> None:
         "--fast-bytes",
         default=default,
         metavar="SIZE",
-        help=f"bytes of experts in the fast tier, as in 500MB or 6GiB ({default})",
+        help=f"bytes of experts in the fast tier, as in 500MB or 6GiB; auto: 6GiB, or what a GPU has free ({default})",
     )
 
 
@@ -104,7 +112,7 @@ def _add_run(commands: argparse._SubParsersAction) -> None:
     command.add_argument("path", metavar="PATH", help="folder of a store or checkpoint, bundled model, or Hub id")
     command.add_argument("--prompt", required=True, help="text to continue")
     command.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
-    _add_budget(command, "6GiB")
+    _add_budget(command, "auto")
     command.add_argument("--scheme", help=f"quantize a plain checkpoint first: {SCHEMES}")
     command.add_argument(
         "--scope", default="layer", help="'layer': slots of each MoE layer apart; 'global': one pool (layer)"
@@ -113,6 +121,7 @@ def _add_run(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--ram-bytes", metavar="SIZE", help="a tier of copies in RAM before the disk (none)")
     command.add_argument("--prefetch", default="auto", help="guesses: auto, none or next-router (auto)")
     command.add_argument("--io", default="auto", help="reads: auto, direct (past the page cache) or buffered (auto)")
+    command.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (auto: a GPU where there is one)")
     command.add_argument("--dtype", default="auto", help="of the computation: auto, float32, bfloat16, float16 (auto)")
     command.add_argument("--temperature", type=float, default=0.0, help="0 is greedy; else sample (0)")
     command.add_argument("--seed", type=int, default=0, help="of sampling (0)")
@@ -123,7 +132,7 @@ def _run(args: argparse.Namespace) -> int:
     from mixoff import generation, loading
 
     how = {"scheme": args.scheme, "policy": args.policy, "scope": args.scope, "dtype": args.dtype}
-    how |= {"ram_bytes": args.ram_bytes, "prefetch": args.prefetch, "io": args.io}
+    how |= {"ram_bytes": args.ram_bytes, "prefetch": args.prefetch, "io": args.io, "device": args.device}
     with loading.load(args.path, args.fast_bytes, **how) as model:
         tokenizer = generation.load_tokenizer(model.mixoff.source.folder)
         on_text = None if args.json else lambda piece: print(piece, end="", flush=True)
@@ -159,8 +168,8 @@ def _convert(args: argparse.Namespace) -> int:
     )
     nbytes, rate = sum(p.stat().st_size for p in done.target.iterdir()), done.source_nbytes / done.seconds / 1e6
     report = {"target": str(done.target), "nbytes": nbytes, "source_nbytes": done.source_nbytes}
-    report |= {"seconds": done.seconds, "MB_per_s": rate}
-    took = f"{done.seconds:.1f} s, {rate:.0f} MB/s of weights (measured)"
+    report |= {"seconds": done.seconds, "MB_per_s": rate, "peak_nbytes": done.peak_nbytes}
+    took = f"{done.seconds:.1f} s, {rate:.0f} MB/s of weights, {format_nbytes(done.peak_nbytes)} of memory (measured)"
     print(json.dumps(report) if args.json else f"wrote {done.target}: {format_nbytes(nbytes)} in {took}")
     return 0
 
@@ -220,7 +229,7 @@ def _add_trace(commands: argparse._SubParsersAction) -> None:
     command.add_argument(
         "--prefetch", default="auto", help="auto, none, or next-router, whose guesses the trace then holds (auto)"
     )
-    _add_budget(command, "6GiB")
+    _add_budget(command, "auto")
 
 
 def _trace(args: argparse.Namespace) -> int:

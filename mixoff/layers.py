@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from mixoff.quantize import QTensor
 
 
+CPU = torch.device("cpu")
+
+
 class QuantizedLinear(nn.Module):
     """`x @ w.T + bias` for a quantized w (N, K). Made from the layer that it replaces; `fill` sets the rest later."""
 
@@ -51,7 +54,7 @@ class QuantizedEmbedding(nn.Module):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """ids (...) -> (..., K)."""
-        out = torch.empty(*ids.shape, self.shape[1], dtype=self.dtype)
+        out = torch.empty(*ids.shape, self.shape[1], dtype=self.dtype, device=ids.device)
         for start, stop in self.quantized.blocks():
             inside = (ids >= start) & (ids < stop)  # (...)
             if inside.any():
@@ -84,14 +87,20 @@ def hollow(model: nn.Module, names: list[str]) -> None:
         setattr(modules[parent], child, kind(layer))
 
 
-def fill(model: nn.Module, weights: dict[str, QTensor], dtype: torch.dtype, exact: bool = False) -> None:
-    """Give each hollow layer its weight. exact: activations stay fp32.
+def fill(
+    model: nn.Module,
+    weights: dict[str, QTensor],
+    dtype: torch.dtype,
+    exact: bool = False,
+    where: torch.device = CPU,
+) -> None:
+    """Give each hollow layer its weight, on the device `where`. exact: activations stay fp32.
 
     Raises CheckpointError when a shape is not the layer's.
     """
-    modules = dict(model.named_modules())
+    modules, moved = dict(model.named_modules()), {id(q): q.to(where) for q in weights.values()}
     for name, q in weights.items():
         layer = modules[name.removesuffix(".weight")]
         if layer.shape != q.shape:
             raise CheckpointError(f"{name} has shape {q.shape} in the store, config.json says {layer.shape}")
-        layer.quantized, layer.dtype, layer.exact = q, dtype, exact
+        layer.quantized, layer.dtype, layer.exact = moved[id(q)], dtype, exact

@@ -6,30 +6,35 @@ The backbone is loaded by transformers itself; the experts' parameters are remov
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-from mixoff import conversion, hardware, hub, layers, shapes, store
+from mixoff import conversion, cuda, hardware, hub, layers, planner, published, shapes, store, streams
 from mixoff.errors import BudgetError, CheckpointError, MixoffError
+from mixoff.kernels import reference, threads
 from mixoff.policies import Policy
 from mixoff.prefetch import NextRouter, top_k
 from mixoff.quantize import Scheme
 from mixoff.readers import goes_direct, past_page_cache
+from mixoff.rescue import guard
 from mixoff.runtime import Runtime
 from mixoff.tiers import WORKERS
 from mixoff.units import format_nbytes, parse_nbytes
 
 DTYPES = ("float32", "bfloat16", "float16")
+CPU_BUDGET = "6GiB"  # of RAM for experts where nobody says otherwise
 
 
 def load(
     path: str | Path,
-    fast_bytes: int | str = "6GiB",
+    fast_bytes: int | str = "auto",
     *,
     scheme: str | Scheme | None = None,
     revision: str | None = None,
@@ -42,40 +47,74 @@ def load(
     fetch: str = "expert",
     device: str = "auto",
     dtype: str | torch.dtype = "auto",
+    context: int = 4096,
 ) -> PreTrainedModel:
     """A transformers model whose experts stay in the store, or in a plain checkpoint folder, until the router asks.
 
     path: a folder, or a model on the Hub (`org/model`, `org/model@revision`), fetched into the cache of the Hub.
-    fast_bytes: bytes for experts in the fast tier: slots, buffers and scratch together (`"6GiB"`, `"500MB"`, an int).
-    scheme: None takes the folder as it is; a `Scheme`, or a preset's name, quantizes a plain checkpoint first, into a
-    temporary store. scope: `"layer"` gives every MoE layer its own slots, `"global"` shares one pool. dtype: of the
-    computation; `"auto"` takes the files', except fp16 on a CPU, which computes in fp32. Experts stay as stored.
-    ram_bytes: for copies of experts in RAM, which are fetched without a look at the disk: a hard limit, so that files
-    are then read past the page cache; None has no such copies. io: `"direct"` reads past the page cache, `"buffered"`
-    through it, `"auto"` as `readers.goes_direct` says. prefetch: `"next-router"` guesses what the next layer will ask
-    for; `"auto"` does where it can pay and stops where it does not, `"none"` never. policy: a name, or a class or
-    function that makes a `policies.Policy`; `"none"` keeps nothing between calls. fetch: `"layer"` fetches all experts
-    of a layer whichever are asked for; both serve comparisons. exact: activations stay fp32 in kernels for quantized
-    weights. What the model computes depends on scheme, dtype and exact alone.
+    fast_bytes: bytes for experts in the fast tier: slots, buffers and scratch together (`"6GiB"`, `"500MB"`, an int);
+    `"auto"` is 6 GiB on a CPU, and what a plan for the free memory of a GPU leaves to experts. scheme: None takes the
+    folder as it is; a `Scheme`, or a preset's name, quantizes a plain checkpoint first, into a temporary store. scope:
+    `"layer"` gives every MoE layer its own slots, `"global"` shares one pool. dtype: of the computation; `"auto"` takes
+    the files', except fp16 on a CPU, which computes in fp32, and bf16 on a GPU older than sm_80, which computes in
+    fp16. Experts stay as stored. ram_bytes: for copies of experts in RAM, which are fetched without a look at the disk:
+    a hard limit, so that files are then read past the page cache; None has no such copies on a CPU, and page-locks as
+    much of the free RAM as there are experts for a GPU. device: `"auto"` is the first GPU, where torch sees one, else
+    `"cpu"`. context: tokens for whose keys and values a GPU's memory is kept free. io: `"direct"` reads past the page
+    cache, `"buffered"` through it, `"auto"` as `readers.goes_direct` says. prefetch: `"next-router"` guesses what the
+    next layer will ask for; `"auto"` does where it can pay and stops where it does not, `"none"` never. policy: a name,
+    or a class or function that makes a `policies.Policy`; `"none"` keeps nothing between calls. fetch: `"layer"`
+    fetches all experts of a layer whichever are asked for; both serve comparisons. exact: activations stay fp32 in
+    kernels for quantized weights. What the model computes depends on scheme, dtype and exact alone.
     Raises CheckpointError or BudgetError. Tested bit for bit against transformers' `grouped_mm` with all resident.
     """
-    if device not in ("auto", "cpu"):
-        raise MixoffError(f"device {device!r} is not served by this version: use 'cpu'")
-    budget, ram = parse_nbytes(fast_bytes), 0 if ram_bytes is None else parse_nbytes(ram_bytes)
+    gpu = cuda.pick(device)
     with ExitStack() as undo:
         source = _open(hub.pinned(path, revision), scheme)
         undo.callback(source.close)
-        choose_io(source, io, budget, limited=ram_bytes is not None)
-        compute, k = _compute_dtype(dtype, source.dtype), top_k(shapes.read_config(source.folder))
-        runtime = Runtime(
-            source, budget, policy, scope, compute, ram_bytes=ram, prefetch=prefetch, top_k=k, exact=exact, fetch=fetch
-        )
+        compute, k = _compute_dtype(dtype, source.dtype, gpu), top_k(shapes.read_config(source.folder))
+        budget, ram = budgets(source, fast_bytes, ram_bytes, gpu, compute, context)
+        choose_io(source, io, budget, limited=ram_bytes is not None or gpu is not None)
+        model = _load_backbone(source, compute, exact, gpu) if gpu else None  # first: slots take what it leaves
+        how = {"prefetch": prefetch, "top_k": k, "exact": exact, "fetch": fetch, "device": gpu}
+        runtime = Runtime(source, budget, policy, scope, compute, ram_bytes=ram, **how)
         undo.callback(runtime.close)
-        _check_memory(runtime.arena.numel() + runtime.ram_nbytes)
-        model = _load_backbone(source, compute, exact)
+        _check_memory((0 if gpu else runtime.arena.numel()) + runtime.ram_nbytes)
+        model = model or _load_backbone(source, compute, exact)
         undo.pop_all()
     bind(model, runtime)
     return model
+
+
+def budgets(
+    source: store.Source,
+    fast_bytes: int | str,
+    ram_bytes: int | str | None,
+    gpu: streams.Device | None,
+    compute: torch.dtype,
+    context: int,
+) -> tuple[int, int]:
+    """Bytes of the fast and the RAM tier: those asked for, else what a plan for the free memory of a GPU says.
+
+    Raises BudgetError, with the plan's advice, where the model does not fit.
+    """
+    fast = None if fast_bytes == "auto" else parse_nbytes(fast_bytes)
+    ram = None if ram_bytes is None else parse_nbytes(ram_bytes)
+    if gpu is None:
+        return parse_nbytes(CPU_BUDGET) if fast is None else fast, ram or 0
+    machine = replace(cuda.measured(gpu.describe()), compute_dtype=str(compute).removeprefix("torch."))
+    if fast is None:
+        fast = planner.fast_nbytes(source.folder, machine, context, scheme_asked(source))
+    if ram is None:
+        experts = sum(site.num_experts * store.stride(site) for site in source.sites)
+        resident = fast >= experts + reference.scratch_nbytes(source.sites, compute)
+        ram = 0 if resident else planner.pinned_nbytes(experts, machine)
+    return fast, ram
+
+
+def scheme_asked(source: store.Source) -> Scheme | None:
+    """The scheme to plan `source` in: None where its files say it."""
+    return None if source.is_store or published.is_published(source.folder) else source.scheme
 
 
 def choose_io(source: store.Source, io: str, fast_bytes: int, limited: bool) -> None:
@@ -116,16 +155,23 @@ def _open(path: str | Path, scheme: str | Scheme | None) -> store.Source:
     return converted
 
 
-def _compute_dtype(dtype: str | torch.dtype, stored: str) -> torch.dtype:
+def _compute_dtype(dtype: str | torch.dtype, stored: str, gpu: streams.Device | None = None) -> torch.dtype:
     name = str(dtype).removeprefix("torch.")
-    if name == "auto":
+    own = gpu and gpu.describe().dtype
+    if name == "auto" and gpu:
+        name = own if stored == "bfloat16" else stored
+    elif name == "auto":
         name = "float32" if stored == "float16" else stored
     if name not in DTYPES:
         raise MixoffError(f"cannot compute in {dtype}: choose one of auto, {', '.join(DTYPES)}")
+    if own == "float16" and name == "bfloat16":
+        warnings.warn("this GPU only emulates bfloat16, which is slow: float16 is its own format", stacklevel=3)
     return shapes.torch_dtype(name)
 
 
-def _load_backbone(source: store.Source, compute: torch.dtype, exact: bool) -> PreTrainedModel:
+def _load_backbone(
+    source: store.Source, compute: torch.dtype, exact: bool, gpu: streams.Device | None = None
+) -> PreTrainedModel:
     """`from_pretrained` of everything but the experts: their parameters are removed before weights are looked for."""
     config = shapes.read_config(source.folder)
     quantized, tensors = store.read_backbone(source.folder)
@@ -149,11 +195,12 @@ def _load_backbone(source: store.Source, compute: torch.dtype, exact: bool) -> P
         raise CheckpointError(
             f"{source.folder} lacks {', '.join(lacking[:3])}: the download is incomplete, fetch it again"
         )
-    layers.fill(model, quantized, compute, exact)
+    where = gpu.where if gpu else torch.device("cpu")
+    layers.fill(model, quantized, compute, exact, where)
     if tensors and (source.folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(source.folder, local_files_only=True)
     model.generation_config.disable_compile = True  # the experts are not a graph
-    return model.eval()
+    return model.eval().to(where)
 
 
 def _shell(base: type[PreTrainedModel], quantized: list[str]) -> type[PreTrainedModel]:
@@ -200,15 +247,18 @@ def bind(model: PreTrainedModel, runtime: Runtime) -> ExitStack:
         lambda _, args, kwargs: _note_pass(runtime, args, kwargs), with_kwargs=True
     )
     undo.callback(hook.remove)
+    if any(isinstance(module, layers.QuantizedLinear) for module in model.modules()):
+        undo.callback(threads.lend(model.base_model))
     if runtime.guesses.active:
         names = list(shapes.expert_modules(model))
         undo.push(NextRouter(model, names, runtime.expect, runtime.wants_guesses, runtime.guesses.stop).attach())
+    undo.push(guard(model, runtime))
     model.mixoff = runtime
     undo.callback(delattr, model, "mixoff")
     return undo
 
 
 def _note_pass(runtime: Runtime, args: tuple, kwargs: dict) -> None:
-    ids = next((x for x in (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if x is not None), None)
+    ids = threads.read_by(args, kwargs)
     if ids is not None:
         runtime.begin_pass(ids.shape[0] * ids.shape[1], ids.shape[1])

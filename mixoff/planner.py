@@ -9,7 +9,6 @@ from __future__ import annotations
 import html
 import json
 import math
-import sys
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -109,12 +108,31 @@ def plan(
     if context < 1 or batch < 1:
         raise MixoffError(f"context is {context} and batch {batch}: plan for at least one token of one sequence")
     machine = _machine(hardware, fast_bytes, ram_bytes, disk_bytes)
+    return _plan(_needs(source, scheme, machine, context, batch), machine, hit_rate)
+
+
+def fast_nbytes(source: str | Path, machine: Hardware, context: int, scheme: Scheme | None = None) -> int:
+    """Bytes for experts in the fast memory of `machine`: what `load` takes on a GPU where it is not told.
+
+    Raises BudgetError, with the ways out, where not one slot a layer fits.
+    """
+    needs = _needs(source, scheme, machine, context, 1)
+    if not any(needs.slots(_remaining(needs, machine))):
+        raise BudgetError(f"{needs.sizes.shape.name} does not fit: " + "; or ".join(ways_out(needs, machine)))
+    return _remaining(needs, machine)
+
+
+def pinned_nbytes(experts: int, machine: Hardware) -> int:
+    """Bytes of RAM that `load` page-locks for copies of `experts` bytes of experts."""
+    return min(experts, max(machine.ram_bytes - machines.CPU_RESERVED, 0))
+
+
+def _needs(source: object, scheme: str | Scheme | None, machine: Hardware, context: int, batch: int) -> Needs:
     shape = presets.shape_of(source)
     if not shape.parameters["experts"]:
         raise CheckpointError(shape.refusal)
     shape, scheme = _as_stored(shape, source, scheme)
-    needs = Needs.of(sizes.sizes_of(shape, scheme), machine, context, batch)
-    return _plan(needs, machine, hit_rate)
+    return Needs.of(sizes.sizes_of(shape, scheme), machine, context, batch)
 
 
 def _machine(hardware: str | Hardware | None, *given: int | str | None) -> Hardware:
@@ -171,7 +189,7 @@ def _only(source: object, wanted: object, own: object) -> object:
 
 @dataclass(frozen=True)
 class Needs:
-    """What a model asks of memory on a kind of device. page_cache: bytes of RAM for files that were read."""
+    """What a model asks of memory on a kind of device. page_cache: bytes of RAM for files, none beside a card."""
 
     sizes: sizes.Sizes
     context: int
@@ -189,7 +207,7 @@ class Needs:
         kv_cache = of.shape.with_dtype(compute).kv_nbytes(context, batch)
         rows = batch * math.ceil(context * PROMPT_SHARE)
         fixed = of.backbone(compute), kv_cache, workspace_nbytes(of, compute, rows)
-        return cls(of, context, batch, compute, *fixed, machine.fast_bytes if machine.device == "cpu" else sys.maxsize)
+        return cls(of, context, batch, compute, *fixed, machine.fast_bytes if machine.device == "cpu" else 0)
 
     @property
     def fixed(self) -> int:
@@ -463,7 +481,7 @@ def _rows(plan: Plan) -> list[tuple[str, str]]:
         ("machine", str(plan.hardware)),
         ("fast memory", f"{size(plan.tiers['fast'])} of {size(plan.hardware.fast_bytes)}; " + _held_text(plan)),
         ("for experts", f"fast_bytes={plan.fast_bytes} ({size(plan.fast_bytes)}): {slots}"),
-        ("RAM", f"{size(plan.tiers['ram'])} of experts"),
+        ("RAM", f"{size(plan.tiers['ram'])} of experts" + _pinned_text(plan)),
         ("disk", f"{size(plan.tiers['disk'])} of experts that are in no other tier"),
         ("verdict", "everything fits: do not offload" if plan.resident else "fits" if plan.fits else "does not fit"),
         ("hit rate", f"{plan.hit_rate:.2f} ({plan.hit_rate_source})"),
@@ -473,6 +491,13 @@ def _rows(plan: Plan) -> list[tuple[str, str]]:
         floors = ", ".join(f"{name} {ms:.1f}" for name, ms in plan.floors_ms.items())
         rows.append(("floors", f"{floors} ms a token (modelled: bytes over bandwidth alone)"))
     return rows
+
+
+def _pinned_text(plan: Plan) -> str:
+    """What `load` page-locks on a machine with a card, the doubles of resident experts included."""
+    if plan.hardware.device != "cuda" or plan.resident or not plan.fits:
+        return ""
+    return f"; copies of up to {format_nbytes(pinned_nbytes(plan.bytes['experts'], plan.hardware))} are page-locked"
 
 
 def _held_text(plan: Plan) -> str:

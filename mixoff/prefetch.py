@@ -88,6 +88,11 @@ class Guesses:
         """The router of `site` will choose `experts`, or so it seems; fetched once the layer before is under way."""
         self.expected[site] = list(experts)
 
+    def reseat(self, spares: Sequence[int]) -> None:
+        """Other spare slots from now on, with nothing in them."""
+        self.slot_of.clear()
+        self.spares = list(spares)
+
     def judge(self, site: int, experts: Collection[int]) -> None:
         """`site` asks for `experts` now: note how many of them were named."""
         named = self.expected.pop(site, ())
@@ -139,7 +144,7 @@ class Guesses:
 
 
 class NextRouter:
-    """Hooks on a model's routers, which tell `expect(site, experts)` what the next site's router would choose.
+    """Hooks on a model's routers, which tell `expect(site, chosen)` what the next site's router would choose (T, K).
 
     names: of the modules with experts, in order of sites. Works on any family whose experts have a `gate` or `router`
     beside them; other arguments of a router are those that it was last called with. `listening()` says whether a guess
@@ -150,7 +155,7 @@ class NextRouter:
         self,
         model: nn.Module,
         names: Iterable[str],
-        expect: Callable[[int, list[int]], None],
+        expect: Callable[[int, torch.Tensor], None],
         listening: Callable[[], bool],
         stop: Callable[[str], None],
     ) -> None:
@@ -183,7 +188,7 @@ class NextRouter:
         try:
             out = type(router).forward(router, x, *args, **kwargs)  # past its hooks
             chosen = next(t for t in out if isinstance(t, torch.Tensor) and not t.is_floating_point())  # (T, K)
-            self.expect(i + 1, list(dict.fromkeys(chosen.t().flatten().tolist())))  # first choices first
+            self.expect(i + 1, chosen)
         except Exception as error:
             self.stop(f"the router of site {i + 1} cannot be asked ahead ({type(error).__name__})")
 

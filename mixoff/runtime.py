@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import threading
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import closing
@@ -22,9 +23,9 @@ import torch
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from mixoff import shapes, store
-from mixoff.arena import Arena, Weight, least_slots, plan_slots, slot_nbytes
+from mixoff.arena import Arena, Weight, least_slots, out_of_memory, plan_slots, slot_nbytes
 from mixoff.cache import BYPASS, HIT, RESTORE, ExpertCache, Grant
-from mixoff.errors import MixoffError
+from mixoff.errors import BudgetError, MixoffError
 from mixoff.events import CacheInfo, Event
 from mixoff.experts import by_expert, expert_mlp
 from mixoff.kernels import reference
@@ -32,9 +33,13 @@ from mixoff.policies import Key, Policy
 from mixoff.prefetch import Guesses, set_aside
 from mixoff.quantize import Scheme
 from mixoff.readers import Reader
+from mixoff.streams import Device, open_device_transfer
 from mixoff.tiers import open_transfer
 from mixoff.trace import Recorder
+from mixoff.transfer import Transfer
+from mixoff.units import format_nbytes
 
+SHRINK = 8  # one slot of so many is given up at a time when memory runs out
 FETCH = ("expert", "layer")
 MOVES = ("miss", "bypass", "restore", "prefetch")  # kinds of fetches
 Compute = Callable[[int, dict[str, Weight]], None]
@@ -59,7 +64,8 @@ class Runtime:
     """Serves the experts of one model from an arena of slots. `load` makes it; `model.mixoff` is it.
 
     policy, scope, prefetch, exact, fetch: as for `load`. compute: dtype of the computation. ram_bytes: of the RAM tier,
-    0 for none. top_k: K. Safe to use from several threads: calls of MoE layers take turns. Usable as a context manager.
+    0 for none. top_k: K. device: None is the CPU, whose fast tier is a share of RAM. Safe to use from several threads:
+    calls of MoE layers take turns. Usable as a context manager. Raises BudgetError.
     reroute: None, or a function `(site, top_k_index, top_k_weights) -> (top_k_index, top_k_weights)` with the last word
     on the router's choice (index E: no expert). Nothing else here can change what the model computes.
     """
@@ -77,6 +83,7 @@ class Runtime:
         top_k: int = 2,
         exact: bool = False,
         fetch: str = "expert",
+        device: Device | None = None,
     ) -> None:
         if fetch not in FETCH:
             raise MixoffError(f"unknown fetch {fetch!r}: choose one of {', '.join(FETCH)}")
@@ -88,36 +95,123 @@ class Runtime:
         self._lock = threading.RLock()
         self._pass = threading.local()  # of each thread's forward pass: is it a prompt, which token does it end with
         self._tokens, self._start, self._closed = 0, time.perf_counter(), False
-        self._allocate(policy, compute, ram_bytes, prefetch, top_k)
+        self.device, self._policy, self._compute, self._prefetch = device, policy, compute, (prefetch, top_k)
+        self.transfer: Transfer | None = None
         self._before: Counter[str] = Counter()  # counts that `reset_counts` put aside
+        self._allocate(fast_bytes)
+        self._open_transfer(ram_bytes)
 
-    def _allocate(
-        self, policy: str | Callable[[], Policy], compute: torch.dtype, ram_bytes: int, prefetch: str, top_k: int
-    ) -> None:
-        """The fast tier within its budget: scratch, buffers of the reader, spare slots for guesses, the cache's."""
-        source, sites, size = self.source, self.source.sites, slot_nbytes(self.source.sites)
-        scratch = reference.scratch_nbytes(sites, compute)
-        reserved = scratch + getattr(source.reader, "buffer_nbytes", 0)
-        spare, reason = set_aside(
+    def _allocate(self, fast_bytes: int) -> None:
+        """The fast tier within `fast_bytes`, with fewer slots where the system has not so much memory.
+
+        Raises BudgetError where it has none for the least number of slots.
+        """
+        quantized = self.source.scheme.experts is not None  # then torch makes the blocks, and scratch is their bound
+        scratch = 0 if quantized else reference.scratch_nbytes(self.source.sites, self._compute)
+        empty, refused = self.device.empty if self.device else store.slab, 0
+        while True:
+            capacities, spare, reserved = self._divide(fast_bytes)
+            slots = sum(capacities) + spare
+            try:
+                self.scratch = empty(scratch)
+                self.arena = Arena(slots, self.source.sites, self.device and empty)
+                break
+            except Exception as error:
+                why = out_of_memory(error)
+                if why is None:
+                    raise
+            fast_bytes, refused = self._fewer(slots, reserved, why), refused or slots
+        if refused:
+            self._warn(refused, why)
+        self.allocated_nbytes = self.arena.numel() + reserved
+        self.cache = ExpertCache(capacities, self._policy)
+        self.place = list(range(self.slots))  # where in the arena each of the cache's slots is now
+
+    def _divide(self, fast_bytes: int) -> tuple[list[int], int, int]:
+        """Slots of each pool, spare ones for guesses, and bytes beside them: scratch and the reader's buffers."""
+        sites, size = self.source.sites, slot_nbytes(self.source.sites)
+        reserved = reference.scratch_nbytes(sites, self._compute) + getattr(self.source.reader, "buffer_nbytes", 0)
+        prefetch, top_k = self._prefetch
+        spare, self._why = set_aside(
             prefetch,
-            slots=(self.fast_bytes - reserved) // size,
+            slots=(fast_bytes - reserved) // size,
             least=least_slots(sites, self.scope),
             experts=sum(site.num_experts for site in sites),
             wanted=top_k,
-            direct=getattr(source.reader, "direct", False),
+            direct=self.device is not None or getattr(self.source.reader, "direct", False),
             slot_nbytes=size,
         )
-        self.cache = ExpertCache(plan_slots(sites, self.fast_bytes - spare * size, reserved, self.scope), policy)
-        self.arena = Arena(self.slots + spare, sites)
-        quantized = source.scheme.experts is not None  # then torch makes the blocks, and the scratch is their bound
-        self.scratch = store.slab(0 if quantized else scratch)
-        self.allocated_nbytes = self.arena.numel() + reserved
-        self.place = list(range(self.slots))  # where in the arena each of the cache's slots is now
-        ram_slots = min(ram_bytes // size, sum(site.num_experts for site in sites))
-        self.ram_nbytes = ram_slots * size
-        nbytes = [site.expert_nbytes for site in sites]
-        self.transfer = open_transfer(source.reader, self.arena.images, nbytes, ram_slots)
-        self.guesses = Guesses(range(self.slots, self.slots + spare), self.transfer, prefetch, reason)
+        return plan_slots(sites, fast_bytes - spare * size, reserved, self.scope), spare, reserved
+
+    def _fewer(self, slots: int, reserved: int, why: str) -> int:
+        """A budget of about an eighth fewer slots. Raises BudgetError where there are no fewer that run."""
+        sites, size = self.source.sites, slot_nbytes(self.source.sites)
+        least = least_slots(sites, self.scope)
+        if slots <= least:
+            raise BudgetError(
+                f"the system has no {format_nbytes(slots * size)} for {slots} slots, the least that runs ({why}): free "
+                "memory, shorten the context, or use fewer bits"
+            )
+        return max(least, slots - max(slots // SHRINK, least)) * size + reserved
+
+    def _warn(self, slots: int, why: str) -> None:
+        size, now = self.arena.slot_nbytes, len(self.arena.slots)
+        warnings.warn(
+            f"no memory for {slots} slots, {format_nbytes(slots * size)} of experts ({why}): going on with {now}, "
+            f"{format_nbytes(now * size)}; to have no more made, set fast_bytes={self.arena.numel()}, shorten the "
+            "context, or use fewer bits",
+            stacklevel=4,
+        )
+
+    def _open_transfer(self, ram_bytes: int) -> None:
+        """What fills the slots, with a tier of copies in RAM, as large as the system allows; and guesses, which use it.
+
+        Raises BudgetError where there is no memory for a single copy.
+        """
+        size = self.arena.slot_nbytes
+        slots = min(ram_bytes // size, sum(site.num_experts for site in self.source.sites))
+        while True:
+            try:
+                self.transfer, self.ram_nbytes = self._filler(slots)
+                break
+            except Exception as error:
+                why = out_of_memory(error)
+                if why is None:
+                    raise
+            if slots <= 1:
+                raise BudgetError(f"the system has no {format_nbytes(size)} for the RAM tier ({why}): lower ram_bytes")
+            slots -= max(slots // SHRINK, 1)
+        if slots * size < ram_bytes - size and slots < sum(site.num_experts for site in self.source.sites):
+            warnings.warn(f"the RAM tier takes {format_nbytes(self.ram_nbytes)}: there is no more memory", stacklevel=3)
+        self.guesses = Guesses(range(self.slots, len(self.arena.slots)), self.transfer, self._prefetch[0], self._why)
+
+    def _filler(self, ram_slots: int) -> tuple[Transfer, int]:
+        """The transfer of this device with so many copies in RAM, and the bytes that it takes there."""
+        nbytes, reader = [site.expert_nbytes for site in self.source.sites], self.source.reader
+        if self.device is None:
+            return open_transfer(reader, self.arena.images, nbytes, ram_slots), ram_slots * self.arena.slot_nbytes
+        experts = sum(site.num_experts for site in self.source.sites)
+        transfer = open_device_transfer(self.device, reader, self.arena.slots, nbytes, ram_slots, experts)
+        return transfer, transfer.memory.numel()
+
+    def make_room(self, why: str) -> None:
+        """Memory ran out: about an eighth of the slots goes back to the system, and the cache begins anew, empty.
+
+        Copies in RAM and all counts stay. Raises BudgetError, with the figures, where no slot can be spared.
+        """
+        with self._lock:
+            slots, reserved = len(self.arena.slots), self.allocated_nbytes - self.arena.numel()
+            smaller, counted = self._fewer(slots, reserved, why), self.cache
+            self.transfer.reseat(())
+            self.arena = self.scratch = None
+            if self.device:
+                self.device.give_back()
+            self._allocate(smaller)
+            self._warn(slots, why)
+            self.cache.count_on(counted)
+            self.transfer.reseat(self.arena.slots if self.device else self.arena.images)
+            self.guesses.reseat(range(self.slots, len(self.arena.slots)))
+            self._tokens -= getattr(self._pass, "tokens", 0)  # the pass that failed will be repeated
 
     @property
     def slots(self) -> int:
@@ -222,16 +316,34 @@ class Runtime:
         """Note that a pass over `tokens` tokens begins, `length` of each sequence: more than one is a prompt."""
         with self._lock:
             self._tokens += tokens
-            self._pass.prompt, self._pass.token = length > 1, self._tokens
+            self._pass.prompt, self._pass.token, self._pass.tokens = length > 1, self._tokens, tokens
 
     def in_prompt(self) -> bool:
         """Whether this thread's forward pass reads a prompt."""
         return getattr(self._pass, "prompt", False)
 
-    def expect(self, site: int, experts: Sequence[int]) -> None:
-        """`site` will ask for `experts`, best guess first, or so it seems."""
-        with self._lock:
-            self.guesses.expect(site, experts)
+    def expect(self, site: int, chosen: torch.Tensor) -> None:
+        """The router of `site` will make this choice (T, K), or so it seems.
+
+        What a device computed stays there until `look` reads it with the choice of the layer before.
+        """
+        if chosen.device.type != "cpu":
+            self._pass.guess = site, chosen
+            return
+        with self._lock:  # first choices first
+            self.guesses.expect(site, list(dict.fromkeys(chosen.t().flatten().tolist())))
+
+    def look(self, site: int, experts: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The router's choice and weights (T, K) on the host: the one time in a layer that it waits for a device."""
+        if experts.device.type == "cpu":
+            return experts, weights
+        following, guess = getattr(self._pass, "guess", (None, None))
+        self._pass.guess = None, None
+        if following != site + 1:
+            return tuple(to_host(experts, weights))
+        experts, weights, guess = to_host(experts, weights, guess)
+        self.expect(following, guess)
+        return experts, weights
 
     def wants_guesses(self) -> bool:
         """Whether `expect` would lead to anything now."""
@@ -246,6 +358,7 @@ class Runtime:
         with self._lock:
             if self._closed:
                 raise RuntimeError("this model was closed: load it again to generate")
+            self.transfer.enter()
             pool, prompt = 0 if self.scope == "global" else site, self.in_prompt()
             self.guesses.judge(site, experts)
             keys = [(site, expert) for expert in experts]
@@ -406,10 +519,13 @@ def _served(
     runtime, site = self._mixoff
     if runtime.reroute is not None:
         top_k_index, top_k_weights = runtime.reroute(site, top_k_index, top_k_weights)
-    runtime.note_routing(site, top_k_index, top_k_weights)
+    chosen, given = runtime.look(site, top_k_index, top_k_weights)
+    runtime.note_routing(site, chosen, given)
     (T, K), D = top_k_index.shape, hidden_states.shape[-1]
-    where = _one_token(top_k_index, self.num_experts) if T == 1 else None
-    where = by_expert(top_k_index, self.num_experts) if where is None else where
+    where = _one_token(chosen, self.num_experts) if T == 1 else None
+    where = by_expert(chosen, self.num_experts) if where is None else where
+    weights_of = None if runtime.in_prompt() else _given(where, given)
+    where = _rows_on(hidden_states.device, where)
     out = hidden_states.new_zeros(T * K, D)
 
     def compute(expert: int, weights: dict[str, Weight]) -> None:
@@ -417,7 +533,7 @@ def _served(
             mine = hidden_states if isinstance(rows, slice) else hidden_states[rows // K]  # (R, D)
             out[rows] = expert_mlp(self, mine, weights, runtime.scratch, runtime.exact)
 
-    runtime.serve(site, list(where), compute, None if runtime.in_prompt() else _given(where, top_k_weights))
+    runtime.serve(site, list(where), compute, weights_of)
     weighted = out * top_k_weights.reshape(-1, 1)  # (T * K, D)
     return weighted.view(T, K, D).sum(dim=1).to(hidden_states.dtype)  # (T, D)
 
@@ -427,6 +543,23 @@ def _one_token(top_k_index: torch.Tensor, num_experts: int) -> dict[int, slice] 
     chosen = top_k_index[0].tolist()
     where = {expert: slice(k, k + 1) for k, expert in enumerate(chosen) if expert < num_experts}
     return where if len(where) == sum(expert < num_experts for expert in chosen) else None
+
+
+def to_host(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """Small tensors of a device, integers and floats, by one copy: as int64 and fp32."""
+    raw = [t.float().view(torch.int32) if t.is_floating_point() else t.int() for t in tensors]
+    host = torch.cat([t.flatten() for t in raw]).cpu().split([t.numel() for t in tensors])
+    values = [r.view(torch.float32) if t.is_floating_point() else r.long() for r, t in zip(host, tensors, strict=True)]
+    return [v.view(t.shape) for v, t in zip(values, tensors, strict=True)]
+
+
+def _rows_on(device: torch.device, where: dict[int, slice | torch.Tensor]) -> dict[int, slice | torch.Tensor]:
+    """Positions of rows on the device that computes, by one copy for which the host does not wait."""
+    if device.type == "cpu" or not all(isinstance(rows, torch.Tensor) for rows in where.values()) or not where:
+        return where
+    counts = [len(rows) for rows in where.values()]
+    rows = torch.cat(list(where.values())).to(device, non_blocking=True).split(counts)
+    return dict(zip(where, rows, strict=True))
 
 
 def _given(where: dict[int, slice | torch.Tensor], top_k_weights: torch.Tensor) -> list[float]:

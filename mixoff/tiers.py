@@ -13,16 +13,14 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 
 from mixoff.cache import BYPASS, MISS
-from mixoff.errors import BudgetError
 from mixoff.readers import Reader
 from mixoff.store import slab
 from mixoff.transfer import Key, Landing, ThreadTransfer, Transfer
-from mixoff.units import format_nbytes
 
 WORKERS = 4  # requests in flight; more of them read no faster: tools/transfer_table.py
 INLINE_BELOW = 1 << 20  # bytes; a smaller expert is copied from the page cache sooner than a thread has woken up
@@ -40,22 +38,63 @@ def open_transfer(reader: Reader, images: Sequence[memoryview], sizes: Sequence[
     return RamTier(transfer, images, sizes, ram_slots) if ram_slots else transfer
 
 
+class Copies:
+    """Which experts have a copy in RAM, and in which of `places` places. Knows no memory.
+
+    free: places without one. alone: of experts that the fast tier does not hold; doubles: of those that it holds as
+    well; both oldest first.
+    """
+
+    def __init__(self, places: int) -> None:
+        self.free = list(range(places))
+        self.alone: OrderedDict[Key, int] = OrderedDict()
+        self.doubles: OrderedDict[Key, int] = OrderedDict()
+
+    def __contains__(self, key: Key) -> bool:
+        return key in self.alone or key in self.doubles
+
+    def double(self, key: Key) -> int:
+        """The fast tier takes `key` too; returns the copy's place."""
+        place = self.alone.pop(key) if key in self.alone else self.doubles.pop(key)
+        self.doubles[key] = place
+        return place
+
+    def leave(self, key: Key) -> bool:
+        """The fast tier gives `key` up; whether there is a copy, which is then alone."""
+        if key in self.doubles:
+            self.alone[key] = self.doubles.pop(key)
+        return key in self.alone
+
+    def part(self) -> None:
+        """The fast tier gives everything up."""
+        for key in list(self.doubles):
+            self.leave(key)
+
+    def room(self, usable: Callable[[int], bool] = lambda place: True) -> int | None:
+        """A place for one more copy: a free one, else the oldest double's; None where none of these is `usable`."""
+        for place in reversed(self.free):
+            if usable(place):
+                self.free.remove(place)
+                return place
+        key = next((key for key, place in self.doubles.items() if usable(place)), None)
+        return None if key is None else self.doubles.pop(key)
+
+    def oldest(self) -> int:
+        """The place of the oldest copy, which goes."""
+        return self.alone.popitem(last=False)[1]
+
+
 class RamTier:
-    """A transfer with `slots` copies in RAM before `inner`, in the order in which the fast tier gave them up."""
+    """A transfer with `slots` copies in RAM before `inner`, in the order in which the fast tier gave them up.
+
+    Raises OSError where the system has not the memory.
+    """
 
     def __init__(self, inner: Transfer, images: Sequence[memoryview], sizes: Sequence[int], slots: int) -> None:
         self.inner, self.sizes = inner, sizes
         self.images = [np.frombuffer(image, np.uint8) for image in images]
-        try:
-            self.memory = slab(slots * len(images[0])).view(slots, -1).numpy()  # (slots, bytes)
-        except OSError as error:
-            raise BudgetError(
-                f"the system has no {format_nbytes(slots * len(images[0]))} for the RAM tier ({error.strerror}): "
-                "lower ram_bytes"
-            ) from None
-        self.free = list(range(slots))
-        self.alone: OrderedDict[Key, int] = OrderedDict()  # copies of what the fast tier does not hold
-        self.doubles: OrderedDict[Key, int] = OrderedDict()  # copies of what it holds as well
+        self.memory = slab(slots * len(images[0])).view(slots, -1).numpy()  # (slots, bytes)
+        self.copies = Copies(slots)
         self.owner: dict[int, tuple[Key, str]] = {}  # what lies in each slot of the fast tier, and by which fetch
         self.coming: dict[int, tuple[Key, str]] = {}
         self.landed: dict[int, Landing] = {}
@@ -79,6 +118,10 @@ class RamTier:
         self.owner[landing.slot] = self.coming.pop(landing.slot)
         return landing
 
+    def enter(self) -> None:
+        """As the inner transfer has it."""
+        self.inner.enter()
+
     def release(self, slot: int) -> None:
         """As the inner transfer has it: copies are made by the thread that computes."""
         self.inner.release(slot)
@@ -90,11 +133,18 @@ class RamTier:
 
     def near(self, key: Key) -> bool:
         """Whether there is a copy of `key` here."""
-        return key in self.alone or key in self.doubles
+        return key in self.copies
 
     def counts(self) -> Counter[str]:
         """Bytes by kind of fetch, and what of it was copied here."""
         return self.inner.counts() + self.copied
+
+    def reseat(self, images: Sequence[memoryview]) -> None:
+        """Other slots from now on; the copies stay."""
+        self.inner.reseat(images)
+        self.images = [np.frombuffer(image, np.uint8) for image in images]
+        self.coming, self.landed, self.owner = {}, {}, {}
+        self.copies.part()
 
     def close(self) -> None:
         """Give the copies' memory back, after the inner transfer ended."""
@@ -104,25 +154,21 @@ class RamTier:
     def _copy(self, key: Key, slot: int, kind: str) -> None:
         """Into the fast tier; the copy stays as a double."""
         t0, nbytes = time.perf_counter(), self.sizes[key[0]]
-        place = self.alone.pop(key) if key in self.alone else self.doubles.pop(key)
+        place = self.copies.double(key)
         np.copyto(self.images[slot][:nbytes], self.memory[place, :nbytes])
-        self.doubles[key], self.owner[slot] = place, (key, kind)
+        self.owner[slot] = (key, kind)
         self.copied.update({kind: nbytes, "ram": nbytes, "ram_hits": 1})
         self.landed[slot] = Landing(slot, nbytes, t0, time.perf_counter())
 
     def _let_go(self, slot: int) -> None:
         """What leaves the fast tier stays here, the newest last; what only passed by takes no other's place."""
         key, kind = self.owner.pop(slot, (None, None))
-        if key is None or key in self.alone:
+        copies = self.copies
+        if key is None or key in copies.alone or copies.leave(key):
             return
-        place = self.doubles.pop(key, None)
-        if place is None:
-            if kind == BYPASS and not self.free:
-                return
-            place, nbytes = self._room(), self.sizes[key[0]]
-            np.copyto(self.memory[place, :nbytes], self.images[slot][:nbytes])
-        self.alone[key] = place
-
-    def _room(self) -> int:
-        """A place for one more copy: a free one, the oldest double's, or the oldest of all."""
-        return self.free.pop() if self.free else (self.doubles or self.alone).popitem(last=False)[1]
+        if kind == BYPASS and not copies.free:
+            return
+        place, nbytes = copies.room(), self.sizes[key[0]]
+        place = copies.oldest() if place is None else place
+        np.copyto(self.memory[place, :nbytes], self.images[slot][:nbytes])
+        copies.alone[key] = place

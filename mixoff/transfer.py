@@ -38,6 +38,9 @@ class Landing(NamedTuple):
 class Transfer(Protocol):
     """Fills slots of the fast tier. Called by one thread at a time."""
 
+    def enter(self) -> None:
+        """A call of a layer begins, on the calling thread: what follows may use all that landed before."""
+
     def fetch(self, key: Key, slot: int, kind: str = MISS) -> None:
         """Begin to fill `slot` with the expert `key`; kind: of `cache.Grant`, or `prefetch`, which waits for others."""
 
@@ -58,6 +61,9 @@ class Transfer(Protocol):
 
     def counts(self) -> Counter[str]:
         """Bytes so far by kind of fetch; of all these, `ram`: bytes from a RAM tier, in `ram_hits` fetches."""
+
+    def reseat(self, slots: Sequence) -> None:
+        """Forget the slots, whose fetches are over or given up, and fill these from now on; none lets go of memory."""
 
     def close(self) -> None:
         """End the fetches. Slots may be freed afterwards."""
@@ -163,6 +169,9 @@ class ThreadTransfer:
             thread.start()
         weakref.finalize(self, self.queue.close)
 
+    def enter(self) -> None:
+        """Nothing to do: what has landed is there for every thread."""
+
     def fetch(self, key: Key, slot: int, kind: str = MISS) -> None:
         """Queue the pieces of an expert; where a cancelled fetch still writes to the slot, after that has ended."""
         self._settle(slot)
@@ -207,6 +216,13 @@ class ThreadTransfer:
         """Bytes by kind of fetch."""
         with self.queue.lock:
             return self.queue.moved.copy()
+
+    def reseat(self, slots: Sequence[memoryview]) -> None:
+        """Other memory from now on, once nothing writes to what was."""
+        for slot in list(self.jobs):
+            self.cancel(slot)
+            self._settle(slot)
+        self.images = slots
 
     def close(self) -> None:
         """End the workers; a piece that is being read is waited for."""

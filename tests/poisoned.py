@@ -23,6 +23,14 @@ class Poisoned:
     def _poison(self, slot):
         self.images[slot][:] = b"\xff" * len(self.images[slot])
 
+    def enter(self):
+        pass
+
+    def reseat(self, images):
+        self.images, self.coming = images, {}
+        for slot in range(len(images)):
+            self._poison(slot)
+
     def fetch(self, key, slot, kind="miss"):
         self._poison(slot)
         self.coming[slot] = key, kind
@@ -66,6 +74,13 @@ class Watched:
         """Somebody takes the weights in `slot`."""
         self._expect(slot not in self.coming, f"slot {slot} is read before its bytes came")
         self.reading.add(slot)
+
+    def enter(self):
+        self.inner.enter()
+
+    def reseat(self, images):
+        self.coming, self.reading = set(), set()
+        self.inner.reseat(images)
 
     def fetch(self, key, slot, kind="miss"):
         self._expect(slot not in self.coming, f"slot {slot} is fetched into twice at once")

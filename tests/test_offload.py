@@ -335,7 +335,7 @@ def test_training_is_refused():
     [
         ({"scope": "expert"}, "layer, global"),
         ({"policy": "clairvoyant"}, "choose one of .*lru"),
-        ({"device": "cuda"}, "use 'cpu'"),
+        ({"device": "abacus"}, "choose auto, cpu, cuda"),
         ({"dtype": "int8"}, "auto, float32"),
         ({"ram_bytes": "many"}, "6GiB"),
         ({"prefetch": "psychic"}, "auto, none, next-router"),

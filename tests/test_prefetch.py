@@ -104,7 +104,10 @@ def test_events_of_guesses(store):
 def test_auto_stops_where_guesses_are_wrong_and_says_why(store, monkeypatch):
     """A router that is asked ahead answers with the experts that it will not choose."""
     honest = mixoff.Runtime.expect
-    wrong = lambda self, site, experts: honest(self, site, [e for e in range(8) if e not in experts][:2])  # noqa: E731
+
+    def wrong(self, site, chosen):
+        honest(self, site, torch.tensor([[e for e in range(8) if e not in chosen][:2]]))
+
     monkeypatch.setattr(mixoff.Runtime, "expect", wrong)
     (tokens, logits), info, _, _ = run(store, prefetch="auto")
     assert info.prefetch.startswith("off: ") and f"of {WINDOW}" in info.prefetch and "too few" in info.prefetch

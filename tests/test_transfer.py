@@ -183,7 +183,7 @@ def test_ram_tier_holds_what_leaves_so_that_both_tiers_hold_different_experts():
         tier.wait([turn % 2])
         assert bytes(where[turn % 2][:SIZE]) == reader.experts[turn % 4]
     assert [expert for expert, _ in reader.reads] == [0, 1, 2, 3] and tier.counts()["ram_hits"] == 8
-    copies = {**tier.alone, **tier.doubles}
+    copies = {**tier.copies.alone, **tier.copies.doubles}
     assert len(copies) == len(set(copies.values())) == 3
     tier.close()
 
@@ -194,7 +194,7 @@ def test_what_passes_by_takes_no_place_in_ram():
     for expert, kind in ((0, "miss"), (1, "miss"), (2, "bypass"), (3, "bypass"), (1, "restore")):
         tier.fetch((0, expert), 0, kind)
         tier.wait([0])
-    assert set(tier.alone) | set(tier.doubles) == {(0, 1)}
+    assert set(tier.copies.alone) | set(tier.copies.doubles) == {(0, 1)}
     tier.close()
 
 
@@ -373,7 +373,7 @@ def test_tiers_are_hard_limits(tmp_path):
     assert 0.95 * tiers < grown < tiers + backbone + 8_000_000
 
 
-@pytest.mark.parametrize(("module", "words"), [("arena", "lower fast_bytes"), ("tiers", "lower ram_bytes")])
+@pytest.mark.parametrize(("module", "words"), [("arena", "the least that runs"), ("tiers", "lower ram_bytes")])
 def test_memory_that_the_system_does_not_have_is_said_with_figures(tiny, monkeypatch, module, words):
     def refuse(nbytes):
         raise OSError(12, "Cannot allocate memory")

@@ -1,0 +1,202 @@
+"""A GPU as the runtime needs it: memory, page-locked RAM, streams, events, copies, and what the card can do.
+
+With `hardware`'s bandwidths and the kernels, the only module that calls torch.cuda: what it does there is thin, since
+it was never run on a GPU (docs/gpu.md). Tests hold every name it uses to the torch that is installed, and run what is
+above it on a simulated device.
+
+Does not know experts.
+"""
+
+from __future__ import annotations
+
+import platform
+import warnings
+from contextlib import suppress
+from dataclasses import dataclass, replace
+
+import torch
+
+from mixoff import hardware, store
+from mixoff.errors import MixoffError
+from mixoff.hardware import MIB, Hardware
+from mixoff.units import format_nbytes
+
+LEAST_SM = (7, 0)  # what Triton compiles for
+BF16_SM = (8, 0)  # older cards only emulate it, slowly, and call it supported
+MARGIN = 384 * MIB  # of free VRAM, once the context is there: workspaces of cuBLAS and fragments of the allocator
+REGISTER_PORTABLE = 1  # cudaHostRegisterPortable, as torch's own _pin_memory_utils passes it
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A card. sm: compute capability. total_nbytes, free_nbytes: of its memory, now."""
+
+    name: str
+    sm: tuple[int, int]
+    total_nbytes: int
+    free_nbytes: int
+
+    @property
+    def dtype(self) -> str:
+        """The 16-bit format that it computes in by itself.
+
+        >>> Gpu("Tesla T4", (7, 5), 0, 0).dtype, Gpu("NVIDIA L4", (8, 9), 0, 0).dtype
+        ('float16', 'bfloat16')
+        """
+        return "bfloat16" if self.sm >= BF16_SM else "float16"
+
+    def __str__(self) -> str:
+        sizes = f"{format_nbytes(self.free_nbytes)} of {format_nbytes(self.total_nbytes)} free"
+        return f"{self.name}, sm_{self.sm[0]}{self.sm[1]}, {sizes}, computes in {self.dtype}"
+
+
+def pick(device: str | torch.device) -> Cuda | None:
+    """The device to serve experts on: None is the CPU. `"auto"` is the first GPU, where there is one.
+
+    Raises MixoffError, with the reason, for a GPU that is not there or that kernels do not run on.
+    """
+    try:
+        wanted = None if device == "auto" else torch.device(device)
+    except RuntimeError:
+        raise MixoffError(f"no device {device!r}: choose auto, cpu, cuda or cuda:N") from None
+    if wanted is not None and wanted.type not in ("cpu", "cuda"):
+        raise MixoffError(f"device {device!r} is not served: choose auto, cpu, cuda or cuda:N")
+    if wanted is not None and wanted.type == "cpu":
+        return None
+    why = obstacle(0 if wanted is None else wanted.index or 0)
+    if why is None:
+        return Cuda(0 if wanted is None else wanted.index or 0)
+    if wanted is None:
+        return None
+    raise MixoffError(f"device {device!r} cannot be used: {why}")
+
+
+def obstacle(index: int = 0) -> str | None:
+    """Why the GPU of that number cannot serve experts, None where it can."""
+    if torch.version.cuda is None:
+        return "this torch was built without CUDA: install it from pytorch.org for your driver"
+    if not torch.cuda.is_available():
+        return "torch sees no GPU: is there one, and a driver for CUDA " + torch.version.cuda + "?"
+    if index >= torch.cuda.device_count():
+        return f"there are {torch.cuda.device_count()} GPUs, numbered from 0"
+    if (sm := torch.cuda.get_device_capability(index)) < LEAST_SM:
+        return f"sm_{sm[0]}{sm[1]} is older than sm_70, the first that Triton compiles for"
+    return None
+
+
+def describe(index: int = 0) -> Gpu:
+    """The card of that number; makes its context, which takes about 300 MB of it."""
+    free, total = torch.cuda.mem_get_info(index)
+    return Gpu(torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index), total, free)
+
+
+def measured(gpu: Gpu) -> Hardware:
+    """The card and this machine's RAM as a plan sees them, from what is free now, for sizes alone.
+
+    Its bandwidths are a T4's: no size depends on them.
+    """
+    sources = {
+        "fast_bytes": f"measured: free now of {gpu.name}",
+        "ram_bytes": "measured: free now",
+        "reserved_nbytes": f"stated: {format_nbytes(MARGIN)} for workspaces and fragments, beside the context",
+    }
+    sizes = {"fast_bytes": gpu.free_nbytes, "ram_bytes": hardware.memory_nbytes()[1], "reserved_nbytes": MARGIN}
+    return replace(hardware.named("t4"), name="here", compute_dtype=gpu.dtype, **sizes, sources=sources)
+
+
+class Cuda:
+    """A GPU with a stream for copies beside those that compute: `streams.Device`. index: its number."""
+
+    def __init__(self, index: int = 0) -> None:
+        self.where = torch.device("cuda", index)
+        self.copying = torch.cuda.Stream(self.where)
+        self.registered: set[int] = set()  # addresses of page-locked RAM
+
+    def describe(self) -> Gpu:
+        """The card, with what is free of it now."""
+        return describe(self.where.index)
+
+    def computing(self) -> torch.cuda.Stream:
+        """The stream on which the calling thread computes."""
+        return torch.cuda.current_stream(self.where)
+
+    def event(self) -> torch.cuda.Event:
+        """A new event, without a clock."""
+        return torch.cuda.Event()
+
+    def empty(self, nbytes: int) -> torch.Tensor:
+        """Memory of the card, uint8. Raises torch.OutOfMemoryError."""
+        return torch.empty(nbytes, dtype=torch.uint8, device=self.where)
+
+    def pinned(self, nbytes: int) -> torch.Tensor:
+        """RAM of exactly that size, uint8, page-locked; pageable with a warning where the system refuses.
+
+        torch's own allocator would round it up to a power of two: 1.43 times an expert of Mixtral in 4 bits. Raises
+        OSError where there is no such memory.
+        """
+        memory = store.slab(nbytes)
+        error = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), nbytes, REGISTER_PORTABLE))
+        if error == 0:
+            self.registered.add(memory.data_ptr())
+        else:
+            self._clear_error()
+            warnings.warn(
+                f"{format_nbytes(nbytes)} of RAM cannot be page-locked (CUDA error {error}): copies to the GPU are "
+                f"slower, and wait for each other{' (WSL2 allows little of it)' if is_wsl() else ''}; lower ram_bytes",
+                stacklevel=2,
+            )
+        return memory
+
+    def _clear_error(self) -> None:
+        """Let the next kernel report the error that a failed call of the CUDA runtime left behind, and forget it."""
+        with suppress(RuntimeError):
+            torch.zeros(1, device=self.where)
+
+    def unpin(self, memory: torch.Tensor) -> None:
+        """Once all queued work is done, let go of what `pinned` gave."""
+        self.synchronize()
+        if memory.data_ptr() in self.registered:
+            self.registered.remove(memory.data_ptr())
+            torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        """Queue on `copying`: copy bytes between the card and RAM; the host goes on where RAM is page-locked."""
+        with torch.cuda.stream(self.copying):
+            target.copy_(source, non_blocking=True)
+
+    def synchronize(self) -> None:
+        """Sleep until all queued work is done."""
+        torch.cuda.synchronize(self.where)
+
+    def give_back(self) -> None:
+        """Let other users have the memory of tensors that are no more."""
+        torch.cuda.empty_cache()
+
+
+def is_wsl() -> bool:
+    """Whether this is Linux inside Windows."""
+    return "microsoft" in platform.release().lower()
+
+
+def link_bandwidths(nbytes: int = 256 * MIB, rounds: int = 3) -> dict[str, float]:
+    """Bytes a second of copies between RAM and the first GPU: `pinned`, `pageable` and `back` (pinned, to RAM).
+
+    Timed by the device's events, the best of `rounds` after one more to warm up. Needs a GPU.
+    """
+    device, target = Cuda(0), torch.empty(nbytes, dtype=torch.uint8, device="cuda:0")
+    pinned, pageable = device.pinned(nbytes), store.slab(nbytes)
+    pageable.fill_(1)  # or its pages would not be there yet
+    pairs = {"pinned": (target, pinned), "pageable": (target, pageable), "back": (pinned, target)}
+    try:
+        return {name: nbytes / min(_seconds(*pair) for _ in range(rounds + 1)) for name, pair in pairs.items()}
+    finally:
+        device.unpin(pinned)
+
+
+def _seconds(target: torch.Tensor, source: torch.Tensor) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    target.copy_(source, non_blocking=True)
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1000
