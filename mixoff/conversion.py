@@ -15,6 +15,7 @@ import logging
 import os
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -32,7 +33,7 @@ from mixoff.blueprint import Blueprint, Weight, index, lay_out, manifest, to_jso
 from mixoff.checkpoint import INDEX
 from mixoff.errors import CheckpointError, MixoffError
 from mixoff.journal import Journal, sync
-from mixoff.quantize import Scheme
+from mixoff.quantize import Scheme, loops
 from mixoff.shards import Range, Ranges, Shards, kept_nbytes, open_shards, walk
 from mixoff.store import FORMAT, MANIFEST, VERSION
 from mixoff.units import format_nbytes
@@ -62,11 +63,15 @@ class Options:
 
 @dataclass(frozen=True)
 class Report:
-    """What a conversion did: the store, the bytes of weights read for it in this run, and how long that took."""
+    """What a conversion did: the store, the bytes of weights read for it in this run, and what that took.
+
+    peak_nbytes: the most memory that no file backs, beyond what the process held before the first weight.
+    """
 
     target: Path
     source_nbytes: int
     seconds: float
+    peak_nbytes: int
 
 
 def convert(
@@ -114,9 +119,10 @@ def run(
         raise CheckpointError(f"{target} exists already: choose another folder, or remove it first")
     with closing(_open(source, revision, partial / "shards")) as shards:
         plan = lay_out(shards.checkpoint, scheme)
-        with _hold(partial, target), _explained(plan, partial, target):
+        loops()  # imported before memory is watched
+        with _PeakMemory() as peak, _hold(partial, target), _explained(plan, partial, target):
             nbytes = _make(shards, plan, partial, target, options)
-    return Report(target, nbytes, time.perf_counter() - started)
+    return Report(target, nbytes, time.perf_counter() - started, peak.nbytes)
 
 
 def _open(source: str | Path | Shards, revision: str | None, downloads: Path) -> Shards:
@@ -126,6 +132,34 @@ def _open(source: str | Path | Shards, revision: str | None, downloads: Path) ->
     if store.is_store(source):
         raise CheckpointError(f"{source} is a store already: load it as it is, or copy the folder")
     return open_shards(source, downloads)
+
+
+class _PeakMemory(threading.Thread):
+    """Looks every 5 ms how much anonymous memory the process has: `with _PeakMemory() as peak`, then `peak.nbytes`."""
+
+    def __enter__(self) -> _PeakMemory:
+        self.nbytes, self.before, self.ended = 0, anonymous_nbytes(), threading.Event()
+        self.start()
+        return self
+
+    def run(self) -> None:
+        while not self.ended.wait(0.005):
+            self.nbytes = max(self.nbytes, anonymous_nbytes() - self.before)
+
+    def __exit__(self, *error: object) -> None:
+        self.ended.set()
+        self.join()
+
+
+def anonymous_nbytes() -> int:
+    """Bytes of this process in memory that no file backs; all that are in memory where the system does not tell."""
+    try:
+        with open("/proc/self/status", encoding="ascii") as status:
+            return next(1024 * int(line.split()[1]) for line in status if line.startswith("RssAnon"))
+    except (OSError, StopIteration):
+        import psutil
+
+        return psutil.Process().memory_info().rss
 
 
 # From the lock to the rename ------------------------------------------------------------------------------------------

@@ -22,8 +22,7 @@ SHARD_NBYTES = 900_000_000
 CHILD = """
 import json, sys, torch, transformers, tqdm, filelock
 from mixoff import conversion
-from mixoff.quantize import engine
-engine()
+import mixoff.solvers
 from transformers import MixtralForCausalLM
 print("ready", flush=True)
 sys.stdin.readline()
@@ -80,6 +79,12 @@ def start(source, target, scheme, jobs):
 def go(process):
     process.stdin.write("\n")
     process.stdin.flush()
+
+
+def finished(target):
+    """How many weights of a conversion in the making are done for certain."""
+    journal = Path(f"{target}.partial") / "journal"
+    return max(journal.read_bytes().count(b"\n") - 1, 0) if journal.exists() else 0
 
 
 def anonymous_nbytes(process):

@@ -221,3 +221,27 @@ def test_demo_redraws_in_a_terminal(monkeypatch):
         for _ in range(5):
             show()
     assert len(frames) == 6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["plan", "tiny-mixtral", "--fast", "-3GB"], "--fast"),
+        (["plan", "tiny-mixtral", "--fast=-3GB"], "-3GB"),
+        (["plan", "tiny-mixtral", "--context", "many"], "many"),
+        (["convert", "tiny-mixtral"], "TARGET"),
+        (["convert", "tiny-mixtral", "store", "--jobs", "0"], "jobs is 0"),
+        (["fly"], "fly"),
+        ([], "COMMAND"),
+        (["run", "tiny-mixtral", "--prompt", "a", "--wings", "2"], "--wings"),
+    ],
+)
+def test_what_is_wrong_with_a_command_is_one_line(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    try:
+        code = main(arguments)
+    except SystemExit as stop:
+        code = stop.code
+    out, err = capsys.readouterr()
+    assert code == 2 and out == "" and err.startswith("mixoff: ") and message in err and err.count("\n") == 1, err
+    assert not any(tmp_path.iterdir())

@@ -501,8 +501,8 @@ def test_the_command_line(small, stores, tmp_path, capsys, monkeypatch):
     assert main(["convert", str(small), str(target), "--scheme", "none", "--jobs", "1", "--restart", "--json"]) == 0
     out, err = capsys.readouterr()
     report = json.loads(out)
-    assert err == "" and set(report) == {"target", "nbytes", "source_nbytes", "seconds", "MB_per_s"}
-    assert report["source_nbytes"] == crash.nbytes(small)
+    assert err == "" and set(report) == {"target", "nbytes", "source_nbytes", "seconds", "MB_per_s", "peak_nbytes"}
+    assert report["source_nbytes"] == crash.nbytes(small) and report["peak_nbytes"] < 300e6
     assert report["nbytes"] == sum(len(content) for content in tree(target).values())
 
 
@@ -523,14 +523,21 @@ def test_memory_is_bounded_and_kills_at_any_time_do_no_harm(huge, tmp_path):
     """4.5 GB: at most two experts and 300 MB beyond the imports; then killed six times, at moments drawn at random."""
     took = large.measure(huge, tmp_path / "whole", "mixed", 2)
     assert took["peak_nbytes"] < 2 * large.EXPERT_NBYTES + 300e6, took
-    moments = random.Random(0)
-    for _ in range(6):
+    moments, weights = random.Random(0), len(lay_out(Checkpoint(huge), Scheme.preset("mixed")).weights)
+    for seventh in range(6):  # by progress, so that it ends neither too early nor too late on any machine
         process = large.start(huge, tmp_path / "store", "mixed", 2)
         large.go(process)
-        time.sleep(moments.uniform(0, took["seconds"] / 4))
+        enough = moments.uniform(seventh, seventh + 1) / 7 * weights
+        while large.finished(tmp_path / "store") < enough:
+            assert process.poll() is None
+            time.sleep(0.05)
         process.kill()
         process.wait()
+        assert not (tmp_path / "store").exists()
     process = large.start(huge, tmp_path / "store", "mixed", 2)
     large.go(process)
     assert process.wait() == 0
+    done = json.loads(process.stdout.readline())
+    print("kills", 6, "| whole", took, "| last run", done)
+    assert done["source_nbytes"] < took["source_nbytes"] / 2, "it went on where it was"
     assert large.digests(tmp_path / "store") == large.digests(tmp_path / "whole")
