@@ -7,6 +7,7 @@ import platform
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numba
 import numpy as np
@@ -29,7 +30,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from mixoff import experts, kernels
 from mixoff.errors import MixoffError
-from mixoff.kernels import cpu, loops, reference, simd
+from mixoff.kernels import cpu, loops, reference, simd, threads
 from mixoff.kernels.reference import linear, scratch_nbytes
 from mixoff.kernels.threads import Crew
 from mixoff.quantize import quantize
@@ -45,15 +46,15 @@ def site(n, k, dtype="float16", transposed=False):
 
 @pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("n", "k"), SHAPES)
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("number", [1, 2])
 @pytest.mark.parametrize("transposed", [False, True])
-def test_blocks_give_the_bits_of_the_whole(n, k, compute, threads, transposed):
+def test_blocks_give_the_bits_of_the_whole(n, k, compute, number, transposed):
     torch.manual_seed(n * k)
     weight = torch.randn((k, n) if transposed else (n, k)).mul_(0.02).half()
     whole = weight.to(compute) if transposed else weight.to(compute).t()
     least = scratch_nbytes([site(n, k)], compute)
     scratches = [torch.empty(nbytes, dtype=torch.uint8) for nbytes in (least, 2 * least + 64, 40 * least)]
-    torch.set_num_threads(threads)
+    torch.set_num_threads(number)
     try:
         for rows in (1, 2, 3, 5, 8, 9, 17, 40):
             x = torch.randn(rows, k).to(compute)
@@ -214,8 +215,8 @@ def test_threads_do_not_change_a_bit(monkeypatch):
     w, x = quantize(torch.randn(1000, 256) * 0.02, 4, 64), torch.randn(2, 256)
     alone = cpu.linear(x, w)
     monkeypatch.setattr(cpu, "SHARED_ABOVE", 0)
-    for threads in (2, 3):
-        torch.set_num_threads(threads)
+    for number in (2, 3):
+        torch.set_num_threads(number)
         try:
             assert torch.equal(cpu.linear(x, w), alone)
         finally:
@@ -358,3 +359,45 @@ def test_compiled_code_is_kept(tmp_path):
     env = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
     runs = [subprocess.run([sys.executable, "-c", CACHED], env=env, capture_output=True, text=True) for _ in range(2)]
     assert [run.stdout.split() for run in runs] == [["0", "1"], ["1", "0"]], runs[0].stderr
+
+
+# PyTorch's threads ----------------------------------------------------------------------------------------------------
+
+
+class Pass(torch.nn.Module):
+    """A backbone that tells how many threads PyTorch and the kernels have, or fails."""
+
+    def forward(self, ids):
+        if ids.shape[0] == 3:
+            raise RuntimeError("failed on the way")
+        return torch.get_num_threads(), threads.count()
+
+
+@pytest.fixture
+def two_threads():
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
+
+
+def test_a_pass_over_one_token_lends_its_threads_to_kernels(two_threads):
+    model = Pass()
+    end = threads.lend(model)
+    assert model(torch.zeros(1, 1)) == (1, 2) and torch.get_num_threads() == 2
+    assert model(torch.zeros(1, 5)) == (2, 2)  # a prompt's products are worth waking threads
+    with pytest.raises(RuntimeError, match="on the way"):
+        model(torch.zeros(3, 1))
+    assert (torch.get_num_threads(), threads.count()) == (2, 2)
+    end()
+    assert model(torch.zeros(1, 1)) == (2, 2)
+
+
+def test_two_passes_at_once_leave_the_number_of_threads_as_it_was(two_threads):
+    threads.borrow()
+    with ThreadPoolExecutor(1) as pool:
+        inside = pool.submit(lambda: (threads.borrow(), threads.count())[1])
+        assert inside.result() == 2
+        threads.give_back()
+        pool.submit(threads.give_back).result()
+        assert pool.submit(torch.get_num_threads).result() == 2
+    assert torch.get_num_threads() == 2

@@ -15,10 +15,10 @@ from types import ModuleType
 
 import torch
 
-from mixoff.kernels.threads import crew
+from mixoff.kernels import threads
 from mixoff.quantize import BLOCK, QTensor
 
-SHARED_ABOVE = 1 << 21  # weights times rows; less is done before another thread has woken up
+SHARED_ABOVE = 1 << 22  # weights times rows; less is done before another thread has woken up
 FP32_ROWS = {2: 128, 3: 64, 4: 128, 8: 128}  # fp32 activations: for more rows dequantizing once is faster
 
 
@@ -80,12 +80,12 @@ def _product(x: torch.Tensor, gate: bool, w: QTensor, exact: bool) -> torch.Tens
 
 
 def share(work: Callable[[int, int], object], count: int, size: int) -> None:
-    """Call `work(first, last)` on ranges of 0..count: on torch's number of threads where `size` is worth it."""
-    threads = min(torch.get_num_threads(), count) if size > SHARED_ABOVE else 1
-    if threads == 1:
+    """Call `work(first, last)` on ranges of 0..count: on `threads.count()` threads where `size` is worth it."""
+    number = min(threads.count(), count) if size > SHARED_ABOVE else 1
+    if number == 1:
         work(0, count)
     else:
-        crew(threads).share(work, count)
+        threads.crew(number).share(work, count)
 
 
 def dense(x: torch.Tensor, w: QTensor) -> torch.Tensor:
