@@ -57,7 +57,8 @@ def _share(name: str, value: float) -> float:
 def dynamic_top_k(mass: float = 0.8) -> Reroute:
     """Lossy: of each token's experts the fewest whose weights make up `mass` of the sum, so a sure router asks for one.
 
-    Source: Huang et al., Harder Tasks Need More Experts (arXiv 2403.07652), there with trained routers.
+    Source: Huang et al., Harder Tasks Need More Experts: Dynamic Routing in MoE Models (arXiv 2403.07652), there with
+    routers trained for it.
     """
     _share("mass", mass)
 
@@ -71,7 +72,10 @@ def dynamic_top_k(mass: float = 0.8) -> Reroute:
 
 
 def skip_light(share: float = 0.2) -> Reroute:
-    """Lossy: experts with less than `share` of their token's weights are left out, but never a token's heaviest."""
+    """Lossy: experts with less than `share` of their token's weights are left out, but never a token's heaviest.
+
+    Source: the dynamic skipping of Lu et al. (see `prune`), whose threshold is calibrated for each layer.
+    """
     _share("share", share)
 
     def reroute(site: int, index: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -84,7 +88,7 @@ def prune(counts: Sequence[Sequence[int]], keep: int) -> Reroute:
     """Lossy: all but the `keep` most used experts of each site are gone; counts (L, E), as `Trace.counts` has them.
 
     A token that has none of its experts left gets nothing from that layer. Source: Lu et al., Not All Experts are Equal
-    (arXiv 2402.14800), which chooses by reconstruction rather than by use.
+    (arXiv 2402.14800), who choose by reconstruction rather than by use.
     """
     counts = torch.as_tensor(counts)  # (L, E)
     if counts.ndim != 2 or not 1 <= keep <= counts.shape[1]:
@@ -158,8 +162,8 @@ def _missing(tier: Tier, site: int, index: Tensor, drop: Callable[[int, Tensor],
 def skip_misses(tier: object, keep: int = 1) -> Reroute:
     """Lossy: an expert that is not in the fast tier is left out, unless it is one of a token's `keep` heaviest.
 
-    tier: a runtime (`model.mixoff`), or a `Shadow` for evaluation. Source: the choice that EdgeMoE and HOBBIT (arXiv
-    2411.01433) soften by lower precision.
+    tier: a runtime (`model.mixoff`), or a `Shadow` for evaluation. Source: HOBBIT (arXiv 2411.01433), which leaves out
+    the least important of what is missing, and takes others in lower precision.
     """
     tier = tier if hasattr(tier, "ask") else Live(tier)
     if keep < 0:

@@ -93,7 +93,8 @@ def by_shape(tokens=2_000, layers=4):
 def by_prefetch(domains, slots=4):
     """What prefetch adds on the tiny model's traces, mean over domains: hit rate, and bytes in experts a token."""
     rows = []
-    for name in ("none", "popularity", "recall=0.5", "recall=0.86", "oracle"):
+    names = ["none", "next-router", "popularity", "recall=0.5", "recall=0.86", "oracle"]
+    for name in names if all(t.predicted is not None for t in domains.values()) else [names[0], *names[2:]]:
         runs = [simulate(t, "lru", slots, prefetch=name, expert_nbytes=1) for t in domains.values()]
         tokens = sum(len(t) for t in domains.values())
         parts = ("bytes_moved", "prefetch_used_bytes", "prefetch_wasted_bytes")
