@@ -14,6 +14,7 @@ import mmap
 import os
 import platform
 import random
+import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -40,6 +41,7 @@ class Hardware:
     ram_bytes, disk_bytes: sizes; ram_bytes is 0 on a CPU, whose RAM is the fast tier already; disk_bytes None is not
     known. fast_Bps: read bandwidth of the fast tier. link_Bps: from RAM to the fast tier, None on a CPU. disk_Bps:
     large direct reads. reserved_nbytes: kept free for what no plan counts, the CUDA context or the interpreter.
+    python_s: seconds of a step of `python_speed`'s loop, None where it is not known. threads: that compute together.
     """
 
     name: str
@@ -53,6 +55,8 @@ class Hardware:
     compute_dtype: str
     reserved_nbytes: int
     sources: dict[str, str] = field(default_factory=dict)
+    python_s: float | None = None
+    threads: int = 1
 
     def to_dict(self) -> dict:
         """All figures under their names, `sources` among them."""
@@ -239,6 +243,18 @@ def _summation() -> Callable[[np.ndarray], int]:
     return total
 
 
+def python_speed(steps: int = 15_000) -> float:
+    """Seconds of a step of a loop in Python, of this core and just now.
+
+    A virtual core that shares its physical one with a busy neighbour takes up to twice as long, while memory is as fast
+    as ever: so this stands beside the bandwidths.
+    """
+    start, x = time.perf_counter(), 0
+    while x < steps:
+        x += 1
+    return (time.perf_counter() - start) / steps
+
+
 def _seconds(work: Callable[[], object]) -> float:
     start = time.perf_counter()
     work()
@@ -390,6 +406,7 @@ def _measure(folder: str | Path | None) -> dict:
         "link_Bps": link_bandwidth(),
         "disk_Bps": disk_bandwidth(folder),
         "direct": direct_io(folder),
+        "python_s": statistics.median(python_speed() for _ in range(50)),
     }
 
 
@@ -424,7 +441,9 @@ def _here(figures: dict, folder: Path) -> Hardware:
             "reserved_nbytes": INTERPRETER,
         }
         speeds = figures["ram_Bps"], None, figures["disk_Bps"]
-        return Hardware("here", "cpu", free, 0, disk, *speeds, "float32", CPU_RESERVED, sources)
+        sources |= {"python_s": "measured: a loop in Python, median of 50"} if "python_s" in figures else {}
+        cores = figures.get("python_s"), threads_here()
+        return Hardware("here", "cpu", free, 0, disk, *speeds, "float32", CPU_RESERVED, sources, *cores)
     return _here_cuda(figures, free, disk, sources)
 
 

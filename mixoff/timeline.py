@@ -3,8 +3,9 @@
 Everything here is modelled. Letters: **L** layers with experts, **K** experts a token.
 
 `predict` adds up one token's time for any shape, scheme and machine: bytes of weights over the bandwidth that products
-reach, fixed work a layer and an expert, and fetches that computing does not hide. Misses are drawn independently, so a
-layer has m of them with the binomial chance; while they come, the layer's residents are computed.
+reach, fixed work a token, a layer, an expert and a miss, and fetches that computing does not hide. Misses are drawn
+independently, so a layer has m of them with the binomial chance; while they come, the layer's residents are computed.
+With guesses, which reach over layers, the events of a `Step` are run instead.
 
 Does not know policies: the hit rate is given.
 """
@@ -20,6 +21,7 @@ import numpy as np
 
 from mixoff.errors import MixoffError
 from mixoff.events import Event
+from mixoff.shapes import dtype_nbytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from mixoff.hardware import Hardware
     from mixoff.presets import ModelShape
     from mixoff.quantize import Scheme
+    from mixoff.sizes import Sizes
 
 BACKGROUND_FROM = 1 << 20  # bytes; smaller experts are fetched by the thread that computes (mixoff.tiers)
 
@@ -36,41 +39,85 @@ BACKGROUND_FROM = 1 << 20  # bytes; smaller experts are fetched by the thread th
 class Efficiency:
     """What this implementation makes of a machine.
 
-    shares: of the fast tier's read bandwidth that a product reaches, by bits of a weight. layer_s: fixed work of a
-    layer (norms, router, attention's steps, Python). expert_s: of an expert. source: where the figures come from.
+    shares: of the fast tier's read bandwidth that a product reaches, by bits of a weight; WIDENED, for weights that are
+    stored in another dtype than that of the computation. layer_s: fixed work of a layer (norms, router, attention's
+    steps, Python). expert_s: of an expert. source: where the figures come from. token_s: of a token, beside its layers.
+    miss_s: of a miss, beside its bytes. guess_s: of guessing for one layer. shared_s: of a layer whose products several
+    threads share, for waking them. All that holds for a core that takes `python_s` for a step of the loop in
+    `hardware.python_speed`. On one that takes twice as long, fixed work takes 1 + `fixed_slows` times as long, and
+    products of quantized weights 1 + `products_slow` times.
     """
 
-    shares: Mapping[int, float]
+    shares: Mapping[int | str, float]
     layer_s: float
     expert_s: float
     source: str
+    token_s: float = 0.0
+    miss_s: float = 0.0
+    guess_s: float = 0.0
+    shared_s: float = 0.0
+    python_s: float | None = None
+    fixed_slows: float = 0.0
+    products_slow: float = 0.0
 
-    def seconds(self, nbytes_by_bits: Mapping[int, int], Bps: float) -> float:
+    def on(self, hardware: Hardware) -> Efficiency:
+        """The same for that machine's cores, where their speed is known."""
+        if self.python_s is None or hardware.python_s is None:
+            return self
+        slower = hardware.python_s / self.python_s - 1
+        fixed, products = (max(1 + share * slower, 0.1) for share in (self.fixed_slows, self.products_slow))
+        own = {name: fixed * getattr(self, name) for name in FIXED}
+        quantized = {bits: share / products for bits, share in self.shares.items() if bits in CODES}
+        return replace(self, **own, shares={**self.shares, **quantized}, python_s=hardware.python_s)
+
+    def seconds(self, nbytes_by_bits: Mapping[int | str, int], Bps: float) -> float:
         """Time to read and multiply so many bytes of weights."""
         return sum(nbytes / (Bps * self.shares[bits]) for bits, nbytes in nbytes_by_bits.items())
 
 
-def _even(share: float) -> dict[int, float]:
-    return dict.fromkeys((2, 3, 4, 8, 16, 32), share)
+WIDENED = "widened"  # key of `shares`
+FIXED = ("layer_s", "expert_s", "token_s", "miss_s", "guess_s", "shared_s")
+CODES = (2, 3, 4, 8)  # bits of quantized weights, whose products are bound by instructions as much as by memory
+
+
+def _even(share: float) -> dict[int | str, float]:
+    return dict.fromkeys((2, 3, 4, 8, 16, 32, WIDENED), share)
 
 
 GPU = "assumed: fused kernels that were never run on a GPU; replace it by what `mixoff bench` measures"
 CPU = (
-    "fitted to three measured runs of `mixoff bench`, two threads of an AMD EPYC (AVX2), docs/time.md; "
-    "3, 8 and 32 bits are assumed"
+    "fitted to ten measured settings on two cores of an AMD EPYC (AVX2), tools/time_check.py, and held against eleven "
+    "others in docs/benchmarks.md; 3, 8 and 32 bits and guess_s are assumed"
 )
-CPU_SHARES = {2: 0.30, 3: 0.10, 4: 0.20, 8: 0.30, 16: 0.33, 32: 0.50}
+STEP_S = 21.9e-9  # of `hardware.python_speed`, on a core of that machine while its neighbour slept
+HERE = Efficiency(
+    {2: 0.42, 3: 0.42, 4: 0.49, 8: 0.49, 16: 0.41, 32: 0.50, WIDENED: 0.079},
+    layer_s=0.49e-3,
+    expert_s=0.050e-3,
+    source=CPU,
+    token_s=1.38e-3,
+    miss_s=0.084e-3,
+    guess_s=0.10e-3,
+    shared_s=0.91e-3,
+    python_s=STEP_S,
+    fixed_slows=1.37,
+    products_slow=0.49,
+)
+
+
+def _times(efficiency: Efficiency, products: float, fixed: float) -> Efficiency:
+    """So many times the products' speed, and the fixed work."""
+    own = {name: fixed * getattr(efficiency, name) for name in FIXED}
+    return replace(efficiency, **own, shares={bits: products * share for bits, share in efficiency.shares.items()})
+
+
 EFFICIENCY = {
     "cuda": {
         "low": Efficiency(_even(0.25), 1.2e-3, 0.40e-3, GPU),
         "expected": Efficiency(_even(0.5), 0.6e-3, 0.15e-3, GPU),
         "high": Efficiency(_even(0.8), 0.4e-3, 0.08e-3, GPU),
     },
-    "cpu": {
-        "low": Efficiency({bits: 0.6 * share for bits, share in CPU_SHARES.items()}, 2.5e-3, 1.0e-3, CPU),
-        "expected": Efficiency(CPU_SHARES, 1.6e-3, 0.6e-3, CPU),
-        "high": Efficiency({bits: 1.5 * share for bits, share in CPU_SHARES.items()}, 1.0e-3, 0.3e-3, CPU),
-    },
+    "cpu": {"low": _times(HERE, 0.6, 2.0), "expected": HERE, "high": _times(HERE, 1.5, 0.6)},
 }
 
 
@@ -116,6 +163,7 @@ def predict(
     hardware: Hardware,
     hit_rate: float = 1.0,
     *,
+    recall: float | None = None,
     efficiency: Efficiency | None = None,
     ram_share: float | None = None,
     background: bool | None = None,
@@ -123,32 +171,73 @@ def predict(
     """Tokens/s of decoding at batch 1.
 
     shape: as for `presets.shape_of`. scheme: as for `sizes.sizes_of`. hit_rate: share of the experts asked for that the
-    fast tier holds. ram_share: of the misses that come from copies in RAM, the others come from the disk (default: all
-    where RAM is another tier, none on a CPU). background: whether a layer's residents are computed while its misses
-    come (default: as the runtime does it, for experts of a MiB and more).
-    Raises MixoffError for rates beyond 0 and 1.
+    cache holds. recall: share of the others that guesses had fetched, None without guesses; a wrong guess moves an
+    expert in vain. ram_share: of the misses that come from copies in RAM (or from files in the page cache), the others
+    come from the disk (default: all where RAM is another tier, none on a CPU). background: whether a layer's residents
+    are computed while its misses come (default: as the runtime does it, for experts of a MiB and more; copies within
+    RAM never are). Raises MixoffError for rates beyond 0 and 1.
     """
     from mixoff.presets import shape_of
     from mixoff.sizes import sizes_of
 
+    rates = {"hit_rate": hit_rate, "recall": recall, "ram_share": ram_share}
+    if any(rate is not None and not 0 <= rate <= 1 for rate in rates.values()):
+        raise MixoffError(f"{', '.join(f'{k} is {v}' for k, v in rates.items())}: each is a share from 0 to 1")
     shape = shape_of(shape)
-    ram_share = float(hardware.device == "cuda") if ram_share is None else ram_share
-    if not (0 <= hit_rate <= 1 and 0 <= ram_share <= 1):
-        raise MixoffError(f"hit_rate is {hit_rate} and ram_share {ram_share}: each is a share from 0 to 1")
-    efficiency = efficiency or EFFICIENCY[hardware.device]["expected"]
+    rates["ram_share"] = float(hardware.device == "cuda") if ram_share is None else ram_share
+    efficiency = (efficiency or EFFICIENCY[hardware.device]["expected"]).on(hardware)
     sizes, compute = sizes_of(shape, scheme), compute_dtype(hardware, shape.dtype)
     background = sizes.slot_nbytes >= BACKGROUND_FROM if background is None else background
-    layers = shape.config.get_text_config().num_hidden_layers
-    experts = sum(shape.top_k)
-    backbone_s = efficiency.seconds(sizes.touched_backbone(compute), hardware.fast_Bps)
-    experts_s = efficiency.seconds(sizes.touched_experts(), hardware.fast_Bps) + experts * efficiency.expert_s
-    fetch_s = sizes.requested() / experts / miss_Bps(hardware, ram_share)
-    hidden_by = experts_s / experts if background else 0.0
-    exposed = sum(exposed_s(k, hit_rate, fetch_s, hidden_by) for k in shape.top_k)
-    terms = {"backbone": backbone_s, "experts": experts_s, "fixed": layers * efficiency.layer_s, "fetches": exposed}
-    inputs = {"hit_rate": hit_rate, "ram_share": ram_share, "background": background, "compute_dtype": compute}
+    terms = _computing(sizes, compute, hardware, efficiency, recall is not None)
+    inputs = rates | {"background": background, "compute_dtype": compute}
+    terms["fetches"] = _waiting(sizes, hardware, efficiency, terms, rates, background)
     inputs |= {"efficiency": asdict(efficiency), "hardware": hardware.to_dict()}
-    return Prediction(terms, floors(sizes, compute, hardware, hit_rate, ram_share), inputs)
+    return Prediction(terms, floors(sizes, compute, hardware, hit_rate, rates["ram_share"]), inputs)
+
+
+def _computing(
+    sizes: Sizes, compute: str, hardware: Hardware, efficiency: Efficiency, guesses: bool
+) -> dict[str, float]:
+    """Seconds of a token by what the processor does."""
+    experts = efficiency.seconds(_widened(sizes.touched_experts(), compute), hardware.fast_Bps)
+    layer_s = efficiency.layer_s + (efficiency.shared_s if hardware.threads > 1 else 0.0)
+    fixed = sizes.shape.config.get_text_config().num_hidden_layers * layer_s + efficiency.token_s
+    return {
+        "backbone": efficiency.seconds(sizes.touched_backbone(compute), hardware.fast_Bps),
+        "experts": experts + sum(sizes.shape.top_k) * efficiency.expert_s,
+        "fixed": fixed + guesses * (len(sizes.sites) - 1) * efficiency.guess_s,
+    }
+
+
+def _widened(touched: Mapping[int, int], compute: str) -> dict[int | str, int]:
+    """Bytes by bits, where what is not quantized and has another width than the computation is WIDENED."""
+    wide = 8 * dtype_nbytes(compute)
+    return {WIDENED if 16 <= bits < wide else bits: nbytes for bits, nbytes in touched.items()}
+
+
+def _waiting(
+    sizes: Sizes,
+    hardware: Hardware,
+    efficiency: Efficiency,
+    terms: Mapping[str, float],
+    rates: Mapping[str, float | None],
+    background: bool,
+) -> float:
+    """Seconds of a token in which it waits for experts."""
+    top_k, hit_rate, ram_share = sizes.shape.top_k, rates["hit_rate"], rates["ram_share"]
+    experts, copied = sum(top_k), 0.0
+    nbytes, meanwhile = sizes.requested() / experts, terms["experts"] / experts
+    if hardware.device == "cpu" and background:  # what RAM holds is copied at once, by the thread that computes
+        copied = ram_share * (1 - hit_rate)
+        hit_rate, ram_share = hit_rate + copied, 0.0
+    fetch_s = nbytes / miss_Bps(hardware, ram_share) + efficiency.miss_s
+    if rates["recall"] is None:
+        waits = sum(exposed_s(k, hit_rate, fetch_s, meanwhile if background else 0.0) for k in top_k)
+    else:
+        rest = (terms["backbone"] + terms["fixed"]) / len(top_k)
+        step = Step(len(top_k), max(top_k), 0.0, rest, meanwhile, fetch_s, hit_rate=hit_rate, recall=rates["recall"])
+        waits = replace(step, overlap=background).seconds() - replace(step, hit_rate=1.0).seconds(1)
+    return waits + copied * experts * (nbytes / miss_Bps(hardware, 1.0) + efficiency.miss_s)
 
 
 def compute_dtype(hardware: Hardware, stored: str) -> str:
@@ -180,7 +269,7 @@ def exposed_s(top_k: int, hit_rate: float, fetch_s: float, expert_s: float) -> f
     return sum(p * max(0.0, m * fetch_s - (top_k - m) * expert_s) for m, p in enumerate(chances))
 
 
-def floors(sizes: object, compute: str, hardware: Hardware, hit_rate: float, ram_share: float) -> dict[str, float]:
+def floors(sizes: Sizes, compute: str, hardware: Hardware, hit_rate: float, ram_share: float) -> dict[str, float]:
     """Seconds a token that bytes and nominal bandwidths alone demand: `memory` and `transfer`."""
     touched = sum(sizes.touched_backbone(compute).values()) + sum(sizes.touched_experts().values())
     moved = sizes.requested() * (1 - hit_rate)
@@ -233,6 +322,7 @@ class _Clock:
     def __init__(self, step: Step, rng: np.random.Generator) -> None:
         self.step, self.rng, self.found = step, rng, []
         self.now = self.link = self.disk = 0.0
+        self.guessed: list[float] = []  # when each guess for the next layer arrives
 
     def run(self, tokens: int) -> list[Event]:
         for token in range(1, tokens + 1):
@@ -241,22 +331,23 @@ class _Clock:
             right[0] = 0  # nothing comes before the first layer
             for layer in range(self.step.layers):
                 ahead = missing[layer + 1] if self.step.recall is not None and layer + 1 < self.step.layers else 0
-                self._layer(token, layer, missing[layer] - right[layer], ahead)
+                self._layer((token, layer), missing[layer] - right[layer], right[layer], ahead)
         return self.found
 
-    def _layer(self, token: int, layer: int, demanded: int, ahead: int) -> None:
-        """Attention, then the misses that nobody guessed, the experts, guesses for the next layer, the host's work."""
+    def _layer(self, at: tuple[int, int], demanded: int, right: int, ahead: int) -> None:
+        """Attention, then the misses that nobody guessed, the experts, guesses for the next layer, the host's work.
+
+        right: misses that were guessed: they came, or come, behind the layer before.
+        """
         s = self.step
-        at = (token, layer)
         self._compute(at, -1, s.attention_s)
-        arrived = [self._move(at, e, "miss") for e in range(demanded)]
+        arrived = self.guessed[:right] + [self._move(at, e, "miss") for e in range(right, right + demanded)]
         self.link = max(self.link, self.now)
-        for e in range(ahead):
-            self._move(at, e, "prefetch")
+        self.guessed = [self._move(at, e, "prefetch") for e in range(ahead)]
         if not s.overlap and arrived:
-            self.now = max(self.now, arrived[-1])
-        for e in range(s.top_k - demanded):
-            self._compute(at, demanded + e, s.expert_s)
+            self.now = max(self.now, *arrived)
+        for e in range(len(arrived), s.top_k):
+            self._compute(at, e, s.expert_s)
         for e, t in enumerate(arrived):
             self.now = max(self.now, t)
             self._compute(at, e, s.expert_s)
@@ -407,8 +498,8 @@ def calibrate(leave_out: tuple[str, str] | None = None) -> Calibration:
         made = _parameters(x)
         return np.log([made.tokens_per_s(*cell) for cell in cells]) - reported
 
-    x = _least_squares(misfit, _START)
-    return _parameters(_least_squares(lambda x: misfit(x) * np.abs(misfit(x)) / TYPICAL, x))
+    x = least_squares(misfit, _START)
+    return _parameters(least_squares(lambda x: misfit(x) * np.abs(misfit(x)) / TYPICAL, x))
 
 
 TYPICAL = 0.02  # error of a cell; only scales the fourth powers against the damping
@@ -427,8 +518,8 @@ def _parameters(x: np.ndarray) -> Calibration:
     return Calibration(*made, float(host), {4: float(h4), 2: float(h4 * share)}, float(recall), float(naive))
 
 
-def _least_squares(misfit: Callable[[np.ndarray], np.ndarray], x: np.ndarray, rounds: int = 80) -> np.ndarray:
-    """Levenberg-Marquardt with forward differences."""
+def least_squares(misfit: Callable[[np.ndarray], np.ndarray], x: np.ndarray, rounds: int = 80) -> np.ndarray:
+    """Where the squares of `misfit` have the least sum near x: Levenberg-Marquardt with forward differences."""
     damping, r = 1e-2, misfit(x)
     for _ in range(rounds):
         J = np.stack([(misfit(x + step) - r) / 1e-6 for step in 1e-6 * np.eye(len(x))], 1)

@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 
-from mixoff import MixoffError, hardware, presets, timeline
+from mixoff import MixoffError, hardware, models, presets, timeline
 from mixoff.timeline import MODES, TABLE_2, Efficiency, Step, predict
 
 CELLS = [(chip, mode) for chip in TABLE_2 for mode in MODES]
@@ -80,6 +80,18 @@ def test_an_expert_is_computed_after_it_arrived():
     computed = {(e.token, e.layer, e.expert): e.t0 for e in events if e.kind == "compute"}
     missed = [e for e in events if e.kind == "miss"]
     assert missed and all(computed[e.token, e.layer, e.expert] >= e.t1 - 1e-12 for e in missed)
+
+
+def test_a_guessed_expert_is_computed_after_it_arrived():
+    """Guesses for a layer are fetched while the one before computes; all are right, none is fetched twice."""
+    events = replace(STEP, host_s=0.0, recall=1.0, link_s=0.02).events(tokens=10, seed=3)
+    arrived = {}
+    for e in events:
+        if e.kind == "prefetch":
+            arrived[e.token, e.layer + 1, e.expert] = e.t1
+    computed = {(e.token, e.layer, e.expert): e.t0 for e in events if e.kind == "compute"}
+    assert arrived and all(computed[at] >= t - 1e-12 for at, t in arrived.items())
+    assert {e.layer for e in events if e.kind == "miss"} == {0}
 
 
 def test_each_layer_computes_all_its_experts():
@@ -158,7 +170,48 @@ def test_misses_from_the_disk_cost_more(mixtral):
     near, far = (predict(mixtral, "mixed", T4, 0.5, ram_share=share).seconds for share in (1.0, 0.0))
     assert far > 5 * near  # 0.5 GB/s against 12
     on_cpu = predict(mixtral, "mixed", LAPTOP, 0.5, background=False)
-    assert on_cpu.terms["fetches"] == pytest.approx(64 * 55_394_304 * 0.5 / LAPTOP.disk_Bps)
+    each = 55_394_304 / LAPTOP.disk_Bps + timeline.HERE.miss_s
+    assert on_cpu.terms["fetches"] == pytest.approx(64 * 0.5 * each)
+
+
+def test_copies_within_ram_are_never_hidden_on_a_cpu(mixtral):
+    """What a RAM tier holds is copied by the thread that computes, the rest comes behind the residents' products."""
+    each = 55_394_304 / (LAPTOP.fast_Bps / 2) + timeline.HERE.miss_s
+    near = predict(mixtral, "mixed", LAPTOP, 0.5, ram_share=1.0).terms["fetches"]
+    assert near == pytest.approx(64 * 0.5 * each)
+    half, far = (predict(mixtral, "mixed", LAPTOP, 0.5, ram_share=share).terms["fetches"] for share in (0.5, 0.0))
+    assert near < half < far
+
+
+def test_good_guesses_hide_fetches_and_bad_ones_cost(mixtral):
+    fetches = [predict(mixtral, "mixed", LAPTOP, 0.6, recall=r).terms["fetches"] for r in (0.0, 0.5, 1.0)]
+    assert fetches == sorted(fetches, reverse=True)
+    plain = predict(mixtral, "mixed", LAPTOP, 0.6).terms["fetches"]
+    assert fetches[2] < plain < fetches[0]
+
+
+def test_work_in_python_takes_as_long_as_the_core_is_slow(mixtral):
+    """And products of 16 bits, which wait for memory, take what they took."""
+    at_rest = replace(LAPTOP, python_s=timeline.STEP_S)
+    quick, slow = (predict(mixtral, "none", m) for m in (at_rest, replace(at_rest, python_s=2 * timeline.STEP_S)))
+    assert quick == replace(predict(mixtral, "none", LAPTOP), inputs=quick.inputs)
+    assert slow.terms["fixed"] == pytest.approx((1 + timeline.HERE.fixed_slows) * quick.terms["fixed"])
+    assert slow.terms["backbone"] == pytest.approx(quick.terms["backbone"])
+    several = predict(mixtral, "none", replace(at_rest, threads=2))
+    assert several.terms["fixed"] == pytest.approx(quick.terms["fixed"] + 32 * timeline.HERE.shared_s)
+
+
+def test_what_is_stored_narrower_than_it_is_computed_is_widened():
+    """fp16 on a CPU; under a scheme there is nothing to widen."""
+    shape = presets.shape_of(models.path())
+    plain = predict(shape, "none", LAPTOP).terms["experts"]
+    only = replace(timeline.HERE, shares={**timeline.HERE.shares, timeline.WIDENED: 1e9})
+    assert predict(shape, "none", LAPTOP, efficiency=only).terms["experts"] == pytest.approx(
+        16 * only.expert_s, rel=1e-3
+    )
+    assert plain > 2 * 16 * only.expert_s
+    quantized = [predict(shape, "mixed", LAPTOP, efficiency=e).terms for e in (only, None)]
+    assert quantized[0] == quantized[1]
 
 
 def test_residents_hide_their_share_of_a_fetch():

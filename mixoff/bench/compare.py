@@ -12,6 +12,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -224,8 +225,23 @@ def _row(spec: Spec, reports: list[dict], machine: Hardware, plan: Plan) -> Row:
         return made
     source = store.open_source(spec.path)
     source.close()
-    predicted = timeline.predict(presets.shape_of(spec.path), source.scheme, machine, made.cached_rate)
+    here = replace(machine, threads=spec.threads, python_s=_python_s(reports))
+    rates = _rates(made, reports)
+    predicted = timeline.predict(presets.shape_of(spec.path), source.scheme, here, made.cached_rate, **rates)
     packed = source.folder / store.QUANTIZED  # the rest of the backbone stays in its files, mapped
     fixed = plan.bytes["kv_cache"] + plan.bytes["workspace"] + (packed.stat().st_size if packed.exists() else 0)
     planned = reports[0]["base_bytes"] + fixed + reports[0]["info"]["fast_bytes_peak"]
     return replace(made, predicted_tokens_per_s=predicted.tokens_per_s, planned_bytes=planned)
+
+
+def _python_s(reports: list[dict]) -> float | None:
+    """How fast the core was in the median run, by the loop between tokens."""
+    runs = [steps for report in reports for steps in report.get("python_s", [])]
+    return statistics.median(map(statistics.mean, runs)) if runs else None
+
+
+def _rates(made: Row, reports: list[dict]) -> dict:
+    """What a prediction is told beside the cache's own hit rate: recall of the guesses, and where misses come from."""
+    found, lacked = (made.hit_rate or 0.0) - made.cached_rate, 1 - made.cached_rate
+    recall = min(found / lacked, 1.0) if found > 0 else None
+    return {"recall": recall, "ram_share": 1.0 if reports[0]["info"].get("io") == "buffered" else None}

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from mixoff import loading, shapes, store
+from mixoff import hardware, loading, shapes, store
 from mixoff.arena import view
 from mixoff.bench import limits, routing
 from mixoff.bench.spec import Spec, repeat_rate
@@ -54,7 +54,7 @@ def _measured(model: nn.Module, spec: Spec) -> dict:
     choice.detach()
     report = {"prompt_s": [r.prompt_s for r in runs], "token_s": [r.token_s for r in runs]}
     report |= {"prompt_read_bytes": [r.prompt_read for r in runs], "read_bytes": [r.read for r in runs]}
-    report["moved_bytes"] = [r.moved for r in runs]
+    report |= {"moved_bytes": [r.moved for r in runs], "python_s": [r.python_s for r in runs]}
     report |= {"phases_s": phases.per_token(), "repeat_rate": repeat_rate(experts)}
     return report | _served(model, counts, spec)
 
@@ -76,11 +76,15 @@ def _routing(model: nn.Module, spec: Spec) -> routing.Routing:
 
 @dataclass
 class Run:
-    """Seconds of a prompt and of each token after it; bytes read from storage for both, and moved for the tokens."""
+    """Seconds of a prompt, of each token after it, and of a step of `hardware.python_speed` in between.
+
+    And bytes: read from storage for the prompt and for the tokens, and moved for the tokens.
+    """
 
     prompt_s: float
     prompt_read: int | None
     token_s: list[float]
+    python_s: list[float]
     read: int | None
     moved: int | None
 
@@ -95,12 +99,13 @@ class Session:
         """Run `prompt` (T,) at once, then each of `tokens` (T,) alone."""
         before = self._bytes()
         prompt_s, cache = self._step(prompt, None)
-        between, token_s = self._bytes(), []
+        between, token_s, python_s = self._bytes(), [], []
         for token in tokens:
             seconds, cache = self._step(token.view(1), cache)
             token_s.append(seconds)
+            python_s.append(hardware.python_speed())
         after = self._bytes()
-        return Run(prompt_s, _less(between[0], before[0]), token_s, *map(_less, after, between))
+        return Run(prompt_s, _less(between[0], before[0]), token_s, python_s, *map(_less, after, between))
 
     def _bytes(self) -> tuple[int | None, int | None]:
         """Read from storage so far, and moved into the fast tier."""

@@ -1,0 +1,421 @@
+#!/usr/bin/env python3
+"""Predicts the speed of decoding on this machine, measures it, and writes both beside each other into docs/.
+
+    python tools/time_check.py measure FOLDER --part fitted --record A.json      # alone on the machine, two minutes
+    python tools/time_check.py fit FOLDER A.json                                 # constants of timeline.EFFICIENCY
+    python tools/time_check.py measure FOLDER --part held-out --record B.json
+    python tools/time_check.py table FOLDER A.json B.json                        # into docs/benchmarks.md
+
+FOLDER takes the stores, random weights of exact shapes but for the bundled model (5.5 GB). The settings of a part are
+measured in turns: models stay loaded, in one process for each memory limit, and every round probes the bandwidths and
+runs each setting once; between any two tokens a loop of Python tells how fast the core is just now. Hit rates are
+modelled too, by the simulator, from the routing that the run will follow; what the run then counts has to be equal.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+import numpy as np
+
+from mixoff import arena, hardware, models, presets, store, synthetic, timeline
+from mixoff.bench import limits, routing
+from mixoff.bench.compare import PASSIVE, environment
+from mixoff.bench.spec import Spec
+from mixoff.kernels import reference
+from mixoff.kernels.threads import crew
+from mixoff.readers import BLOCK, PIECE
+from mixoff.shapes import torch_dtype
+from mixoff.simulator import simulate
+from mixoff.tiers import WORKERS
+from mixoff.timeline import WIDENED, Efficiency
+from mixoff.trace import Trace
+
+RUNS, TOKENS, PROMPT, WARMUP = 5, 12, 4, 24  # a first run of each setting is not counted
+HICCUP = 3.0  # times the median of its run: tokens and loops so long say nothing of the core's usual speed
+GIB = 1 << 30
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "benchmarks.md"
+MARKS = "<!-- measured: begin (tools/time_check.py table) -->\n", "<!-- measured: end -->\n"
+SMALL = {"vocab_size": 32000, "hidden_size": 1024, "num_attention_heads": 8, "num_key_value_heads": 2}
+SHAPES = {  # beside those of mixoff.synthetic: mixtral-700m twice as deep, and with many small experts
+    "deep": SMALL | {"intermediate_size": 3584, "num_hidden_layers": 16},
+    "fine": SMALL | {"intermediate_size": 896, "num_hidden_layers": 8, "num_local_experts": 32,
+                     "num_experts_per_tok": 8},
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One row. slots: a layer, None for all; ram: a RAM tier for all experts; limit: bytes of a control group."""
+
+    model: str
+    scheme: str
+    threads: int = 1
+    slots: int | None = None
+    io: str = "buffered"
+    prefetch: str = "none"
+    prompt: int = PROMPT
+    ram: bool = False
+    limit: int | None = None
+    fitted: bool = False
+
+    @property
+    def name(self):
+        """As the table says it."""
+        source = "RAM" if self.ram else {"direct": "the disk", "buffered": "the page cache"}[self.io]
+        held = "resident" if self.slots is None else f"{self.slots} slots, misses from {source}"
+        more = [f"prompt of {self.prompt}"] if self.prompt != PROMPT else []
+        more += ["guesses"] if self.prefetch != "none" else []
+        more += [f"in {self.limit / GIB:g} GiB"] if self.limit else []
+        return ", ".join([f"{self.model} `{self.scheme}`", held, *more])
+
+    @property
+    def key(self):
+        """Its name, and its threads."""
+        return f"{self.name}; {self.threads}"
+
+
+SETTINGS = [
+    *(Setting("tiny", "none", slots=slots, fitted=True) for slots in (None, 2)),
+    Setting("tiny", "mixed", fitted=True),
+    *(Setting("mixtral-700m", scheme, fitted=True) for scheme in ("mixed", "quality", "none")),
+    Setting("mixtral-700m", "mixed", threads=2, fitted=True),
+    Setting("mixtral-700m", "mixed", slots=3, io="direct", fitted=True),
+    Setting("deep", "mixed", fitted=True),
+    Setting("fine", "mixed", fitted=True),
+    Setting("tiny", "none", slots=4),
+    Setting("tiny", "none", slots=2, io="direct"),
+    Setting("tiny", "quality", slots=3),
+    Setting("mixtral-700m", "mixed", slots=2, io="direct", prefetch="next-router"),
+    Setting("mixtral-700m", "quality", threads=2, slots=4, io="direct"),
+    Setting("mixtral-700m", "mixed", slots=4, ram=True, io="direct"),
+    Setting("mixtral-700m", "mixed", prompt=128),
+    Setting("mixtral-3b", "mixed"),
+    Setting("mixtral-3b", "mixed", threads=2),
+    Setting("mixtral-3b", "mixed", threads=2, slots=3, io="direct", limit=2 * GIB),
+    Setting("mixtral-3b", "quality", slots=4, io="direct", limit=2 * GIB),
+]
+
+
+# What is run ----------------------------------------------------------------------------------------------------------
+
+
+def path_of(folder, setting):
+    """The setting's store, made where it is missing."""
+    path = Path(folder) / f"{setting.model}-{setting.scheme}"
+    if setting.model != "tiny":
+        return synthetic.write_store(config_of(setting.model), setting.scheme, path)
+    if not path.exists():
+        from mixoff import Scheme, convert
+
+        convert(models.path(), path, scheme=Scheme.preset(setting.scheme))
+    return path
+
+
+def config_of(model):
+    """A shape's configuration, or its name."""
+    from transformers import MixtralConfig
+
+    return MixtralConfig(**SHAPES[model]) if model in SHAPES else model
+
+
+def sites_of(path):
+    """Where the store's experts are, and the dtype of its files."""
+    source = store.open_source(path)
+    source.close()
+    return source.sites, source.dtype
+
+
+def spec_of(setting, path):
+    """What a contender of `mixoff bench` is told: slots and scratch, not a byte more."""
+    sites, dtype = sites_of(path)
+    slots = len(sites) * (setting.slots or sites[0].num_experts)
+    slots += 2 if setting.prefetch != "none" else 0  # spare ones
+    scratch = reference.scratch_nbytes(sites, torch_dtype("float32" if dtype == "float16" else dtype))
+    load = {"fast_bytes": slots * arena.slot_nbytes(sites) + scratch + BLOCK}
+    load |= {"io": setting.io, "prefetch": setting.prefetch} | ({"ram_bytes": 2 * GIB} if setting.ram else {})
+    own = {"threads": setting.threads, "prompt_tokens": setting.prompt, "tokens": TOKENS, "warmup": WARMUP}
+    return Spec(setting.key, "mixoff", str(path), runs=RUNS + 1, load=load, **own)
+
+
+def routed(spec):
+    """Choices (T, L, K) that the run will follow, and guesses: every expert once, then a synthetic router's."""
+    from mixoff.prefetch import top_k
+    from mixoff.shapes import read_config
+
+    sites, K = sites_of(spec.path)[0], top_k(read_config(Path(spec.path)))
+    E, L = sites[0].num_experts, len(sites)
+    length = PROMPT + spec.warmup + spec.runs * (spec.prompt_tokens + spec.tokens)
+    trace = routing.synthetic(spec.routing, spec.repeat, E, K, L, length)
+    trace = np.concatenate([routing.every_expert(E, K, L), trace])[:length]
+    return trace, routing.guessed(trace, E, spec.recall), E
+
+
+def expected(setting, spec):
+    """Hit rate of the cache alone, of cache and guesses, and the guesses' recall, after the warm-up: simulated."""
+    trace, guesses, E = routed(spec)
+    guesses[:, 0] = -1  # no router is asked before the first layer's
+    before, turn = [True] * PROMPT + [False] * spec.warmup, [True] * spec.prompt_tokens + [False] * spec.tokens
+    whole = Trace.from_array(trace, E, is_prompt=np.array(before + spec.runs * turn), predicted=guesses)
+    parts = whole, whole.select(slice(0, len(before)))
+    done, warm = (simulate(t, "lru", setting.slots or E, prefetch=setting.prefetch) for t in parts)
+    hits, misses, used = (getattr(done, n) - getattr(warm, n) for n in ("hits", "misses", "prefetch_hits"))
+    asked, lacked = hits + misses, misses + used
+    recall = None if setting.prefetch == "none" else used / lacked
+    return {"cached": 1 - lacked / asked, "hit_rate": hits / asked, "recall": recall}
+
+
+# Measuring ------------------------------------------------------------------------------------------------------------
+
+
+class Runner:
+    """A contender of `mixoff bench`, in this process, that looks at the core's speed between tokens."""
+
+    def __init__(self, spec):
+        import torch
+
+        from mixoff import loading
+
+        torch.set_num_threads(spec.threads)
+        self.spec, self.model, self.cache = spec, loading.load(spec.path, **spec.load), None
+        routing.Routing(self.model, *routed(spec)[:2])
+        ids = torch.from_numpy(spec.ids(self.model.config.vocab_size))
+        self.rows = iter(ids)
+        self.step(ids[0, :PROMPT], anew=True)
+        for token in ids[0].repeat(spec.warmup)[: spec.warmup]:
+            self.step(token[None])
+        self.model.mixoff.reset_counts()
+
+    def step(self, ids, anew=False):
+        """Seconds of a pass."""
+        start = time.perf_counter()
+        out = self.model(ids[None], past_key_values=None if anew else self.cache, use_cache=True, logits_to_keep=1)
+        self.cache = out.past_key_values
+        return time.perf_counter() - start
+
+    def run(self):
+        """A prompt and tokens after it: seconds of each, and of the loop's step before and after each."""
+        import torch
+
+        torch.set_num_threads(self.spec.threads)
+        row = next(self.rows)
+        self.step(row[: self.spec.prompt_tokens], anew=True)
+        seconds, loops = [], [python_speed(self.spec.threads)]
+        for token in row[self.spec.prompt_tokens :]:
+            seconds.append(self.step(token[None]))
+            loops.append(python_speed(self.spec.threads))
+        return {"token_s": seconds, "python_s": loops, "hit_rate": self.model.mixoff.info().hit_rate}
+
+
+def python_speed(threads):
+    """`hardware.python_speed` of the slowest of the threads that share products."""
+    if threads == 1:
+        return hardware.python_speed()
+    found = []
+    crew(threads).share(lambda first, last: found.append(hardware.python_speed()), threads)
+    return max(found)
+
+
+def serve(specs):
+    """Worker: load every model, then run those that standard input names, one a line."""
+    import torch
+
+    with torch.inference_mode():
+        runners = [Runner(Spec.from_json(text)) for text in specs]
+        print("ready", flush=True)
+        for line in sys.stdin:
+            print(json.dumps(runners[int(line)].run()), flush=True)
+
+
+class Worker:
+    """A process that has some settings' models loaded, inside a memory limit or none."""
+
+    def __init__(self, limit, specs):
+        self.limit, self.specs, self.stack = limit, specs, ExitStack()
+
+    def __enter__(self):
+        words = []
+        if self.limit:
+            words += self.stack.enter_context(limits.limit(self.limit)).words
+            for path in {spec.path for spec in self.specs}:
+                limits.forget(Path(path))
+        words += [sys.executable, __file__, "serve", *(spec.to_json() for spec in self.specs)]
+        env = environment(max(spec.threads for spec in self.specs), **PASSIVE)
+        self.process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
+        if self.process.stdout.readline().strip() != "ready":
+            raise SystemExit(f"a worker with the limit {self.limit} ended early")
+        return self
+
+    def run(self, at):
+        """One run of the setting at that place."""
+        print(at, file=self.process.stdin, flush=True)
+        return json.loads(self.process.stdout.readline())
+
+    def __exit__(self, *exc):
+        self.process.communicate()
+        self.stack.close()
+
+
+def measure(folder, settings):
+    """Runs by setting, what was expected of each, and the bandwidths of each round."""
+    specs = [spec_of(s, path_of(folder, s)) for s in settings]
+    probes, runs = [], [[] for _ in settings]
+    groups = {limit: [i for i, s in enumerate(settings) if s.limit == limit] for limit in {s.limit for s in settings}}
+    with ExitStack() as stack:
+        workers = {limit: stack.enter_context(Worker(limit, [specs[i] for i in own])) for limit, own in groups.items()}
+        for turn in range(RUNS + 1):
+            probes.append(probe(folder, {s.threads for s in settings}))
+            for limit, own in groups.items():
+                for at, i in enumerate(own):
+                    runs[i].append(workers[limit].run(at))
+            print(f"round {turn}: {probes[-1]}", file=sys.stderr, flush=True)
+    rows = zip(settings, specs, runs, strict=True)
+    return {
+        "probes": probes,
+        "rows": [{"setting": asdict(s), "runs": run[1:], "expected": expected(s, spec)} for s, spec, run in rows],
+    }
+
+
+def probe(folder, threads):
+    """Bytes a second: of memory by threads, of the disk."""
+    found = {str(n): hardware.read_bandwidth(n, nbytes=GIB // 2, rounds=2) for n in threads}
+    return found | {"disk": hardware.disk_bandwidth(folder, PIECE, WORKERS, nbytes=GIB // 4)}
+
+
+# Both beside each other -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Row:
+    """A setting, its runs' tokens/s and their seconds a token without hiccups, and what goes into a prediction."""
+
+    setting: Setting
+    shape: presets.ModelShape
+    expected: dict
+    counted: float
+    speeds: list[float]
+    seconds: list[float]
+    machines: list[hardware.Hardware]
+
+    def predict(self, machine, efficiency=None):
+        """Of one token on that machine."""
+        s = self.setting
+        ram_share = 1.0 if s.ram or s.io == "buffered" else 0.0
+        rates = {"recall": self.expected["recall"], "ram_share": ram_share, "efficiency": efficiency}
+        return timeline.predict(self.shape, s.scheme, machine, self.expected["cached"], **rates)
+
+    @property
+    def machine(self):
+        """As it was in the median run."""
+        return replace(self.machines[0], python_s=statistics.median(m.python_s for m in self.machines))
+
+
+def rows_of(folder, files):
+    """Rows of recorded measurements."""
+    for file in files:
+        record = json.loads(Path(file).read_text(encoding="utf-8"))
+        for row in record["rows"]:
+            setting = Setting(**{f.name: row["setting"][f.name] for f in fields(Setting)})
+            shape = presets.shape_of(str(path_of(folder, setting)))
+            machines = [machine(record["probes"], setting.threads, run) for run in row["runs"]]
+            speeds = [len(run["token_s"]) / sum(run["token_s"]) for run in row["runs"]]
+            usual = [np.array(run["token_s"]) for run in row["runs"]]
+            seconds = [float(t[t < HICCUP * np.median(t)].mean()) for t in usual]
+            yield Row(setting, shape, row["expected"], row["runs"][-1]["hit_rate"], speeds, seconds, machines)
+
+
+def machine(probes, threads, run):
+    """This machine in a run: the best of the memory's probes, the disk's median one, and how fast the core was."""
+    loops = np.array(run["python_s"])
+    known = {"python_s": float(np.minimum(loops, HICCUP * np.median(loops)).mean()), "threads": threads}
+    known |= {
+        "fast_Bps": max(p[str(threads)] for p in probes),
+        "disk_Bps": statistics.median(p["disk"] for p in probes),
+    }
+    return replace(hardware.NAMED["laptop"], name="here", **known)
+
+
+FREE = {  # what is fitted, and about where it should lie
+    "token_s": 2e-3, "layer_s": 0.8e-3, "expert_s": 0.1e-3, "miss_s": 0.1e-3, "shared_s": 0.5e-3, 2: 0.6, 4: 0.6,
+    16: 0.4, WIDENED: 0.1, "fixed_slows": 0.75, "products_slow": 0.3,
+}  # fmt: skip
+PULL, TYPICAL = 0.1, 0.05  # of that guess; error of a run above which it counts less than its square
+
+
+def efficiency_of(x):
+    """Parameters, as logarithms, in the model's words; formats that were not measured as the nearest one."""
+    value = dict(zip(FREE, np.exp(x).tolist(), strict=True))
+    shares = {2: value[2], 3: value[2], 4: value[4], 8: value[4], 16: value[16], 32: 0.5, WIDENED: value[WIDENED]}
+    own = {name: value[name] for name in FREE if isinstance(name, str) and name != WIDENED}
+    return Efficiency(shares, source="fitted", guess_s=0.1e-3, python_s=timeline.STEP_S, **own)
+
+
+def fit(rows):
+    """The constants that explain the runs of the fitted rows best."""
+    rows, guess = [row for row in rows if row.setting.fitted], np.log([*FREE.values()])
+
+    def misfit(x):
+        made = efficiency_of(x)
+        pairs = [(row, m, t) for row in rows for m, t in zip(row.machines, row.seconds, strict=True)]
+        errors = np.log([row.predict(m, made).seconds / t for row, m, t in pairs])
+        robust = np.sign(errors) * np.sqrt(2 * TYPICAL * (np.hypot(TYPICAL, errors) - TYPICAL))
+        return np.concatenate([robust, PULL * (x - guess)])
+
+    return efficiency_of(timeline.least_squares(misfit, guess, 40))
+
+
+def lines(rows):
+    """The table: held-out rows first."""
+    head = ["setting", "threads", "hit rate (modelled; counted)", "core, times its best (measured)"]
+    head += ["memory, disk, GB/s (measured)", "tokens/s (modelled)", "tokens/s (measured: median; min to max)"]
+    yield from (
+        "| " + " | ".join(cells) + " |" for cells in ([*head, "modelled / measured"], ["---"] * (len(head) + 1))
+    )
+    for row in sorted(rows, key=lambda row: row.setting.fitted):
+        m, rate = row.machine, row.expected["hit_rate"]
+        median, made = statistics.median(row.speeds), row.predict(m).tokens_per_s
+        cells = [row.setting.name + (" (fitted)" if row.setting.fitted else ""), row.setting.threads]
+        cells += [f"{rate:.3f}; {row.counted:.3f}", f"{m.python_s / timeline.STEP_S:.2f}"]
+        cells += [f"{m.fast_Bps / 1e9:.1f}, {m.disk_Bps / 1e9:.1f}", f"{made:.1f}"]
+        cells += [f"{median:.1f}; {min(row.speeds):.1f} to {max(row.speeds):.1f}", f"{made / median:.2f}"]
+        yield "| " + " | ".join(map(str, cells)) + " |"
+
+
+def write(page, text):
+    """Replace what stands between the marks of the page."""
+    before, found, rest = page.read_text(encoding="utf-8").partition(MARKS[0])
+    _, closed, after = rest.partition(MARKS[1])
+    if not found or not closed:
+        sys.exit(f"{page} lacks the marks {MARKS[0].strip()} and {MARKS[1].strip()}")
+    page.write_text(f"{before}{MARKS[0]}\n{text}\n\n{MARKS[1]}{after}", encoding="utf-8")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["measure", "fit", "table"])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("files", type=Path, nargs="*")
+    parser.add_argument("--part", choices=["fitted", "held-out"])
+    parser.add_argument("--record", type=Path)
+    parser.add_argument("--page", type=Path, default=PAGE)
+    args = parser.parse_args()
+    if args.what == "measure":
+        settings = [s for s in SETTINGS if args.part is None or s.fitted == (args.part == "fitted")]
+        args.record.write_text(json.dumps(measure(args.folder, settings)), encoding="utf-8")
+        args.files = [args.record]
+    rows = list(rows_of(args.folder, args.files))
+    if args.what == "fit":
+        print(fit(rows))
+    else:
+        text = "\n".join(lines(rows))
+        print(text) if args.what == "measure" else write(args.page, text)
+
+
+if __name__ == "__main__":
+    serve(sys.argv[2:]) if sys.argv[1:2] == ["serve"] else main()
