@@ -70,7 +70,9 @@ def drive_view(page):
     scrub = view.locator(".scrub")
     scrub.evaluate("e => { e.value = 10; e.dispatchEvent(new Event('input')); }")
     view.locator(".step").click()
-    assert view.get_attribute("data-token") == "11"
+    scrub.focus()
+    page.keyboard.press("ArrowRight")
+    assert view.get_attribute("data-token") == "12", "JupyterLab leaves the arrow keys to the widget"
     view.locator(".speed").select_option("30")
     view.locator(".play").click()
     page.wait_for_function(f"() => document.querySelector('.mixoff-cache').dataset.token === '{tokens - 1}'")
@@ -82,14 +84,41 @@ def drive_stepper(page):
     stepper = page.locator(".mixoff-stepper")
     printed = page.locator(".jp-OutputArea-output", has_text="lru: 3 hits of 11").first.inner_text()
     while stepper.locator(".step").is_enabled():
-        stepper.locator(".step").click()
+        stepper.locator(".step").focus()
+        page.keyboard.press("Enter")
         if stepper.get_attribute("data-asking") == "true":
             stepper.locator(".slots button").first.click()
     hits = int(re.search(r"lru: (\d+) hits", printed)[1])
     assert stepper.get_attribute("data-hits") == str(hits) and "guesses right" in stepper.inner_text()
 
 
-DRIVERS = {"08_cache_policies": drive_stepper, "09_live_cache": drive_view}
+ANSWERED = """() => {
+    const {asked, answered} = document.querySelector('.mixoff-explorer').dataset;
+    return asked !== undefined && asked === answered;
+}"""
+
+
+def drive_explorer(page):
+    """Chapter 02: sliders moved by keys; after each the page shows what the kernel printed for the same choice."""
+    explorer = page.locator(".mixoff-explorer")
+    assert explorer.get_attribute("data-slots") == "4" and explorer.get_attribute("data-fits") == "true"
+
+    def press(slider, *keys):
+        explorer.locator(f"[data-name={slider}]").focus()
+        for key in keys:
+            page.keyboard.press(key)
+        page.wait_for_function(ANSWERED)
+        return explorer.evaluate("e => ({...e.dataset})")
+
+    shown = press("experts", "ArrowLeft", "ArrowLeft")
+    printed = page.locator(".jp-OutputArea-output", has_text="experts in  2 bits").first.inner_text()
+    slots, vram = re.search(r"2 bits: (\d) of 8 slots a layer, VRAM +([\d.]+)", printed).groups()
+    assert (shown["slots"], f"{int(shown['fastBytes']) / 2**30:.1f}") == (slots, vram) and shown["resident"] == "true"
+    shown = press("context", "End")
+    assert shown["fits"] == "false" and shown["change"] in explorer.locator(".change").inner_text() != ""
+
+
+DRIVERS = {"02_vram_arithmetic": drive_explorer, "08_cache_policies": drive_stepper, "09_live_cache": drive_view}
 
 
 @pytest.mark.parametrize("chapter", often(badges.chapters()))

@@ -42,6 +42,7 @@ function render({ model, el }) {
     label.append(words, input, output);
     $(".controls").append(label);
   }
+  keepKeys(root);
   for (const name of ["model", "hardware"])
     control(name).replaceChildren(...options[name].map((value) => new Option(value.split("/").at(-1), value)));
 
@@ -162,8 +163,7 @@ function render({ model, el }) {
 
   for (const field of root.querySelectorAll("[data-name]")) field[field.type === "range" ? "oninput" : "onchange"] = ask;
   const dress = () => root.classList.toggle("mixoff-dark", isDark(el));
-  const themes = new MutationObserver(dress);
-  themes.observe(document.body, { attributes: true, attributeFilter: ["data-jp-theme-light", "data-theme"] });
+  const forgetThemes = onTheme(dress);
   model.on("change:choice", onChoice);
   model.on("change:answer", onAnswer);
   onChoice();
@@ -171,7 +171,7 @@ function render({ model, el }) {
   requestAnimationFrame(dress);
   return () => {
     clearTimeout(silence);
-    themes.disconnect();
+    forgetThemes();
     model.off("change:choice", onChoice);
     model.off("change:answer", onAnswer);
   };

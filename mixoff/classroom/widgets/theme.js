@@ -22,3 +22,8 @@ function onTheme(fn) {
   };
 }
 
+// JupyterLab takes arrows (headings) and Enter (edit mode) for its own, but from controls with this attribute.
+function keepKeys(root) {
+  for (const control of root.querySelectorAll("button, input, select")) control.dataset.lmSuppressShortcuts = "true";
+}
+
