@@ -633,11 +633,11 @@ class Recorder:
         self._stop()
 
     def _note(self, token: int, is_prompt: bool, site: int, experts: Any, weights: Any) -> None:
-        """One call of a layer: tensors (T, K), copied at once. `token` tells passes apart."""
+        """One call of a layer: tensors (T, K), copied at once, made arrays later. `token` tells passes apart."""
         now = time.perf_counter() - self._start
         calls = self.calls.setdefault(token, (is_prompt, now, {}))[2]
         named = self.runtime.guesses.expected.get(site, ())
-        calls[site] = experts.numpy(force=True).astype(np.int16), weights.float().numpy(force=True).copy(), named
+        calls[site] = experts.detach().clone(), weights.detach().clone(), named
 
     @property
     def trace(self) -> Trace:
@@ -647,7 +647,8 @@ class Recorder:
         if not whole:
             raise MixoffError("nothing was recorded: generate within `with model.mixoff.trace() as recorder:`")
         stacked = [
-            [np.stack([calls[i][part] for i in range(len(sites))], 1) for _, _, calls in whole] for part in (0, 1)
+            [np.stack([_array(calls[i][part], kind) for i in range(len(sites))], 1) for _, _, calls in whole]
+            for part, kind in enumerate((np.int16, np.float32))
         ]
         rows = [len(part) for part in stacked[0]]
         named = [[calls[i][2] for i in range(len(sites))] for _, _, calls in whole]
@@ -664,6 +665,12 @@ class Recorder:
             expert_nbytes=self.runtime.source.expert_nbytes,
             predicted=_padded(named, rows),
         )
+
+
+def _array(values: Any, kind: type) -> np.ndarray:
+    """A tensor's values, from any device; NumPy knows no bfloat16."""
+    values = values.float() if values.is_floating_point() else values
+    return values.numpy(force=True).astype(kind)
 
 
 def _padded(named: list[list[Sequence[int]]], rows: list[int]) -> np.ndarray | None:
