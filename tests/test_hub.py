@@ -7,7 +7,10 @@ import shutil
 import subprocess
 import sys
 
+import encoded_models
+import published
 import pytest
+import torch
 from hub_server import COMMIT, Hub
 from safetensors.torch import load_file, save_file
 from tiny import BUNDLED, save_random
@@ -110,8 +113,6 @@ def test_loading_fetches_what_it_needs_and_nothing_else(client, server, repo, tm
         (folder / name).write_bytes(b"\x80\x04.")
     server.repos[repo] = folder
     with mixoff.load(BUNDLED, fast_bytes="6MB") as model:
-        import torch
-
         want = model.generate(torch.arange(5, 14)[None], max_new_tokens=8, do_sample=False, pad_token_id=0)[0].tolist()
     assert client.ask("tokens", repo, fast_bytes="6MB") == {"ok": want}
     assert not any(path.endswith((".bin", ".pth")) for _, path, _ in server.requests)
@@ -150,6 +151,35 @@ def test_a_revision_is_pinned(client, server, repo, tmp_path, how):
 def test_a_token_opens_what_is_gated(client, server, repo, tmp_path):
     server.gated[repo] = "hf_good"
     assert "ok" in client.ask("convert", repo, tmp_path / "store")
+
+
+@pytest.fixture(scope="module", params=["fp8", "mxfp4", "published"])
+def encoded(request, tmp_path_factory):
+    """Checkpoints whose weights are quantized already, in several shards."""
+    root = tmp_path_factory.mktemp(request.param)
+    if request.param == "published":
+        pytest.importorskip("hqq", reason="hqq is not installed")
+        return published.write(root / "encoded", root / "original")
+    write = {"fp8": lambda: encoded_models.write_fp8(root, "blocks"), "mxfp4": lambda: encoded_models.write_mxfp4(root)}
+    return encoded_models.split(write[request.param]()[0], 3)
+
+
+def test_what_is_quantized_already_comes_shard_by_shard(client, server, repo, tmp_path, encoded):
+    """Codes and scales of a weight lie in different shards: they are kept, decoded, and the shards are gone."""
+    server.repos[repo] = encoded
+    assert "ok" in client.ask("convert", repo, tmp_path / "store")
+    assert contents(tmp_path / "store") == contents(mixoff.convert(encoded, tmp_path / "local"))
+    assert [p.name for p in tmp_path.iterdir() if p.name != "local"] == ["store"]
+    for path in encoded.glob("*.safetensors"):
+        assert [how for how in requested(server, path.name) if how == ("GET", None)] == [("GET", None)]
+
+
+def test_the_published_layout_is_loaded_from_the_hub_as_it_is(client, server, repo, tmp_path):
+    pytest.importorskip("hqq", reason="hqq is not installed")
+    server.repos[repo] = folder = published.write(tmp_path / "encoded", tmp_path / "original")
+    with mixoff.load(folder, fast_bytes="2MB") as model:
+        want = model.generate(torch.arange(5, 14)[None], max_new_tokens=8, do_sample=False, pad_token_id=0)[0].tolist()
+    assert client.ask("tokens", repo, fast_bytes="2MB") == {"ok": want}
 
 
 # --- what goes wrong on the way ---------------------------------------------------------------------------------------
