@@ -198,6 +198,10 @@ MISTAKES = [
     ("hit_rate", lambda kinds: kinds.count("hit") / len(kinds), "case 2: 0.33"),
     ("residents", ignores_prefetches, "case 4: {1}, expected {1, 4}"),
     ("stays", lambda events: [t for t, kind, _ in events if kind == "evict"], "case 2: position 0 is 4, expected 3"),
+    ("tiers", lambda vram, ram, nbytes, L, E: (n := vram // nbytes, m := min(ram // nbytes, L * E - n), L * E - n - m),
+     "case 1: first answer: 197, expected 192"),
+    ("recent", lambda lengths, room: sum(sum(lengths[i:]) <= room for i in range(len(lengths))), "case 3: 2"),
+    ("what_binds", lambda n, touched, moved, flops, memory, link: ("link", 1e3 * moved / link), "case 2: first answer"),
 ]  # fmt: skip
 
 

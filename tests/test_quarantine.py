@@ -37,7 +37,7 @@ def skips_in(path):
 
 def skipped_cells(path):
     """A reason for each chapter with cells that nbval does not run."""
-    tagged = any("nbval-skip" in nb.chapter_rules.tags(cell) for cell in nb.read(path).cells)
+    tagged = any(nb.chapter_rules.SKIPPED in nb.chapter_rules.tags(cell) for cell in nb.read(path).cells)
     return {"cells tagged nbval-skip"} if tagged else set()
 
 

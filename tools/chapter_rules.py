@@ -16,6 +16,7 @@ MEDIAN_LINES, P90_LINES, MAX_LINES = 8, 20, 35
 WORDS = (1000, 2200)
 EXERCISES = (2, 4)
 QUESTIONS = 5
+SKIPPED = "nbval-skip"  # cells that a machine without a card cannot run: not executed, not compared
 FOLDED_TAGS = {"solution", "hidden"}  # code cells that open folded
 
 LEAKS = {
@@ -52,7 +53,7 @@ def tags(cell) -> set[str]:
 
 def code_cells(nb) -> list[tuple[int, dict]]:
     """Index and cell of every code cell that is meant to run everywhere."""
-    return [(i, c) for i, c in enumerate(nb.cells) if c.cell_type == "code" and "nbval-skip" not in tags(c)]
+    return [(i, c) for i, c in enumerate(nb.cells) if c.cell_type == "code" and SKIPPED not in tags(c)]
 
 
 def tagged(nb, tag: str) -> list[int]:

@@ -130,6 +130,7 @@ def execute(nb, folder: pathlib.Path) -> None:
             cell.outputs, cell.execution_count = [], None
     where = {"metadata": {"path": str(folder)}}
     options = {"timeout": CELL_TIMEOUT_S, "kernel_name": "python3", "coalesce_streams": True}
+    options["skip_cells_with_tag"] = chapter_rules.SKIPPED  # as nbval does: what they show differs by machine
     NotebookClient(nb, resources=where, store_widget_state=True, record_timing=False, **options).execute()
 
 

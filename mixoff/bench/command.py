@@ -1,12 +1,12 @@
 """The options of `mixoff bench`, and what follows from them: models to write first, contenders to compare.
 
-Without a store or a shape it measures the bundled model by budget. Does not know any arithmetic.
+Without a store or a shape it measures the bundled model, by budget unless that is to be recorded. Does not know any
+arithmetic.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import subprocess
 import sys
@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mixoff import models
 from mixoff.errors import MixoffError
 from mixoff.units import format_nbytes, parse_nbytes
 
@@ -29,7 +30,7 @@ ASK_FROM = 1 << 30  # bytes of files that are not written without a word
 def add_options(command: argparse.ArgumentParser) -> None:
     """Every option of `mixoff bench`."""
     add = command.add_argument
-    add("store", nargs="?", metavar="STORE", help="folder of a store; none: the bundled model by budget")
+    add("store", nargs="?", metavar="STORE", help="folder of a store, or a Hub id; none: the bundled model by budget")
     add("--shape", help="a store of this shape, random weights: mixtral-8x7b, mixtral-3b, mixtral-700m, or a Hub id")
     add("--scheme", default="mixed", help="quantization of --shape: mixed, paper, small, quality or none (mixed)")
     add("--folder", metavar="FOLDER", help="where what --shape needs is written, and kept (the user's cache folder)")
@@ -49,12 +50,12 @@ def add_options(command: argparse.ArgumentParser) -> None:
     add("--checkpoint", metavar="FOLDER", help="16-bit copy of STORE, for transformers and accelerate")
     add("--gguf", metavar="FILE", help="copy of STORE for llama.cpp")
     add("--ablations", action="store_true", help="also without pre-loading, without a cache, and layer by layer")
-    add("--record", metavar="FILE", help="keep the JSON in this file too")
+    add("--record", metavar="FILE", help="write all that compares this machine with its prediction")
 
 
 def run(args: argparse.Namespace) -> Table | Report:
     """Measure what was asked for; progress goes to standard error."""
-    if args.store is None and args.shape is None:
+    if args.store is None and args.shape is None and not args.record:
         from mixoff.bench import budgets
 
         return budgets.run(args.runs or 5, args.tokens or 64, args.threads)
@@ -62,7 +63,9 @@ def run(args: argparse.Namespace) -> Table | Report:
 
     report = compare.compare(_settings(args), lambda line: print(line, file=sys.stderr))
     if args.record:
-        Path(args.record).write_text(json.dumps(report.to_dict(), indent=1) + "\n", encoding="utf-8")
+        from mixoff.bench import record
+
+        record.write(record.of_report(report), args.record)
     return report
 
 
@@ -75,9 +78,9 @@ def _settings(args: argparse.Namespace) -> Settings:
     if args.routing not in ROUTINGS:
         raise MixoffError(f"no routing {args.routing!r}: choose one of {', '.join(ROUTINGS)}")
     limit = None if args.memory_limit is None else parse_limit(args.memory_limit)
-    files = {"store": args.store, "checkpoint": args.checkpoint, "gguf": args.gguf}
+    files = {"checkpoint": args.checkpoint, "gguf": args.gguf} | _named(args.store or models.names()[0])
     if args.shape:
-        files = _written(args, peers)
+        files = _written(args, peers) | {"name": f"{args.shape} as {args.scheme}, random weights"}
     return Settings(
         **files,
         threads=args.threads,
@@ -94,6 +97,17 @@ def _settings(args: argparse.Namespace) -> Settings:
         ablations=args.ablations,
         llama_python=args.llama_python,
     )
+
+
+def _named(model: str) -> dict[str, str | None]:
+    """Folder and name of a model; one that is on the Hub is fetched. A folder of the user's own has no name."""
+    from mixoff import hub
+
+    if model in models.names():
+        return {"store": str(models.path(model)), "name": model}
+    if (found := hub.parse(model)) is not None:
+        return {"store": str(hub.snapshot(found)), "name": model}
+    return {"store": model, "name": None}
 
 
 def parse_limit(size: str) -> int:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mixoff import hardware, planner, presets, store, timeline
+from mixoff import hardware, planner, presets, published, sizes, store, timeline
 from mixoff.bench import limits
 from mixoff.bench.report import Report, Row, row
 from mixoff.bench.spec import Spec
@@ -52,7 +52,8 @@ class Settings:
     fast_bytes, io: of every contender that is ours; fast_bytes None takes what the plan leaves of the limit, or of free
     memory.
     memory_limit: bytes. checkpoint: 16-bit folder for transformers and accelerate. gguf: file for llama.cpp.
-    llama_python: an interpreter that has llama-cpp-python. Other fields are those of `Spec`.
+    llama_python: an interpreter that has llama-cpp-python. name: of the model, where it has one that everybody knows.
+    Other fields are those of `Spec`.
     """
 
     store: str
@@ -71,6 +72,7 @@ class Settings:
     checkpoint: str | None = None
     gguf: str | None = None
     llama_python: str = sys.executable
+    name: str | None = None
 
     @property
     def context(self) -> int:
@@ -79,9 +81,9 @@ class Settings:
 
 def compare(settings: Settings, on_line: Callable[[str], None] = lambda line: None) -> Report:
     """Run every contender in turns; `on_line` hears of each run. Raises MixoffError where a limit is not to be had."""
-    machine = _machine(settings)
-    plan = planner.plan(settings.store, hardware=machine, context=settings.context)
-    specs = _specs(settings, plan.fast_bytes if settings.fast_bytes is None else settings.fast_bytes)
+    machine, scheme = _machine(settings), scheme_of(settings.store)
+    plan = planner.plan(settings.store, hardware=machine, context=settings.context, scheme=scheme)
+    specs = _specs(settings, plan)
     reports, probes, disks = {spec.name: [] for spec in specs}, [], []
     with _limited(settings.memory_limit) as limit:
         for _ in range(settings.rounds):
@@ -90,15 +92,24 @@ def compare(settings: Settings, on_line: Callable[[str], None] = lambda line: No
                 reports[spec.name].append(_run(spec, limit, settings))
                 on_line(f"{spec.name}: {_said(reports[spec.name][-1])}, memory {probes[-1] / 1e9:.1f} GB/s")
             if any(
-                sum(said[-1].get("moved_bytes") or [0]) for said in reports.values() if said[-1]["kind"] == "mixoff"
+                sum(said[-1].get("moved_bytes") or [0]) for said in reports.values() if said[-1].get("kind") == "mixoff"
             ):
                 disks.append(hardware.disk_bandwidth(Path(settings.store).parent, PIECE, WORKERS))
-    machine = replace(machine, fast_Bps=max(probes), disk_Bps=max(disks, default=machine.disk_Bps))
+    machine = _as_measured(machine, probes, disks)
+    plan = planner.plan(settings.store, hardware=machine, context=settings.context, scheme=scheme)
     rows = [_row(spec, reports[spec.name], machine, plan) for spec in specs]
     disk, kind = max(disks, default=None), limit.kind if limit else None
-    said = {"model": Path(settings.store).name, "threads": settings.threads, "runs": settings.rounds}
+    said = {"model": settings.name or Path(settings.store).name, "threads": settings.threads, "runs": settings.rounds}
     said |= {key: getattr(settings, key) for key in ("tokens", "prompt_tokens", "routing", "repeat", "warmup")}
-    return Report(tuple(rows), max(probes), tuple(probes), disk, settings.memory_limit, kind, said, versions())
+    figures = max(probes), tuple(probes), disk, settings.memory_limit, kind, said, versions()
+    last = reports[specs[0].name][-1]
+    return Report(tuple(rows), *figures, settings.name, plan, last.get("counters", {}), last.get("time_line", []))
+
+
+def scheme_of(folder: str) -> str | None:
+    """As a plan takes it: None for what is quantized already and for a store, `none` for a plain checkpoint."""
+    as_it_is = (Path(folder) / store.MANIFEST).is_file() or published.is_published(Path(folder))
+    return None if as_it_is else "none"
 
 
 def versions() -> dict[str, str]:
@@ -120,18 +131,32 @@ def hardware_name() -> str:
 
 
 def _machine(settings: Settings) -> Hardware:
-    """This machine as the plan sees it: within the limit, with room for what the interpreter takes."""
+    """This machine as the plan sees it: its GPU if it has one, else RAM within the limit, less the interpreter's."""
+    if hardware.gpu_name():
+        return hardware.probe()
     _, free = hardware.memory_nbytes()
     nbytes = settings.memory_limit or free
     known = {"sources": {"fast_bytes": "the memory limit" if settings.memory_limit else "free memory"}}
     return replace(hardware.NAMED["laptop"], name="here", fast_bytes=nbytes, **known)
 
 
-def _specs(settings: Settings, fast_bytes: int) -> list[Spec]:
+def _as_measured(machine: Hardware, probes: list[float], disks: list[float]) -> Hardware:
+    """`machine` with the bandwidths of these runs; a GPU's memory was measured when the machine was probed."""
+    sources = {"disk_Bps": "measured: direct reads between runs, as large and as many as misses are"} if disks else {}
+    machine = replace(machine, disk_Bps=max(disks, default=machine.disk_Bps), sources=machine.sources | sources)
+    if machine.device == "cuda":
+        return machine
+    sources = {"fast_Bps": "measured: streaming reads before every run, the best"}
+    return replace(machine, fast_Bps=max(probes), sources=machine.sources | sources)
+
+
+def _specs(settings: Settings, plan: Plan) -> list[Spec]:
     """Every contender of a round, ours first."""
     keys = ("threads", "prompt_tokens", "tokens", "warmup", "routing", "repeat")
     common = {key: getattr(settings, key) for key in keys}
-    ours = {"fast_bytes": fast_bytes, "io": settings.io}
+    ours = {"fast_bytes": plan.fast_bytes if settings.fast_bytes is None else settings.fast_bytes, "io": settings.io}
+    if plan.hardware.device == "cuda" and settings.fast_bytes is None:  # then `load` divides what is free by a plan
+        ours = {"context": settings.context, "io": settings.io}
     variants = ABLATIONS if settings.ablations else {"mixoff": {}}
     specs = [Spec(name, "mixoff", settings.store, load=ours | own, **common) for name, own in variants.items()]
     for peer in settings.peers:
@@ -225,9 +250,12 @@ def _row(spec: Spec, reports: list[dict], machine: Hardware, plan: Plan) -> Row:
         return made
     source = store.open_source(spec.path)
     source.close()
+    scheme = sizes.PUBLISHED if published.is_published(source.folder) else source.scheme
     here = replace(machine, threads=spec.threads, python_s=_python_s(reports))
     rates = _rates(made, reports)
-    predicted = timeline.predict(presets.shape_of(spec.path), source.scheme, here, made.cached_rate, **rates)
+    predicted = timeline.predict(presets.shape_of(spec.path), scheme, here, made.cached_rate, **rates)
+    if machine.device == "cuda":  # its memory is planned apart, and another process's RAM is not
+        return replace(made, predicted_tokens_per_s=predicted.tokens_per_s)
     packed = source.folder / store.QUANTIZED  # the rest of the backbone stays in its files, mapped
     fixed = plan.bytes["kv_cache"] + plan.bytes["workspace"] + (packed.stat().st_size if packed.exists() else 0)
     planned = reports[0]["base_bytes"] + fixed + reports[0]["info"]["fast_bytes_peak"]

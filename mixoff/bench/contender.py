@@ -12,7 +12,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +26,10 @@ from mixoff.bench.spec import Spec, repeat_rate
 from mixoff.errors import MixoffError
 from mixoff.prefetch import top_k
 
+COUNTED = (
+    "hits", "misses", "evictions", "bytes_moved", "prefetches", "prefetch_hits", "prefetch_wasted_bytes", "ram_hits",
+    "ram_bytes_moved",
+)  # fmt: skip
 PHASES = ("attention", "router", "experts", "waiting", "other")
 
 
@@ -37,13 +41,14 @@ def run(spec: Spec) -> dict:
         model = LOADERS[spec.kind](spec)
         report |= {"load_s": time.perf_counter() - start, "loaded_bytes": limits.anonymous_nbytes()}
         report |= _measured(model, spec)
+        report["device_peak_bytes"] = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
     return asdict(spec) | report | {"peak_bytes": peak.nbytes}
 
 
 def _measured(model: nn.Module, spec: Spec) -> dict:
     config = model.config.get_text_config()
     choice = _routing(model, spec)
-    ids = torch.from_numpy(spec.ids(config.vocab_size))
+    ids = torch.from_numpy(spec.ids(config.vocab_size)).to(model.device)
     session = Session(model)
     session.decode(ids[0, :4], ids[0, 4 : 4 + spec.warmup])
     before, choice.chosen = _counts(model), []
@@ -56,6 +61,7 @@ def _measured(model: nn.Module, spec: Spec) -> dict:
     report |= {"prompt_read_bytes": [r.prompt_read for r in runs], "read_bytes": [r.read for r in runs]}
     report |= {"moved_bytes": [r.moved for r in runs], "python_s": [r.python_s for r in runs]}
     report |= {"phases_s": phases.per_token(), "repeat_rate": repeat_rate(experts)}
+    report |= {"counters": {name: counts[name] for name in COUNTED}, "time_line": phases.time_line()}
     return report | _served(model, counts, spec)
 
 
@@ -114,10 +120,17 @@ class Session:
     def _step(self, ids: torch.Tensor, cache: object) -> tuple[float, object]:
         start = time.perf_counter()
         out = self.model(ids.view(1, -1), past_key_values=cache, use_cache=True, logits_to_keep=1)
+        finish(ids.device)
         seconds = time.perf_counter() - start
         if not torch.isfinite(out.logits).all():
             raise MixoffError("the model's logits are not finite: its weights are damaged")
         return seconds, out.past_key_values
+
+
+def finish(device: torch.device) -> None:
+    """Wait until a GPU has done what it was told; a CPU has done it already."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _less(after: int | None, before: int | None) -> int | None:
@@ -186,7 +199,8 @@ class Phases:
 
     def __init__(self, model: nn.Module) -> None:
         self.model, self.seconds, self.tokens = model, Counter(), 0
-        self.computing, self.decoding, self.handles = 0.0, False, []
+        self.device = next(model.parameters()).device
+        self.computing, self.decoding, self.handles, self.events = 0.0, False, [], []
 
     def __enter__(self) -> Phases:
         self._time(self.model, "total")
@@ -208,8 +222,17 @@ class Phases:
             self.end()
 
     def _on_event(self, event: object) -> None:
-        if event.kind == "compute" and event.phase == "decode":
+        if event.phase != "decode":
+            return
+        self.events.append(event)
+        if event.kind == "compute":
             self.computing += event.t1 - event.t0
+
+    def time_line(self, tokens: int = 2) -> list[list]:
+        """What happened to experts in the last tokens: an event's fields, seconds from the first of them."""
+        last = [e for e in self.events if e.token > self.events[-1].token - tokens]
+        start = min((e.t0 for e in last), default=0.0)
+        return [[*astuple(e)[:5], e.t0 - start, e.t1 - start, e.phase] for e in last]
 
     def _time(self, module: nn.Module, phase: str) -> None:
         begun = []
@@ -219,9 +242,11 @@ class Phases:
                 ids = args[0] if args else kwargs["input_ids"]
                 self.decoding = ids.shape[1] == 1
                 self.tokens += self.decoding
+            finish(self.device)
             begun.append(time.perf_counter())
 
         def after(*_: object) -> None:
+            finish(self.device)
             seconds = time.perf_counter() - begun.pop()
             if self.decoding:
                 self.seconds[phase] += seconds

@@ -7,11 +7,18 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from mixoff.units import format_nbytes
+
+if TYPE_CHECKING:
+    from mixoff.planner import Plan
+
+
+PEAKS = ("peak_bytes", "device_peak_bytes", "loaded_bytes")
 
 
 @dataclass(frozen=True)
@@ -23,6 +30,7 @@ class Row:
     tier; bytes_read_per_token: from storage, by the kernel's count. touched_Bps: touched bytes a second.
     roofline_share: of tokens a second that the read bandwidth would allow. predicted_tokens_per_s, planned_bytes:
     modelled; the latter is what the interpreter takes, the plan's parts, and the budget as far as it was taken.
+    peak_bytes: of RAM; device_peak_bytes: of a GPU's memory, None without one.
     """
 
     name: str
@@ -49,6 +57,7 @@ class Row:
     prefetch: str | None = None
     fast_bytes: int | None = None
     peak_bytes: int | None = None
+    device_peak_bytes: int | None = None
     loaded_bytes: int | None = None
     load_s: float | None = None
     predicted_tokens_per_s: float | None = None
@@ -85,7 +94,7 @@ def _bytes(reports: Sequence[dict], tokens_per_s: float, read_Bps: float) -> dic
     for key in ("hit_rate", "cached_rate", "repeat_rate"):
         known = [r[key] for r in reports if r.get(key) is not None]
         figures[key] = statistics.mean(known) if known else None
-    figures |= {key: max(r[key] for r in reports) for key in ("peak_bytes", "loaded_bytes") if first[key]}
+    figures |= {key: max(r[key] for r in reports) for key in PEAKS if first.get(key)}
     figures["load_s"] = statistics.median(r["load_s"] for r in reports)
     return figures | {"fast_bytes": first.get("fast_bytes"), "prefetch": first.get("info", {}).get("prefetch")}
 
@@ -104,6 +113,8 @@ class Report:
 
     read_bandwidth_Bps: the best streaming read of memory, probed before every run; probes_Bps: each of them.
     disk_bandwidth_Bps: direct reads of the size and depth that a miss takes, or None where nothing is read.
+    name: of a model that everybody can have. plan: of it on the machine as it was measured. counters, time_line: of the
+    first contender's last process. These are for `record`; what is printed leaves them out.
     """
 
     rows: tuple[Row, ...]
@@ -114,10 +125,15 @@ class Report:
     limit_kind: str | None
     settings: dict
     versions: dict[str, str]
+    name: str | None = None
+    plan: Plan | None = None
+    counters: dict[str, int] = field(default_factory=dict)
+    time_line: list[list] = field(default_factory=list)
 
     def to_dict(self) -> dict:
         """All figures: the first contender's at the top, every contender's under `contenders`."""
-        rest = {k: v for k, v in asdict(self).items() if k != "rows"}
+        apart = ("rows", "name", "plan", "counters", "time_line")
+        rest = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in apart}
         return asdict(self.rows[0]) | rest | {"contenders": [asdict(row) for row in self.rows]}
 
     def __str__(self) -> str:

@@ -1,0 +1,103 @@
+"""One JSON file with all it takes to compare a machine with its prediction; nothing in it names a person or a place.
+
+What was measured and what was modelled stand apart. It holds versions, the machine with its bandwidths, the plan, the
+figures of each run, the cache's counters, and when each thing happened in the last tokens. No user's or machine's name,
+no path, no text: a model is named if it is bundled, on the Hub, or made for the run; a folder of the user's own is not.
+Does not know how anything was measured.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, astuple, fields
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mixoff import hub, models
+from mixoff.errors import MixoffError
+from mixoff.events import Event
+
+if TYPE_CHECKING:
+    from mixoff.bench.report import Report
+    from mixoff.planner import Plan
+
+FORMAT = "mixoff-record/1"
+UNNAMED = "a local folder"
+COLUMNS = tuple(field.name for field in fields(Event))
+MODELLED = ("predicted_tokens_per_s", "planned_bytes", "roofline_tokens_per_s", "roofline_share")
+PLACES = {"disk_bytes": "measured: free space where files are kept"}  # sources of figures that tell a path
+
+
+def make(
+    plan: Plan,
+    runs: Mapping[str, Mapping],
+    counters: Mapping[str, object],
+    events: Iterable[Event] | list[list],
+    settings: Mapping[str, object] | None = None,
+    model: str | None = None,
+) -> dict:
+    """The record of runs of one model. Looks at this machine, which takes ten seconds the first time.
+
+    plan: made before. runs: figures of each run by its name, measured; those named in MODELLED are put apart. events:
+    of a few tokens of decoding, or their fields in lists. model: its name; None takes the plan's if others know it.
+    """
+    from mixoff import doctor
+
+    checkup = doctor.examine()
+    modelled = {name: {key: run[key] for key in MODELLED if key in run} for name, run in runs.items()}
+    planned = plan.to_dict()
+    hardware = {"planned": _placeless(planned.pop("hardware")), "measured": _placeless(asdict(checkup.machine))}
+    machine = {key: getattr(checkup, key) for key in ("processor", "threads", "memory_nbytes", "gpu")}
+    return {
+        "format": FORMAT,
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "model": model or public_name(planned.pop("source")),
+        "versions": checkup.versions,
+        "machine": machine | hardware,
+        "settings": dict(settings or {}),
+        "modelled": {"plan": {k: v for k, v in planned.items() if k != "source"}, "runs": modelled},
+        "measured": {name: _figures(run) for name, run in runs.items()},
+        "counters": {k: v for k, v in counters.items() if isinstance(v, (int, float))},
+        "time_line": {"columns": COLUMNS, "rows": [list(e) if isinstance(e, list) else astuple(e) for e in events]},
+    }
+
+
+def of_report(report: Report) -> dict:
+    """The record of what `mixoff bench` measured."""
+    rows = {row.name: asdict(row) for row in report.rows}
+    settings = {key: value for key, value in report.settings.items() if key != "model"}
+    settings |= {"memory_limit": report.memory_limit, "limit_kind": report.limit_kind}
+    made = make(report.plan, rows, report.counters, report.time_line, settings, report.name)
+    made["measured"] |= {"memory_reads_Bps": report.probes_Bps, "disk_reads_Bps": report.disk_bandwidth_Bps}
+    return made
+
+
+def write(record: dict, path: str | Path) -> Path:
+    """Keep a record as JSON. Raises MixoffError where that cannot be."""
+    try:
+        Path(path).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise MixoffError(f"cannot write the record to {path}: {error.strerror or error}") from error
+    return Path(path)
+
+
+def public_name(source: str) -> str:
+    """The name of a model that others can have too.
+
+    >>> public_name("tiny-mixtral"), public_name("org/model"), public_name("./here/store")
+    ('tiny-mixtral', 'org/model', 'a local folder')
+    """
+    return source if source in models.names() or hub.parse(source) else UNNAMED
+
+
+def _figures(run: Mapping) -> dict:
+    """What was measured. Why a run failed may name files, so that it failed is all that is said."""
+    figures = {key: value for key, value in run.items() if key not in (*MODELLED, "failure", "name")}
+    return figures | {"failed": bool(run.get("failure"))}
+
+
+def _placeless(hardware: dict) -> dict:
+    known = {key: text for key, text in PLACES.items() if key in hardware["sources"]}
+    return hardware | {"sources": hardware["sources"] | known}
