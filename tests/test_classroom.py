@@ -209,6 +209,14 @@ def test_setup_is_quiet_repeatable_and_the_same_twice():
     assert (done.stdout, done.stderr, done.returncode) == ("mixoff is ready\n" * 2, "", 0)
 
 
+def test_setup_hides_gpus_where_a_chapter_says_so():
+    code = (
+        "import os; from mixoff.classroom import setup; setup(gpu=False); import torch; "
+        "assert os.environ['CUDA_VISIBLE_DEVICES'] == '' and not torch.cuda.is_available()"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
 def test_setup_quiets_transformers():
     from transformers.utils import logging
 
