@@ -1,92 +1,84 @@
 #!/usr/bin/env python3
-"""Measure what recording a trace costs: the same decoding with and without a recorder, in turns.
+"""Measure what recording a trace costs: neighbouring tokens of one text, with and without a recorder.
 
-    python tools/trace_cost.py --rounds 9 --tokens 64
+    python tools/trace_cost.py --triples 600
 
-Prints the medians, and the median of the pairs' ratios with its quartiles: neighbours in time share what else the
-machine does. Two runs without a recorder, taken as a pair, say how much of that is noise. The time within the recorder
-itself is measured as well: it is all that recording adds, and less in the noise's hands.
+Of three tokens in a row one is recorded, and two are not, in an order that is drawn for each triple. A ratio of two
+neighbours does not care how fast the machine is just then; the median of all ratios and its standard error (bootstrap)
+are printed. The ratio of the two that were not recorded should be 1.
 """
 
 import argparse
-import statistics
 import sys
 import time
-from contextlib import nullcontext
 
+import numpy as np
 import torch
 
 import mixoff
 from mixoff import models
-from mixoff.trace import Recorder
+
+CONTEXT = 240  # tokens, then a new text begins
+DRAWS = 2000  # of the bootstrap
 
 
-def seconds(model, ids, tokens, record):
-    """Time of `tokens` of greedy decoding after the first."""
-    marks = []
-    with model.mixoff.trace() if record else nullcontext(), Clock(model, marks):
-        model.generate(ids, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
-    return marks[-1] - marks[0]
+class Text:
+    """Feeds a model token by token."""
 
+    def __init__(self, model, seed=0):
+        self.model, self.rng, self.cache, self.length = model, np.random.default_rng(seed), None, CONTEXT
 
-class Timed(Recorder):
-    """A recorder that adds up the time within itself, in `spent_s`."""
-
-    spent_s = 0.0
-
-    def _note(self, *args):
+    def step(self):
+        """Seconds of one token."""
+        if self.length >= CONTEXT:
+            self.cache, self.length = None, 0
+            self._pass()
         start = time.perf_counter()
-        super()._note(*args)
-        self.spent_s += time.perf_counter() - start
+        self._pass()
+        return time.perf_counter() - start
+
+    def _pass(self):
+        ids = torch.from_numpy(self.rng.integers(300, self.model.config.vocab_size, (1, 1)))
+        self.cache = self.model(ids, past_key_values=self.cache, use_cache=True).past_key_values
+        self.length += 1
 
 
-def within(model, ids, tokens):
-    """Share of decoding that is spent within the recorder, prompt included on one side only: never too small."""
-    marks = []
-    with Timed(model.mixoff) as recorder, Clock(model, marks):
-        model.generate(ids, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
-    return recorder.spent_s / (marks[-1] - marks[0])
+def triple(text, recorder, rng):
+    """Seconds of a token that was recorded, and of two that were not; float (3,)."""
+    seconds = np.empty(3)
+    for kind in rng.permutation(3):
+        if kind == 0:
+            with recorder:
+                seconds[kind] = text.step()
+        else:
+            seconds[kind] = text.step()
+    return seconds
 
 
-class Clock:
-    """Notes when each pass of a model ends."""
-
-    def __init__(self, model, marks):
-        self.handle = model.register_forward_hook(lambda *_: marks.append(time.perf_counter()))
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exc):
-        self.handle.remove()
+def report(name, ratios, rng):
+    """A row: median, its standard error, quartiles, all in percent."""
+    drawn = np.median(rng.choice(ratios, (DRAWS, len(ratios))), 1)
+    low, middle, high = 100 * (np.percentile(ratios, (25, 50, 75)) - 1)
+    print(f"| {name} | {middle:+.2f} % | {100 * drawn.std():.2f} | {low:+.1f} to {high:+.1f} % |")
 
 
 def main(argv=None):
-    """Print one table of measured times."""
+    """Print one table of measured ratios."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--triples", type=int, default=600)
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    ids, times = torch.arange(3, 9)[None], {"plain": [], "plain again": [], "recording": []}
-    with mixoff.load(models.path(), fast_bytes="6MB") as model:
-        seconds(model, ids, args.tokens, record=True)
-        for turn in range(args.rounds):
-            order = list(times) if turn % 2 else list(times)[::-1]
-            for name in order:
-                times[name].append(1000 * seconds(model, ids, args.tokens, name == "recording") / (args.tokens - 1))
-        inside = [within(model, ids, args.tokens) for _ in range(args.rounds)]
-    report(times)
-    print(f"\nWithin the recorder: {statistics.median(inside):.1%} of the time of decoding (measured, median)")
+    rng = np.random.default_rng(1)
+    with torch.inference_mode(), mixoff.load(models.path(), fast_bytes="6MB") as model:
+        text, recorder = Text(model), model.mixoff.trace()
+        for _ in range(20):
+            triple(text, recorder, rng)
+        seconds = np.stack([triple(text, recorder, rng) for _ in range(args.triples)])  # (triples, 3)
+    print(f"{args.triples} triples; a token takes {1000 * np.median(seconds[:, 1:]):.1f} ms (measured, median)\n")
+    print("| tokens compared (measured) | median of ratios | its standard error | quartiles |\n|---|---|---|---|")
+    report("recorded, with not recorded", seconds[:, 0] / seconds[:, 1], rng)
+    report("not recorded, with each other", seconds[:, 1] / seconds[:, 2], rng)
     return 0
-
-
-def report(times):
-    """Markdown: ms a token, and the ratio to the plain run of the same turn."""
-    print("| run | ms a token (measured) | over plain, median and quartiles of pairs (measured) |\n|---|---|---|")
-    for name, values in times.items():
-        low, middle, high = statistics.quantiles([v / p - 1 for v, p in zip(values, times["plain"], strict=True)], n=4)
-        print(f"| {name} | {statistics.median(values):.2f} | {middle:+.1%} ({low:+.1%} to {high:+.1%}) |")
 
 
 if __name__ == "__main__":
