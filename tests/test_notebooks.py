@@ -123,6 +123,11 @@ def no_setup(book):
     code_cell(book, 0).metadata.tags.remove("setup")
 
 
+def loads_onto_a_card(book):
+    setup = code_cell(book, 0)
+    setup.source = setup.source.replace("gpu=False", "")
+
+
 def no_solution(book):
     for i in chapter_rules.tagged(book, "solution"):
         book.cells[i].metadata.tags.remove("solution")
@@ -170,6 +175,7 @@ SPOILERS = {
     semicolon: "ends with ';'",
     no_promise: "the promise",
     no_setup: "tagged setup",
+    loads_onto_a_card: "says setup(gpu=False)",
     no_solution: "no cell tagged solution",
     solved_stub: "is not a stub",
     failing_solution: "its check does not accept: '[FAIL] case 2",

@@ -190,6 +190,9 @@ def opening(nb) -> Iterator[str]:
     code = code_cells(nb)
     if len(tagged(nb, "setup")) != 1 or not code or "setup" not in tags(code[0][1]):
         yield "exactly one cell is tagged setup, and it is the first code cell"
+    loads = any("mixoff.load(" in cell.source for _, cell in code)
+    if loads and "no GPU" in "".join(lines[2:3]) and "setup(gpu=False" not in code[0][1].source:
+        yield "a chapter that needs no GPU says setup(gpu=False): on Colab, models would be loaded onto the card"
 
 
 def headings(nb) -> Iterator[str]:
