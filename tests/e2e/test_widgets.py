@@ -270,3 +270,39 @@ def test_explorer_shows_a_refusal_and_recovers(mount):
     page.locator("[data-name=group]").focus()
     page.keyboard.press("Home")
     assert answer(page, explorer)["error"] == "" and page.complaints == []
+
+
+# ---------------------------------------------------------------- without a mouse, without sight
+
+
+def test_every_control_has_a_name_and_the_grid_is_told_in_words(mount, novel):
+    page = mount(CacheView.replay(novel, slots=4, words=[f" w{t}" for t in range(60)]))
+    page.locator(".step").click()
+    for name in ("Play", "one token back", "one token on"):
+        assert page.get_by_role("button", name=name).count() == 1
+    assert page.get_by_role("slider", name="token").get_attribute("aria-valuetext") == "token 1, w1"
+    assert page.get_by_role("combobox", name="tokens a second").count() == 1
+    assert "token 1: hit rate" in page.get_by_role("img", name="Grid of 8 layers").get_attribute("aria-label")
+
+
+def test_the_line_of_hit_rates_begins_with_the_first_request(mount, novel):
+    page = mount(CacheView(layers=[0], experts=2))
+    recording = {"cells": "AAAAAAAA", "stats": [[0, 0, 0, 0], [1, 1, 0, 2], [2, 1, 0, 2]], "words": [], "first": 40}
+    page.evaluate("recording => window.model.set('recording', recording)", recording)
+    page.locator(".step").click()
+    page.locator(".step").click()
+    assert figures(page)["token"] == 42, "of a long run the first tokens are gone, not renamed"
+    assert page.locator("polyline").get_attribute("points").split()[0] == "0.0,28.0", "0.5, not 0 for the prompt"
+
+
+def test_stepper_obeys_the_keyboard_and_names_its_slots(mount):
+    page = mount(EvictionStepper([1, 2, 3], slots=2, policies=("lru",)))
+    page.locator(".step").focus()
+    for _ in range(3):
+        page.keyboard.press("Enter")
+    assert page.get_by_role("button", name="give up expert 2").is_enabled()
+    page.get_by_role("button", name="give up expert 1").focus()
+    page.keyboard.press("Space")
+    assert page.locator(".said").inner_text().startswith("Right.")
+    assert page.get_by_role("button", name="slot 1: expert 3, miss").count() == 1
+    assert page.locator(".said").get_attribute("aria-live") == "polite"

@@ -70,6 +70,7 @@ function render({ model, el }) {
   root.innerHTML = FRAME;
   el.replaceChildren(root);
   const $ = (name) => root.querySelector(name);
+  keepKeys(root);
   const turned = L > E; // the longer axis runs from left to right
   const columns = turned ? L : E, rows = turned ? E : L;
   const side = Math.max(5, Math.min(22, Math.floor(600 / columns)));
@@ -79,7 +80,7 @@ function render({ model, el }) {
   $(".grid").append(board);
 
   let shown = new Uint8Array(N).fill(255);
-  let frames = null, stats = [], words = [], at = 0, timer = null, style = null, newest = null;
+  let frames = null, stats = [], words = [], first = 0, at = 0, timer = null, style = null, newest = null;
 
   function dress() {
     root.classList.toggle("mixoff-dark", isDark(el));
@@ -150,6 +151,7 @@ function render({ model, el }) {
     if (!recording || !recording.cells) return;
     frames = bytes(recording.cells);
     stats = recording.stats;
+    first = recording.first || 0; // of a long run the beginning is gone
     words = recording.words;
     root.dataset.tokens = stats.length;
     root.dataset.mode = "replay";
@@ -164,8 +166,9 @@ function render({ model, el }) {
     $(".back").disabled = at === 0;
     $(".step").disabled = at === stats.length - 1;
     paint(frames.subarray(at * N, (at + 1) * N));
-    tell(at, stats[at]);
-    line(stats.slice(Math.max(0, at - 199), at + 1).map(([h, m]) => (h + m ? h / (h + m) : 0)));
+    tell(first + at, stats[at]);
+    $(".scrub").setAttribute("aria-valuetext", `token ${first + at}${words[at] ? `, ${words[at].trim()}` : ""}`);
+    line(stats.slice(Math.max(0, at - 199), at + 1).filter(([h, m]) => h + m).map(([h, m]) => h / (h + m)));
     speak(words.slice(Math.max(0, at - 29), at).join(""), words[at] || "");
   }
 

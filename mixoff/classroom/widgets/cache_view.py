@@ -20,6 +20,7 @@ import traitlets
 from mixoff.cache import HIT as GRANTED
 from mixoff.cache import ExpertCache
 from mixoff.classroom import plots
+from mixoff.errors import MixoffError
 from mixoff.units import format_nbytes
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ HERE = Path(__file__).parent
 STATES = ("in the slow tier", "resident", "hit", "miss", "prefetched", "evicted")
 AWAY, RESIDENT, HIT, MISS, PREFETCHED, EVICTED = range(len(STATES))
 CODES = {"hit": HIT, "miss": MISS, "prefetch": PREFETCHED, "evict": EVICTED}
-AFTERWARDS = np.array([AWAY, RESIDENT, RESIDENT, RESIDENT, PREFETCHED, AWAY], np.uint8)  # of each state, a token later
+AFTERWARDS = bytes([AWAY, RESIDENT, RESIDENT, RESIDENT, PREFETCHED, AWAY]).ljust(256, b"\0")  # each state a token later
 MAX_FPS = 20
 MAX_RECORDED = 2_000_000  # bytes of frames kept for replay; longer runs keep the last tokens
 RATES = 200  # hit rates in the line
@@ -47,8 +48,8 @@ class CacheView(anywidget.AnyWidget):
     view:`. The streamer shows tokens beside the grid; without it the grid still moves. After the `with` the run can be
     replayed: play, step, scrub.
 
-    hits, misses, nbytes: of decoding; a prompt fills the first frame and is counted apart. Under 0.5 ms a token for 48
-    layers of 128 experts (docs/benchmarks.md).
+    hits, misses, nbytes: of decoding; a prompt fills the first frame and is counted apart. tokens: of the whole run, of
+    which the last can be replayed, as many as MAX_RECORDED bytes hold.
     """
 
     _esm = (HERE / "theme.js").read_text("utf-8") + (HERE / "cache_view.js").read_text("utf-8")
@@ -63,17 +64,17 @@ class CacheView(anywidget.AnyWidget):
             sites = runtime.source.sites
             shape = {"layers": [site.layer for site in sites], "experts": max(site.num_experts for site in sites)}
         super().__init__(**shape)
-        self._row = {layer: i for i, layer in enumerate(self.layers)}
-        self._cells = np.zeros((len(self.layers), self.experts), np.uint8)  # (L, E)
+        self._row = {layer: i * self.experts for i, layer in enumerate(self.layers)}  # where each begins in the cells
+        self._cells = bytearray(len(self.layers) * self.experts)  # states, (L, E); plain bytes are written fastest
         self._tokenizer, self._stop, self._due = tokenizer, None, 0.0
         self._token, self._prompt_seen, self._dirty = None, False, False
-        self.hits = self.misses = self.nbytes = 0
+        self.tokens = self.hits = self.misses = self.nbytes = 0
         self._frames: list[bytes] = []
         self._stats: list[tuple[int, int, int, int]] = []  # hits, misses, bytes, residents after each token
         self._words: list[str] = []
         if runtime is not None:
             for layer, expert in runtime.resident():
-                self._cells[self._row[layer], expert] = RESIDENT
+                self._cells[self._row[layer] + expert] = RESIDENT
             self._stop = runtime.on_event(self.note)
 
     @classmethod
@@ -81,6 +82,8 @@ class CacheView(anywidget.AnyWidget):
         cls, trace: Trace, slots: int = 4, policy: str = "lru", scope: str = "layer", words: Sequence[str] = ()
     ) -> CacheView:
         """The cache that `mixoff.simulate` counts, token by token. words: text of each token, shown beside the grid."""
+        if scope not in ("layer", "global"):
+            raise MixoffError(f"unknown scope {scope!r}: choose one of layer, global")
         view = cls(layers=[int(layer) for layer in trace.layers], experts=trace.num_experts)
         L, E = len(trace.layers), trace.num_experts
         capacities = [min(slots, E)] * L if scope == "layer" else [min(slots, E) * L]
@@ -98,9 +101,9 @@ class CacheView(anywidget.AnyWidget):
         keys = [(layer, int(e)) for e in trace.experts[t, layer]]
         for grant in cache.access(pool, keys, prompt):
             if grant.evicted is not None:
-                self._cells[grant.evicted] = EVICTED
+                self._mark(*grant.evicted, EVICTED)
             hit = grant.kind == GRANTED
-            self._cells[grant.key] = HIT if hit else MISS
+            self._mark(*grant.key, HIT if hit else MISS)
             if not prompt:
                 self.hits, self.misses, self.nbytes = (
                     self.hits + hit,
@@ -108,20 +111,28 @@ class CacheView(anywidget.AnyWidget):
                     self.nbytes + (not hit) * nbytes,
                 )
 
+    def _mark(self, row: int, expert: int, state: int) -> None:
+        self._cells[row * self.experts + expert] = state
+
     # live
 
     def note(self, event: Event) -> None:
         """Take in one event of a runtime."""
-        if event.kind not in CODES:
+        state = CODES.get(event.kind)
+        if state is None:
             return
-        if event.token != self._token and self._dirty and self._tokenizer is None:
-            self._end_token("")
-        self._token, self._dirty = event.token, True
-        self._cells[self._row[event.layer], event.expert] = CODES[event.kind]
+        if event.token != self._token:
+            if self._dirty and self._tokenizer is None:
+                self._end_token("")
+            self._token = event.token
+        self._dirty = True
+        self._cells[self._row[event.layer] + event.expert] = state
         if event.phase == "decode":
-            self.nbytes += event.nbytes
-            self.hits += event.kind == "hit"
-            self.misses += event.kind == "miss"
+            if state == HIT:
+                self.hits += 1
+            else:
+                self.misses += state == MISS
+                self.nbytes += event.nbytes
 
     def put(self, ids: Any) -> None:
         """As a streamer of transformers: the prompt first, then one new token at a time."""
@@ -138,23 +149,24 @@ class CacheView(anywidget.AnyWidget):
 
     def _end_token(self, word: str) -> None:
         self._dirty = False
-        self._frames.append(self._cells.tobytes())
-        residents = int(np.isin(self._cells, (RESIDENT, HIT, MISS, PREFETCHED)).sum())
+        self.tokens += 1
+        self._frames.append(bytes(self._cells))
+        residents = len(self._cells) - self._cells.count(AWAY) - self._cells.count(EVICTED)
         self._stats.append((self.hits, self.misses, self.nbytes, residents))
         self._words.append(word)
-        if len(self._frames) * self._cells.size > MAX_RECORDED:
+        if len(self._frames) * len(self._cells) > MAX_RECORDED:
             del self._frames[0], self._stats[0], self._words[0]
         if time.monotonic() >= self._due:
             self.flush()
-        self._cells = AFTERWARDS[self._cells]
+        self._cells = self._cells.translate(AFTERWARDS)
 
     def flush(self) -> None:
         """Show the newest frame now."""
         if self._frames and self._stop is not None:
             self._due = time.monotonic() + 1 / MAX_FPS
-            rates = [h / (h + m) if h + m else 0 for h, m, _, _ in self._stats[-RATES:]]
+            rates = [h / (h + m) for h, m, _, _ in self._stats[-RATES:] if h + m]
             self.live = {
-                "token": len(self._stats) - 1, "stats": self._stats[-1], "cells": _text(self._frames[-1]),
+                "token": self.tokens - 1, "stats": self._stats[-1], "cells": _text(self._frames[-1]),
                 "words": self._words[-30:], "rates": [round(rate, 3) for rate in rates],
             }  # fmt: skip
 
@@ -180,14 +192,10 @@ class CacheView(anywidget.AnyWidget):
         self.detach()
 
     def _publish_recording(self) -> None:
-        self.recording = {"cells": _text(b"".join(self._frames)), "stats": self._stats, "words": self._words}
+        first, cells = self.tokens - len(self._frames), _text(b"".join(self._frames))
+        self.recording = {"first": first, "cells": cells, "stats": self._stats, "words": self._words}
 
     # twins
-
-    @property
-    def tokens(self) -> int:
-        """Frames that can be replayed."""
-        return len(self._frames)
 
     def summary(self) -> str:
         """The run in one line of text."""
@@ -196,12 +204,13 @@ class CacheView(anywidget.AnyWidget):
         return f"{self.tokens} tokens: {self.hits} hits, {self.misses} misses, hit rate {rate}{moved}"
 
     def figure(self, tokens: Sequence[int] = (0, -1)) -> Figure:
-        """The frames of `tokens` as a still figure."""
+        """Frames as a still figure: `tokens` count from the first that can be replayed, negative from the last."""
         shape = (len(self.layers), self.experts)
         grids = [np.frombuffer(self._frames[t], np.uint8).reshape(shape) for t in tokens]
         to_plot = np.array([plots.AWAY, plots.RESIDENT, plots.HIT, plots.MISS, plots.PREFETCHED, plots.EVICTED])
-        places = [t % self.tokens for t in tokens]
-        titles = [f"token {t} {self._words[t]!r}" if self._words[t] else f"token {t}" for t in places]
+        first = self.tokens - len(self._frames)
+        places = [range(len(self._frames))[t] for t in tokens]
+        titles = [f"token {first + t} {self._words[t]!r}" if self._words[t] else f"token {first + t}" for t in places]
         return plots.expert_grids([to_plot[grid] for grid in grids], titles, columns=min(3, len(grids)))
 
     def __repr__(self) -> str:

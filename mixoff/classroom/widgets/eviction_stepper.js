@@ -46,9 +46,12 @@ function render({ model, el }) {
         slot.className = last.hit ? "hit" : "miss";
         slot.textContent = `${expert} ${last.hit ? "h" : "M"}`;
       }
+      const state = slot.className === "hit" ? ", hit" : slot.className === "miss" ? ", miss" : "";
+      slot.setAttribute("aria-label", asking ? `give up expert ${expert}` : `slot ${i + 1}: ${expert === null ? "empty" : `expert ${expert}`}${state}`);
       slot.onclick = () => answer(expert);
       return slot;
     }));
+    keepKeys(root);
     $(".back").disabled = at < 0;
     $(".step").disabled = asking || at === requests.length - 1;
     $(".score").textContent = guesses ? `${right} of ${guesses} guesses right` : "";

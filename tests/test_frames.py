@@ -1,0 +1,144 @@
+"""What widgets compute in Python: frames no oftener than the eye sees, the last one always, long runs, still twins."""
+
+import base64
+import json
+from types import SimpleNamespace
+
+import matplotlib
+import numpy as np
+import pytest
+
+matplotlib.use("Agg")
+
+import mixoff
+from mixoff import models
+from mixoff.classroom.widgets import CacheView, EvictionStepper, cache_view
+from mixoff.events import Event
+
+LAYERS, EXPERTS = 2, 4
+
+
+class Runtime:
+    """Tells what it is told to tell."""
+
+    source = SimpleNamespace(sites=[SimpleNamespace(layer=layer, num_experts=EXPERTS) for layer in (3, 5)])
+
+    def __init__(self, residents=()):
+        self.residents, self.listener = set(residents), None
+
+    def resident(self):
+        return self.residents
+
+    def on_event(self, listener):
+        self.listener = listener
+        return lambda: setattr(self, "listener", None)
+
+    def tell(self, token, layer, expert, kind, nbytes=0, phase="decode"):
+        self.listener(Event(token, layer, expert, kind, nbytes, 0.0, 0.0, phase))
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that stands still unless a test moves it."""
+    now = SimpleNamespace(s=100.0)
+    monkeypatch.setattr(cache_view.time, "monotonic", lambda: now.s)
+    return now
+
+
+def grid(frame):
+    return np.frombuffer(base64.b64decode(frame["cells"]), np.uint8).reshape(LAYERS, EXPERTS).tolist()
+
+
+def test_events_become_states_and_counts():
+    runtime = Runtime(residents=[(5, 1)])
+    view = CacheView(runtime)
+    runtime.tell(7, 3, 0, "miss", 10, phase="prompt")
+    runtime.tell(8, 3, 0, "hit")
+    runtime.tell(8, 3, 2, "miss", 10)
+    runtime.tell(8, 3, 3, "evict")
+    runtime.tell(8, 5, 0, "prefetch", 10)
+    runtime.tell(8, 5, 1, "compute")
+    view.detach()
+    assert (view.hits, view.misses, view.nbytes, view.tokens) == (1, 1, 20, 2)
+    assert grid(view.live) == [[2, 0, 3, 5], [4, 1, 0, 0]]
+    assert view.live["stats"] == (1, 1, 20, 4) and view.live["rates"] == [0.5], "the prompt has no hit rate"
+    assert runtime.listener is None, "detached"
+
+
+def test_a_token_later_asked_experts_are_resident_and_evicted_ones_away():
+    runtime = Runtime()
+    view = CacheView(runtime)
+    for kind, expert in (("hit", 0), ("miss", 1), ("evict", 2), ("prefetch", 3)):
+        runtime.tell(1, 3, expert, kind)
+    runtime.tell(2, 5, 0, "miss")
+    view.detach()
+    assert grid(view.live) == [[1, 1, 0, 4], [3, 0, 0, 0]]
+
+
+def test_frames_come_at_most_twenty_times_a_second_and_the_last_one_always(clock):
+    runtime, sent = Runtime(), []
+    view = CacheView(runtime)
+    view.observe(lambda change: sent.append(change.new["token"]), "live")
+    for token in range(1000):  # two seconds at 500 tokens/s
+        clock.s = 100 + token / 500
+        runtime.tell(token, 3, token % EXPERTS, "miss")
+    assert cache_view.MAX_FPS == 20 and 30 <= len(sent) <= 41
+    view.detach()
+    assert sent[-1] == 999 and len(view.recording["stats"]) == 1000, "all are recorded"
+
+
+def test_words_are_sent_with_the_frame_that_they_belong_to():
+    class Tokenizer:
+        def decode(self, ids):
+            return f" w{ids[0]}"
+
+    runtime = Runtime()
+    view = CacheView(runtime, Tokenizer())
+    view.put(np.array([[1, 2, 3]]))  # the prompt
+    for token in (11, 12):
+        runtime.tell(token, 3, token % EXPERTS, "miss")
+        view._due = 0.0
+        view.put(np.array([token]))
+        assert view.live["words"][-1] == f" w{token}" and view.live["token"] == token - 11
+    view.end()
+
+
+def test_of_a_long_run_the_end_is_kept_and_tokens_go_on_counting(monkeypatch):
+    monkeypatch.setattr(cache_view, "MAX_RECORDED", 5 * LAYERS * EXPERTS)
+    runtime = Runtime()
+    with CacheView(runtime) as view:
+        for token in range(30):
+            runtime.tell(token, 3, token % EXPERTS, "miss")
+    assert view.live["token"] == 29 and view.tokens == 30 and view.summary().startswith("30 tokens: 0 hits, 30 misses")
+    assert view.recording["first"] == 25 and len(view.recording["stats"]) == 5
+    assert [ax.get_title() for ax in view.figure([0, -1]).axes] == ["token 25", "token 29"]
+    matplotlib.pyplot.close("all")
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_replay_counts_as_the_simulator(scope):
+    trace = mixoff.trace.load_domains(models.path() / "traces.npz")["novel"].select(np.arange(40))
+    view = CacheView.replay(trace, slots=3, policy="lfu", scope=scope)
+    counted = mixoff.simulate(trace, policy="lfu", slots=3, scope=scope)
+    assert (view.hits, view.misses) == (counted.hits, counted.misses)
+    assert f"{counted.hits} hits, {counted.misses} misses" in view.summary()
+
+
+def test_states_fit_into_json_and_reprs_are_stable():
+    trace = mixoff.trace.load_domains(models.path() / "traces.npz")["novel"].select(np.arange(3))
+    view, stepper = CacheView.replay(trace), EvictionStepper([1, 2, 1, 3], slots=2)
+    for widget, names in ((view, ("layers", "experts", "recording")), (stepper, ("requests", "steps"))):
+        state = {name: getattr(widget, name) for name in names}
+        assert json.loads(json.dumps(state)).keys() == state.keys()
+    assert repr(view) == "CacheView(8 layers, 8 experts)"
+    assert repr(stepper) == "EvictionStepper(4 requests, policies lru, belady)"
+    assert len(stepper.figure().axes) == 2
+    matplotlib.pyplot.close("all")
+
+
+@pytest.mark.parametrize("widget", [CacheView, EvictionStepper], ids=lambda widget: widget.__name__)
+def test_modules_need_nobody_else(widget):
+    """No import and no address: JupyterLab, Colab and a page from the disk show them alike."""
+    source = f"{widget._esm}{widget._css}"
+    assert "import " not in source.replace("important", "") and "http" not in source
+    assert str(widget._esm).count("export default { render }") == 1
