@@ -232,13 +232,16 @@ def on_t4(mixtral):
 def test_two_bit_experts_lie_in_vram_and_ram(on_t4, scheme):
     plan = on_t4[scheme]
     assert plan.fits and not plan.resident and plan.tiers["disk"] == 0 < plan.tiers["ram"]
+    assert plan.tiers["ram"] + hardware.CPU_RESERVED <= plan.hardware.ram_bytes == 11 * 10**9
+    held = plan.tiers["fast"] - sum(plan.bytes[part] for part in ("backbone", "kv_cache", "workspace"))
+    assert held + plan.tiers["ram"] >= plan.bytes["experts"], "VRAM and RAM together hold every expert"
     assert plan.tiers["fast"] <= 14.75 * GIB - plan.hardware.reserved_nbytes
     assert 5 <= plan.slots_per_layer < 8
 
 
 def test_four_bit_experts_need_the_disk(on_t4):
     plan = on_t4["quality"]
-    assert plan.fits and plan.tiers["disk"] > 0
+    assert plan.fits and plan.tiers["disk"] > 0 and plan.floors_ms["transfer"] > 10 * plan.floors_ms["memory"]
     assert any("of experts stay on disk" in line for line in plan.advice)
 
 
@@ -258,6 +261,22 @@ def test_speed_is_a_band_between_floors_and_the_paper(on_t4):
     no_cache = mixoff.plan(presets.DEMO, hardware="t4", hit_rate=0.0)
     assert no_cache.floors_ms["transfer"] == pytest.approx(354, abs=0.5)  # 64 experts of 66.4 MB at 12 GB/s
     assert mixoff.plan(presets.DEMO, hit_rate=0.6).floors_ms["transfer"] == pytest.approx(142, abs=0.5)
+
+
+def row(name, plan):
+    """A plan as a row of docs/plan.md."""
+    gib = [f"{n / GIB:.1f}" if n else "0" for n in (plan.bytes["store"], plan.tiers["ram"], plan.tiers["disk"])]
+    speeds = ", ".join(f"{plan.tokens_per_s[key]:.1f}" for key in ("low", "expected", "high"))
+    floors = ", ".join(f"{plan.floors_ms[key]:.0f}" for key in ("memory", "transfer"))
+    cells = gib[0], plan.slots_per_layer, *gib[1:], f"{plan.hit_rate:.2f}", speeds, floors
+    return f"| {name} | {' | '.join(map(str, cells))} |"
+
+
+def test_the_table_of_docs_is_what_the_command_says(on_t4, root):
+    text = (root / "docs" / "plan.md").read_text(encoding="utf-8")
+    names = {"published": "published checkpoint"}
+    rows = [row(names.get(name, f"`{name}`"), plan) for name, plan in on_t4.items()]
+    assert [made for made in rows if made not in text.splitlines()] == []
 
 
 # ---------------------------------------------------------------- what does not fit

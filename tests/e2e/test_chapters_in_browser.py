@@ -15,7 +15,7 @@ pytestmark = pytest.mark.e2e
 RUN_TIMEOUT_MS = 180_000
 RUN_ALL = "() => { window.jupyterapp.commands.execute('notebook:run-all-cells'); }"
 CODE_CELLS = """() => window.jupyterapp.shell.currentWidget.content.model.toJSON().cells
-    .filter(cell => cell.cell_type === 'code' && !(cell.metadata.tags || []).includes('nbval-skip'))
+    .filter(cell => cell.cell_type === 'code')
     .map(cell => ({count: cell.execution_count, tags: cell.metadata.tags || [],
                    errors: cell.outputs.filter(out => out.output_type === 'error').map(out => out.ename),
                    images: cell.outputs.filter(out => out.data && out.data['image/png']).length}))"""
@@ -52,8 +52,11 @@ def photograph(page, path):
 
 WATCH = """() => {
     window.seen = [];
+    window.said = [];
     new MutationObserver((changes) => changes.forEach(({target}) => {
-        if (target.dataset.mode !== 'replay' && target.dataset.token) window.seen.push(Number(target.dataset.token));
+        if (target.dataset.mode === 'replay' || !target.dataset.token) return;
+        window.seen.push(Number(target.dataset.token));
+        window.said.push(target.querySelector('.words').innerText);
     })).observe(document.body, {subtree: true, attributes: true, attributeFilter: ['data-token']});
 }"""
 
@@ -61,6 +64,7 @@ WATCH = """() => {
 def drive_view(page):
     """Chapter 09: frames came while the cell ran; the widget says what the kernel printed; replay plays and scrubs."""
     assert len(set(page.evaluate("window.seen"))) > 5, "the grid moved while the model wrote"
+    assert len(set(page.evaluate("window.said"))) > 5, "and the text grew beside it"
     view = page.locator(".mixoff-cache")
     printed = page.locator(".jp-OutputArea-output", has_text="hit rate").filter(has_text="tokens:").first.inner_text()
     tokens, hits, misses = map(int, re.search(r"(\d+) tokens: (\d+) hits, (\d+) misses", printed).groups())
@@ -118,6 +122,24 @@ def drive_explorer(page):
     assert shown["fits"] == "false" and shown["change"] in explorer.locator(".change").inner_text() != ""
 
 
+THEMES = {"light": "JupyterLab Light", "dark": "JupyterLab Dark"}
+
+
+def photograph_themes(page, folder):
+    """Each widget of the chapter in the light and in the dark theme, which it must notice."""
+    for name, theme in THEMES.items():
+        page.evaluate("theme => window.jupyterapp.commands.execute('apputils:change-theme', {theme})", theme)
+        page.wait_for_function(
+            """dark => [...document.querySelectorAll('[class^=mixoff-]')].every(
+                e => e.classList.contains('mixoff-dark') === dark)
+                && document.body.dataset.jpThemeLight === String(!dark)""",
+            arg=name == "dark",
+        )
+        page.wait_for_timeout(500)
+        for i, widget in enumerate(page.locator("[class^=mixoff-]").all()):
+            widget.screenshot(path=folder / f"widget-{i}-{name}.png")
+
+
 DRIVERS = {"02_vram_arithmetic": drive_explorer, "08_cache_policies": drive_stepper, "09_live_cache": drive_view}
 
 
@@ -131,6 +153,7 @@ def test_chapter_runs_from_top_to_bottom(chapter, open_notebook, tmp_path):
     assert sum(cell["images"] for cell in cells) > 0, "a chapter shows at least one figure"
     if chapter.stem in DRIVERS:
         DRIVERS[chapter.stem](page)
+        photograph_themes(page, tmp_path)
     photograph(page, tmp_path / f"{chapter.stem}.png")
     assert page.locator(".jp-RenderedImage img").count() > 0
     assert page.complaints == []
