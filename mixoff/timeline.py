@@ -126,12 +126,13 @@ class Prediction:
     """One token's time, modelled. terms: seconds by what they are spent on; they add up to the token's time.
 
     floors: seconds that no implementation can beat on this machine at this hit rate, by lane. inputs: every figure that
-    went in.
+    went in. step: the same token as events, for `gantt`; all its backbone and fixed work is `attention_s`.
     """
 
     terms: dict[str, float]
     floors: dict[str, float]
     inputs: dict[str, object] = field(default_factory=dict)
+    step: Step | None = field(default=None, repr=False)
 
     @property
     def seconds(self) -> float:
@@ -189,10 +190,13 @@ def predict(
     sizes, compute = sizes_of(shape, scheme), compute_dtype(hardware, shape.dtype)
     background = sizes.slot_nbytes >= BACKGROUND_FROM if background is None else background
     terms = _computing(sizes, compute, hardware, efficiency, recall is not None)
+    copied = rates["ram_share"] * (1 - hit_rate) if hardware.device == "cpu" and background else 0.0
+    step = _step(sizes, hardware, efficiency, terms, rates | {"overlap": background}, copied)
+    near_s = sizes.requested() / sum(shape.top_k) / miss_Bps(hardware, 1.0) + efficiency.miss_s
+    terms["fetches"] = _waiting(step, shape.top_k) + copied * sum(shape.top_k) * near_s
     inputs = rates | {"background": background, "compute_dtype": compute}
-    terms["fetches"] = _waiting(sizes, hardware, efficiency, terms, rates, background)
     inputs |= {"efficiency": asdict(efficiency), "hardware": hardware.to_dict()}
-    return Prediction(terms, floors(sizes, compute, hardware, hit_rate, rates["ram_share"]), inputs)
+    return Prediction(terms, floors(sizes, compute, hardware, hit_rate, rates["ram_share"]), inputs, step)
 
 
 def _computing(
@@ -215,29 +219,36 @@ def _widened(touched: Mapping[int, int], compute: str) -> dict[int | str, int]:
     return {WIDENED if 16 <= bits < wide else bits: nbytes for bits, nbytes in touched.items()}
 
 
-def _waiting(
+def _step(
     sizes: Sizes,
     hardware: Hardware,
     efficiency: Efficiency,
     terms: Mapping[str, float],
     rates: Mapping[str, float | None],
-    background: bool,
-) -> float:
+    copied: float,
+) -> Step:
+    """A step of these terms; copied: share of the requests that RAM serves at once, which are no misses here."""
+    layers, experts = len(sizes.sites), sum(sizes.shape.top_k)
+    fetch_s = sizes.requested() / experts / miss_Bps(hardware, 0.0 if copied else rates["ram_share"])
+    return Step(
+        layers=layers,
+        top_k=max(sizes.shape.top_k),
+        host_s=0.0,
+        attention_s=(terms["backbone"] + terms["fixed"]) / layers,
+        expert_s=terms["experts"] / experts,
+        link_s=fetch_s + efficiency.miss_s,
+        hit_rate=rates["hit_rate"] + copied,
+        recall=rates["recall"],
+        overlap=rates["overlap"],
+    )
+
+
+def _waiting(step: Step, top_k: Iterable[int]) -> float:
     """Seconds of a token in which it waits for experts."""
-    top_k, hit_rate, ram_share = sizes.shape.top_k, rates["hit_rate"], rates["ram_share"]
-    experts, copied = sum(top_k), 0.0
-    nbytes, meanwhile = sizes.requested() / experts, terms["experts"] / experts
-    if hardware.device == "cpu" and background:  # what RAM holds is copied at once, by the thread that computes
-        copied = ram_share * (1 - hit_rate)
-        hit_rate, ram_share = hit_rate + copied, 0.0
-    fetch_s = nbytes / miss_Bps(hardware, ram_share) + efficiency.miss_s
-    if rates["recall"] is None:
-        waits = sum(exposed_s(k, hit_rate, fetch_s, meanwhile if background else 0.0) for k in top_k)
-    else:
-        rest = (terms["backbone"] + terms["fixed"]) / len(top_k)
-        step = Step(len(top_k), max(top_k), 0.0, rest, meanwhile, fetch_s, hit_rate=hit_rate, recall=rates["recall"])
-        waits = replace(step, overlap=background).seconds() - replace(step, hit_rate=1.0).seconds(1)
-    return waits + copied * experts * (nbytes / miss_Bps(hardware, 1.0) + efficiency.miss_s)
+    if step.recall is not None:
+        return step.seconds() - replace(step, hit_rate=1.0).seconds(1)
+    meanwhile = step.expert_s if step.overlap else 0.0
+    return sum(exposed_s(k, step.hit_rate, step.link_s, meanwhile) for k in top_k)
 
 
 def compute_dtype(hardware: Hardware, stored: str) -> str:
