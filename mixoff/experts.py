@@ -9,7 +9,6 @@ from __future__ import annotations
 import torch
 
 from mixoff import kernels
-from mixoff.kernels import cpu
 from mixoff.quantize import QTensor
 
 SILU = ("SiLU", "SiLUActivation")  # torch's and transformers' own class for it
@@ -48,9 +47,7 @@ def expert_mlp(
     exact: activations stay fp32 in products with quantized weights.
     """
     if fuses(module, x, weights, exact):
-        h = cpu.linear(x.float(), weights["gate_up_proj"], exact)  # (R, 2F)
-        h = cpu.gated(h, weights["down_proj"], exact).to(x.dtype)  # (R, D)
-        return normed(module, h)
+        return normed(module, kernels.gated_mlp(x, weights["gate_up_proj"], weights["down_proj"], exact))
 
     def linear(x: torch.Tensor, name: str) -> torch.Tensor:
         out = kernels.linear(x, weights[name], scratch, module.is_transposed, exact)
@@ -68,11 +65,11 @@ def normed(module: torch.nn.Module, h: torch.Tensor) -> torch.Tensor:
 
 
 def fuses(module: torch.nn.Module, x: torch.Tensor, weights: dict[str, torch.Tensor | QTensor], exact: bool) -> bool:
-    """Whether activation and down projection are one compiled call: quantized weights, and the gate is plain silu."""
+    """Whether the activation is part of a compiled call: quantized weights, and the gate is plain silu."""
     down = weights["down_proj"]
     if not isinstance(down, QTensor) or not is_silu_gated(module):
         return False
-    return all(kernels.choose(x, w, exact) in ("int8", "fp32") for w in (weights["gate_up_proj"], down))
+    return all(kernels.choose(x, w, exact) in kernels.FUSED for w in (weights["gate_up_proj"], down))
 
 
 def is_silu_gated(module: torch.nn.Module) -> bool:

@@ -9,25 +9,32 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mixoff.errors import MixoffError
-from mixoff.kernels import cpu, reference, strided
+from mixoff.kernels import cpu, reference, strided, triton_products
+from mixoff.kernels.triton_tiles import MOST_ROWS
 from mixoff.quantize import QTensor
 from mixoff.strided import StridedTensor
 
 if TYPE_CHECKING:
     import torch
 
-KERNELS = ("int8", "fp32", "dense", "reference")
+KERNELS = ("int8", "fp32", "dense", "reference", "triton", "triton-dense")
+FUSED = ("int8", "fp32", "triton")  # straight from packed codes, with a fused gate
 
 
 def choose(x: torch.Tensor, w: torch.Tensor | QTensor | StridedTensor, exact: bool = False) -> str:
     """The kernel that computes `x @ w.T`: the table of docs/kernels.md.
 
     `int8` and `fp32` compute from packed codes, named for their activations; `dense` dequantizes each block of outputs
-    once and multiplies with torch, for many rows; `reference` is torch alone.
+    once and multiplies with torch, for many rows; `reference` is torch alone. On a CUDA card, `triton` computes from
+    packed codes with fp32 sums, whether `exact` or not, and `triton-dense` dequantizes for cuBLAS.
     """
     if isinstance(w, StridedTensor):
         return "fp32" if strided.serves(x, w) else "reference"
-    if not isinstance(w, QTensor) or not cpu.serves(x, w):
+    if not isinstance(w, QTensor):
+        return "reference"
+    if triton_products.serves(x, w):
+        return "triton" if x.shape[0] <= MOST_ROWS else "triton-dense"
+    if not cpu.serves(x, w):
         return "reference"
     if not exact:
         return "int8"
@@ -55,6 +62,20 @@ def linear(
         return cpu.linear(x, w, exact=chosen == "fp32")
     if chosen == "dense":
         return cpu.dense(x, w)
+    if chosen == "triton":
+        return triton_products.linear(x, w)
+    if chosen == "triton-dense":
+        return triton_products.dense(x, w)
     if chosen != "reference":
         raise MixoffError(f"no kernel {chosen!r}: choose one of {', '.join(KERNELS)}")
     return reference.linear(x, w, scratch, transposed)
+
+
+def gated_mlp(x: torch.Tensor, gate_up: QTensor, down: QTensor, exact: bool = False) -> torch.Tensor:
+    """`(silu(gate) * up) @ down.T` with gate and up the halves of `x @ gate_up.T` -> (T, N), in x's dtype.
+
+    x (T, K), gate_up (2F, K), down (N, F). Both products must be of FUSED kernels. What lies between stays fp32.
+    """
+    if choose(x, gate_up, exact) == "triton":
+        return triton_products.linear(triton_products.gated(x, gate_up), down, x.dtype)
+    return cpu.gated(cpu.linear(x.float(), gate_up, exact), down, exact).to(x.dtype)

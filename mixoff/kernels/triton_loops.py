@@ -1,0 +1,255 @@
+"""Products with quantized weights on a CUDA card, compiled by Triton: the codes as the store keeps them, on every chip.
+
+Letters: **T** rows of activations, **N** outputs, **K** inputs, **G** group size, **F** expert width.
+A program takes a few neighbouring outputs of one block of 128, all inputs, and up to ROWS rows. A thread holds four
+outputs of a group at a time, one 16-byte load of codes each, so a warp reads whole cache lines. Sums are fp32, in an
+order that a tile fixes; nothing is added atomically, so runs repeat bit for bit. `tl.sum` adds at the end; `tl.dot`
+would need more rows than there are, and on sm_75 it compiles to the same multiply-adds without tensor cores.
+
+A code becomes a number without a conversion, of which the older chips do 16 a cycle: laid into the mantissa of a power
+of two by one logical instruction, minus that power. That instruction takes one immediate, so the other comes from a
+register: `magic`, 2**23 as bits, is an argument that nothing folds. bf16 is widened by shifting bits and needs no
+instruction for it.
+
+Every load is four bytes wide or wider, of single bytes and halves at odd places the word around them. Importing this
+module imports triton. Does not know tensors.
+"""
+
+import triton
+import triton.language as tl
+
+BLOCK = tl.constexpr(128)  # outputs whose codes lie beside each other, and groups on one grid of metadata
+
+
+# What lies in an image ------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def word_around(image, address, live):
+    """The aligned 32 bits that hold `address`, moved down so that its byte is the lowest."""
+    word = tl.load(image.to(tl.pointer_type(tl.int32)) + (address >> 2), mask=live, other=0)
+    return word >> ((address & 3) * 8)
+
+
+@triton.jit
+def half_at(image, address, live):
+    """The fp16 number at `address`, as fp32."""
+    return word_around(image, address, live).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def bytes_at(image, address, live, WIDE: tl.constexpr):
+    """Bytes as fp32. WIDE: four neighbours begin at a multiple of four, and are one load."""
+    if WIDE:
+        found = tl.load(tl.multiple_of(image + address, (4, 4)), mask=live, other=0)
+    else:
+        found = word_around(image, address, live) & 255
+    return found.to(tl.float32)
+
+
+@triton.jit
+def third_bits(image, high_at, at, live, WIDE: tl.constexpr):
+    """The 16 bits that hold the high bits of 16 3-bit codes, those of word `at`."""
+    if WIDE:
+        halves = (image + high_at).to(tl.pointer_type(tl.int16))
+        found = tl.load(tl.multiple_of(halves + at, (8, 8)), mask=live, other=0).to(tl.int32)
+    else:
+        found = word_around(image, high_at + 2 * at, live)
+    return found
+
+
+@triton.jit
+def field(word, AT: tl.constexpr, BITS: tl.constexpr, LIFT: tl.constexpr, magic):
+    """`BITS` bits of a word from bit AT on, times 2**LIFT, as fp32; AT + BITS is at most 23."""
+    mask: tl.constexpr = ((1 << BITS) - 1) << AT
+    power: tl.constexpr = 2.0 ** (23 - AT + LIFT)
+    return ((word & mask) | (magic + ((LIFT - AT) << 23))).to(tl.float32, bitcast=True) - power
+
+
+@triton.jit
+def code(word, high, INDEX: tl.constexpr, BITS: tl.constexpr, magic):
+    """Code number INDEX of each word, as fp32; `high` holds the third bits of 3-bit codes."""
+    WIDTH: tl.constexpr = 2 if BITS == 3 else BITS
+    half = word if INDEX * WIDTH < 16 else word >> 16
+    found = field(half, INDEX * WIDTH % 16, WIDTH, 0, magic)
+    if BITS == 3:
+        found += field(high, INDEX, 1, 2, magic)
+    return found
+
+
+@triton.jit
+def scales_of(image, start, groups, n, g, r, grids_at, scales_at, mins_at, count, WIDE: tl.constexpr):
+    """Scale and minimum, fp32 (BG, BN), of groups g of outputs start + r, in a block of n outputs from `start` on."""
+    item = start * groups + g[:, None] * n + r[None, :]
+    live = (g < groups)[:, None] & (r < n)[None, :]
+    if WIDE:  # a row of groups of a block of 128 shares a grid
+        grid, there = (start // BLOCK * groups + g)[:, None], (g < groups)[:, None]
+        live = there
+    else:
+        grid, there = item // BLOCK, live
+    base = half_at(image, grids_at + 2 * grid, there)
+    span = half_at(image, grids_at + 2 * (grid + count), there) / 256
+    top = half_at(image, grids_at + 2 * (grid + 2 * count), there)
+    low = half_at(image, grids_at + 2 * (grid + 3 * count), there) / 256
+    scale = base + bytes_at(image, scales_at + item, live, WIDE) * span
+    return scale, top - bytes_at(image, mins_at + item, live, WIDE) * low
+
+
+@triton.jit
+def words_of(image, start, j, K, n, r, high_at, live, BITS: tl.constexpr, WIDE: tl.constexpr):
+    """Row j (BG,) of words of outputs start + r, int32 (BG, BN), and the third bits of their codes."""
+    PER: tl.constexpr = 16 if BITS == 3 else 32 // BITS
+    at = start * (K // PER) + j[:, None] * n + r[None, :]
+    word = tl.load(image.to(tl.pointer_type(tl.int32)) + at, mask=live, other=0)
+    high = word
+    if BITS == 3:
+        high = third_bits(image, high_at, at, live, WIDE)
+    return word, high
+
+
+# Activations ----------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def pair(x, at, live, KIND: tl.constexpr):
+    """Activations `at` and `at` + 1, an even number, as fp32. fp16 and bf16 come as words of two."""
+    if KIND == "fp32":
+        first, second = tl.load(x + at, mask=live, other=0.0), tl.load(x + at + 1, mask=live, other=0.0)
+    else:
+        word = tl.load(x + (at >> 1), mask=live, other=0)
+        if KIND == "bf16":
+            first, second = (word << 16).to(tl.float32, bitcast=True), (word & -65536).to(tl.float32, bitcast=True)
+        else:
+            first = word.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+            second = (word >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    return first, second
+
+
+# Products -------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def zeros(ROWS: tl.constexpr, shape: tl.constexpr):
+    """As many tensors of zeros: an accumulator for each row."""
+    one = (tl.zeros(shape, tl.float32),)
+    return one if ROWS == 1 else zeros(ROWS - 1, shape) + one
+
+
+@triton.jit
+def sums_of(
+    x, image, T, row, K, start, n, r, high_at, grids_at, scales_at, mins_at, count, magic,
+    BITS: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, KIND: tl.constexpr, WIDE: tl.constexpr,
+    BG: tl.constexpr, U: tl.constexpr,
+):  # fmt: skip
+    """Products of rows `row`... with outputs start + r of a block of n: a tuple of ROWS tensors, fp32 (BN,)."""
+    PER: tl.constexpr = 16 if BITS == 3 else 32 // BITS
+    STEP: tl.constexpr = G // PER
+    BN: tl.constexpr = r.shape[0]
+    groups = K // G
+    totals = zeros(ROWS, (BG, BN))
+    for first in range(0, groups, BG):
+        g = first + tl.arange(0, BG)
+        inside = g < groups
+        live = inside[:, None] if WIDE else inside[:, None] & (r < n)[None, :]
+        products, sums = zeros(ROWS, (BG, BN)), zeros(ROWS, (BG,))
+        for word_row in range(0, STEP, U):
+            for u in tl.static_range(U):
+                j = g * STEP + word_row + u
+                word, high = words_of(image, start, j, K, n, r, high_at, live, BITS, WIDE)
+                for i in tl.static_range(0, PER, 2):
+                    q0, q1 = code(word, high, i, BITS, magic), code(word, high, i + 1, BITS, magic)
+                    new_products, new_sums = (), ()
+                    for t in tl.static_range(ROWS):
+                        x0, x1 = pair(x, (row + t) * K + j * PER + i, g < tl.where(row + t < T, groups, 0), KIND)
+                        new_products = new_products + (products[t] + q0 * x0[:, None] + q1 * x1[:, None],)
+                        new_sums = new_sums + (sums[t] + (x0 + x1),)
+                    products, sums = new_products, new_sums
+        scale, minimum = scales_of(image, start, groups, n, g, r, grids_at, scales_at, mins_at, count, WIDE)
+        new_totals = ()
+        for t in tl.static_range(ROWS):
+            new_totals = new_totals + (totals[t] + scale * products[t] + minimum * sums[t][:, None],)
+        totals = new_totals
+    found = ()
+    for t in tl.static_range(ROWS):
+        found = found + (tl.sum(totals[t], 0),)
+    return found
+
+
+@triton.jit
+def put(out, at, value, live, KIND: tl.constexpr):
+    """Store fp32 values in the dtype of `out`; bf16, rounded half to even, by its bits in int16."""
+    if KIND == "bf16":
+        bits = value.to(tl.int32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        tl.store(out + at, tl.where(value == value, rounded, 0x7FC0).to(tl.int16), mask=live)
+    else:
+        tl.store(out + at, value.to(out.dtype.element_ty), mask=live)
+
+
+@triton.jit(do_not_specialize=["T"])
+def linear(
+    x, image, out, T, N, K, first, n, high_at, grids_at, scales_at, mins_at, count, magic,
+    BITS: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, KIND: tl.constexpr, OUT: tl.constexpr,
+    WIDE: tl.constexpr, BG: tl.constexpr, BN: tl.constexpr, U: tl.constexpr,
+):  # fmt: skip
+    """`x @ w.T` for x (T, K) -> out (T, N), for the outputs from `first` on, in blocks of n.
+
+    Programs for the same outputs and other rows are neighbours: they meet the same codes in the cache."""
+    at = first + tl.program_id(1) * BN
+    start, row = at // BLOCK * BLOCK, tl.program_id(0) * ROWS
+    r = at - start + tl.arange(0, BN)
+    found = sums_of(
+        x, image, T, row, K, start, n, r, high_at, grids_at, scales_at, mins_at, count, magic,
+        BITS, G, ROWS, KIND, WIDE, BG, U,
+    )  # fmt: skip
+    for t in tl.static_range(ROWS):
+        put(out, (row + t) * N + start + r, found[t], r < tl.where(row + t < T, n, 0), OUT)
+
+
+@triton.jit(do_not_specialize=["T"])
+def gated(
+    x, image, out, T, F, K, high_at, grids_at, scales_at, mins_at, count, magic,
+    BITS: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, KIND: tl.constexpr,
+    BG: tl.constexpr, BN: tl.constexpr, U: tl.constexpr,
+):  # fmt: skip
+    """`silu(x @ gate.T) * (x @ up.T)` for a weight (2F, K), gate before up, whole blocks each -> fp32 out (T, F)."""
+    at, row = tl.program_id(1) * BN, tl.program_id(0) * ROWS
+    start = at // BLOCK * BLOCK
+    r = at - start + tl.arange(0, BN)
+    gate = sums_of(
+        x, image, T, row, K, start, BLOCK, r, high_at, grids_at, scales_at, mins_at, count, magic,
+        BITS, G, ROWS, KIND, True, BG, U,
+    )  # fmt: skip
+    up = sums_of(
+        x, image, T, row, K, F + start, BLOCK, r, high_at, grids_at, scales_at, mins_at, count, magic,
+        BITS, G, ROWS, KIND, True, BG, U,
+    )  # fmt: skip
+    for t in tl.static_range(ROWS):
+        h = gate[t] / (1 + tl.exp(-gate[t])) * up[t]
+        tl.store(out + (row + t) * F + start + r, h, mask=r < tl.where(row + t < T, BLOCK, 0))
+
+
+# Weights --------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def dequantize(
+    image, out, C, K, first, n, high_at, grids_at, scales_at, mins_at, count, magic,
+    BITS: tl.constexpr, G: tl.constexpr, OUT: tl.constexpr, WIDE: tl.constexpr, BG: tl.constexpr,
+):  # fmt: skip
+    """Weights of the blocks of n outputs from `first` on, inputs first: into out (K, C), neighbours beside each other.
+
+    By block and by BG groups of inputs.
+    """
+    PER: tl.constexpr = 16 if BITS == 3 else 32 // BITS
+    STEP: tl.constexpr = G // PER
+    start, groups = first + tl.program_id(0) * BLOCK, K // G
+    g, r = tl.program_id(1) * BG + tl.arange(0, BG), tl.arange(0, BLOCK)
+    live = (g < groups)[:, None] & (r < n)[None, :]
+    scale, minimum = scales_of(image, start, groups, n, g, r, grids_at, scales_at, mins_at, count, WIDE)
+    for s in range(STEP):
+        j = g * STEP + s
+        word, high = words_of(image, start, j, K, n, r, high_at, live, BITS, WIDE)
+        for i in tl.static_range(PER):
+            at = (j * PER + i)[:, None] * C + (start - first + r)[None, :]
+            put(out, at, code(word, high, i, BITS, magic) * scale + minimum, live, OUT)

@@ -1,0 +1,216 @@
+"""The kernels for CUDA cards without a card: their numbers in Triton's interpreter, their machine code by offline
+compilation.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import triton_table
+from mixoff import kernels
+from mixoff.errors import MixoffError
+from mixoff.kernels import triton_products, triton_tiles
+from mixoff.quantize import QTensor
+
+needs_triton = pytest.mark.skipif(triton_products.loops() is None, reason="triton is not installed")
+
+
+class Interpreter:
+    """The process of `interpreted.py`, which answers cases."""
+
+    def __init__(self, root):
+        env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([str(root), str(root / "tests")])}
+        command = [sys.executable, root / "tests" / "interpreted.py"]
+        self.process = subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def error(self, what, bits=2, group=32, n=128, k=64, rows=1, dtype="fp16", **more):
+        case = {"what": what, "bits": bits, "group": group, "n": n, "k": k, "rows": rows, "dtype": dtype}
+        print(json.dumps(case | more), file=self.process.stdin, flush=True)
+        line = self.process.stdout.readline()
+        assert line, "the interpreter ended: its message stands in the captured output"
+        return json.loads(line)
+
+
+@pytest.fixture(scope="module")
+def interpreter(root):
+    process = Interpreter(root)
+    yield process
+    process.process.stdin.close()
+    assert process.process.wait(60) == 0
+
+
+# --- numbers ----------------------------------------------------------------------------------------------------------
+
+SHAPES = [(256, 64), (140, 64), (192, 128), (131, 64), (31, 96), (1, 64)]  # whole blocks, parts, odd widths
+
+
+@needs_triton
+@pytest.mark.parametrize(("bits", "group"), [(2, 16), (2, 32), (3, 32), (4, 16), (4, 32), (8, 16), (8, 32)])
+def test_products_are_those_of_the_weights(bits, group, interpreter):
+    """Within the rounding of fp32 sums; group counts that a tile does not divide."""
+    for i, (n, k) in enumerate(SHAPES):
+        if i % 3 == (bits + group // 16) % 3:
+            assert interpreter.error("linear", bits, group, n, k, dtype=("fp16", "bf16", "fp32")[i % 3]) <= 1, (n, k)
+
+
+@needs_triton
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 8])
+def test_rows_side_by_side(rows, interpreter):
+    dtype = {1: "bf16", 2: "fp32", 3: "fp16", 5: "bf16", 8: "fp16"}[rows]
+    assert interpreter.error("linear", 4, 32, 128, 64, rows, dtype) <= 1
+
+
+@needs_triton
+@pytest.mark.parametrize(("bits", "group"), [(2, 64), (2, 128), (3, 128), (4, 64), (8, 128)])
+def test_long_groups(bits, group, interpreter):
+    assert interpreter.error("linear", bits, group, 44, 128) <= 1
+
+
+@needs_triton
+def test_the_tables_own_tiles(interpreter):
+    """Several programs a block, two words at once; and more than one round of groups."""
+    assert interpreter.error("linear", 2, 32, 16, 1056, table=True) <= 1
+    assert interpreter.error("linear", 4, 32, 32, 64, 4, table=True) <= 1
+
+
+@needs_triton
+@pytest.mark.parametrize(("bits", "n", "dtype"), [(2, 256, "fp16"), (4, 256, "fp32"), (8, 192, "bf16")])
+def test_the_gate_is_fused(bits, n, dtype, interpreter):
+    """Of whole blocks by one kernel, of others by a product and torch."""
+    assert interpreter.error("gated", bits, 32, n, 64, 2 if bits == 4 else 1, dtype) <= 1
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("bits", "n", "dtype"), [(2, 300, "fp16"), (3, 131, "fp32"), (4, 128, "bf16"), (8, 17, "fp16")]
+)
+def test_prompts_are_dequantized(bits, n, dtype, interpreter):
+    assert interpreter.error("dense", bits, 32, n, 96, 40, dtype) <= 1
+
+
+@needs_triton
+def test_what_is_not_finite_shows(interpreter):
+    assert interpreter.error("unfinished", 2, 32, 64, 64, 2) == 0
+
+
+@needs_triton
+def test_experts_find_the_kernels(interpreter):
+    assert interpreter.error("expert", 4, 32, 256, 64, 2, "fp16") <= 1
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["fp16", "bf16", "fp32"])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 7, 8])
+@pytest.mark.parametrize(("bits", "group"), [(b, g) for b in (2, 3, 4, 8) for g in (16, 32, 64, 128)])
+def test_every_combination(bits, group, rows, dtype, interpreter):
+    for n in (128, 131, 44):
+        assert interpreter.error("linear", bits, group, n, group * 2 if n == 44 else group, rows, dtype) <= 1, n
+
+
+@needs_triton
+@pytest.mark.slow
+def test_the_bundled_model_computes_the_same(interpreter):
+    assert interpreter.error("tiny") <= 1
+
+
+# --- machine code -----------------------------------------------------------------------------------------------------
+
+
+def compiled(root, tmp_path, *options):
+    """What `tools/triton_table.py` tells, with a cache of its own and without the interpreter."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    env |= {"TRITON_CACHE_DIR": str(tmp_path / "triton"), "PYTHONPATH": str(root)}
+    command = [sys.executable, root / "tools" / "triton_table.py", "--json", *options]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)["compiled"]
+
+
+def check(rows):
+    for row in rows:
+        widths = {int(width) for width in row["loads"]}
+        assert min(widths) >= 4, f"a load of less than four bytes a thread: {row}"
+        assert max(widths) == 16, f"codes are not loaded in 16 bytes a thread: {row}"
+        assert row["stack"] <= (64 if row["rows"] == 4 else 0), f"registers are spilled: {row}"
+        assert 0 < row["registers"] <= 255 and row["shared"] <= 48 << 10
+
+
+@needs_triton
+def test_kernels_compile_for_every_chip(root, tmp_path):
+    """sm_75 to sm_90, bf16 on sm_75 among them; loads are wide, and only four rows spill a few registers."""
+    rows = compiled(root, tmp_path)
+    assert {(row["sm"], row["kernel"]) for row in rows} >= {
+        (sm, kernel) for sm in (75, 80, 86, 89, 90) for kernel in ("linear", "gated")
+    }
+    assert (75, "bf16") in {(row["sm"], row["dtype"]) for row in rows}
+    check(rows)
+
+
+@needs_triton
+@pytest.mark.slow
+def test_every_combination_compiles(root, tmp_path):
+    check(compiled(root, tmp_path, "--all"))
+
+
+def test_widths_are_read_from_machine_code():
+    assert triton_table.load_widths("LDG.E.U8 R1, [R2] ; LDG.E.64.CONSTANT R4, [R2] ; STG.E.U16 [R2], R1") == {
+        1: 1,
+        8: 1,
+    }
+    with pytest.raises(AssertionError, match="less than four bytes"):
+        check([{"loads": {"2": 1, "16": 4}, "stack": 0, "registers": 40, "shared": 0}])
+    loop = ".L_x_1:\n  /*0010*/  FADD ;\n  /*0020*/ @P0 BRA `(.L_x_1) ;\n  /*0030*/ EXIT ;\n"
+    assert triton_table.longest_loop(loop) == 2
+
+
+@needs_triton
+def test_measuring_is_rehearsed(root):
+    """The command for a user's card, in the interpreter on the CPU."""
+    env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(root)}
+    command = [sys.executable, root / "tools" / "triton_table.py", "--measure", "--json"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert {row["product"] for row in found["rows"]} == {"linear", "gated"} and "mean nothing" in done.stderr
+    assert all(row["modelled_floor_s"] == row["nbytes"] / found["read_Bps"] for row in found["rows"])
+
+
+# --- choices ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_cpu_keeps_its_kernels():
+    w, x = QTensor.empty((64, 64), 2, 32), torch.ones(1, 64)
+    assert not triton_products.serves(x, w) and kernels.choose(x, w) != "triton"
+
+
+def test_tiles_are_chosen_by_chip_rows_and_outputs():
+    for sm in triton_tiles.TILES:
+        for rows in triton_tiles.ROWS:
+            for outputs in (64, 4096, 14336):
+                tile = triton_tiles.tile(sm, rows, outputs)
+                assert 128 % tile.BN == 0 and 128 * tile.warps == tile.BN * tile.BG, "four outputs a thread"
+    assert triton_tiles.tile(87, 1, 4096) == triton_tiles.tile(86, 1, 4096)
+
+
+def test_old_chips_and_other_forms_are_left_to_the_reference(monkeypatch):
+    monkeypatch.setattr(triton_products, "DEVICES", ("cpu",))
+    monkeypatch.setattr(triton_products, "loops", lambda: triton_products)
+    x = torch.ones(1, 64)
+    assert triton_products.serves(x, QTensor.empty((64, 64), 2, 32))
+    assert not triton_products.serves(x, QTensor.empty((64, 64), 2, 32, 16))
+    assert not triton_products.serves(x.double(), QTensor.empty((64, 64), 2, 32))
+    monkeypatch.setattr(triton_products, "chip", lambda _: 70)
+    assert not triton_products.serves(x, QTensor.empty((64, 64), 2, 32))
+    monkeypatch.setattr(triton_products, "loops", lambda: None)
+    monkeypatch.setattr(triton_products, "chip", lambda _: 75)
+    assert not triton_products.serves(x, QTensor.empty((64, 64), 2, 32))
+
+
+def test_names_of_kernels_are_told():
+    with pytest.raises(MixoffError, match="triton, triton-dense"):
+        kernels.linear(torch.ones(1, 64), QTensor.empty((64, 64), 2, 32), kernel="cutlass")

@@ -1,0 +1,373 @@
+"""What Triton makes of the kernels for each chip, and how near a card comes to its memory: tables in docs/kernels.md.
+
+    python tools/triton_table.py                      compiles for sm_75 to sm_90, no GPU needed
+    python tools/triton_table.py --measure            times products on this machine's card beside its bandwidth
+    python tools/triton_table.py --measure --tiles    other tiles too, for mixoff/kernels/triton_tiles.py
+
+`--json` prints one object, `--all` compiles every combination (minutes). With TRITON_INTERPRET=1, `--measure` runs
+small shapes in Triton's interpreter on the CPU: a rehearsal, whose times mean nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+
+from mixoff.kernels import triton_products
+from mixoff.kernels.triton_tiles import ROWS, Tile, tile
+from mixoff.quantize import QTensor, packed_nbytes
+
+SHAPES = {"linear": (4096, 14336), "gated": (28672, 4096), "dequantize": (4096, 14336)}  # Mixtral-8x7B
+POINTERS = {"fp16": "*fp16", "bf16": "*i16", "fp32": "*fp32"}
+REGISTERS = 65536  # of a multiprocessor
+GB = 1e9
+
+
+@dataclass(frozen=True)
+class Chip:
+    """What a kernel may use of a multiprocessor (NVIDIA's programming guide), and one card (NVIDIA's data sheets)."""
+
+    sm: int
+    warps: int
+    card: str
+    multiprocessors: int
+    clock_Hz: float
+    memory_Bps: float
+
+    @property
+    def instructions_s(self) -> float:
+        """Of all threads: four schedulers a multiprocessor start one instruction of a warp each, every cycle."""
+        return 4 * 32 * self.multiprocessors * self.clock_Hz
+
+
+CHIPS = (
+    Chip(75, 32, "T4", 40, 1.59e9, 320e9),
+    Chip(80, 64, "A100 40GB", 108, 1.41e9, 1555e9),
+    Chip(86, 48, "RTX 3060", 28, 1.78e9, 360e9),
+    Chip(89, 48, "RTX 4090", 128, 2.52e9, 1008e9),
+    Chip(90, 64, "H100 SXM", 132, 1.83e9, 3350e9),
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel for one chip. wide: whole blocks whose neighbours are loaded together, the usual case."""
+
+    sm: int
+    kernel: str
+    bits: int
+    group: int
+    rows: int
+    dtype: str
+    wide: bool = True
+
+
+@dataclass(frozen=True)
+class Cubin:
+    """What was compiled. stack: bytes of spilled registers a thread; loads: how many of each width in bytes;
+    per_weight: instructions of the main loop for each weight."""
+
+    registers: int
+    shared: int
+    stack: int
+    loads: dict[int, int]
+    per_weight: float | None
+
+
+def cases(everything: bool = False) -> Iterator[Case]:
+    """What the table has; everything: all bits, rows and dtypes for every chip."""
+    if everything:
+        for sm, kernel, bits, rows, dtype in itertools.product(
+            [chip.sm for chip in CHIPS], ("linear", "gated"), (2, 3, 4, 8), ROWS, ("fp16", "bf16", "fp32")
+        ):
+            yield Case(sm, kernel, bits, 64, rows, dtype)
+        return
+    for chip in CHIPS:
+        dtype = "fp16" if chip.sm == 75 else "bf16"
+        yield Case(chip.sm, "gated", 2, 32, 1, dtype)
+        yield Case(chip.sm, "linear", 2, 32, 4, dtype)
+    yield Case(75, "linear", 2, 32, 1, "fp32")
+    yield Case(75, "linear", 4, 64, 1, "fp16")
+    yield from (Case(75, "linear", bits, 64, 1, "fp16") for bits in (3, 8))
+    yield Case(75, "linear", 2, 32, 1, "bf16")
+    yield Case(75, "linear", 2, 32, 1, "fp16", wide=False)
+    yield Case(75, "dequantize", 2, 32, 1, "fp16")
+
+
+# Compiling ------------------------------------------------------------------------------------------------------------
+
+
+def constants(case: Case) -> tuple[dict, dict]:
+    """Constants and options of a launch, as `triton_products` passes them."""
+    outputs = SHAPES[case.kernel][0] // (2 if case.kernel == "gated" else 1)
+    chosen = tile(case.sm, case.rows, outputs)
+    given = triton_products.settings(QTensor.empty((1, case.group), case.bits, case.group), chosen)
+    options = {name: given.pop(name) for name in ("num_warps", "enable_fp_fusion")}
+    given |= {"ROWS": case.rows, "KIND": case.dtype, "OUT": case.dtype, "BN": chosen.BN, "WIDE": case.wide}
+    if case.kernel == "dequantize":
+        given["BG"] = triton_products.DEQUANTIZED_GROUPS
+        options["num_warps"] = triton_products.DEQUANTIZED_WARPS
+    wanted = getattr(triton_products.loops(), case.kernel).arg_names
+    return {name: value for name, value in given.items() if name in wanted}, options
+
+
+def compile_case(case: Case) -> Cubin:
+    """Compile without a GPU, for arguments such as those of Mixtral's shapes: all but T and `count` multiples of 16."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    function, (given, options) = getattr(triton_products.loops(), case.kernel), constants(case)
+    kinds = {"image": "*u8", "x": "*fp32" if case.dtype == "fp32" else "*i32", "out": POINTERS[case.dtype]}
+    if case.kernel == "gated":
+        kinds["out"] = "*fp32"
+    signature = {name: "constexpr" if name in given else kinds.get(name, "i32") for name in function.arg_names}
+    even = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(function.arg_names)
+        if name not in given and name not in ("T", "count")
+    }
+    source = ASTSource(fn=function, signature=signature, constexprs=given, attrs=even)
+    compiled = triton.compile(source, target=GPUTarget("cuda", case.sm, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(compiled.asm["cubin"])
+        usage, code = tool("cuobjdump", "-res-usage", file.name), tool("nvdisasm", "-c", file.name)
+    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+    weights = given["BG"] * given.get("BN", 128) * case.group // (32 * options["num_warps"])  # of a thread, a round
+    loop = None if case.kernel == "dequantize" else round(longest_loop(code) / weights, 2)
+    return Cubin(registers, compiled.metadata.shared, stack, load_widths(code), loop)
+
+
+def tool(name: str, *arguments: str) -> str:
+    """The output of one of NVIDIA's tools that come with triton."""
+    import triton
+
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    return subprocess.run([path, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def load_widths(code: str) -> dict[int, int]:
+    """How many loads from global memory take how many bytes a thread, in disassembled code.
+
+    >>> load_widths("LDG.E.128.SYS R4, [R2] ; LDG.E R1, [R2] ; @P0 LDG.E.U16.SYS R1, [R2]")
+    {2: 1, 4: 1, 16: 1}
+    """
+    widths = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
+    found = Counter()
+    for parts in re.findall(r"\bLDG((?:\.\w+)*)", code):
+        found[next((widths[part] for part in parts.split(".") if part in widths), 4)] += 1
+    return dict(sorted(found.items()))
+
+
+def longest_loop(code: str) -> int:
+    """Instructions of the longest loop, in disassembled code: between a label and a jump back to it."""
+    labels, count, longest = {}, 0, 0
+    for line in code.splitlines():
+        label = re.match(r"\s*(\.L_\w+):", line)
+        if label:
+            labels[label[1]] = count
+        count += bool(re.match(r"\s+/\*[0-9a-f]{4,}\*/", line))
+        jump = re.search(r"\bBRA\b.*`\((\.L_\w+)\)", line)
+        if jump and jump[1] in labels:
+            longest = max(longest, count - labels[jump[1]])
+    return longest
+
+
+def warps(cubin: Cubin, chip: Chip, of_program: int) -> int:
+    """Warps that a multiprocessor holds at once: registers come in portions of 256 a warp."""
+    each = -(-cubin.registers * 32 // 256) * 256
+    return min(chip.warps, REGISTERS // each) // of_program * of_program
+
+
+def compile_table(everything: bool) -> list[dict]:
+    """Compiles, prints a row each, and returns them."""
+    print(
+        "| kernel | chip | weights | rows | dtype | registers | warps | shared, B | spilled, B | loads, bytes: count |"
+    )
+    print("|---" * 10 + "|")
+    rows = []
+    for case in cases(everything):
+        cubin, chip = compile_case(case), next(chip for chip in CHIPS if chip.sm == case.sm)
+        held = warps(cubin, chip, constants(case)[1]["num_warps"])
+        rows.append(asdict(case) | asdict(cubin) | {"warps": held})
+        name = case.kernel if case.wide else f"{case.kernel}, odd width"
+        cells = [name, f"sm_{case.sm}", f"{case.bits}-bit g{case.group}", case.rows, case.dtype, cubin.registers]
+        cells += [f"{held} of {chip.warps}", cubin.shared, cubin.stack]
+        cells += [", ".join(f"{count} of {width} B" for width, count in cubin.loads.items())]
+        print(f"| {' | '.join(map(str, cells))} |", flush=True)
+    return rows
+
+
+def floor_table(rows: list[dict]) -> list[dict]:
+    """What binds one row of activations: memory, or instructions, for an expert of Mixtral-8x7B. All modelled."""
+    nbytes = packed_nbytes((28672, 4096), 2, 32) + packed_nbytes((4096, 14336), 2, 32)
+    weights = 3 * 14336 * 4096
+    print("\n| card | instructions a weight | memory floor, us | instruction floor, us | what binds |")
+    print("|---" * 5 + "|")
+    floors = []
+    for chip in CHIPS:
+        found = next(r for r in rows if (r["sm"], r["kernel"], r["bits"], r["rows"]) == (chip.sm, "gated", 2, 1))
+        memory, issued = nbytes / chip.memory_Bps, weights * found["per_weight"] / chip.instructions_s
+        binds = "memory" if memory > issued else "instructions"
+        cells = [chip.card, found["per_weight"], f"{1e6 * memory:.0f}", f"{1e6 * issued:.0f}", binds]
+        print(f"| {' | '.join(map(str, cells))} |")
+        floors.append({"card": chip.card, "memory_floor_s": memory, "instruction_floor_s": issued, "binds": binds})
+    return floors
+
+
+# Measuring on a card --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Where products are timed and how: a card, or a rehearsal in the interpreter, with tiny shapes and no meaning."""
+
+    device: torch.device
+    name: str
+    shapes: tuple[tuple[str, tuple[int, int]], ...]
+    cold_nbytes: int  # weights rotate through so many bytes, more than any last cache has
+    read_nbytes: int
+    rows: tuple[int, ...]
+    warm_up: int
+    runs: int
+
+    def seconds(self, fn: Callable[[int], object]) -> float:
+        """Of the fastest of `runs` calls, after those of the warm-up; `fn` gets the number of the call."""
+        times = [self._timed(lambda i=i: fn(i)) for i in range(self.warm_up + self.runs)]
+        return min(times[self.warm_up :])
+
+    def _timed(self, fn: Callable[[], object]) -> float:
+        if self.device.type != "cuda":
+            start = time.perf_counter()
+            fn()
+            return time.perf_counter() - start
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        fn()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+
+    def read_Bps(self) -> float:
+        """What a plain sum reads: the measured limit of products."""
+        memory = torch.ones(self.read_nbytes // 4, device=self.device)
+        return self.read_nbytes / self.seconds(lambda _: memory.sum())
+
+    def nominal_Bps(self) -> float | None:
+        """Bandwidth on the data sheet, from the clock and width of the memory, where torch tells them."""
+        if self.device.type != "cuda":
+            return None
+        told = torch.cuda.get_device_properties(self.device)
+        clock, width = getattr(told, "memory_clock_rate", 0), getattr(told, "memory_bus_width", 0)
+        return 2 * clock * 1e3 * width / 8 or None
+
+
+def bench() -> Bench:
+    """This machine's card, or the rehearsal under TRITON_INTERPRET=1; exits with the way out where there is neither."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        triton_products.DEVICES = ("cpu",)
+        shapes = (("linear", (16, 64)), ("gated", (256, 64)))
+        return Bench(torch.device("cpu"), "Triton's interpreter, a rehearsal", shapes, 1, 1 << 20, (1,), 0, 1)
+    if triton_products.loops() is None:
+        sys.exit("triton is not installed: pip install 'mixoff[triton]'")
+    if not torch.cuda.is_available():
+        sys.exit("no CUDA card here: run this where one is, or with TRITON_INTERPRET=1 as a rehearsal on the CPU")
+    device = torch.device("cuda", torch.cuda.current_device())
+    shapes = (("linear", (4096, 4096)), ("linear", (4096, 14336)), ("gated", (28672, 4096)))
+    return Bench(device, torch.cuda.get_device_name(device), shapes, 256 << 20, 1 << 30, (1, 2, 4, 8), 3, 30)
+
+
+def random_weights(on: Bench, shape: tuple[int, int], bits: int, group: int) -> list[QTensor]:
+    """So many weights that a round through them leaves none in a cache: random codes on plain grids."""
+    weights = []
+    for _ in range(max(1, -(-on.cold_nbytes // packed_nbytes(shape, bits, group)))):
+        w = QTensor.empty(shape, bits, group)
+        for name, part in w.parts.items():
+            if part.is_floating_point():
+                part.fill_(-0.02 if name == "min_top" else 0.02)
+            else:
+                part.view(torch.uint8).random_(0, 256)
+        weights.append(w.to(on.device))
+    return weights
+
+
+def measure(every_tile: bool) -> dict:
+    """Times products, prints a table, and returns all of it."""
+    on = bench()
+    read, nominal, chip = on.read_Bps(), on.nominal_Bps(), triton_products.chip(on.device)
+    dtype = torch.bfloat16 if chip >= 80 else torch.float16
+    told = f", {nominal / GB:.0f} on its data sheet" if nominal else ""
+    print(f"{on.name}, sm_{chip}: a sum reads {read / GB:.0f} GB/s (measured){told}\n")
+    print("| product | weights | rows | tile | us (measured) | floor, us (modelled) | GB/s | share of the sum's |")
+    print("|---" * 8 + "|")
+    rows = []
+    for (kernel, shape), (bits, group), count in itertools.product(on.shapes, ((2, 32), (4, 64)), on.rows):
+        weights = random_weights(on, shape, bits, group)
+        x = torch.randn(count, shape[1], device=on.device).to(dtype)
+        for chosen in tiles(kernel, shape, chip, count, every_tile):
+            run = getattr(triton_products, kernel)
+            triton_products.tile = lambda *_, chosen=chosen: chosen
+            took = on.seconds(lambda i, run=run, x=x, ws=weights: run(x, ws[i % len(ws)]))
+            row = {"product": kernel, "shape": shape, "bits": bits, "group": group, "rows": count}
+            row |= {"tile": asdict(chosen), "measured_s": took, "nbytes": weights[0].nbytes}
+            rows.append(row | {"modelled_floor_s": weights[0].nbytes / read})
+            print(measured_row(rows[-1], read), flush=True)
+    print(f"\nWeights rotate through {on.cold_nbytes >> 20} MiB; times are the best of {on.runs}.")
+    if on.device.type != "cuda":
+        print("This was a rehearsal on the CPU: its times mean nothing.")
+    return {"device": on.name, "sm": chip, "read_Bps": read, "nominal_Bps": nominal, "rows": rows}
+
+
+def tiles(kernel: str, shape: tuple[int, int], chip: int, count: int, every: bool) -> list[Tile]:
+    """The table's tile, and its neighbours where they are asked for."""
+    own = tile(chip, triton_products.rows_together(count), shape[0] // (2 if kernel == "gated" else 1))
+    if not every:
+        return [own]
+    shapes = [(16, 32, 4), (32, 16, 4), (64, 8, 4), (32, 32, 8), (16, 16, 2)]
+    return [replace(own, BN=BN, BG=BG, warps=count, U=U) for BN, BG, count in shapes for U in (1, 2, 4)]
+
+
+def measured_row(row: dict, read: float) -> str:
+    """A line of the table."""
+    rate, size = row["nbytes"] / row["measured_s"], "x".join(map(str, row["shape"]))
+    form = " ".join(f"{name}{value}" for name, value in row["tile"].items())
+    cells = [f"{row['product']} {size}", f"{row['bits']}-bit g{row['group']}", row["rows"], form]
+    cells += [f"{1e6 * row['measured_s']:.0f}", f"{1e6 * row['modelled_floor_s']:.0f}", f"{rate / GB:.0f}"]
+    return f"| {' | '.join(map(str, cells))} | {rate / read:.0%} |"
+
+
+def main() -> None:
+    """Compile or measure, and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--measure", action="store_true", help="time products on this machine's card")
+    parser.add_argument("--tiles", action="store_true", help="with --measure: other tiles too")
+    parser.add_argument("--all", action="store_true", help="compile every combination")
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    arguments = parser.parse_args()
+    output = sys.stdout
+    if arguments.json:
+        sys.stdout = sys.stderr
+    if arguments.measure:
+        found = measure(arguments.tiles)
+    else:
+        rows = compile_table(arguments.all)
+        found = {"compiled": rows, "floors": [] if arguments.all else floor_table(rows)}
+    if arguments.json:
+        print(json.dumps(found), file=output)
+
+
+if __name__ == "__main__":
+    main()
