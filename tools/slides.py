@@ -99,7 +99,9 @@ class Deck:
             self.cells.append(slide(f"# {title}\n\n{minutes[0]}"))
             return
         self.heading, self.waiting = title, not title.startswith(LEFT_OUT)
-        self.summing = title == "Summary"
+        self.summing = title == "Summary"  # made by the next cell, or written below the heading
+        if self.summing and body.strip():
+            self.add(body.strip())
         if title.startswith("Audit a claim") and (claim := CLAIM.search(body)):
             self.add(claim[0])
 
