@@ -352,9 +352,9 @@ def test_generated_chapter_runs_as_on_colab(path, root, tmp_path):
 
 
 # ---------------------------------------------------------------- Colab's versions
-# An environment of its own needs a package index and some forty packages, and with it every chapter and the core's tests
-# run once more: as long as all of CI. So these tests are slow ones; in CI the chapters of `often` run under the emulation
-# above, with the versions of this environment.
+# An environment of its own needs a package index and some forty packages, and with it every chapter and the tests of
+# the core run once more: as long as all of CI. So these tests are slow ones; in CI the chapters of `often` run under
+# the emulation above, with the versions of this environment.
 
 VERSIONS = """
 import importlib.metadata as m, importlib.util as u, json
