@@ -13,7 +13,7 @@ import platform
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from mixoff import hardware
+from mixoff import cuda, hardware
 from mixoff.hardware import GB, Hardware
 from mixoff.units import format_nbytes
 
@@ -21,6 +21,7 @@ PACKAGES = (
     "mixoff", "torch", "transformers", "huggingface_hub", "accelerate", "safetensors", "numpy", "numba", "triton",
     "hqq", "ipywidgets", "anywidget",
 )  # fmt: skip
+PINNED_PAYS = 1.1  # times the bandwidth of pageable RAM, below which locking pages gained nothing
 FEATURES = {"avx2": "AVX2", "avx512f": "AVX-512", "avx512_vnni": "VNNI", "avx_vnni": "AVX-VNNI", "asimd": "NEON"}
 
 
@@ -34,6 +35,23 @@ class Finding:
 
 
 @dataclass(frozen=True)
+class Card:
+    """A GPU: compute capability, memory, the 16-bit format of its own, and bytes a second of its link, measured."""
+
+    name: str
+    sm: str
+    total_nbytes: int
+    free_nbytes: int
+    dtype: str
+    link_Bps: dict[str, float]
+
+    def __str__(self) -> str:
+        links = ", ".join(f"{name} {Bps / GB:.1f}" for name, Bps in self.link_Bps.items())
+        sizes = f"{format_nbytes(self.free_nbytes)} of {format_nbytes(self.total_nbytes)} free"
+        return f"{self.name}, {self.sm}, {sizes}, computes in {self.dtype}; link in GB/s (measured): {links}"
+
+
+@dataclass(frozen=True)
 class Checkup:
     """Versions, the machine as measured, and what follows; prints itself as text."""
 
@@ -42,6 +60,7 @@ class Checkup:
     threads: int
     memory_nbytes: int
     gpu: str | None
+    card: Card | None
     machine: Hardware
     findings: tuple[Finding, ...]
 
@@ -61,7 +80,7 @@ class Checkup:
         lines += [f"{'read bandwidth':<16} {m.fast_Bps / GB:.1f} GB/s (measured)"]
         lines += [f"{'link':<16} {f'{m.link_Bps / GB:.1f} GB/s (measured)' if m.link_Bps else 'none: no GPU'}"]
         lines += [f"{'disk':<16} {m.disk_Bps / GB:.2f} GB/s ({m.sources['disk_Bps']}), {size(m.disk_bytes)} free"]
-        lines += [f"{'GPU':<16} {self.gpu or 'none that torch can use'}"]
+        lines += [f"{'GPU':<16} {self.card or self.gpu or 'none that torch can use'}"]
         return "\n".join([*lines, *(f"{'yes' if f.works else 'no ':<4} {f.what}: {f.why}" for f in self.findings)])
 
 
@@ -72,8 +91,17 @@ def examine(cached: bool = True) -> Checkup:
     model, flags = _processor()
     known = ", ".join(name for flag, name in FEATURES.items() if flag in flags) or "no vector extension known to us"
     found = {"python": platform.python_version(), "system": f"{platform.system()} {platform.release()}"} | _versions()
-    findings = tuple(_findings(found, machine, total))
-    return Checkup(found, f"{model} ({known})", hardware.threads_here(), total, hardware.gpu_name(), machine, findings)
+    card = _card() if cuda.obstacle() is None else None
+    findings = tuple(_findings(found, machine, total, card))
+    processor = f"{model} ({known})"
+    return Checkup(found, processor, hardware.threads_here(), total, hardware.gpu_name(), card, machine, findings)
+
+
+def _card() -> Card:
+    """The first GPU, with its link measured."""
+    gpu = cuda.describe()
+    sm = f"sm_{gpu.sm[0]}{gpu.sm[1]}"
+    return Card(gpu.name, sm, gpu.total_nbytes, gpu.free_nbytes, gpu.dtype, cuda.link_bandwidths())
 
 
 def _versions() -> dict[str, str]:
@@ -96,7 +124,7 @@ def _processor() -> tuple[str, set[str]]:
     return found.get("model name", platform.machine()), set(found.get("flags", found.get("Features", "")).split())
 
 
-def _findings(versions: dict[str, str], machine: Hardware, total: int) -> list[Finding]:
+def _findings(versions: dict[str, str], machine: Hardware, total: int, card: Card | None) -> list[Finding]:
     compiled = importlib.util.find_spec("numba") is not None
     major, minor = (int(part) for part in versions["transformers"].split(".")[:2])
     supported = (5, 8) <= (major, minor) < (6, 0)
@@ -112,7 +140,7 @@ def _findings(versions: dict[str, str], machine: Hardware, total: int) -> list[F
             compiled,
             "numba is installed" if compiled else "without numba weights are dequantized by torch: pip install numba",
         ),
-        _gpu_finding(machine),
+        *_gpu_findings(card, versions),
         Finding(
             "reads past the page cache",
             direct,
@@ -122,14 +150,27 @@ def _findings(versions: dict[str, str], machine: Hardware, total: int) -> list[F
     ]
 
 
-def _gpu_finding(machine: Hardware) -> Finding:
-    if machine.device == "cpu":
-        return Finding("GPU", False, "torch sees none: the CPU computes, and the fast tier is a share of RAM")
-    return Finding(
-        "GPU",
-        False,
-        "torch sees one, and this version computes on the CPU: `mixoff plan --hardware here` plans for the card",
-    )
+def _gpu_findings(card: Card | None, versions: dict[str, str]) -> list[Finding]:
+    """What a card will do, and what it will not."""
+    if card is None:
+        return [Finding("GPU", False, f"{cuda.obstacle()}; the CPU computes, and the fast tier is a share of RAM")]
+    own, triton = card.dtype == "bfloat16", versions["triton"] != "not installed"
+    pinned, pageable = card.link_Bps["pinned"], card.link_Bps["pageable"]
+    return [
+        Finding("GPU", True, f"{card.name} serves experts; never tested on one by us: docs/gpu.md has the command"),
+        Finding("bf16 on the GPU", own, f"{card.sm} has it" if own else f"{card.sm} only emulates it: float16 is used"),
+        Finding(
+            "fused products on the GPU",
+            triton,
+            f"triton {versions['triton']}" if triton else "without triton weights are dequantized: pip install triton",
+        ),
+        Finding(
+            "page-locked RAM",
+            pinned > PINNED_PAYS * pageable,
+            f"copies run at {pinned / GB:.1f} GB/s, from pageable RAM at {pageable / GB:.1f}"
+            + (": WSL2 allows little of it" if cuda.is_wsl() else ""),
+        ),
+    ]
 
 
 def _fit(name: str, scheme: str) -> Finding:

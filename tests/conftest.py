@@ -24,12 +24,13 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
-    if config.getoption("--run-slow"):
-        return
-    slow = [item for item in items if item.get_closest_marker("slow")]
-    if slow:
-        config.hook.pytest_deselected(items=slow)
-        items[:] = [item for item in items if item not in slow]
+    import torch
+
+    here = {"slow": config.getoption("--run-slow"), "gpu": torch.cuda.is_available()}
+    unfit = [item for item in items if any(item.get_closest_marker(mark) and not here[mark] for mark in here)]
+    if unfit:
+        config.hook.pytest_deselected(items=unfit)
+        items[:] = [item for item in items if item not in unfit]
 
 
 def forbid_skip(report):

@@ -4,12 +4,17 @@ their device, and every name of torch.cuda held to the torch that is installed.
 Real GPUs are for tests/test_gpu.py, which runs where there is one.
 """
 
+import ast
 import inspect
 import random
+import subprocess
+import sys
+from dataclasses import replace
 from unittest import mock
 
 import pytest
 import torch
+from bytesless import gpu, on_host
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from poisoned import poisoned
@@ -17,8 +22,9 @@ from simulated import Device
 from tiny import BUNDLED, budget, decode, resident, save_random
 
 import mixoff
-from mixoff import cuda, loading, rescue, streams
+from mixoff import cuda, doctor, hardware, kernels, loading, planner, rescue, runtime, streams
 from mixoff.arena import Arena, slot_nbytes
+from mixoff.hardware import GIB
 
 PROMPTS = [torch.arange(3, 12)[None] % 128, torch.tensor([[5, 9], [77, 3]])]
 
@@ -243,3 +249,290 @@ def test_other_errors_pass_and_nothing_of_the_guard_stays():
     with mixoff.load(BUNDLED, fast_bytes="2MB") as model:
         rescue.guard(model, model.mixoff).close()
         assert "forward" not in vars(model)
+
+
+# --- tensors that know only their device -----------------------------------------------------------------------------
+
+
+class Idle:
+    """A device on which nothing happens."""
+
+    where = torch.device("cpu")
+    event = computing = synchronize = lambda self, *args: self
+    wait_event = record_event = copy = unpin = give_back = lambda self, *args: None
+    query = lambda self: True  # noqa: E731
+
+    def __init__(self):
+        self.copying = self
+
+    def empty(self, nbytes):
+        return torch.zeros(nbytes, dtype=torch.uint8)
+
+    pinned = empty
+
+    def describe(self):
+        return cuda.Gpu("NVIDIA L4", (8, 9), 24 << 30, 23 << 30)
+
+
+def to_gpu(model):
+    """Move a loaded model and its runtime to a GPU that has no bytes."""
+    runtime = model.mixoff
+    torch.__future__.set_overwrite_module_params_on_conversion(True)
+    try:
+        model.to("cuda")
+    finally:
+        torch.__future__.set_overwrite_module_params_on_conversion(False)
+    for module in model.modules():
+        if getattr(module, "quantized", None) is not None:
+            module.quantized = module.quantized.to("cuda")
+    runtime.arena.slots = torch.empty_like(runtime.arena.slots, device="cuda")
+    runtime.arena._views.clear()
+    runtime.scratch = torch.empty_like(runtime.scratch, device="cuda")
+
+
+@pytest.mark.parametrize("scheme", ["none", "mixed"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_layer_waits_for_the_device_once_and_mixes_no_devices(tmp_path, monkeypatch, scheme, dtype):
+    """A prompt and a token, with guesses: every value but those that `to_host` brings stays on the device."""
+    looks = []
+
+    def to_host(*tensors):
+        looks.append([tuple(t.shape) for t in tensors])
+        assert all(t.device.type == "cuda" for t in tensors)
+        return [torch.rand(t.shape) if t.is_floating_point() else _choice(*t.shape) for t in tensors]
+
+    folder = save_random(tmp_path / "model", "mixtral", torch.bfloat16)
+    fast = budget(folder, 7, scheme=scheme, dtype=dtype)
+    monkeypatch.setattr(cuda, "pick", lambda name: Idle())
+    monkeypatch.setattr(kernels.triton_products, "serves", lambda *a: False)  # has tests of its own
+    for name in ("_one_token", "by_expert", "_given"):
+        monkeypatch.setattr(runtime, name, on_host(getattr(runtime, name)))
+    monkeypatch.setattr(runtime, "to_host", on_host(to_host))
+    monkeypatch.setattr(mixoff.Runtime, "expect", on_host(mixoff.Runtime.expect))
+    how = {"scheme": scheme, "dtype": dtype, "prefetch": "next-router", "scope": "global", "device": "cuda"}
+    with mixoff.load(folder, fast, **how) as model:
+        with gpu():
+            to_gpu(model)
+            out = model(torch.zeros(2, 7, dtype=torch.long, device="cuda"), use_cache=True)
+            out = model(torch.zeros(2, 1, dtype=torch.long, device="cuda"), past_key_values=out.past_key_values)
+            assert out.logits.device.type == "cuda" and out.logits.dtype == getattr(torch, dtype)
+        assert len(looks) == 2 * 3 and [len(shapes) for shapes in looks] == [2, 2, 2, 3, 3, 2]
+        assert model.mixoff.guesses.counts["named"] > 0
+
+
+def _choice(tokens, k):
+    return torch.stack([torch.randperm(4)[:k] for _ in range(tokens)])
+
+
+def test_small_tensors_come_to_the_host_by_one_copy():
+    weights = torch.tensor([[0.1, -3.5], [float("nan"), 2.0]])
+    experts, same, guess = runtime.to_host(torch.tensor([[3, 1], [0, 9]]), weights, torch.tensor([[7]]))
+    assert experts.tolist() == [[3, 1], [0, 9]] and guess.tolist() == [[7]]
+    assert torch.equal(same.nan_to_num(-1), weights.nan_to_num(-1)) and same.dtype == torch.float32
+    half = runtime.to_host(weights.half())[0]
+    assert torch.equal(half.nan_to_num(-1), weights.half().float().nan_to_num(-1))
+
+
+# --- torch.cuda itself -----------------------------------------------------------------------------------------------
+
+SOURCES = (cuda, streams, hardware, doctor, kernels.triton_products)
+
+
+def names_in(module):
+    """Every dotted name in the source of `module` that begins with `torch.`."""
+    found = set()
+    for node in ast.walk(ast.parse(inspect.getsource(module))):
+        parts, at = [], node
+        while isinstance(at, ast.Attribute):
+            parts, at = [at.attr, *parts], at.value
+        if parts and isinstance(at, ast.Name) and at.id == "torch":
+            found.add(".".join(["torch", *parts]))
+    return found
+
+
+@pytest.mark.parametrize("module", SOURCES, ids=lambda m: m.__name__)
+def test_every_name_of_torch_exists(module):
+    for name in names_in(module):
+        thing = torch
+        for part in name.split(".")[1:]:
+            assert hasattr(thing, part), f"{module.__name__} uses {name}, which torch {torch.__version__} lacks"
+            thing = getattr(thing, part)
+
+
+CALLS = {  # what `cuda`, `streams` and `hardware` call, with the arguments that they pass
+    torch.cuda.current_stream: (["device"], {}),
+    torch.cuda.synchronize: (["device"], {}),
+    torch.cuda.mem_get_info: (["device"], {}),
+    torch.cuda.get_device_name: (["device"], {}),
+    torch.cuda.get_device_capability: (["device"], {}),
+    torch.cuda.stream: (["stream"], {}),
+    torch.cuda.empty_cache: ([], {}),
+    torch.cuda.cudart: ([], {}),
+    torch.cuda.Stream.__new__: ([torch.cuda.Stream, "device"], {}),
+    torch.cuda.Event.__new__: ([torch.cuda.Event], {"enable_timing": True}),
+    torch.cuda.Stream.wait_event: (["self", "event"], {}),
+    torch.cuda.Stream.record_event: (["self", "event"], {}),
+    torch.cuda.Event.query: (["self"], {}),
+    torch.cuda.Event.synchronize: (["self"], {}),
+    torch.cuda.Event.record: (["self"], {}),
+    torch.cuda.Event.elapsed_time: (["self", "end"], {}),
+}
+
+
+@pytest.mark.parametrize("called", CALLS, ids=lambda fn: fn.__qualname__)
+def test_every_call_fits_its_signature(called):
+    arguments, named = CALLS[called]
+    inspect.signature(called).bind(*arguments, **named)
+
+
+def test_torch_locks_pages_in_the_same_way():
+    """The one function that no Python stub describes: torch's own use of it is ours."""
+    from torch.cuda import _pin_memory_utils
+
+    source = inspect.getsource(_pin_memory_utils)
+    assert "cudart.cudaHostRegister(\n" in source and "1,  # lines up with 'cudaHostRegisterPortable'" in source
+    assert "int(torch.cuda.cudart().cudaHostUnregister(data_ptr))" in source and cuda.REGISTER_PORTABLE == 1
+
+
+def test_the_package_imports_where_there_is_no_cuda():
+    code = "import torch; assert not torch.cuda.is_available(); import mixoff.cuda, mixoff.streams; "
+    code += "assert mixoff.cuda.pick('auto') is None and mixoff.cuda.obstacle()"
+    subprocess.run([sys.executable, "-c", code], check=True, env={"CUDA_VISIBLE_DEVICES": "", "PATH": ""}, timeout=120)
+
+
+# --- cards that are not here -----------------------------------------------------------------------------------------
+
+CARDS = {  # name, compute capability, GiB that CUDA shows: what is picked for each
+    "t4": (("Tesla T4", (7, 5), 14.75), "float16"),
+    "l4": (("NVIDIA L4", (8, 9), 22.0), "bfloat16"),
+    "a100": (("NVIDIA A100-SXM4-40GB", (8, 0), 39.4), "bfloat16"),
+    "rtx-3060": (("NVIDIA GeForce RTX 3060", (8, 6), 11.6), "bfloat16"),
+    "gtx-1080": (("NVIDIA GeForce GTX 1080", (6, 1), 7.9), None),
+}
+
+
+@pytest.fixture(params=CARDS)
+def card(request, monkeypatch):
+    """torch.cuda as it would describe a card, of which 350 MB are taken by the context."""
+    (name, sm, total), dtype = CARDS[request.param]
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: name)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: sm)
+    monkeypatch.setattr(
+        torch.cuda, "mem_get_info", lambda device=None: (int(total * GIB) - 350_000_000, int(total * GIB))
+    )
+    monkeypatch.setattr(hardware, "memory_nbytes", lambda: (12_700_000_000, 11_000_000_000))
+    monkeypatch.setattr(cuda, "Cuda", lambda index: mock.Mock(describe=lambda: cuda.describe(index)))
+    return request.param, dtype
+
+
+def test_dtype_and_refusal_follow_from_the_card(card):
+    name, dtype = card
+    if dtype is None:
+        assert cuda.pick("auto") is None
+        with pytest.raises(mixoff.MixoffError, match="sm_61 is older than sm_70"):
+            cuda.pick("cuda")
+        return
+    gpu = cuda.pick("auto")
+    compute = {kind: str(loading._compute_dtype("auto", kind, gpu)) for kind in ("bfloat16", "float16", "float32")}
+    assert compute == {"bfloat16": f"torch.{dtype}", "float16": "torch.float16", "float32": "torch.float32"}
+    if name == "t4":
+        with pytest.warns(UserWarning, match="only emulates bfloat16"):
+            loading._compute_dtype("bfloat16", "bfloat16", gpu)
+    with pytest.raises(mixoff.MixoffError, match="there are 1 GPUs"):
+        cuda.pick("cuda:3")
+
+
+MIXTRAL = "mistralai/Mixtral-8x7B-Instruct-v0.1"
+
+
+@pytest.mark.parametrize("scheme", ["small", "mixed", "quality"])
+def test_budgets_of_mixtral_on_a_t4_and_others(card, scheme):
+    """The loader's figures: `small` whole on a T4 and no RAM; `mixed` in VRAM and RAM; 4 bits on the disk as well."""
+    name, dtype = card
+    if dtype is None:
+        return
+    machine = cuda.measured(cuda.describe())
+    fast = planner.fast_nbytes(MIXTRAL, machine, 4096, mixoff.Scheme.preset(scheme))
+    needs = planner._needs(MIXTRAL, mixoff.Scheme.preset(scheme), machine, 4096, 1)
+    slots, experts = needs.slots(fast), needs.sizes.experts
+    copies = planner.pinned_nbytes(experts, machine)
+    assert fast + needs.fixed + machine.reserved_nbytes == cuda.describe().free_nbytes
+    resident, beyond = sum(slots) == 256, experts - sum(slots) * needs.sizes.slot_nbytes
+    whole = {"t4": ("small",), "l4": ("small", "mixed"), "a100": ("small", "mixed", "quality"), "rtx-3060": ()}
+    assert resident == (scheme in whole[name])
+    on_disk = {("t4", "quality"), ("rtx-3060", "quality")}
+    assert (not resident and beyond > copies) == ((name, scheme) in on_disk)
+
+
+class Cudart:
+    """The CUDA runtime's two functions that torch exposes for page-locking."""
+
+    def __init__(self, error):
+        self.error, self.calls = error, []
+
+    def cudaHostRegister(self, address, nbytes, flags):
+        self.calls.append(("register", address, nbytes, flags))
+        return self.error
+
+    def cudaHostUnregister(self, address):
+        self.calls.append(("unregister", address))
+        return 0
+
+
+@pytest.fixture
+def runtime_of(monkeypatch):
+    def make(error):
+        cudart, device = Cudart(error), object.__new__(cuda.Cuda)
+        device.where, device.registered = torch.device("cpu"), set()
+        monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda where: cudart.calls.append(("synchronize",)))
+        return device, cudart
+
+    return make
+
+
+def test_pages_are_locked_once_at_their_exact_size_and_let_go_after_the_copies(runtime_of):
+    device, cudart = runtime_of(0)
+    memory = device.pinned(3 * 5000)
+    address = memory.data_ptr()
+    assert memory.numel() == 15000 and address % 4096 == 0
+    device.unpin(memory)
+    device.unpin(memory)
+    assert cudart.calls == [
+        ("register", address, 15000, 1), ("synchronize",), ("unregister", address), ("synchronize",)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("wsl", [True, False])
+def test_pageable_ram_is_the_fallback_and_is_said(runtime_of, monkeypatch, wsl):
+    monkeypatch.setattr(cuda.platform, "release", lambda: "5.15-microsoft-standard-WSL2" if wsl else "6.1.0")
+    device, cudart = runtime_of(2)
+    with pytest.warns(UserWarning, match=r"cannot be page-locked \(CUDA error 2\)" + (".*WSL2" if wsl else "")):
+        memory = device.pinned(8192)
+    memory.fill_(7)
+    device.unpin(memory)
+    assert [call[0] for call in cudart.calls] == ["register", "synchronize"]
+
+
+# --- the doctor ------------------------------------------------------------------------------------------------------
+
+
+def test_the_doctor_describes_a_card(card, monkeypatch):
+    name, dtype = card
+    links = {"pinned": 11.9e9, "pageable": 4.2e9, "back": 12.1e9}
+    monkeypatch.setattr(cuda, "link_bandwidths", lambda: links)
+    made = replace(hardware.named("t4"), name="here", disk_bytes=60_000_000_000)
+    monkeypatch.setattr(hardware, "probe", lambda cached: made)
+    monkeypatch.setattr(hardware, "named", lambda name: made)
+    checkup = doctor.examine()
+    said, text = {f.what: f for f in checkup.findings}, str(checkup)
+    if dtype is None:
+        assert not said["GPU"].works and "sm_61 is older" in said["GPU"].why and checkup.card is None
+        return
+    assert said["GPU"].works and said["page-locked RAM"].works
+    assert said["bf16 on the GPU"].works == (dtype == "bfloat16")
+    assert "pinned 11.9, pageable 4.2, back 12.1" in text and f"computes in {dtype}" in text
+    assert checkup.to_dict()["card"]["link_Bps"] == links
