@@ -23,13 +23,15 @@ Message = dict[str, str]
 class Chat:
     """Turns of a conversation. Built in notebooks/15.
 
-    messages: dicts of `role` (`user` or `assistant`) and `content`, oldest first; what no longer fits into the model's
-    context is forgotten. A tokenizer without a chat template gets PLAIN, and `own_template` is False.
+    messages: dicts of `role` (`user` or `assistant`) and `content`, oldest first; what no longer fits into `context`
+    tokens, the answer's included, is forgotten. context: None is the model's own. A tokenizer without a chat template
+    gets PLAIN, and `own_template` is False.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     messages: list[Message] = field(default_factory=list)
+    context: int | None = None
 
     @property
     def own_template(self) -> bool:
@@ -41,7 +43,7 @@ class Chat:
 
         Raises MixoffError where the question alone, and so many new tokens, exceed the context.
         """
-        context = getattr(self.model.config, "max_position_embeddings", None)
+        context = self.context or getattr(self.model.config, "max_position_embeddings", None)
         messages = [*self.messages, {"role": "user", "content": text}]
         if context:
             messages = recent(messages, lambda part: len(self._ids(part)), context - max_new_tokens)

@@ -73,6 +73,9 @@ def test_what_no_longer_fits_is_forgotten_oldest_turn_first(model, tokenizer, mo
     assert "Question 4" in chat.messages[-2]["content"]
     with pytest.raises(MixoffError, match="exceed the model's context of 60"):
         chat.ask("far too long " * 40, 12)
+    short = Chat(model, tokenizer, list(chat.messages), context=40)
+    short.ask("And then?", 12)
+    assert [message["content"] for message in short.messages[:-1]] == ["And then?"]
     assert "Question 4" in chat.messages[-2]["content"], "a question that failed is no part of the conversation"
 
 
