@@ -9,7 +9,6 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.overrides import TorchFunctionMode
 
-
 MOVES = {getattr(torch.Tensor, name): {"dtype": getattr(torch, name)} for name in ("float", "half", "bfloat16")}
 MOVES |= {torch.Tensor.int: {"dtype": torch.int32}, torch.Tensor.long: {"dtype": torch.int64}}
 MOVES |= {torch.Tensor.to: {}, torch.Tensor.cpu: {"device": torch.device("cpu")}}
@@ -25,9 +24,11 @@ class _Dispatched(TorchFunctionMode):
         if func is torch.Tensor.__setitem__:
             (x, rest), value = _cut(*args[:2]), torch.as_tensor(args[2])
             listed = any(r is not None for r in rest)
-            return torch.ops.aten.index_put_(x, rest, value) if listed else x.copy_(value)
+            return torch.ops.aten.index_put_(x, rest, value) if listed else torch.ops.aten.copy_(x, value)
         if func in MOVES:
             return _moved(*args, **(kwargs or {}), **MOVES[func])
+        if func is torch.Tensor.copy_:
+            return torch.ops.aten.copy_(*args)
         if func is torch.Tensor.contiguous:
             return torch.ops.aten.clone(args[0], memory_format=torch.contiguous_format)
         return func(*args, **(kwargs or {}))
