@@ -34,6 +34,7 @@ MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors format itself
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 MAX_DIMENSIONS = 64  # torch's own limit
 INDEX = "model.safetensors.index.json"
+LOAD_FIRST = "not supported; load the model with transformers, then call mixoff.offload(model)"
 
 Read = Callable[[str, int, memoryview], None]  # of a file, from an offset, until the view is full
 
@@ -208,6 +209,10 @@ class Checkpoint:
         """The one dtype that all experts are stored in, by torch's name."""
         found = {self.tensors[name].dtype: name for name in sorted(self.expert_names(), reverse=True)}
         if not found:
+            if interleaved := next((name for name in self.tensors if name.endswith(keys.INTERLEAVED)), None):
+                raise CheckpointError(
+                    f"{interleaved} has the rows of gate and up in turns, as in Inkling: {LOAD_FIRST}"
+                )
             raise CheckpointError(
                 f"{self.folder} has no expert weights under a name that mixoff knows (…layers.0.….experts.0.w1.weight)"
             )
@@ -249,6 +254,11 @@ class Checkpoint:
                 f"{self.folder} lacks weights of expert {e} in layer {site.layer}: "
                 "the download is incomplete, fetch it again"
             )
+        if t.shape != shape and len(shape) == 3 and t.shape == (shape[0], shape[2], shape[1]):
+            what = (
+                f"the experts of layer {site.layer} stand in {t.file} with inputs before outputs, as Qwen3-VL-MoE's do"
+            )
+            raise CheckpointError(f"{what}: {LOAD_FIRST}")
         if t.shape != shape:
             raise CheckpointError(
                 f"expert {e} of layer {site.layer} has shape {t.shape} in {t.file}, config.json says {shape}"

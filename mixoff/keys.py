@@ -25,6 +25,8 @@ LINEAR_KEY = re.compile(LAYER + r"block_sparse_moe)\.(?P<name>(?:in|out)put_line
 PARTS = {"fc1.weight": "gate_up_proj", "fc2.weight": "down_proj"}
 PARTS |= {"input_linear": "gate_up_proj", "output_linear": "down_proj"}
 
+INTERLEAVED = ".experts.w13_weight"  # Inkling: the rows of gate and up in turns, in an order that is not read here
+
 # the matrices, one behind the other, that make a part where each expert has tensors of its own
 PIECES = {"gate_up_proj": ("gate_proj", "up_proj")}
 

@@ -49,7 +49,7 @@ def write_checkpoint(folder, **shape):
             weight_map |= dict.fromkeys(shard, file)
             save_file({n: t.contiguous() for n, t in shard.items()}, folder / file, metadata={"format": "pt"})
             shard = {}
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return folder
 
 

@@ -335,6 +335,30 @@ def test_names_that_are_unknown_or_missing(tmp_path, change, message):
         mixoff.load(folder)
 
 
+def test_transposed_experts_are_refused_by_name(tmp_path):
+    """Qwen3-VL-MoE as published, (experts, inputs, outputs); what transformers saves of it is served."""
+    text = SMALL | {"moe_intermediate_size": 48, "num_experts": 4, "num_experts_per_tok": 2, "head_dim": 16}
+    vision = {"depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 32, "out_hidden_size": 64}
+    text |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}}
+    config = transformers.Qwen3VLMoeConfig(text_config=text, vision_config=vision | {"deepstack_visual_indexes": [0]})
+    shapes.model_class(config)(config).save_pretrained(tmp_path / "model")
+    assert mixoff.store.open_source(tmp_path / "model").sites
+    file = tmp_path / "model" / "model.safetensors"
+    tensors = {n: t.mT.contiguous() if ".mlp.experts." in n else t for n, t in load_file(file).items()}
+    save_file(tensors, file, metadata={"format": "pt"})
+    for attempt in (mixoff.load, lambda folder: mixoff.convert(folder, tmp_path / "store")):
+        with pytest.raises(CheckpointError, match="inputs before outputs, as Qwen3-VL-MoE's do.*mixoff.offload"):
+            attempt(tmp_path / "model")
+
+
+def test_interleaved_experts_are_refused_by_name(tmp_path):
+    """The experts' names of Inkling, in transformers' conversion mapping."""
+    folder = save_random(tmp_path / "model", "mixtral", save_original_format=False)
+    renamed(folder, lambda n: n.replace("gate_up_proj", "w13_weight").replace("experts.down_proj", "experts.w2_weight"))
+    with pytest.raises(CheckpointError, match="in turns, as in Inkling.*mixoff.offload"):
+        mixoff.load(folder)
+
+
 def test_two_sets_for_one_site_are_told_apart_or_refused(tmp_path):
     folder = save_random(tmp_path / "model", "mixtral")
     tensors = load_file(folder / "model.safetensors")

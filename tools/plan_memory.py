@@ -45,6 +45,15 @@ class Peak(threading.Thread):
         self.join()
 
 
+def mapped_nbytes(model):
+    """Bytes of a model's tensors that lie in mapped files: pages of them are in memory once they are read."""
+    with open("/proc/self/maps", encoding="ascii") as file:
+        ranges = [line.split()[0].split("-") for line in file if line.rstrip().endswith(".safetensors")]
+    ranges = [(int(first, 16), int(last, 16)) for first, last in ranges]
+    tensors = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}
+    return sum(n for at, n in tensors.items() if any(first <= at < last for first, last in ranges))
+
+
 def warm_up(context):
     """Load and run the bundled model, so that libraries and compiled kernels are there before we count."""
     with loading.load("tiny-mixtral", "4MB", scheme="mixed") as model:
@@ -72,11 +81,13 @@ def main(argv=None):
     before = resident_nbytes()
     with Peak() as peak, loading.load(args.model, plan.fast_bytes, scheme=args.scheme) as model:
         generate(model, args.context)
-        allocated = model.mixoff.allocated_nbytes
+        allocated, in_files = model.mixoff.allocated_nbytes, mapped_nbytes(model)
     anonymous, mapped = peak.anonymous - before[0], peak.mapped - before[1]
     planned = plan.tiers["fast"]
     print(f"{args.model}, {plan.scheme}, context {args.context}: {plan.slots_per_layer} slots a layer")
     print(f"planned {planned:,} bytes: {plan.bytes}, slots {allocated:,} (allocated)")
+    own = planned - in_files
+    print(f"anonymous: planned {own:,}, measured {anonymous:,} ({anonymous / own - 1:+.1%})")
     print(f"measured peaks: anonymous {anonymous:,}, mapped files {mapped:,}; interpreter before {before[0]:,}")
     print(f"both {format_nbytes(anonymous + mapped)}, planned {format_nbytes(planned)}")
     return 0
