@@ -14,10 +14,8 @@ from mixoff.quantize import QTensor
 SILU = ("SiLU", "SiLUActivation")  # torch's and transformers' own class for it
 
 
-def by_expert(
-    top_k_index: torch.Tensor, num_experts: int, device: torch.device | None = None
-) -> dict[int, torch.Tensor]:
-    """Positions of each expert in the flattened (T, K) choice, experts in router order; on `device`, if one is given.
+def by_expert(top_k_index: torch.Tensor, num_experts: int) -> dict[int, torch.Tensor]:
+    """Positions of each expert in the flattened (T, K) choice, experts in router order.
 
     The sort is the one of transformers' `grouped_mm`, which is not stable: on several threads a row's last bit may
     depend on its place among the rows of a product, so rows keep that order. An index of `num_experts` or more is
@@ -27,10 +25,9 @@ def by_expert(
     {3: tensor([0]), 1: tensor([1, 2])}
     """
     flat = top_k_index.flatten()  # (T * K,)
-    router_order = dict.fromkeys(flat.tolist())
+    router_order = dict.fromkeys(flat.tolist())  # the one look at the router's choice
     experts, order = torch.sort(flat)
     distinct, counts = torch.unique_consecutive(experts, return_counts=True)
-    order = order.to(device or flat.device, non_blocking=True)
     positions = dict(zip(distinct.tolist(), order.split(counts.tolist()), strict=True))
     return {expert: positions[expert] for expert in router_order if expert < num_experts}
 
