@@ -10,8 +10,9 @@ import torch
 from tolerances import product_bound
 
 from mixoff import experts, kernels
-from mixoff.kernels import triton_products, triton_tiles
+from mixoff.kernels import triton_products, triton_strided, triton_tiles
 from mixoff.quantize import QTensor
+from mixoff.strided import Form, StridedTensor, packed_nbytes
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 ONE_PROGRAM = triton_tiles.Tile(128, 16, 1, 4)  # a whole block: the interpreter's time goes by programs
@@ -27,6 +28,20 @@ def random_weight(n, k, bits, group):
             part.copy_(torch.rand(part.shape) * (-0.02 if name == "min_top" else 0.02))
         else:
             part.view(torch.uint8).random_(0, 256)
+    return w
+
+
+def random_strided(n, k, bits, group, scale_group):
+    """Two matrices as they lie in a slot, the second four bytes after a multiple of 16; grids that differ by column."""
+    form = Form(bits, group, scale_group, matrices=2)
+    buffer = torch.randint(256, (packed_nbytes((n, k), form),), dtype=torch.uint8)
+    w = StridedTensor.from_buffer(buffer, 0, (n, k), form)
+    for parts in w.matrices:
+        grids = parts["meta.meta_scale.scale"], parts["meta.meta_scale.zero"]
+        grids[0].copy_(1e-4 * (1 + torch.rand(grids[0].shape)))
+        grids[1].copy_(-20 * torch.rand(grids[1].shape))
+        parts["meta.meta_zero.scale"].fill_(2**bits / 270)  # zeros lie among the codes
+        parts["meta.meta_zero.zero"].fill_(-5)
     return w
 
 
@@ -53,12 +68,12 @@ def gated(w, x):
     return worst(triton_products.gated(x, w), true, allowed)
 
 
-def dense(w, x):
+def dense(w, x, module=triton_products):
     """Weights rounded once to x's dtype, as those of the reference, and results once more."""
     weights, step = w.dequantize(), torch.finfo(x.dtype).eps
     size = x.double().abs() @ weights.double().abs().t()
     bound = product_bound(x.float(), weights) + step * size
-    return worst(triton_products.dense(x, w), x.double() @ weights.double().t(), bound)
+    return worst(module.dense(x, w), x.double() @ weights.double().t(), bound)
 
 
 def unfinished(w, x):
@@ -91,6 +106,21 @@ def expert(w, x):
     return worst(out, true, torch.finfo(x.dtype).eps * true.abs() + 1e-5 * true.abs().max())
 
 
+def strided(w, x):
+    """By way of the dispatch; parts apart, as attention has them, give the same bits."""
+    assert kernels.choose(x, w) == "triton"
+    apart = StridedTensor(w.shape, w.form, tuple({k: v.clone() for k, v in parts.items()} for parts in w.matrices))
+    out, weights = triton_strided.linear(x, w, torch.float32), w.dequantize()
+    assert torch.equal(kernels.linear(x, apart), out.to(x.dtype)), "another place, other bits"
+    return worst(out, x.double() @ weights.double().t(), product_bound(x.float(), weights))
+
+
+def strided_dense(w, x):
+    """In chunks of the scratch: every output is there, and weights are those of the reference in x's dtype."""
+    assert kernels.choose(x, w) == "triton-dense"
+    return dense(w, x, triton_strided)
+
+
 def tiny(w, x):
     """Logits of the bundled model through the kernels, against those of the CPU's fp32 ones; a share of 1e-3."""
     import mixoff
@@ -108,7 +138,8 @@ def tiny(w, x):
 def answer(case):
     """The share of what is allowed that a case's error takes."""
     torch.manual_seed(case["n"] + case["k"])
-    w = random_weight(case["n"], case["k"], case["bits"], case["group"])
+    make = random_strided if case["what"].startswith("strided") else random_weight
+    w = make(case["n"], case["k"], case["bits"], case["group"], *case.get("grids", ()))
     x = torch.randn(case["rows"], case["k"]).to(DTYPES[case["dtype"]])
     triton_products.tile = TABLE if case.get("table") else lambda *_: ONE_PROGRAM
     return globals()[case["what"]](w, x)

@@ -13,8 +13,9 @@ import torch
 import triton_table
 from mixoff import kernels
 from mixoff.errors import MixoffError
-from mixoff.kernels import triton_products, triton_tiles
+from mixoff.kernels import triton_products, triton_strided, triton_tiles
 from mixoff.quantize import QTensor
+from mixoff.strided import Form, StridedTensor, packed_nbytes
 
 needs_triton = pytest.mark.skipif(triton_products.loops() is None, reason="triton is not installed")
 
@@ -98,6 +99,32 @@ def test_what_is_not_finite_shows(interpreter):
 
 
 @needs_triton
+@pytest.mark.parametrize(
+    ("bits", "group", "grids", "n", "k", "rows", "dtype"),
+    [
+        (2, 16, 128, 64, 256, 1, "fp16"),  # an expert's form, gate above up
+        (2, 16, 128, 64, 2304, 1, "bf16"),  # more inputs than a program takes at once, and no multiple of that
+        (2, 16, 64, 64, 256, 3, "fp32"),  # fewer grids than inputs; an odd row beside two
+        (4, 64, 256, 128, 1024, 2, "fp16"),  # attention's form: four programs for the codes of one row of groups
+        (4, 8, 16, 32, 64, 8, "bf16"),
+        (8, 16, 16, 32, 64, 1, "fp16"),
+    ],
+)
+def test_groups_across_outputs(bits, group, grids, n, k, rows, dtype, interpreter):
+    """The published checkpoint's layout, two matrices in a slot, the second not on a multiple of 16 bytes."""
+    assert interpreter.error("strided", bits, group, n, k, rows, dtype, grids=[grids]) <= 1
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("bits", "group", "grids", "n", "k", "dtype"),
+    [(2, 16, 128, 64, 256, "fp16"), (4, 16, 64, 64, 256, "fp32"), (8, 16, 16, 32, 64, "bf16")],
+)
+def test_prompts_are_dequantized_across_outputs(bits, group, grids, n, k, dtype, interpreter):
+    assert interpreter.error("strided_dense", bits, group, n, k, 40, dtype, grids=[grids]) <= 1
+
+
+@needs_triton
 def test_experts_find_the_kernels(interpreter):
     assert interpreter.error("expert", 4, 32, 256, 64, 2, "fp16") <= 1
 
@@ -135,7 +162,8 @@ def check(rows):
     for row in rows:
         widths = {int(width) for width in row["loads"]}
         assert min(widths) >= 4, f"a load of less than four bytes a thread: {row}"
-        assert max(widths) == 16, f"codes are not loaded in 16 bytes a thread: {row}"
+        odd_place = row["kernel"] == "strided" and not row["wide"]
+        assert max(widths) == (4 if odd_place else 16), f"codes are not loaded in 16 bytes a thread: {row}"
         assert row["stack"] <= (64 if row["rows"] == 4 else 0), f"registers are spilled: {row}"
         assert 0 < row["registers"] <= 255 and row["shared"] <= 48 << 10
 
@@ -143,18 +171,23 @@ def check(rows):
 @needs_triton
 def test_kernels_compile_for_every_chip(root, tmp_path):
     """sm_75 to sm_90, bf16 on sm_75 among them; loads are wide, and only four rows spill a few registers."""
-    rows = compiled(root, tmp_path)
-    assert {(row["sm"], row["kernel"]) for row in rows} >= {
-        (sm, kernel) for sm in (75, 80, 86, 89, 90) for kernel in ("linear", "gated")
-    }
-    assert (75, "bf16") in {(row["sm"], row["dtype"]) for row in rows}
+    rows = compiled(root, tmp_path, "--few")
+    assert {row["sm"] for row in rows} == {75, 80, 86, 89, 90}
+    assert {(75, "bf16"), (80, "bf16"), (75, "fp16")} <= {(row["sm"], row["dtype"]) for row in rows}
+    assert {(row["sm"], row["bits"]) for row in rows if row["kernel"] == "strided"} == {(75, 2), (75, 4), (80, 2)}
     check(rows)
 
 
 @needs_triton
 @pytest.mark.slow
-def test_every_combination_compiles(root, tmp_path):
-    check(compiled(root, tmp_path, "--all"))
+@pytest.mark.parametrize("option", ["--json", "--all"])
+def test_every_combination_compiles(option, root, tmp_path):
+    """The table of docs/kernels.md, which is what the tool prints unasked; and all bits, rows and dtypes."""
+    rows = compiled(root, tmp_path, option)
+    assert {(row["sm"], row["kernel"]) for row in rows} >= {
+        (sm, kernel) for sm in (75, 80, 86, 89, 90) for kernel in ("linear", "gated")
+    }
+    check(rows)
 
 
 def test_widths_are_read_from_machine_code():
@@ -209,6 +242,25 @@ def test_old_chips_and_other_forms_are_left_to_the_reference(monkeypatch):
     monkeypatch.setattr(triton_products, "loops", lambda: None)
     monkeypatch.setattr(triton_products, "chip", lambda _: 75)
     assert not triton_products.serves(x, QTensor.empty((64, 64), 2, 32))
+
+
+def test_groups_across_outputs_are_served_by_whole_words(monkeypatch):
+    """Four inputs a word, four grids a pair of words; on a CPU, and on a chip older than sm_75, by others."""
+    x, form = torch.ones(1, 256), Form(2, 16, 128)
+    w = strided_weight((32, 256), form)
+    assert kernels.choose(x, w) != "triton"
+    monkeypatch.setattr(triton_products, "DEVICES", ("cpu",))
+    monkeypatch.setattr(triton_products, "loops", lambda: triton_products)
+    assert kernels.choose(x, w) == "triton" and kernels.choose(x.expand(33, -1), w) == "triton-dense"
+    assert not triton_strided.serves(x.double(), w)
+    assert not triton_strided.serves(x, strided_weight((32, 256), Form(2, 16, 256)))  # two grids
+    assert not triton_strided.serves(torch.ones(1, 254), strided_weight((64, 254), Form(2, 16, 127)))
+    monkeypatch.setattr(triton_products, "chip", lambda _: 70)
+    assert not triton_strided.serves(x, w)
+
+
+def strided_weight(shape, form):
+    return StridedTensor.from_buffer(torch.zeros(packed_nbytes(shape, form), dtype=torch.uint8), 0, shape, form)
 
 
 def test_names_of_kernels_are_told():

@@ -4,8 +4,8 @@
     python tools/triton_table.py --measure            times products on this machine's card beside its bandwidth
     python tools/triton_table.py --measure --tiles    other tiles too, for mixoff/kernels/triton_tiles.py
 
-`--json` prints one object, `--all` compiles every combination (minutes). With TRITON_INTERPRET=1, `--measure` runs
-small shapes in Triton's interpreter on the CPU: a rehearsal, whose times mean nothing.
+`--json` prints one object, `--all` compiles every combination (minutes), `--few` some. With TRITON_INTERPRET=1,
+`--measure` runs small shapes in Triton's interpreter on the CPU: a rehearsal, whose times mean nothing.
 """
 
 from __future__ import annotations
@@ -20,17 +20,19 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 
-from mixoff.kernels import triton_products
+from mixoff.kernels import triton_products, triton_strided
 from mixoff.kernels.triton_tiles import ROWS, Tile, tile
 from mixoff.quantize import QTensor, packed_nbytes
 
 SHAPES = {"linear": (4096, 14336), "gated": (28672, 4096), "dequantize": (4096, 14336)}  # Mixtral-8x7B
+STRIDED = ("strided", "strided_weights")  # kernels for the published checkpoint's layout
+PARTS = ("codes", "scales", "zeros_at", "grid_scales", "grid_zeros", "numbers")  # pointers that they take
 POINTERS = {"fp16": "*fp16", "bf16": "*i16", "fp32": "*fp32"}
 REGISTERS = 65536  # of a multiprocessor
 GB = 1e9
@@ -64,7 +66,8 @@ CHIPS = (
 
 @dataclass(frozen=True)
 class Case:
-    """One kernel for one chip. wide: whole blocks whose neighbours are loaded together, the usual case."""
+    """One kernel for one chip. wide: whole blocks whose neighbours are loaded together, the usual case; or a matrix
+    across outputs that begins at a multiple of 16 bytes."""
 
     sm: int
     kernel: str
@@ -105,50 +108,91 @@ def cases(everything: bool = False) -> Iterator[Case]:
     yield Case(75, "linear", 2, 32, 1, "bf16")
     yield Case(75, "linear", 2, 32, 1, "fp16", wide=False)
     yield Case(75, "dequantize", 2, 32, 1, "fp16")
+    yield from strided_cases()
+
+
+def few_cases() -> Iterator[Case]:
+    """What a test has time for: sm_75 and sm_80 above all, and one kernel for each of the others."""
+    yield Case(75, "gated", 2, 32, 1, "fp16")
+    yield Case(75, "linear", 3, 64, 1, "fp16")
+    yield Case(75, "linear", 2, 32, 1, "bf16")
+    yield Case(75, "linear", 2, 32, 1, "fp16", wide=False)
+    yield Case(75, "dequantize", 2, 32, 1, "fp16")
+    yield Case(80, "linear", 2, 32, 4, "bf16")
+    yield from (Case(sm, "linear", 4, 64, 1, "bf16") for sm in (86, 89, 90))
+    yield from strided_cases()
+
+
+def strided_cases() -> Iterator[Case]:
+    """The published checkpoint's layout: experts in 2 bits, attention in 4."""
+    yield Case(75, "strided", 2, 16, 1, "fp16")
+    yield Case(80, "strided", 2, 16, 2, "bf16")
+    yield Case(75, "strided", 2, 16, 1, "fp16", wide=False)
+    yield Case(75, "strided", 4, 64, 2, "fp16")
+    yield Case(80, "strided_weights", 2, 16, 1, "bf16")
 
 
 # Compiling ------------------------------------------------------------------------------------------------------------
 
 
 def constants(case: Case) -> tuple[dict, dict]:
-    """Constants and options of a launch, as `triton_products` passes them."""
-    outputs = SHAPES[case.kernel][0] // (2 if case.kernel == "gated" else 1)
-    chosen = tile(case.sm, case.rows, outputs)
-    given = triton_products.settings(QTensor.empty((1, case.group), case.bits, case.group), chosen)
+    """Constants and options of a launch, as `triton_products` and `triton_strided` pass them."""
+    if case.kernel in STRIDED:
+        given = triton_strided.settings(case.bits, case.group, case.rows)
+        if case.kernel == "strided_weights":
+            given |= {"BW": triton_strided.WEIGHT_WORDS, "num_warps": triton_strided.WEIGHT_WARPS}
+    else:
+        given = block_constants(case)
     options = {name: given.pop(name) for name in ("num_warps", "enable_fp_fusion")}
-    given |= {"ROWS": case.rows, "KIND": case.dtype, "OUT": case.dtype, "BN": chosen.BN, "WIDE": case.wide}
-    if case.kernel == "dequantize":
-        given["BG"] = triton_products.DEQUANTIZED_GROUPS
-        options["num_warps"] = triton_products.DEQUANTIZED_WARPS
+    given |= {"ROWS": case.rows, "KIND": case.dtype, "OUT": case.dtype, "WIDE": case.wide}
     wanted = getattr(triton_products.loops(), case.kernel).arg_names
     return {name: value for name, value in given.items() if name in wanted}, options
 
 
+def block_constants(case: Case) -> dict:
+    """Tile, bits, group and options of a kernel for the store's own layout."""
+    outputs = SHAPES[case.kernel][0] // (2 if case.kernel == "gated" else 1)
+    chosen = tile(case.sm, case.rows, outputs)
+    given = triton_products.settings(QTensor.empty((1, case.group), case.bits, case.group), chosen)
+    if case.kernel == "dequantize":
+        given |= {"BG": triton_products.DEQUANTIZED_GROUPS, "num_warps": triton_products.DEQUANTIZED_WARPS}
+    return given | {"BN": chosen.BN}
+
+
 def compile_case(case: Case) -> Cubin:
-    """Compile without a GPU, for arguments such as those of Mixtral's shapes: all but T and `count` multiples of 16."""
+    """Compile without a GPU, for arguments such as those of Mixtral's shapes: multiples of 16, but for odd places."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     function, (given, options) = getattr(triton_products.loops(), case.kernel), constants(case)
-    kinds = {"image": "*u8", "x": "*fp32" if case.dtype == "fp32" else "*i32", "out": POINTERS[case.dtype]}
+    kinds = dict.fromkeys(PARTS, "*i32") | {"image": "*u8"}
+    kinds |= {"x": "*fp32" if case.dtype == "fp32" else "*i32", "out": POINTERS[case.dtype]}
+    odd = ("T", "count", "numbers", *(() if case.wide else PARTS))
     if case.kernel == "gated":
         kinds["out"] = "*fp32"
     signature = {name: "constexpr" if name in given else kinds.get(name, "i32") for name in function.arg_names}
     even = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(function.arg_names)
-        if name not in given and name not in ("T", "count")
+        if name not in given and name not in odd
     }
     source = ASTSource(fn=function, signature=signature, constexprs=given, attrs=even)
     compiled = triton.compile(source, target=GPUTarget("cuda", case.sm, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(compiled.asm["cubin"])
         usage, code = tool("cuobjdump", "-res-usage", file.name), tool("nvdisasm", "-c", file.name)
+    weights = weights_of_round(case, given, 32 * options["num_warps"])
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
-    weights = given["BG"] * given.get("BN", 128) * case.group // (32 * options["num_warps"])  # of a thread, a round
-    loop = None if case.kernel == "dequantize" else round(longest_loop(code) / weights, 2)
+    loop = None if weights is None else round(longest_loop(code) / weights, 2)
     return Cubin(registers, compiled.metadata.shared, stack, load_widths(code), loop)
+
+
+def weights_of_round(case: Case, given: dict, threads: int) -> float | None:
+    """Weights that a thread computes in a round of the main loop; None of a kernel that has none."""
+    if case.kernel == "strided":
+        return given["P"] * given["BW"] * 32 / case.bits / threads
+    return given["BG"] * given["BN"] * case.group / threads if case.kernel in ("linear", "gated") else None
 
 
 def tool(name: str, *arguments: str) -> str:
@@ -192,18 +236,18 @@ def warps(cubin: Cubin, chip: Chip, of_program: int) -> int:
     return min(chip.warps, REGISTERS // each) // of_program * of_program
 
 
-def compile_table(everything: bool) -> list[dict]:
+def compile_table(chosen: Iterable[Case]) -> list[dict]:
     """Compiles, prints a row each, and returns them."""
     print(
         "| kernel | chip | weights | rows | dtype | registers | warps | shared, B | spilled, B | loads, bytes: count |"
     )
     print("|---" * 10 + "|")
     rows = []
-    for case in cases(everything):
+    for case in chosen:
         cubin, chip = compile_case(case), next(chip for chip in CHIPS if chip.sm == case.sm)
         held = warps(cubin, chip, constants(case)[1]["num_warps"])
         rows.append(asdict(case) | asdict(cubin) | {"warps": held})
-        name = case.kernel if case.wide else f"{case.kernel}, odd width"
+        name = case.kernel if case.wide else f"{case.kernel}, odd {'place' if case.kernel in STRIDED else 'width'}"
         cells = [name, f"sm_{case.sm}", f"{case.bits}-bit g{case.group}", case.rows, case.dtype, cubin.registers]
         cells += [f"{held} of {chip.warps}", cubin.shared, cubin.stack]
         cells += [", ".join(f"{count} of {width} B" for width, count in cubin.loads.items())]
@@ -355,6 +399,7 @@ def main() -> None:
     parser.add_argument("--measure", action="store_true", help="time products on this machine's card")
     parser.add_argument("--tiles", action="store_true", help="with --measure: other tiles too")
     parser.add_argument("--all", action="store_true", help="compile every combination")
+    parser.add_argument("--few", action="store_true", help="compile a few combinations, as a test does")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     arguments = parser.parse_args()
     output = sys.stdout
@@ -363,8 +408,8 @@ def main() -> None:
     if arguments.measure:
         found = measure(arguments.tiles)
     else:
-        rows = compile_table(arguments.all)
-        found = {"compiled": rows, "floors": [] if arguments.all else floor_table(rows)}
+        rows = compile_table(few_cases() if arguments.few else cases(arguments.all))
+        found = {"compiled": rows, "floors": [] if arguments.all or arguments.few else floor_table(rows)}
     if arguments.json:
         print(json.dumps(found), file=output)
 

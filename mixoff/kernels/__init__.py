@@ -9,12 +9,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mixoff.errors import MixoffError
-from mixoff.kernels import cpu, reference, strided, triton_products
+from mixoff.kernels import cpu, reference, strided, triton_products, triton_strided
 from mixoff.kernels.triton_tiles import MOST_ROWS
 from mixoff.quantize import QTensor
 from mixoff.strided import StridedTensor
 
 if TYPE_CHECKING:
+    from types import ModuleType
+
     import torch
 
 KERNELS = ("int8", "fp32", "dense", "reference", "triton", "triton-dense")
@@ -28,12 +30,12 @@ def choose(x: torch.Tensor, w: torch.Tensor | QTensor | StridedTensor, exact: bo
     once and multiplies with torch, for many rows; `reference` is torch alone. On a CUDA card, `triton` computes from
     packed codes with fp32 sums, whether `exact` or not, and `triton-dense` dequantizes for cuBLAS.
     """
+    if not isinstance(w, (QTensor, StridedTensor)):
+        return "reference"
+    if _triton(w).serves(x, w):
+        return "triton" if x.shape[0] <= MOST_ROWS else "triton-dense"
     if isinstance(w, StridedTensor):
         return "fp32" if strided.serves(x, w) else "reference"
-    if not isinstance(w, QTensor):
-        return "reference"
-    if triton_products.serves(x, w):
-        return "triton" if x.shape[0] <= MOST_ROWS else "triton-dense"
     if not cpu.serves(x, w):
         return "reference"
     if not exact:
@@ -56,19 +58,24 @@ def linear(
     fp32 where they would be quantized to int8. kernel: one of KERNELS instead of the table's choice.
     """
     chosen = kernel or choose(x, w, exact)
+    if chosen == "triton":
+        return _triton(w).linear(x, w)
+    if chosen == "triton-dense":
+        return _triton(w).dense(x, w)
     if chosen != "reference" and isinstance(w, StridedTensor):
         return strided.linear(x, w)
     if chosen in ("int8", "fp32"):
         return cpu.linear(x, w, exact=chosen == "fp32")
     if chosen == "dense":
         return cpu.dense(x, w)
-    if chosen == "triton":
-        return triton_products.linear(x, w)
-    if chosen == "triton-dense":
-        return triton_products.dense(x, w)
     if chosen != "reference":
         raise MixoffError(f"no kernel {chosen!r}: choose one of {', '.join(KERNELS)}")
     return reference.linear(x, w, scratch, transposed)
+
+
+def _triton(w: QTensor | StridedTensor) -> ModuleType:
+    """The module for CUDA cards, by how the weight's groups run."""
+    return triton_strided if isinstance(w, StridedTensor) else triton_products
 
 
 def gated_mlp(x: torch.Tensor, gate_up: QTensor, down: QTensor, exact: bool = False) -> torch.Tensor:

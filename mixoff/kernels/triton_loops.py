@@ -13,6 +13,10 @@ instruction for it.
 
 Every load is four bytes wide or wider, of single bytes and halves at odd places the word around them. Importing this
 module imports triton. Does not know tensors.
+
+The last section is for weights whose groups run across outputs: **R** outputs from one member of a group to the next,
+**C** grids of scales. There a word holds codes of four inputs, threads lie along the inputs, and an activation is
+multiplied by its scale once for all outputs of a program.
 """
 
 import triton
@@ -253,3 +257,91 @@ def dequantize(
         for i in tl.static_range(PER):
             at = (j * PER + i)[:, None] * C + (start - first + r)[None, :]
             put(out, at, code(word, high, i, BITS, magic) * scale + minimum, live, OUT)
+
+
+# Groups across outputs ------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def across(scales, zeros, grid_scales, grid_zeros, at, column, live, zero_zero, magic):
+    """Of the four groups in word `at`: scales, and after them the codes of zeros less `zero_zero`, fp32."""
+    scale_word, zero_word = tl.load(scales + at, mask=live, other=0), tl.load(zeros + at, mask=live, other=0)
+    found, lows = (), ()
+    for h in tl.static_range(2):
+        size, base = pair(grid_scales, column + 2 * h, live, "fp16"), pair(grid_zeros, column + 2 * h, live, "fp16")
+        for e in tl.static_range(2):
+            found = found + ((code(scale_word, scale_word, 2 * h + e, 8, magic) - base[e]) * size[e],)
+            lows = lows + (code(zero_word, zero_word, 2 * h + e, 8, magic) - zero_zero,)
+    return found + lows
+
+
+@triton.jit
+def zero_numbers(numbers):
+    """Scale and zero of the zeros' codes, fp32, from the word that holds both."""
+    word = tl.load(numbers)
+    low, high = word.to(tl.int16).to(tl.float16, bitcast=True), (word >> 16).to(tl.int16).to(tl.float16, bitcast=True)
+    return low.to(tl.float32), high.to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["T"])
+def strided(
+    x, codes, scales, zeros_at, grid_scales, grid_zeros, numbers, out, T, N, K, R, C, first, magic,
+    BITS: tl.constexpr, HEIGHT: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr, KIND: tl.constexpr,
+    OUT: tl.constexpr, BW: tl.constexpr,
+):  # fmt: skip
+    """`x @ w.T` for x (T, K) and one matrix -> its columns of out (T, N), from `first` on; codes (HEIGHT, R * K) bytes.
+
+    A program takes the outputs whose codes lie in P rows, r modulo R. K and C are multiples of four.
+    """
+    FIELDS: tl.constexpr = 8 // BITS
+    row, r = tl.program_id(0) * ROWS, tl.program_id(1)
+    top = tl.program_id(2) * P + tl.arange(0, P)
+    zero_scale, zero_zero = zero_numbers(numbers)
+    totals, lows = zeros(FIELDS * ROWS, (P, BW)), zeros(ROWS, (1, BW))
+    for start in range(0, K // 4, BW):
+        w = start + tl.arange(0, BW)[None, :]
+        live, at = w < K // 4, r * (K // 4) + w
+        word = tl.load(codes + top[:, None] * (R * (K // 4)) + at, mask=live, other=0)
+        found = across(scales, zeros_at, grid_scales, grid_zeros, at, 4 * at % C, live, zero_zero, magic)
+        for h in tl.static_range(2):
+            values = ()
+            for t in tl.static_range(ROWS):
+                values = values + pair(x, (row + t) * K + 4 * w + 2 * h, w < tl.where(row + t < T, K // 4, 0), KIND)
+            for e in tl.static_range(2):
+                new_totals, new_lows = (), ()
+                for t in tl.static_range(ROWS):
+                    value = values[2 * t + e] * found[2 * h + e]
+                    new_lows = new_lows + (lows[t] + value * found[4 + 2 * h + e],)
+                    for i in tl.static_range(FIELDS):
+                        q = code(word, word, (2 * h + e + 1) * FIELDS - 1 - i, BITS, magic)
+                        new_totals = new_totals + (totals[t * FIELDS + i] + q * value,)
+                totals, lows = new_totals, new_lows
+    for t in tl.static_range(ROWS):
+        low = zero_scale * tl.sum(lows[t], 1)
+        for i in tl.static_range(FIELDS):
+            at = (row + t) * N + first + (i * HEIGHT + top) * R + r
+            value = tl.sum(totals[t * FIELDS + i], 1) - low
+            put(out, at, value, top < tl.where(row + t < T, HEIGHT, 0), OUT)
+
+
+@triton.jit
+def strided_weights(
+    codes, scales, zeros_at, grid_scales, grid_zeros, numbers, out, K, R, C, first, magic,
+    BITS: tl.constexpr, HEIGHT: tl.constexpr, OUT: tl.constexpr, BW: tl.constexpr,
+):  # fmt: skip
+    """Weights of the outputs from `first` on of one matrix: into out (outputs, K). By output and by 4 * BW inputs."""
+    FIELDS: tl.constexpr = 8 // BITS
+    n = first + tl.program_id(0)
+    member, r = n // R, n % R
+    w = tl.program_id(1) * BW + tl.arange(0, BW)
+    live, at = w < K // 4, r * (K // 4) + w
+    word = tl.load(codes + member % HEIGHT * (R * (K // 4)) + at, mask=live, other=0)
+    word = word >> (8 - BITS * (member // HEIGHT + 1))
+    zero_scale, zero_zero = zero_numbers(numbers)
+    found = across(scales, zeros_at, grid_scales, grid_zeros, at, 4 * at % C, live, zero_zero, magic)
+    values = ()
+    for b in tl.static_range(4):
+        values = values + ((code(word, word, b * FIELDS, BITS, magic) - found[4 + b] * zero_scale) * found[b],)
+    even, odd = tl.join(values[0], values[2]), tl.join(values[1], values[3])
+    at = tl.program_id(1) * 4 * BW + tl.arange(0, 4 * BW)
+    put(out, tl.program_id(0) * K + at, tl.reshape(tl.join(even, odd), (4 * BW,)), at < K, OUT)
