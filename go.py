@@ -54,7 +54,7 @@ NBVAL = (
     "--nbval-kernel-startup-timeout=120",
     "--nbval-sanitize-with=tests/nbval_sanitize.cfg",
 )
-# One worker a core, four at most (each holds torch); a file stays in one worker, since a chapter's cells share a kernel.
+# One worker a core, four at most (each holds torch); a file stays in one, since a chapter's cells share a kernel.
 WORKERS = ("-n", "auto", "--maxprocesses=4", "--dist=loadfile")
 NO_VENV = """\
 This Python cannot make virtual environments: its `venv` module is incomplete, and there is no `uv` on the path.

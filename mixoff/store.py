@@ -179,11 +179,13 @@ def read_manifest(folder: Path) -> dict:
             f"{folder / MANIFEST} is no store of version {VERSION}: convert the original again with this mixoff"
         )
     try:
-        files = [(entry["file"], entry["stride"] * entry["num_experts"]) for entry in manifest["sites"]]
-        files += [(entry["file"], entry["nbytes"]) for entry in manifest["backbone"]]
+        files = [(entry["file"], entry["stride"], entry["num_experts"]) for entry in manifest["sites"]]
+        files += [(entry["file"], entry["nbytes"], 1) for entry in manifest["backbone"]]
     except (KeyError, TypeError) as error:
         raise _damaged(folder, error) from None
-    for file, nbytes in files:
+    if odd := [entry for entry in files if [type(value) for value in entry] != [str, int, int]]:
+        raise _damaged(folder, TypeError(f"a file, its bytes and its experts cannot be {odd[0]}"[:200]))
+    for file, nbytes in ((file, nbytes * count) for file, nbytes, count in files):
         _expect_file(folder, file, nbytes)
     return manifest
 
