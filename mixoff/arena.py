@@ -13,6 +13,7 @@ import torch
 
 from mixoff import shapes, store, strided
 from mixoff.errors import BudgetError, MixoffError
+from mixoff.pages import slab
 from mixoff.quantize import QTensor
 from mixoff.units import format_nbytes
 
@@ -32,7 +33,7 @@ class Arena:
         self, slots: int, sites: tuple[shapes.Site, ...], empty: Callable[[int], torch.Tensor] | None = None
     ) -> None:
         self.sites, self.slot_nbytes = sites, slot_nbytes(sites)
-        self.slots = (empty or store.slab)(slots * self.slot_nbytes).view(slots, -1)  # (S, slot_nbytes)
+        self.slots = (empty or slab)(slots * self.slot_nbytes).view(slots, -1)  # (S, slot_nbytes)
         self.images = [] if empty else [memoryview(slot.numpy()) for slot in self.slots]
         kinds = {}
         self._kind = [kinds.setdefault(site.parts, i) for i, site in enumerate(sites)]  # sites alike share views

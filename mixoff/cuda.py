@@ -16,9 +16,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from mixoff import hardware, store
+from mixoff import hardware
 from mixoff.errors import MixoffError
 from mixoff.hardware import MIB, Hardware
+from mixoff.pages import slab
 from mixoff.units import format_nbytes
 
 LEAST_SM = (7, 0)  # what Triton compiles for
@@ -134,7 +135,7 @@ class Cuda:
         torch's own allocator would round it up to a power of two: 1.43 times an expert of Mixtral in 4 bits. Raises
         OSError where there is no such memory.
         """
-        memory = store.slab(nbytes)
+        memory = slab(nbytes)
         error = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), nbytes, REGISTER_PORTABLE))
         if error == 0:
             self.registered.add(memory.data_ptr())
@@ -184,7 +185,7 @@ def link_bandwidths(nbytes: int = 256 * MIB, rounds: int = 3) -> dict[str, float
     Timed by the device's events, the best of `rounds` after one more to warm up. Needs a GPU.
     """
     device, target = Cuda(0), torch.empty(nbytes, dtype=torch.uint8, device="cuda:0")
-    pinned, pageable = device.pinned(nbytes), store.slab(nbytes)
+    pinned, pageable = device.pinned(nbytes), slab(nbytes)
     pageable.fill_(1)  # or its pages would not be there yet
     pairs = {"pinned": (target, pinned), "pageable": (target, pageable), "back": (pinned, target)}
     try:

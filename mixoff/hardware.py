@@ -337,7 +337,7 @@ def link_bandwidth(nbytes: int = 64 << 20, rounds: int = 5) -> float | None:
         return None
     source = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
     target = torch.empty(nbytes, dtype=torch.uint8, device="cuda")
-    return nbytes / min(_device_seconds(lambda: target.copy_(source, non_blocking=True)) for _ in range(rounds + 1))
+    return nbytes / min(device_seconds(lambda: target.copy_(source, non_blocking=True)) for _ in range(rounds + 1))
 
 
 def device_bandwidth(nbytes: int = 256 << 20, rounds: int = 5) -> float | None:
@@ -347,10 +347,11 @@ def device_bandwidth(nbytes: int = 256 << 20, rounds: int = 5) -> float | None:
     if not torch.cuda.is_available():
         return None
     values = torch.ones(nbytes // 4, dtype=torch.float32, device="cuda")
-    return nbytes / min(_device_seconds(values.sum) for _ in range(rounds + 1))
+    return nbytes / min(device_seconds(values.sum) for _ in range(rounds + 1))
 
 
-def _device_seconds(work: Callable[[], object]) -> float:
+def device_seconds(work: Callable[[], object]) -> float:
+    """What `work` takes on the current CUDA device, by its own clock."""
     import torch
 
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

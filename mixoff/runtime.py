@@ -22,13 +22,14 @@ from typing import Protocol
 import torch
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from mixoff import shapes, store
+from mixoff import shapes
 from mixoff.arena import Arena, Weight, least_slots, out_of_memory, plan_slots, slot_nbytes
 from mixoff.cache import BYPASS, HIT, RESTORE, ExpertCache, Grant
 from mixoff.errors import BudgetError, MixoffError
 from mixoff.events import CacheInfo, Event
 from mixoff.experts import by_expert, expert_mlp
 from mixoff.kernels import reference
+from mixoff.pages import slab
 from mixoff.policies import Key, Policy
 from mixoff.prefetch import Guesses, set_aside
 from mixoff.quantize import Scheme
@@ -108,7 +109,7 @@ class Runtime:
         """
         quantized = self.source.scheme.experts is not None  # then torch makes the blocks, and scratch is their bound
         scratch = 0 if quantized else reference.scratch_nbytes(self.source.sites, self._compute)
-        empty, refused = self.device.empty if self.device else store.slab, 0
+        empty, refused = self.device.empty if self.device else slab, 0
         while True:
             capacities, spare, reserved = self._divide(fast_bytes)
             slots = sum(capacities) + spare

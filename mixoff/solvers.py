@@ -14,11 +14,11 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 
-import numba
 import numpy as np
 from numba.extending import register_jitable
 
 from mixoff import quantize
+from mixoff.compiled import jit
 from mixoff.quantize import (
     BETA,
     ITERATIONS,
@@ -41,14 +41,6 @@ LEVELS, WIDER = np.float32(256), np.float32(256 / 255)  # codes of a grid; its s
 NORMAL = np.float32(2.0**-14)  # fp16's smallest normal number
 
 
-def jit(loop: Callable) -> Callable:
-    """`loop` compiled, kept on disk where there is a folder for it."""
-    try:
-        return numba.njit(nogil=True, cache=True, error_model="numpy")(loop)
-    except RuntimeError:  # no folder in which to keep compiled code
-        return numba.njit(nogil=True, error_model="numpy")(loop)
-
-
 @functools.cache
 def compiled() -> Callable:
     """Solve, store and pack a block of outputs, w (groups, G); false where a weight is out of range or no number.
@@ -62,7 +54,7 @@ def compiled() -> Callable:
     def quantize_block(w, solver, bits, codes, high, wide, grids, fine):
         return block(stamp, w, solver, bits, codes, high, wide, grids, fine)
 
-    return jit(quantize_block)
+    return jit(quantize_block, "numpy")
 
 
 @register_jitable

@@ -23,7 +23,6 @@ import torch
 from mixoff import hub, published, shapes
 from mixoff.checkpoint import Checkpoint, Extent, read_header, read_json
 from mixoff.errors import CheckpointError
-from mixoff.pages import slab as slab
 from mixoff.quantize import QTensor, Scheme, layout, packed_nbytes
 from mixoff.readers import ExpertReader
 from mixoff.shapes import Part, Site

@@ -27,6 +27,7 @@ import torch
 
 from mixoff import hardware, presets, shapes, store
 from mixoff.errors import CheckpointError, MixoffError
+from mixoff.pages import slab
 from mixoff.quantize import BLOCK, QTensor, Scheme, packed_nbytes
 from mixoff.shapes import Part, Site
 from mixoff.units import format_nbytes
@@ -142,7 +143,7 @@ def _save_config(config: PretrainedConfig, model: torch.nn.Module, folder: Path)
 
 def _write_site(folder: Path, i: int, site: Site, scheme: Scheme, seed: int) -> dict:
     """Write the experts of one site; returns its entry in the manifest."""
-    path, hashes, image = folder / store.expert_file(i), [], store.slab(store.stride(site))
+    path, hashes, image = folder / store.expert_file(i), [], slab(store.stride(site))
     with _open(path) as f:
         for expert in range(site.num_experts):
             hashes.append([_fill(image, part, scheme, (seed, i, expert, j)) for j, part in enumerate(site.parts)])

@@ -18,8 +18,8 @@ from collections.abc import Callable, Collection, Sequence
 import numpy as np
 
 from mixoff.cache import BYPASS, MISS
+from mixoff.pages import slab
 from mixoff.readers import Reader
-from mixoff.store import slab
 from mixoff.transfer import Key, Landing, ThreadTransfer, Transfer
 
 WORKERS = 4  # requests in flight; more of them read no faster: tools/transfer_table.py

@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from mixoff import models
+from mixoff.compiled import jit
 from mixoff.errors import MixoffError
 
 VERSION = 1
@@ -703,10 +704,7 @@ def _compile(loop: Callable, helpers: tuple[Callable, ...]) -> Callable:
         return loop
     for helper in helpers:
         numba.extending.register_jitable(helper)
-    try:
-        return numba.njit(nogil=True, cache=True)(loop)
-    except RuntimeError:  # no folder in which to keep compiled code
-        return numba.njit(nogil=True)(loop)
+    return jit(loop)
 
 
 def depths(requests: Requests, L: int, E: int, scope: str) -> np.ndarray:

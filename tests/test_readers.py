@@ -17,7 +17,8 @@ from tiny import BUNDLED, decode
 import mixoff
 from mixoff import CheckpointError, MixoffError
 from mixoff.checkpoint import Extent
-from mixoff.readers import BLOCK, DirectReader, DroppingReader, ExpertReader, goes_direct, pages, past_page_cache
+from mixoff.pages import pages
+from mixoff.readers import BLOCK, DirectReader, DroppingReader, ExpertReader, goes_direct, past_page_cache
 
 LENGTH = 5 * BLOCK + 1234
 

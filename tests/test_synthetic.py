@@ -11,6 +11,7 @@ from tiny import config_of
 import mixoff
 from mixoff import store, synthetic
 from mixoff.arena import view
+from mixoff.pages import slab
 from mixoff.quantize import Scheme
 
 WIDE = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -45,7 +46,7 @@ def test_weights_look_like_a_trained_model_s(stores, scheme):
     source = store.open_source(stores[scheme])
     seen = []
     for key in [(0, 0), (0, 1), (1, 0)]:
-        image = store.slab(store.stride(source.sites[0]))
+        image = slab(store.stride(source.sites[0]))
         source.reader.read_into(*key, memoryview(image.numpy())[: source.expert_nbytes])
         w = view(image, source.sites[key[0]].parts[0])
         seen.append(w.float() if isinstance(w, torch.Tensor) else w.dequantize())

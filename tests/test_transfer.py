@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig
 
 import mixoff
 from mixoff import prefetch, runtime
-from mixoff.readers import pages
+from mixoff.pages import pages
 from mixoff.tiers import RamTier
 from mixoff.transfer import ThreadTransfer
 

@@ -36,10 +36,10 @@ def best(fn: Callable[[int], object], runs: int) -> float:
     return min(times)
 
 
-def cold_weights(shape: tuple[int, int], bits: int, group: int) -> list[QTensor]:
-    """So many weights that a round through them leaves none in a cache: random codes on the grids of a small one."""
+def cold_weights(shape: tuple[int, int], bits: int, group: int, nbytes: int = COLD_NBYTES) -> list[QTensor]:
+    """So many weights that a round through all `nbytes` or more leaves none in a cache: random codes, plain grids."""
     weights = []
-    for _ in range(-(-COLD_NBYTES // packed_nbytes(shape, bits, group))):
+    for _ in range(-(-nbytes // packed_nbytes(shape, bits, group))):
         w = QTensor.empty(shape, bits, group)
         for name, part in w.parts.items():
             if part.is_floating_point():

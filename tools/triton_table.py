@@ -26,6 +26,8 @@ from pathlib import Path
 
 import torch
 
+from kernel_table import cold_weights
+from mixoff.hardware import device_seconds
 from mixoff.kernels import triton_products, triton_strided
 from mixoff.kernels.triton_tiles import ROWS, Tile, tile
 from mixoff.quantize import QTensor, packed_nbytes
@@ -298,12 +300,7 @@ class Bench:
             start = time.perf_counter()
             fn()
             return time.perf_counter() - start
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        fn()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1e3
+        return device_seconds(fn)
 
     def read_Bps(self) -> float:
         """What a plain sum reads: the measured limit of products."""
@@ -335,17 +332,8 @@ def bench() -> Bench:
 
 
 def random_weights(on: Bench, shape: tuple[int, int], bits: int, group: int) -> list[QTensor]:
-    """So many weights that a round through them leaves none in a cache: random codes on plain grids."""
-    weights = []
-    for _ in range(max(1, -(-on.cold_nbytes // packed_nbytes(shape, bits, group)))):
-        w = QTensor.empty(shape, bits, group)
-        for name, part in w.parts.items():
-            if part.is_floating_point():
-                part.fill_(-0.02 if name == "min_top" else 0.02)
-            else:
-                part.view(torch.uint8).random_(0, 256)
-        weights.append(w.to(on.device))
-    return weights
+    """Cold weights on the device that is measured."""
+    return [w.to(on.device) for w in cold_weights(shape, bits, group, on.cold_nbytes)]
 
 
 def measure(every_tile: bool) -> dict:

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from mixoff import demo, generation, loading, models, store
 from mixoff.kernels import reference
+from mixoff.pages import slab
 
 PROMPTS = (
     "It was a fine morning in the spring, and Elizabeth",
@@ -102,7 +103,7 @@ def run(runs: int = 5, max_new_tokens: int = 64, threads: int = 1) -> Table:
 def link_bandwidth(rounds: int = 5) -> float:
     """Bytes a second from the slow tier into a slot, every expert once a round; the best round."""
     source = store.open_source(models.path())
-    image = memoryview(store.slab(source.expert_nbytes).numpy())
+    image = memoryview(slab(source.expert_nbytes).numpy())
     best = 0.0
     for _ in range(rounds):
         start = time.perf_counter()

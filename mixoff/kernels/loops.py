@@ -14,10 +14,10 @@ import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
-import numba
 import numpy as np
 from numba.extending import overload, register_jitable
 
+from mixoff.compiled import jit
 from mixoff.kernels import simd
 from mixoff.kernels.simd import BLOCK, LANES, TOP, WIDTH, group
 
@@ -29,14 +29,6 @@ ROUND = np.float32(1.5 * 2**23)  # x + ROUND - ROUND rounds |x| < 2**22 half to 
 LOG2_E, LN2_HIGH, LN2_LOW = np.float32(1.44269504), np.float32(0.693359375), np.float32(-2.12194440e-4)
 EXP = tuple(map(np.float32, (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 0.5)))
 MOST_EXP = np.float32(87)  # exp of more leaves fp32's range
-
-
-def jit(loop: Callable) -> Callable:
-    """`loop` compiled, kept on disk where there is a folder for it."""
-    try:
-        return numba.njit(nogil=True, cache=True, error_model="numpy")(loop)
-    except RuntimeError:  # no folder in which to keep compiled code
-        return numba.njit(nogil=True, error_model="numpy")(loop)
 
 
 @functools.cache
@@ -53,7 +45,7 @@ def linear(bits: int, rows: int, way: str) -> Callable:
         codes, scales, sums = activations(way, x, size, rows, bits)
         product(bits, rows, way, stamp, codes, scales, sums, image, N, size, out, first, last)
 
-    return jit(product_of)
+    return jit(product_of, "numpy")
 
 
 # Activations ----------------------------------------------------------------------------------------------------------
@@ -293,4 +285,4 @@ def dequantizer(bits: int) -> Callable:
                             code = words[j * n + r] >> np.int32(width * i) & mask
                             out[k, r] = (np.float32(code) - zero[r]) * scale[r]
 
-    return jit(dequantize)
+    return jit(dequantize, "numpy")

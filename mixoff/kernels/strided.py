@@ -16,6 +16,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from mixoff.compiled import jit
 from mixoff.kernels.cpu import share
 from mixoff.strided import StridedTensor
 
@@ -59,10 +60,7 @@ def kernel(bits: int) -> Callable | None:
     numba.extending.register_jitable(scaled)
     for part in (fields_of_2, fields_of_4, fields_of_8):
         numba.extending.register_jitable(fastmath=FAST)(part)
-    try:
-        return numba.njit(nogil=True, cache=True)(LOOPS[bits])
-    except RuntimeError:  # no folder in which to keep compiled code
-        return numba.njit(nogil=True)(LOOPS[bits])
+    return jit(LOOPS[bits])
 
 
 # Sums go in as many lanes as the machine has: the same on every run, though not on every machine. A loop that sums must
