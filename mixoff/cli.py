@@ -44,9 +44,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="mixoff", description="Mixture-of-Experts models in less memory than they need, exactly."
-    )
+    parser = _Parser(prog="mixoff", description="Mixture-of-Experts models in less memory than they need, exactly.")
     parser.add_argument("--version", action="version", version=f"mixoff {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     adders = _add_demo, _add_run, _add_convert, _add_verify, _add_bench, _add_trace, _add_simulate, _add_plan

@@ -6,12 +6,16 @@ Does not know where weights come from.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import torch
 
 from mixoff import kernels
 from mixoff.quantize import QTensor
 
 SILU = ("SiLU", "SiLUActivation")  # torch's and transformers' own class for it
+LANES = 64  # ATen computes that many elements at a time at most: two vectors of bf16 with AVX-512
 
 
 def by_expert(top_k_index: torch.Tensor, num_experts: int) -> dict[int, torch.Tensor]:
@@ -38,10 +42,12 @@ def expert_mlp(
     weights: dict[str, torch.Tensor | QTensor],
     scratch: torch.Tensor,
     exact: bool = False,
+    place: Callable[[], tuple[int, int]] | None = None,
 ) -> torch.Tensor:
     """One expert of any family that transformers decorates: x (R, D) -> (R, D), the steps of `grouped_mm` in order.
 
-    exact: activations stay fp32 in products with quantized weights.
+    exact: activations stay fp32 in products with quantized weights. place: tells how many rows of the call belong to
+    experts of a lower index, and how many rows it has; without it x is all of them.
     """
     if fuses(module, x, weights, exact):
         return normed(module, kernels.gated_mlp(x, weights["gate_up_proj"], weights["down_proj"], exact))
@@ -51,9 +57,26 @@ def expert_mlp(
         return out.add_(weights[f"{name}_bias"].to(out.dtype)) if module.has_bias else out
 
     h = linear(x, "gate_up_proj" if module.has_gate else "up_proj")
-    h = module._apply_gate(h) if module.has_gate else module.act_fn(h)  # (R, F)
+    h = activated(module, h, place)  # (R, F)
     h = linear(h, "down_proj")  # (R, D)
     return normed(module, h)
+
+
+def activated(module: torch.nn.Module, h: torch.Tensor, place: Callable[[], tuple[int, int]] | None) -> torch.Tensor:
+    """`h` through the gate or the activation -> (R, F), with the bits of `grouped_mm`, which passes all rows at once.
+
+    On a CPU, ATen takes the last elements of a tensor, fewer than LANES, one by one, and its scalar `exp` may differ
+    from its vectorized one in the last bit. So where LANES do not divide F, rows of zeros stand in for other experts'.
+    """
+    activate = module._apply_gate if module.has_gate else module.act_fn
+    even = LANES // math.gcd(LANES, h.shape[1] // 2 if module.has_gate else h.shape[1])  # rows that fill whole vectors
+    if even == 1 or h.device.type != "cpu":
+        return activate(h)
+    R = len(h)
+    before, rows = place() if place else (0, R)
+    before, after = before % even, rows - before - R
+    after = min(after, even + after % even)
+    return activate(torch.nn.functional.pad(h, (0, 0, before, after)))[before : before + R]
 
 
 def normed(module: torch.nn.Module, h: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,7 @@ Does not know file layouts.
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 import warnings
@@ -532,11 +533,17 @@ def _served(
     def compute(expert: int, weights: dict[str, Weight]) -> None:
         if (rows := where.get(expert)) is not None:  # of this expert, (R,); none where whole layers are fetched
             mine = hidden_states if isinstance(rows, slice) else hidden_states[rows // K]  # (R, D)
-            out[rows] = expert_mlp(self, mine, weights, runtime.scratch, runtime.exact)
+            place = functools.partial(_place, expert, where, T * K)
+            out[rows] = expert_mlp(self, mine, weights, runtime.scratch, runtime.exact, place)
 
     runtime.serve(site, list(where), compute, weights_of)
     weighted = out * top_k_weights.reshape(-1, 1)  # (T * K, D)
     return weighted.view(T, K, D).sum(dim=1).to(hidden_states.dtype)  # (T, D)
+
+
+def _place(expert: int, where: dict[int, slice | torch.Tensor], rows: int) -> tuple[int, int]:
+    """How many of a call's rows belong to experts of a lower index, and how many `rows` it has."""
+    return sum(1 if isinstance(r, slice) else len(r) for other, r in where.items() if other < expert), rows
 
 
 def _one_token(top_k_index: torch.Tensor, num_experts: int) -> dict[int, slice] | None:

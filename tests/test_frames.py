@@ -111,7 +111,7 @@ def test_of_a_long_run_the_end_is_kept_and_tokens_go_on_counting(monkeypatch):
             runtime.tell(token, 3, token % EXPERTS, "miss")
     assert view.live["token"] == 29 and view.tokens == 30 and view.summary().startswith("30 tokens: 0 hits, 30 misses")
     assert view.recording["first"] == 25 and len(view.recording["stats"]) == 5
-    assert [ax.get_title() for ax in view.figure([0, -1]).axes] == ["token 25", "token 29"]
+    assert [ax.get_title("left") for ax in view.figure([0, -1]).axes] == ["token 25", "token 29"]
     matplotlib.pyplot.close("all")
 
 

@@ -323,6 +323,22 @@ def test_only_a_plain_silu_gate_is_fused():
     assert not experts.is_silu_gated(GptOssExperts(GptOssConfig(hidden_size=64, intermediate_size=64)))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [5, 40, 48, 64, 96, 200])
+def test_a_gate_gives_each_expert_the_bits_of_all_rows_at_once(width, dtype):
+    """gpt-oss' gate leaves what ends a tensor to ATen's scalar loop, whatever the width of this CPU's vectors."""
+    torch.manual_seed(0)
+    gate = GptOssExperts(GptOssConfig(hidden_size=64, intermediate_size=64))
+    for counts in ([1, 1], [1, 2, 1], [3, 70, 2, 5], [66, 1], [1, 130]):
+        h = (3 * torch.randn(sum(counts), 2 * width)).to(dtype)
+        starts = [sum(counts[:i]) for i in range(len(counts))]
+        parts = [
+            experts.activated(gate, mine, lambda start=start: (start, len(h)))
+            for start, mine in zip(starts, h.split(counts), strict=True)
+        ]
+        assert torch.equal(torch.cat(parts), gate._apply_gate(h))
+
+
 # --- without numba, and its cache -------------------------------------------------------------------------------------
 
 BLOCKED = """

@@ -58,6 +58,7 @@ def without_numba(monkeypatch):
 
     with monkeypatch.context() as patched:
         patched.setitem(sys.modules, "numba", None)
+        patched.setitem(sys.modules, "numba.extending", None)
         patched.delitem(sys.modules, "mixoff.solvers", raising=False)
         patched.delattr(mixoff, "solvers", raising=False)
         assert qz.loops.__wrapped__() is None

@@ -108,7 +108,7 @@ def expert_grids(grids: Sequence[np.ndarray], titles: Sequence[str], columns: in
     fig, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, sharex=True, sharey=True)
     for ax, grid, title in zip(axes.flat, grids, titles, strict=False):
         draw_grid(ax, grid)
-        ax.set_title(title, fontsize=9)
+        ax.set_title(title, fontsize=9, loc="left")
     for ax in axes[:, 0]:
         ax.set(yticks=[0.5, L - 0.5], yticklabels=[0, L - 1], ylabel="layer")
     for ax in axes[-1]:
