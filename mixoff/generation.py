@@ -5,18 +5,21 @@ Does not know where the experts are: it times any transformers model.
 
 from __future__ import annotations
 
+import functools
+import inspect
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from mixoff.errors import CheckpointError, MixoffError
+from mixoff.rescue import CACHE_NAMES
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
     from transformers.generation.streamers import BaseStreamer
 
 
@@ -78,6 +81,23 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     except Exception as error:  # transformers raises many kinds here; to the user all of them are one
         reason = str(error).strip().split("\n")[0]
         raise CheckpointError(f"{folder} has no tokenizer that transformers can load: {reason}") from error
+
+
+def advance(
+    model: PreTrainedModel, ids: torch.Tensor, cache: Cache | None = None, **how: object
+) -> tuple[torch.Tensor, Cache]:
+    """One pass over ids (B, T), after what `cache` holds: logits (B, T, V), and the cache, which holds them too now.
+
+    how: what else `model` takes. Written for every transformers, which has two names for that cache.
+    """
+    name = _cache_name(type(model))
+    out = model(ids, use_cache=True, **{name: cache}, **how)
+    return out.logits, out[name]
+
+
+@functools.cache
+def _cache_name(model: type[PreTrainedModel]) -> str:
+    return next(name for name in CACHE_NAMES if name in inspect.signature(model.forward).parameters)
 
 
 def generate(

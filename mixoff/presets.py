@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from mixoff import hub, models, shapes
 from mixoff.errors import CheckpointError, MixoffError
+from mixoff.generation import advance
 
 if TYPE_CHECKING:
     import torch
@@ -288,7 +289,7 @@ def rehearse(skeleton: PreTrainedModel) -> tuple[dict[str, int], tuple[CacheLaye
     try:
         with torch.no_grad():
             ids = torch.zeros(1, REHEARSED, dtype=torch.long, device="meta")
-            cache = skeleton(input_ids=ids, use_cache=True).past_key_values
+            _, cache = advance(skeleton, ids)
     except Exception:  # any of a hundred models' forwards may fail here, in any way
         return chosen, _formula(skeleton.config)
     return chosen, tuple(_measured(cache))

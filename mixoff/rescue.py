@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
     from mixoff.runtime import Runtime
 
+CACHE_NAMES = ("cache", "past_key_values")  # what transformers calls a pass's keys and values: since 5.24, and before
+
 
 def guard(model: PreTrainedModel, runtime: Runtime) -> ExitStack:
     """Let passes of `model` survive a lack of memory, at the cost of slots; closing what is returned ends that."""
@@ -31,7 +33,9 @@ def guard(model: PreTrainedModel, runtime: Runtime) -> ExitStack:
 
     @functools.wraps(own)
     def forward(*args: Any, **kwargs: Any) -> Any:
-        cache = signature.bind_partial(*args, **kwargs).arguments.get("past_key_values")
+        given = signature.bind_partial(*args, **kwargs)
+        given = given.arguments | given.kwargs
+        cache = next((given[name] for name in CACHE_NAMES if given.get(name) is not None), None)
         length = None if cache is None else cache.get_seq_length()
         while (done := _attempt(lambda: own(model_of(), *args, **kwargs)))[1] is not None:
             runtime.make_room(done[1])

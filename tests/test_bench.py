@@ -23,6 +23,7 @@ import mixoff
 from mixoff import doctor, hardware, presets, sizes, synthetic, timeline
 from mixoff.bench import command, compare, contender, limits, record, report, routing
 from mixoff.bench.spec import Spec, repeat_rate
+from mixoff.generation import advance
 from mixoff.pages import pages
 
 KEYS = (
@@ -78,9 +79,9 @@ def test_a_forced_model_asks_for_the_trace_s_experts(checkpoint, kind):
     model = contender.LOADERS[kind](Spec("x", kind, str(checkpoint), load={"fast_bytes": "10MB"}))
     choice = routing.Routing(model, trace)
     with torch.no_grad():
-        cache = model(torch.arange(5)[None], use_cache=True).past_key_values
+        _, cache = advance(model, torch.arange(5)[None])
         for token in range(5, 9):
-            cache = model(torch.tensor([[token]]), past_key_values=cache).past_key_values
+            _, cache = advance(model, torch.tensor([[token]]), cache)
     assert np.array_equal(np.stack(choice.chosen), trace[5:9])
     choice.detach()
     with torch.no_grad():
@@ -123,8 +124,8 @@ def test_touched_bytes_are_the_plan_s(tiny_store):
 
 def test_phases_add_up_to_the_token(tiny_store):
     with mixoff.load(tiny_store, "2MB") as model, torch.no_grad(), contender.Phases(model) as phases:
-        cache = model(torch.arange(4)[None], use_cache=True).past_key_values
-        model(torch.tensor([[5]]), past_key_values=cache)
+        _, cache = advance(model, torch.arange(4)[None])
+        advance(model, torch.tensor([[5]]), cache)
     assert phases.tokens == 1
     parts = phases.per_token()
     assert tuple(parts) == contender.PHASES and min(parts.values()) >= 0 and parts["experts"] > 0

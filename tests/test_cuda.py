@@ -24,6 +24,7 @@ from tiny import BUNDLED, budget, decode, resident, save_random
 import mixoff
 from mixoff import cuda, doctor, hardware, kernels, loading, planner, rescue, runtime, streams
 from mixoff.arena import Arena, slot_nbytes
+from mixoff.generation import advance
 from mixoff.hardware import GIB
 
 PROMPTS = [torch.arange(3, 12)[None] % 128, torch.tensor([[5, 9], [77, 3]])]
@@ -313,9 +314,9 @@ def test_a_layer_waits_for_the_device_once_and_mixes_no_devices(tmp_path, monkey
     with mixoff.load(folder, fast, **how) as model:
         with gpu():
             to_gpu(model)
-            out = model(torch.zeros(2, 7, dtype=torch.long, device="cuda"), use_cache=True)
-            out = model(torch.zeros(2, 1, dtype=torch.long, device="cuda"), past_key_values=out.past_key_values)
-            assert out.logits.device.type == "cuda" and out.logits.dtype == getattr(torch, dtype)
+            _, cache = advance(model, torch.zeros(2, 7, dtype=torch.long, device="cuda"))
+            logits, _ = advance(model, torch.zeros(2, 1, dtype=torch.long, device="cuda"), cache)
+            assert logits.device.type == "cuda" and logits.dtype == getattr(torch, dtype)
         assert len(looks) == 2 * 3 and [len(shapes) for shapes in looks] == [2, 2, 2, 3, 3, 2]
         assert model.mixoff.guesses.counts["named"] > 0
 

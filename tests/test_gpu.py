@@ -13,6 +13,7 @@ from tiny import BUNDLED, decode
 
 import mixoff
 from mixoff import cuda
+from mixoff.generation import advance
 
 pytestmark = pytest.mark.gpu
 IDS = torch.arange(5, 29)[None]
@@ -89,13 +90,13 @@ def test_events_keep_the_order_when_one_stream_lags(store, monkeypatch, held):
 def test_the_host_waits_once_a_layer(store):
     """torch warns at every synchronisation of its own; a forward pass of a token has one a layer."""
     with mixoff.load(store, "4MB", device="cuda") as model, torch.no_grad():
-        past = model(IDS.cuda()).past_key_values
+        _, past = advance(model, IDS.cuda())
         token = torch.tensor([[7]], device="cuda")
         torch.cuda.set_sync_debug_mode("warn")
         try:
             with warnings.catch_warnings(record=True) as said:
                 warnings.simplefilter("always")
-                model(token, past_key_values=past)
+                advance(model, token, past)
         finally:
             torch.cuda.set_sync_debug_mode("default")
         layers = len(model.mixoff.source.sites)

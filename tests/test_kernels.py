@@ -331,10 +331,10 @@ def test_a_gate_gives_each_expert_the_bits_of_all_rows_at_once(width, dtype):
     gate = GptOssExperts(GptOssConfig(hidden_size=64, intermediate_size=64))
     for counts in ([1, 1], [1, 2, 1], [3, 70, 2, 5], [66, 1], [1, 130]):
         h = (3 * torch.randn(sum(counts), 2 * width)).to(dtype)
-        starts = [sum(counts[:i]) for i in range(len(counts))]
+        places = [(sum(counts[:i]), sum(counts)) for i in range(len(counts))]
         parts = [
-            experts.activated(gate, mine, lambda start=start: (start, len(h)))
-            for start, mine in zip(starts, h.split(counts), strict=True)
+            experts.activated(gate, mine, lambda place=place: place)
+            for place, mine in zip(places, h.split(counts), strict=True)
         ]
         assert torch.equal(torch.cat(parts), gate._apply_gate(h))
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig
 
 import mixoff
 from mixoff import BudgetError, MixoffError
-from mixoff.generation import load_tokenizer
+from mixoff.generation import advance, load_tokenizer
 
 SLOT = 221_184  # bytes of one expert of the bundled model in fp16
 SCRATCH = {torch.float32: 32 * 192 * 4, torch.bfloat16: 32 * 192 * 2}
@@ -168,9 +168,9 @@ class Allocations(torch.utils._python_dispatch.TorchDispatchMode):
 def test_decoding_allocates_no_weights_outside_the_budget():
     """No operation of a decoded token makes a tensor near an expert's weight; the head's logits are the largest."""
     with mixoff.load(BUNDLED, fast_bytes="3MB") as model, torch.no_grad():
-        past = model(torch.tensor([[1, 5, 9]])).past_key_values
+        _, past = advance(model, torch.tensor([[1, 5, 9]]))
         with Allocations() as seen:
-            model(torch.tensor([[7]]), past_key_values=past)
+            advance(model, torch.tensor([[7]]), past)
     assert 0 < seen.largest <= model.config.vocab_size * 4 < SLOT // 4
 
 

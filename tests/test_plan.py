@@ -14,6 +14,7 @@ from transformers import AutoConfig, MixtralConfig
 import mixoff
 from mixoff import BudgetError, CheckpointError, MixoffError, cli, hardware, planner, presets, sizes
 from mixoff.checkpoint import read_header
+from mixoff.generation import advance
 from mixoff.quantize import Precision, Scheme
 from mixoff.store import MANIFEST, stride
 
@@ -107,7 +108,7 @@ def test_the_kv_cache_is_what_transformers_allocates(family, context):
         config.sliding_window = 8
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
-        cache = model(torch.ones(2, context, dtype=torch.long), use_cache=True).past_key_values
+        _, cache = advance(model, torch.ones(2, context, dtype=torch.long))
     shape = presets.from_config(config, family, "float32")
     scalars = 16 * len(cache.layers)  # counters of tokens, the same for any batch
     assert abs(shape.kv_nbytes(context, 2) - presets.cache_nbytes(cache)) <= scalars

@@ -6,6 +6,7 @@ from tiny import BUNDLED, FAMILIES, budget, decode, resident, save_random
 
 import mixoff
 from mixoff import BudgetError, MixoffError, simulate
+from mixoff.generation import advance
 from mixoff.prefetch import WINDOW, set_aside, top_k
 
 IDS = torch.arange(5, 14)[None]
@@ -130,11 +131,11 @@ def test_a_router_that_cannot_be_asked_ahead_ends_guessing_and_nothing_else(stor
             return honest(self, x, *args, **kwargs)
 
         with torch.no_grad():
-            past = model(IDS).past_key_values
+            _, past = advance(model, IDS)
             monkeypatch.setattr(router, "forward", fail_ahead)
             calls += [model.model.layers[3].mlp.gate]
             with pytest.raises(RuntimeError, match="not now"):  # the honest call fails as well: this router is broken
-                model(torch.tensor([[7]]), past_key_values=past)
+                advance(model, torch.tensor([[7]]), past)
         assert model.mixoff.info().prefetch == "off: the router of site 3 cannot be asked ahead (RuntimeError)"
 
 

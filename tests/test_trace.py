@@ -11,6 +11,7 @@ from tiny import BUNDLED
 
 import mixoff
 from mixoff import MixoffError, Trace
+from mixoff.generation import advance
 
 SMALL = [[[0, 3], [1, 2]], [[3, 1], [1, 0]], [[2, 3], [3, 2]]]  # (T, L, K)
 
@@ -236,9 +237,9 @@ def test_recording_sees_what_transformers_routes():
     with mixoff.load(BUNDLED, fast_bytes="3MB") as model, torch.no_grad():
         model(ids[:, :3])
         with model.mixoff.trace() as recorder:
-            past = model(ids[:, :8]).past_key_values
+            _, past = advance(model, ids[:, :8])
             for t in range(8, 12):
-                model(ids[:, t : t + 1], past_key_values=past)
+                advance(model, ids[:, t : t + 1], past)
         model(ids)
         logits = model(ids, output_router_logits=True).router_logits
     trace = recorder.trace

@@ -28,6 +28,7 @@ from mixoff import arena, hardware, models, presets, store, synthetic, timeline
 from mixoff.bench import limits, routing
 from mixoff.bench.compare import PASSIVE, environment
 from mixoff.bench.spec import Spec
+from mixoff.generation import advance
 from mixoff.kernels import reference
 from mixoff.kernels.threads import crew
 from mixoff.readers import BLOCK, PIECE
@@ -195,8 +196,7 @@ class Runner:
     def step(self, ids, anew=False):
         """Seconds of a pass."""
         start = time.perf_counter()
-        out = self.model(ids[None], past_key_values=None if anew else self.cache, use_cache=True, logits_to_keep=1)
-        self.cache = out.past_key_values
+        _, self.cache = advance(self.model, ids[None], None if anew else self.cache, logits_to_keep=1)
         return time.perf_counter() - start
 
     def run(self):

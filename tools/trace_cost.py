@@ -17,6 +17,7 @@ import torch
 
 import mixoff
 from mixoff import models
+from mixoff.generation import advance
 
 CONTEXT = 240  # tokens, then a new text begins
 DRAWS = 2000  # of the bootstrap
@@ -39,7 +40,7 @@ class Text:
 
     def _pass(self):
         ids = torch.from_numpy(self.rng.integers(300, self.model.config.vocab_size, (1, 1)))
-        self.cache = self.model(ids, past_key_values=self.cache, use_cache=True).past_key_values
+        _, self.cache = advance(self.model, ids, self.cache)
         self.length += 1
 
 

@@ -24,6 +24,7 @@ from mixoff.arena import view
 from mixoff.bench import limits, routing
 from mixoff.bench.spec import Spec, repeat_rate
 from mixoff.errors import MixoffError
+from mixoff.generation import advance
 from mixoff.prefetch import top_k
 
 COUNTED = (
@@ -119,12 +120,12 @@ class Session:
 
     def _step(self, ids: torch.Tensor, cache: object) -> tuple[float, object]:
         start = time.perf_counter()
-        out = self.model(ids.view(1, -1), past_key_values=cache, use_cache=True, logits_to_keep=1)
+        logits, cache = advance(self.model, ids.view(1, -1), cache, logits_to_keep=1)
         finish(ids.device)
         seconds = time.perf_counter() - start
-        if not torch.isfinite(out.logits).all():
+        if not torch.isfinite(logits).all():
             raise MixoffError("the model's logits are not finite: its weights are damaged")
-        return seconds, out.past_key_values
+        return seconds, cache
 
 
 def finish(device: torch.device) -> None:
