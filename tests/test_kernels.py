@@ -52,10 +52,10 @@ def test_blocks_give_the_bits_of_the_whole(n, k, compute, number, transposed):
     torch.manual_seed(n * k)
     weight = torch.randn((k, n) if transposed else (n, k)).mul_(0.02).half()
     whole = weight.to(compute) if transposed else weight.to(compute).t()
-    least = scratch_nbytes([site(n, k)], compute)
-    scratches = [torch.empty(nbytes, dtype=torch.uint8) for nbytes in (least, 2 * least + 64, 40 * least)]
     torch.set_num_threads(number)
     try:
+        least = scratch_nbytes([site(n, k, transposed=transposed)], compute)
+        scratches = [torch.empty(nbytes, dtype=torch.uint8) for nbytes in (least, 2 * least + 64, 40 * least)]
         for rows in (1, 2, 3, 5, 8, 9, 17, 40):
             x = torch.randn(rows, k).to(compute)
             expected = torch.mm(x, whole)
@@ -71,8 +71,24 @@ def test_equal_dtypes_need_no_scratch():
     assert torch.equal(linear(x, w, torch.empty(0, dtype=torch.uint8)), x @ w.t())
 
 
-def test_the_scratch_is_a_block_of_the_widest_weight():
+def test_the_scratch_is_a_block_of_the_widest_weight_or_all_of_it(monkeypatch):
+    monkeypatch.setattr(reference, "_divides", lambda *_: True)
     assert scratch_nbytes([site(384, 192), site(192, 96)], torch.float32) == 32 * 192 * 4
+    assert scratch_nbytes([site(4096, 512)], torch.float32) == 4096 * 512 * 4  # too large to be looked at
+    monkeypatch.setattr(reference, "_divides", lambda *_: False)
+    assert scratch_nbytes([site(384, 192), site(192, 96)], torch.float32) == 384 * 192 * 4
+
+
+def test_what_a_blas_does_with_blocks_is_seen(monkeypatch):
+    """One that sums in another order where there are fewer outputs: its scratch holds the whole weight."""
+    honest = torch.mm
+
+    def orders_by_width(x, w, out=None):
+        return honest(x, w, out=out) if w.shape[1] > 100 else torch.sum(x[:, :, None] * w, 1, out=out)
+
+    seen = reference._divides.__wrapped__
+    monkeypatch.setattr(torch, "mm", orders_by_width)
+    assert not seen(384, 192, torch.float32, False, 1)
 
 
 # --- quantized weights ------------------------------------------------------------------------------------------------

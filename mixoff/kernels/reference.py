@@ -1,15 +1,17 @@
 """Dense products in the dtype of the activations, straight from weights as the store keeps them.
 
 Letters: **T** rows of activations, **N** outputs, **K** inputs, **B** rows of a block.
-A weight in another dtype (fp16 files on a CPU, which computes in fp32) is widened block by block into a small scratch,
-and a quantized one dequantized so: never as a whole, since scratch counts against the budget. Widened weights give the
-bits of one product with the whole, because each output is its own sum over K; tests/test_kernels.py holds it to that.
+A weight in another dtype (fp16 files on a CPU, which computes in fp32) is widened into a scratch that counts against
+the budget, so block by block where that gives the bits of one product with the whole. Each output is its own sum over
+K, but a BLAS may order that sum by N, rows and threads (MKL with AVX-512 does): so it is looked at once what this one
+does, and where bits differ the scratch holds the whole weight. A quantized weight is dequantized block by block.
 
 Does not know experts or caches.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 
 import torch
@@ -20,16 +22,33 @@ from mixoff.strided import StridedTensor
 
 BLOCK_ROWS = 32  # rows of a weight widened at a time; at K = 4096 in fp32 a block is 512 KiB and stays in the L2 cache
 EVEN_ROWS = 8  # BLAS sums the odd rows at the end of a matrix in another order: such a weight is one block
+LOOKED_AT = (1, 2, 3, 5, 8, 9, 17, 40, 130, 512)  # rows for which blocks are compared with the whole
+LARGE = 1 << 22  # bytes, widened; a larger weight is widened as a whole without a look
 DEQUANTIZED = 4 * torch.float32.itemsize  # bytes an item of a block: codes, shifted codes, weights, and the last copy
 
 
-def block_rows(n: int) -> int:
-    """Rows in which a weight of `n` rows is widened.
+def block_rows(N: int, K: int, compute: torch.dtype, transposed: bool = False) -> int:
+    """The least number of a weight's N rows that may be widened at a time, with the number of threads that torch has.
 
-    >>> block_rows(384), block_rows(24), block_rows(90)
-    (32, 24, 90)
+    >>> block_rows(90, 64, torch.float32), block_rows(24, 64, torch.float32)  # odd, and hardly more than a block
+    (90, 24)
     """
-    return min(BLOCK_ROWS, n) if n % EVEN_ROWS == 0 else n
+    if N <= BLOCK_ROWS or N % EVEN_ROWS or N * K * compute.itemsize > LARGE:
+        return N
+    return BLOCK_ROWS if _divides(N, K, compute, transposed, torch.get_num_threads()) else N
+
+
+@functools.cache
+def _divides(N: int, K: int, compute: torch.dtype, transposed: bool, threads: int) -> bool:
+    """Whether blocks of outputs give the bits of one product here, in `threads` threads, which torch has now."""
+    random, scratch = (
+        torch.Generator().manual_seed(0),
+        torch.empty(BLOCK_ROWS * K * compute.itemsize, dtype=torch.uint8),
+    )
+    w = torch.randn((K, N) if transposed else (N, K), generator=random).to(compute)
+    w = w if transposed else w.t()
+    rows = [torch.randn(T, K, generator=random).to(compute) for T in LOOKED_AT]
+    return all(torch.equal(_in_blocks(x, w, scratch), torch.mm(x, w)) for x in rows)
 
 
 def scratch_nbytes(sites: Iterable[Site], compute: torch.dtype) -> int:
@@ -43,7 +62,7 @@ def _part_scratch(part: Part, transposed: bool, compute: torch.dtype) -> int:
     N, K = part.shape[::-1] if transposed else part.shape
     if part.form is not None:
         return min(BLOCK, N) * K * DEQUANTIZED
-    return block_rows(N) * K * compute.itemsize
+    return block_rows(N, K, compute, transposed) * K * compute.itemsize
 
 
 def linear(
@@ -56,17 +75,14 @@ def linear(
     if isinstance(w, (QTensor, StridedTensor)):
         return _from_codes(x, w)
     w = w if transposed else w.t()  # (K, N)
-    return torch.mm(x, w) if w.dtype == x.dtype else _widened(x, w, scratch)
+    return torch.mm(x, w) if w.dtype == x.dtype else _in_blocks(x, w, scratch)
 
 
-def _widened(x: torch.Tensor, w: torch.Tensor, scratch: torch.Tensor) -> torch.Tensor:
-    """The product with w (K, N) in another dtype, a block of outputs at a time, each laid out in memory as w is.
-
-    Blocks are as large as the scratch allows: every call of torch costs more than a small block's work.
-    """
+def _in_blocks(x: torch.Tensor, w: torch.Tensor, scratch: torch.Tensor) -> torch.Tensor:
+    """The product with w (K, N), widened to x's dtype at once where the scratch has room, else a block of outputs at a
+    time, each laid out in memory as w is."""
     K, N = w.shape
-    fitting = scratch.numel() // (K * x.element_size()) // EVEN_ROWS * EVEN_ROWS
-    B = max(block_rows(N), min(N, fitting))
+    B = N if scratch.numel() >= N * K * x.element_size() else BLOCK_ROWS
     out = x.new_empty(x.shape[0], N)  # (T, N)
     wide = scratch.view(x.dtype)[: K * B]
     wide = wide.view(K, B) if w.stride(1) == 1 else wide.view(B, K).t()  # (K, B)
