@@ -56,7 +56,7 @@ def test_blocks_give_the_bits_of_the_whole(n, k, compute, number, transposed):
     try:
         least = scratch_nbytes([site(n, k, transposed=transposed)], compute)
         scratches = [torch.empty(nbytes, dtype=torch.uint8) for nbytes in (least, 2 * least + 64, 40 * least)]
-        for rows in (1, 2, 3, 5, 8, 9, 17, 40):
+        for rows in (1, 2, 3, 5, 8, 9, 17, 40, 56, 130):
             x = torch.randn(rows, k).to(compute)
             expected = torch.mm(x, whole)
             for scratch in scratches:

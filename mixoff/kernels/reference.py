@@ -3,8 +3,9 @@
 Letters: **T** rows of activations, **N** outputs, **K** inputs, **B** rows of a block.
 A weight in another dtype (fp16 files on a CPU, which computes in fp32) is widened into a scratch that counts against
 the budget, so block by block where that gives the bits of one product with the whole. Each output is its own sum over
-K, but a BLAS may order that sum by N, rows and threads (MKL with AVX-512 does): so it is looked at once what this one
-does, and where bits differ the scratch holds the whole weight. A quantized weight is dequantized block by block.
+K, but a BLAS may order that sum by N, rows and threads (MKL does): so it is looked at once what this one does, and
+where bits differ the scratch holds the whole weight. For the many rows of a prompt, whose activations are larger, a
+weight of at most LARGE bytes is widened beside the scratch. A quantized weight is dequantized block by block.
 
 Does not know experts or caches.
 """
@@ -22,8 +23,8 @@ from mixoff.strided import StridedTensor
 
 BLOCK_ROWS = 32  # rows of a weight widened at a time; at K = 4096 in fp32 a block is 512 KiB and stays in the L2 cache
 EVEN_ROWS = 8  # BLAS sums the odd rows at the end of a matrix in another order: such a weight is one block
-LOOKED_AT = (1, 2, 3, 5, 8, 9, 17, 40, 130, 512)  # rows for which blocks are compared with the whole
-LARGE = 1 << 22  # bytes, widened; a larger weight is widened as a whole without a look
+FEW = 40  # rows for which blocks are compared with the whole; with 56 or more MKL's bits for AVX2 are others
+LARGE = 1 << 22  # bytes, widened: the scratch of a larger weight holds all of it, without a look
 DEQUANTIZED = 4 * torch.float32.itemsize  # bytes an item of a block: codes, shifted codes, weights, and the last copy
 
 
@@ -47,8 +48,8 @@ def _divides(N: int, K: int, compute: torch.dtype, transposed: bool, threads: in
     )
     w = torch.randn((K, N) if transposed else (N, K), generator=random).to(compute)
     w = w if transposed else w.t()
-    rows = [torch.randn(T, K, generator=random).to(compute) for T in LOOKED_AT]
-    return all(torch.equal(_in_blocks(x, w, scratch), torch.mm(x, w)) for x in rows)
+    x = torch.randn(FEW, K, generator=random).to(compute)
+    return all(torch.equal(_in_blocks(x[:T], w, scratch), torch.mm(x[:T], w)) for T in range(1, FEW + 1))
 
 
 def scratch_nbytes(sites: Iterable[Site], compute: torch.dtype) -> int:
@@ -75,7 +76,10 @@ def linear(
     if isinstance(w, (QTensor, StridedTensor)):
         return _from_codes(x, w)
     w = w if transposed else w.t()  # (K, N)
-    return torch.mm(x, w) if w.dtype == x.dtype else _in_blocks(x, w, scratch)
+    if w.dtype == x.dtype:
+        return torch.mm(x, w)
+    whole = w.numel() * x.element_size()
+    return torch.mm(x, w.to(x.dtype)) if scratch.numel() < whole and len(x) > FEW else _in_blocks(x, w, scratch)
 
 
 def _in_blocks(x: torch.Tensor, w: torch.Tensor, scratch: torch.Tensor) -> torch.Tensor:
