@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from numba.core.ccallback import CFunc
 
 
 def jit(loop: Callable, error_model: str = "python") -> Callable:
@@ -12,7 +17,21 @@ def jit(loop: Callable, error_model: str = "python") -> Callable:
     """
     import numba
 
+    return _kept(functools.partial(numba.njit, nogil=True, error_model=error_model), loop)
+
+
+def function(loop: Callable, error_model: str = "python") -> CFunc:
+    """`loop`, of three numbers that it takes as int64, compiled as a function that has an address.
+
+    Whoever calls it there holds no lock and hears of no error. Raises ImportError where numba is not installed.
+    """
+    import numba
+
+    return _kept(functools.partial(numba.cfunc, "void(int64, int64, int64)", error_model=error_model), loop)
+
+
+def _kept(compiler: Callable, loop: Callable) -> Callable:
     try:
-        return numba.njit(nogil=True, cache=True, error_model=error_model)(loop)
+        return compiler(cache=True)(loop)
     except RuntimeError:  # no folder in which to keep compiled code
-        return numba.njit(nogil=True, error_model=error_model)(loop)
+        return compiler()(loop)

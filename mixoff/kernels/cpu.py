@@ -10,6 +10,7 @@ Does not know experts or caches. Where numba is missing, `reference` computes in
 from __future__ import annotations
 
 import functools
+from array import array
 from collections.abc import Callable
 from types import ModuleType
 
@@ -18,7 +19,7 @@ import torch
 from mixoff.kernels import threads
 from mixoff.quantize import BLOCK, QTensor
 
-SHARED_ABOVE = 1 << 22  # weights times rows; less is done before another thread has woken up
+SHARED_ABOVE = 1 << 20  # weights times rows; less is done in the time that it takes to hand it over
 FP32_ROWS = {2: 128, 3: 64, 4: 128, 8: 128}  # fp32 activations: for more rows dequantizing once is faster
 
 
@@ -47,6 +48,13 @@ def integer_way(features: frozenset[str] | None = None, machine: str | None = No
     return "any"
 
 
+@functools.cache
+def wide() -> int:
+    """Outputs of a vector: those of 512 bits where the CPU has them, with VNNI, else of 256."""
+    features, _ = target()
+    return loops().WIDE if {"avx512f", "avx512bw", "avx512vl", "avx512vnni"} <= features else loops().LANES
+
+
 def target() -> tuple[frozenset[str], str]:
     """Features and architecture of what numba compiles for, which environment variables may set."""
     from numba.core.registry import cpu_target
@@ -72,17 +80,28 @@ def gated(h: torch.Tensor, w: QTensor, exact: bool = False) -> torch.Tensor:
 
 def _product(x: torch.Tensor, gate: bool, w: QTensor, exact: bool) -> torch.Tensor:
     T, (N, K) = x.shape[0], w.shape
-    out = torch.empty(T, N)
-    run = loops().linear(w.bits, 1 if T == 1 else 2 if T == 2 else 4, "float" if exact else integer_way())
-    arguments = (x.numpy(), gate, w.image.numpy(), N, w.group_size, out.numpy())
-    share(lambda first, last: run(*arguments, first, last), -(-N // BLOCK), N * K * T)
+    rows, way = 1 if T == 1 else 2 if T == 2 else 4, "float" if exact else integer_way()
+    prepare, run = loops().prepare(w.bits, rows, way), loops().linear(w.bits, rows, way, wide())
+    out, image, size = torch.empty(T, N), w.image, w.group_size
+    padded, item = -(-T // rows) * rows, 4 if exact else 1
+    room = torch.empty(padded * (K * item + 8 * K // size) + 64, dtype=torch.uint8)
+    scales = room.data_ptr() + -(-padded * K * item // 8) * 8
+    buffers = room.data_ptr(), scales, scales + 4 * padded * K // size
+    numbers = (x.data_ptr(), gate, T, padded, K, *buffers, image.data_ptr(), len(image), N, size, out.data_ptr())
+    job = array("q", numbers)  # as `loops.JOB` says
+    count = -(-N // BLOCK)
+    threads.compute(prepare.address, run.address, job.buffer_info()[0], count, parties(count, N * K * T))
     return out
 
 
+def parties(count: int, size: int) -> int:
+    """Threads for `count` blocks: `threads.count()` where `size`, weights times rows, is worth it."""
+    return min(threads.count(), count) if size > SHARED_ABOVE else 1
+
+
 def share(work: Callable[[int, int], object], count: int, size: int) -> None:
-    """Call `work(first, last)` on ranges of 0..count: on `threads.count()` threads where `size` is worth it."""
-    number = min(threads.count(), count) if size > SHARED_ABOVE else 1
-    if number == 1:
+    """Call `work(first, last)` on ranges of 0..count, in so many threads as `parties` says."""
+    if (number := parties(count, size)) == 1:
         work(0, count)
     else:
         threads.crew(number).share(work, count)

@@ -15,13 +15,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from numba import carray
+from numba.core.ccallback import CFunc
 from numba.extending import overload, register_jitable
 
-from mixoff.compiled import jit
+from mixoff.compiled import function, jit
 from mixoff.kernels import simd
-from mixoff.kernels.simd import BLOCK, LANES, TOP, WIDTH, group
+from mixoff.kernels.simd import BLOCK, LANES, TOP, WIDE, WIDTH, group, pointer
 
 STAMP = hashlib.sha256(Path(simd.__file__).read_bytes()).hexdigest()  # of what numba's cache on disk doesn't look at
+SUMS = {LANES: 8, WIDE: 16}  # vectors of sums that are kept in registers, of which AVX-512 has twice as many
 SUPER = 128  # groups on one grid of metadata
 SMALLEST = np.float32(2.0**-100)  # a group of activations below it counts as zero: its scale would leave fp32's range
 HALF, SPAN = np.float32(2.0**112), np.float32(2.0**104)  # what fp16's bits, moved to fp32's places, lack; over 256
@@ -31,21 +34,47 @@ EXP = tuple(map(np.float32, (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 
 MOST_EXP = np.float32(87)  # exp of more leaves fp32's range
 
 
+# A product: addresses of arrays, and sizes. x (T, K), fp32, or (T, 2K) with `gate`, where silu(first half) * second
+# half is meant; values (padded, K), scales and sums of its groups (padded, K / size); an image; out (T, N), fp32.
+JOB = ("x", "gate", "T", "padded", "K", "values", "scales", "sums", "image", "nbytes", "N", "size", "out")
+
+
 @functools.cache
-def linear(bits: int, rows: int, way: str) -> Callable:
+def prepare(bits: int, rows: int, way: str) -> CFunc:
+    """Activations as a product takes them, T filled up to `padded`: a function of the address of a job."""
+    stamp, kind = STAMP, np.float32 if way == "float" else np.int8
+
+    def prepared(job, first, last):
+        x, gate, T, padded, K, values, scales, sums, _, _, _, size, _ = carray(pointer(job, np.int64), (13,))
+        x = carray(pointer(x, np.float32), (T, K + gate * K))
+        activations(
+            way, silu_gate(x) if gate else x, size, bits, stamp, carray(pointer(values, kind), (padded, K)),
+            carray(pointer(scales, np.float32), (padded, K // size)),
+            carray(pointer(sums, np.float32), (padded, K // size)),
+        )  # fmt: skip
+
+    return function(prepared, "numpy")
+
+
+@functools.cache
+def linear(bits: int, rows: int, way: str, wide: int = LANES) -> CFunc:
     """The product with a weight of `bits` bits, `rows` (1, 2 or 4) side by side, in one of the ways of `simd`.
 
-    x (T, K) fp32 into out (T, N), for blocks first..last of outputs, in groups of `size`. gate: x is (T, 2K), and
-    silu(first half) * second half takes its place.
+    A function of the address of a job and of blocks of outputs, first..last, which it writes.
+    wide: outputs of a vector, 8 or 16; the latter where whole blocks are computed by `vnni` or `float`.
     """
-    stamp = STAMP
+    stamp, kind = STAMP, np.float32 if way == "float" else np.int8
 
-    def product_of(x, gate, image, N, size, out, first, last):
-        x = silu_gate(x) if gate else x
-        codes, scales, sums = activations(way, x, size, rows, bits)
-        product(bits, rows, way, stamp, codes, scales, sums, image, N, size, out, first, last)
+    def product_of(job, first, last):
+        _, _, T, padded, K, x, scales, sums, image, nbytes, N, size, out = carray(pointer(job, np.int64), (13,))
+        product(
+            bits, rows, way, wide, stamp, carray(pointer(x, kind), (padded, K)),
+            carray(pointer(scales, np.float32), (padded, K // size)),
+            carray(pointer(sums, np.float32), (padded, K // size)), carray(pointer(image, np.uint8), (nbytes,)),
+            N, size, carray(pointer(out, np.float32), (T, N)), first, last,
+        )  # fmt: skip
 
-    return jit(product_of, "numpy")
+    return function(product_of, "numpy")
 
 
 # Activations ----------------------------------------------------------------------------------------------------------
@@ -71,67 +100,67 @@ def silu_gate(h):
     return out
 
 
-def activations(way, x, size, rows, bits):
-    """Activations as a product takes them, T filled up to a multiple of `rows`: codes, scales, sums of each group."""
+def activations(way, x, size, bits, stamp, values, scales, sums):
+    """Activations as a product takes them, with zeros for rows beyond x: values, scales and sums of each group."""
 
 
 @overload(activations, prefer_literal=True)
-def _activations(way, x, size, rows, bits):
+def _activations(way, x, size, bits, stamp, values, scales, sums):
     per_byte = 8 // WIDTH[bits.literal_value]
     if way.literal_value == "float":
-        return lambda way, x, size, rows, bits: unquantized(x, size, rows)
-    return lambda way, x, size, rows, bits: quantized(x, size, rows, per_byte)
+        return lambda way, x, size, bits, stamp, values, scales, sums: unquantized(x, size, values, scales, sums)
+    return lambda way, x, size, bits, stamp, values, scales, sums: quantized(x, size, per_byte, values, scales, sums)
 
 
 @register_jitable
-def unquantized(x, size, rows):
+def unquantized(x, size, values, scales, sums):
     T, K = x.shape
-    padded = (T + rows - 1) // rows * rows
-    values, scales = np.zeros((padded, K), np.float32), np.ones((padded, K // size), np.float32)
-    sums = np.zeros((padded, K // size), np.float32)
+    scales[:], sums[:], values[T:] = 1, 0, 0
     for t in range(T):
         for k in range(K):
             values[t, k] = x[t, k]
         for g in range(K // size):
             for k in range(g * size, (g + 1) * size):
                 sums[t, g] += x[t, k]
-    return values, scales, sums
 
 
 @register_jitable
-def quantized(x, size, rows, per_byte):
+def quantized(x, size, per_byte, codes, scales, sums):
     """To int8, one scale a group, symmetric. The codes of a word's bytes lie together: every `per_byte`-th input.
 
     The sum of a group is that of its quantized values, so that their errors meet `w` and not `w - minimum`.
     """
     T, K = x.shape
-    padded = (T + rows - 1) // rows * rows
-    codes = np.zeros((padded, K), np.int8)
-    scales, sums = np.zeros((padded, K // size), np.float32), np.zeros((padded, K // size), np.float32)
-    values = np.empty(K, np.int8)
-    word = 4 * per_byte
-    bits = x.view(np.int32)
+    codes[T:], scales[T:], sums[T:] = 0, 0, 0
+    values, byte, eight = np.empty(K, np.int32), np.int32(255), np.int32(8)
     for t in range(T):
+        row, bits, words = x[t], x[t].view(np.int32), codes[t].view(np.int32)
         for g in range(K // size):
-            most = np.int32(
-                0
-            )  # magnitudes order as the integers of their bits do, and those LLVM compares side by side
-            for k in range(g * size, (g + 1) * size):
-                most = max(most, bits[t, k] & np.int32(0x7FFFFFFF))
+            first = g * size
+            most = np.int32(0)  # magnitudes order as integers of their bits do, which LLVM compares side by side
+            for k in range(size):
+                most = max(most, bits[first + k] & np.int32(0x7FFFFFFF))
             largest = from_bits(most)
             inverse = np.float32(TOP) / largest if largest >= SMALLEST else np.float32(0)
             total = np.int32(0)
-            for k in range(g * size, (g + 1) * size):
-                code = np.int32(x[t, k] * inverse + ROUND - ROUND)
-                values[k] = code
+            for k in range(size):
+                code = np.int32(row[first + k] * inverse + ROUND - ROUND)
+                values[first + k] = code
                 total += code
             scales[t, g] = largest / np.float32(TOP) if not largest < SMALLEST else np.float32(0)
             sums[t, g] = scales[t, g] * np.float32(total)
-        for j in range(0, K, word):
-            for byte in range(4):
-                for i in range(per_byte):
-                    codes[t, j + 4 * i + byte] = values[j + per_byte * byte + i]
-    return codes, scales, sums
+        for j in range(K // (4 * per_byte)):
+            for i in range(per_byte):
+                k, word = 4 * per_byte * j + i, np.int32(0)
+                for b in range(3, -1, -1):
+                    word = word << eight | values[k + b * per_byte] & byte
+                words[per_byte * j + i] = word
+
+
+@register_jitable
+def address(array):
+    """Where an array's bytes begin, as a signed number: numba adds unsigned ones to signed ones in floating point."""
+    return np.int64(array.ctypes.data)
 
 
 @register_jitable
@@ -145,20 +174,20 @@ def from_bits(value):
 
 @register_jitable
 def grids_of(image, start, count, first, used):
-    """Metadata grids first..first + used of `count`, fp32 (used, 4): base, span / 256, top, -span / 256.
+    """Metadata grids first..first + used of `count`, fp32 (4, used): base, span / 256, top, -span / 256.
 
     fp16 is widened by moving its bits, which any CPU can.
     """
     halves = image[start : start + 8 * count].view(np.uint16)
     moved = np.empty((4, used), np.int32)
-    wide, out = moved.view(np.float32), np.empty((used, 4), np.float32)
+    out = moved.view(np.float32)
     for k in range(4):
+        factor = HALF if k % 2 == 0 else SPAN if k == 1 else -SPAN
         for i in range(used):
             half = np.int32(halves[k * count + first + i])
             moved[k, i] = (half & np.int32(0x7FFF)) << np.int32(13) | (half & np.int32(0x8000)) << np.int32(16)
-    for i in range(used):
-        out[i, 0], out[i, 1] = wide[0, i] * HALF, wide[1, i] * SPAN
-        out[i, 2], out[i, 3] = wide[2, i] * HALF, -wide[3, i] * SPAN
+        for i in range(used):
+            out[k, i] *= factor
     return out
 
 
@@ -172,30 +201,31 @@ def widened(image, start, rows, nbytes, wide):
     return out
 
 
-def product(bits, rows, way, stamp, x, scales, sums, image, N, size, out, first, last):
+def product(bits, rows, way, wide, stamp, x, scales, sums, image, N, size, out, first, last):
     """Codes of activations (T, K) times the weight in `image`, into the rows that `out` (T, N) has."""
 
 
 @overload(product, prefer_literal=True)
-def _product(bits, rows, way, stamp, x, scales, sums, image, N, size, out, first, last):
-    vectors = 8 // rows.literal_value
-    chunk, per_word = vectors * LANES, 32 // WIDTH[bits.literal_value]
+def _product(bits, rows, way, wide, stamp, x, scales, sums, image, N, size, out, first, last):
+    vectors = min(BLOCK // wide.literal_value, SUMS[wide.literal_value] // rows.literal_value)
+    chunk, per_word = vectors * wide.literal_value, 32 // WIDTH[bits.literal_value]
     third = int(bits.literal_value == 3)
     x_item = 4 if way.literal_value == "float" else 1
 
-    def loop(bits, rows, way, stamp, x, scales, sums, image, N, size, out, first, last):
+    def loop(bits, rows, way, wide, stamp, x, scales, sums, image, N, size, out, first, last):
         T, K = x.shape
         groups, words, step = K // size, K // per_word, size // per_word
         items, high_at = N * groups, 4 * N * words
         count, grids_at = (items + SUPER - 1) // SUPER, high_at + third * (N * K // 8)
-        base, scales_at = image.ctypes.data, grids_at + 8 * count
+        base, scales_at = address(image), grids_at + 8 * count
         lanes, total = np.zeros((4, BLOCK), np.float32), np.empty((rows, BLOCK), np.float32)
+        first_grid = first * BLOCK * groups // SUPER
+        used = (min(last * BLOCK, N) * groups - 1) // SUPER - first_grid + 1
+        grids = grids_of(image, grids_at, count, first_grid, used)
         for b in range(first, last):
             start = b * BLOCK
             n = min(BLOCK, N - start)
             item, beside = start * groups, n
-            first_grid = item // SUPER
-            grids = grids_of(image, grids_at, count, first_grid, (item + n * groups - 1) // SUPER - first_grid + 1)
             codes, high = base + 4 * start * words, base + high_at + start * K // 8
             scale_codes = base + scales_at + item
             min_codes = scale_codes + items
@@ -205,34 +235,36 @@ def _product(bits, rows, way, stamp, x, scales, sums, image, N, size, out, first
                 high8 = widened(image, high_at + start * K // 8, third * (K // 16), 2 * n, 2 * LANES)
                 scale8 = widened(image, scales_at + item, groups, n, LANES)
                 min8 = widened(image, scales_at + items + item, groups, n, LANES)
-                codes, high = codes8.ctypes.data, high8.ctypes.data
-                scale_codes, min_codes = scale8.ctypes.data, min8.ctypes.data
+                codes, high = address(codes8), address(high8)
+                scale_codes, min_codes = address(scale8), address(min8)
             for t in range(0, T, rows):
                 for i in range(rows):
                     for r in range(BLOCK):
                         total[i, r] = 0
-                x_at, s_at = x.ctypes.data + t * K * x_item, scales.ctypes.data + 4 * t * groups
-                sum_at, total_at = sums.ctypes.data + 4 * t * groups, total.ctypes.data
+                x_at, s_at = address(x) + t * K * x_item, address(scales) + 4 * t * groups
+                sum_at, total_at = address(sums) + 4 * t * groups, address(total)
+                grid_at = address(grids) + 4 * (item // SUPER - first_grid)
                 for g in range(groups):
                     at = g * step * beside
                     if n == BLOCK:
                         for r in range(0, BLOCK, chunk):
                             group(
-                                bits, rows, vectors, way, False, step, codes + 4 * (at + r), 4 * BLOCK,
+                                bits, rows, vectors, wide, way, False, step, codes + 4 * (at + r), 4 * BLOCK,
                                 high + 2 * (at + r), 2 * BLOCK, x_at + g * size * x_item, K * x_item,
-                                scale_codes + g * BLOCK + r, min_codes + g * BLOCK + r, grids.ctypes.data + 16 * g,
+                                scale_codes + g * BLOCK + r, min_codes + g * BLOCK + r, grid_at + 4 * g, 4 * used,
                                 s_at + 4 * g, sum_at + 4 * g, 4 * groups, total_at + 4 * r,
                             )  # fmt: skip
                     else:
                         for r in range(n):
                             for k in range(4):
-                                lanes[k, r] = grids[(item + g * n + r) // SUPER - first_grid, k]
+                                lanes[k, r] = grids[k, (item + g * n + r) // SUPER - first_grid]
                         for v in range(0, n, LANES):
                             r = min(v, beside - LANES)
                             group(
-                                bits, rows, 1, way, True, step, codes + 4 * (at + r), 4 * beside,
+                                bits, rows, 1, LANES, way, True, step, codes + 4 * (at + r), 4 * beside,
                                 high + 2 * (at + r), 2 * beside, x_at + g * size * x_item, K * x_item,
-                                scale_codes + g * beside + r, min_codes + g * beside + r, lanes.ctypes.data + 4 * r,
+                                scale_codes + g * beside + r, min_codes + g * beside + r,
+                                address(lanes) + 4 * r, 4 * BLOCK,
                                 s_at + 4 * g, sum_at + 4 * g, 4 * groups, total_at + 4 * v,
                             )  # fmt: skip
                 for i in range(min(rows, out.shape[0] - t)):
@@ -268,9 +300,9 @@ def dequantizer(bits: int) -> Callable:
         for g in range(groups):
             for r in range(n):
                 at = item + g * n + r
-                grid = grids[at // SUPER - first_grid]
-                scale[r] = grid[0] + np.float32(scale_codes[at]) * grid[1]
-                minimum = grid[2] + np.float32(scale_codes[items + at]) * grid[3]
+                i = at // SUPER - first_grid
+                scale[r] = grids[0, i] + np.float32(scale_codes[at]) * grids[1, i]
+                minimum = grids[2, i] + np.float32(scale_codes[items + at]) * grids[3, i]
                 zero[r] = -minimum / scale[r] if scale[r] > 0 else np.float32(0)
             for j in range(g * step, (g + 1) * step):
                 for i in range(per_word):

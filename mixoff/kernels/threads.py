@@ -15,8 +15,13 @@ import os
 import threading
 from collections.abc import Callable
 from queue import SimpleQueue
+from types import ModuleType
 
+import numpy as np
 import torch
+
+PIECES = 4  # of a job for each thread: one that comes late takes fewer
+PATIENCE = 100_000  # looks of a helper that watches for the next job before it sleeps
 
 _lock, _lent, _loans = threading.Lock(), threading.local(), []
 
@@ -67,13 +72,52 @@ def read_by(args: tuple, kwargs: dict) -> torch.Tensor | None:
     return next((x for x in (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if x is not None), None)
 
 
+def compute(prepare: int, function: int, job: int, count: int, threads: int) -> None:
+    """Call the compiled functions at those addresses: prepare(job, 0, count), then function(job, first, last) on ranges
+    of 0..count, in so many `threads`."""
+    if threads == 1:
+        _relay().alone(prepare, function, job, count)
+    else:
+        crew(threads).compute(prepare, function, job, count)
+
+
+@functools.cache
+def _relay() -> ModuleType:
+    """What needs numba, loaded when the first product is computed."""
+    from mixoff.kernels import relay
+
+    return relay
+
+
 class Crew:
-    """`helpers` threads that wait for work."""
+    """`helpers` threads that wait for work: asleep, or after a compiled job watching for the next (see `relay`)."""
 
     def __init__(self, helpers: int) -> None:
         self.jobs = [SimpleQueue() for _ in range(helpers)]
+        self.lock, self.cells = threading.Lock(), None
         for i, jobs in enumerate(self.jobs):
             threading.Thread(target=self._work, args=(jobs,), name=f"mixoff-kernel-{i}", daemon=True).start()
+
+    def compute(self, prepare: int, function: int, job: int, count: int) -> None:
+        """As the function `compute`; the caller does all of it while the others are at work for somebody else."""
+        relay = _relay()
+        if not self.lock.acquire(blocking=False):
+            relay.alone(prepare, function, job, count)
+            return
+        try:
+            if self.cells is None:
+                self.cells = np.zeros(relay.ASLEEP + relay.STEP * len(self.jobs), np.int64)
+                self.cells[relay.ASLEEP :] = 1
+            for i, jobs in enumerate(self.jobs):
+                if self.cells[relay.ASLEEP + relay.STEP * i]:
+                    self.cells[relay.ASLEEP + relay.STEP * i] = 0
+                    jobs.put((self._watch, i, int(self.cells[relay.TICKET]), SimpleQueue()))
+            relay.share(self.cells, prepare, function, job, count, min(count, PIECES * (len(self.jobs) + 1)))
+        finally:
+            self.lock.release()
+
+    def _watch(self, i: int, seen: int) -> None:
+        _relay().help_out(self.cells, i, seen, PATIENCE)
 
     def share(self, work: Callable[[int, int], object], count: int) -> None:
         """Call `work(first, last)` for as many ranges as there are threads, which together are 0..count; then return.

@@ -1,0 +1,156 @@
+"""A computation divided among threads without Python in between: who has nothing to do watches a cell in memory.
+
+Waking a thread that sleeps takes 50 to 100 us, as long as a small product; one that watches begins at once. Pieces are
+taken one by one, so a thread that comes late, or is held up, leaves more of them to the others.
+
+The cells (`CELLS` of 64 bits, each on a cache line of its own): TICKET counts the jobs; LEFT is the ticket of a job,
+shifted, and the number of its pieces that are left; ACTIVE counts the helpers inside; FUNCTION, JOB, COUNT and PIECES
+say what to do, and are written only when LEFT has none and nobody is inside. A helper takes a piece by comparing and
+swapping LEFT, which fails where the job is another or none. A helper that has watched in vain for a while sets its cell
+after ASLEEP and leaves; one that just misses a job by it is not waited for.
+
+Importing this module imports numba. Does not know what is computed.
+"""
+
+from __future__ import annotations
+
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic, register_jitable
+
+from mixoff.compiled import jit
+
+STEP = 8  # numbers of 64 bits from cell to cell: a cache line
+TICKET, LEFT, ACTIVE, FUNCTION, JOB, COUNT, PIECES, ASLEEP = (STEP * i for i in range(8))
+SHIFT = 32  # of the ticket in LEFT
+I64 = ir.IntType(64)
+
+
+def _cell(context, builder, signature, array, i) -> ir.Value:
+    """The address of `array[i]`."""
+    data = context.make_array(signature.args[0])(context, builder, array).data
+    return builder.bitcast(builder.gep(data, [i]), I64.as_pointer())
+
+
+@intrinsic
+def load(typingctx, cells, i):
+    """`cells[i]`, as other threads have left it, and all that they wrote before."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.load_atomic(_cell(context, builder, signature, *arguments), "seq_cst", 8)
+
+    return types.int64(cells, types.intp), generate
+
+
+@intrinsic
+def store(typingctx, cells, i, value):
+    """`cells[i] = value`, after all that this thread wrote before."""
+
+    def generate(context, builder, signature, arguments):
+        cell = _cell(context, builder, signature, *arguments[:2])
+        builder.store_atomic(arguments[2], cell, "seq_cst", 8)
+        return context.get_dummy_value()
+
+    return types.void(cells, types.intp, types.int64), generate
+
+
+@intrinsic
+def add(typingctx, cells, i, value):
+    """`cells[i] += value` in one step; returns what was there."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.atomic_rmw("add", _cell(context, builder, signature, *arguments[:2]), arguments[2], "seq_cst")
+
+    return types.int64(cells, types.intp, types.int64), generate
+
+
+@intrinsic
+def swap(typingctx, cells, i, old, new):
+    """`cells[i] = new` in one step if it is `old`; returns whether it was."""
+
+    def generate(context, builder, signature, arguments):
+        cell = _cell(context, builder, signature, *arguments[:2])
+        return builder.extract_value(builder.cmpxchg(cell, arguments[2], arguments[3], "seq_cst"), 1)
+
+    return types.boolean(cells, types.intp, types.int64, types.int64), generate
+
+
+@intrinsic
+def pause(typingctx):
+    """Nothing, for some tens of cycles where the CPU knows how: what a watching thread does in between."""
+
+    def generate(context, builder, signature, arguments):
+        if context.codegen().magic_tuple()[0].startswith(("x86", "i386", "i686")):
+            kind = ir.FunctionType(ir.VoidType(), [])
+            builder.call(builder.module.declare_intrinsic("llvm.x86.sse2.pause", (), kind), [])
+        return context.get_dummy_value()
+
+    return types.void(), generate
+
+
+@intrinsic
+def call(typingctx, function, job, first, last):
+    """`function(job, first, last)`, for the address of a function of three numbers that returns nothing."""
+
+    def generate(context, builder, signature, arguments):
+        kind = ir.FunctionType(ir.VoidType(), [I64, I64, I64])
+        builder.call(builder.inttoptr(arguments[0], kind.as_pointer()), arguments[1:])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64, types.int64), generate
+
+
+@register_jitable
+def take_pieces(cells, ticket):
+    """Compute pieces of a job until none is left."""
+    function, job, count, pieces = cells[FUNCTION], cells[JOB], cells[COUNT], cells[PIECES]
+    while True:
+        left = load(cells, LEFT)
+        if left <= ticket << SHIFT or left >> SHIFT != ticket:
+            return
+        if swap(cells, LEFT, left, left - 1):
+            i = pieces - (left - (ticket << SHIFT))
+            call(function, job, count * i // pieces, count * (i + 1) // pieces)
+
+
+def _share(cells, prepare, function, job, count, pieces):
+    """Compute `function(job, first, last)` for ranges that are 0..count together, with whoever helps; then return.
+
+    `prepare(job, 0, count)` comes before all.
+    """
+    call(prepare, job, 0, count)
+    ticket = load(cells, TICKET) + 1
+    cells[FUNCTION], cells[JOB], cells[COUNT], cells[PIECES] = function, job, count, pieces
+    store(cells, LEFT, (ticket << SHIFT) + pieces)
+    store(cells, TICKET, ticket)
+    take_pieces(cells, ticket)
+    while load(cells, ACTIVE) > 0:
+        pause()
+
+
+def _help(cells, i, seen, patience):
+    """As helper i, help with every job after number `seen`, until none has come for so many looks; then be asleep."""
+    looks = 0
+    while True:
+        if load(cells, TICKET) != seen:
+            add(cells, ACTIVE, 1)
+            seen, looks = load(cells, TICKET), 0
+            take_pieces(cells, seen)
+            add(cells, ACTIVE, -1)
+        elif looks < patience:
+            looks += 1
+            pause()
+        else:
+            store(cells, ASLEEP + STEP * i, 1)
+            if load(cells, TICKET) == seen:
+                return
+            store(cells, ASLEEP + STEP * i, 0)
+
+
+def _alone(prepare, function, job, count):
+    """The same in one thread."""
+    call(prepare, job, 0, count)
+    call(function, job, 0, count)
+
+
+share, help_out, alone = jit(_share), jit(_help), jit(_alone)
