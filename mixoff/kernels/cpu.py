@@ -80,6 +80,7 @@ def gated(h: torch.Tensor, w: QTensor, exact: bool = False) -> torch.Tensor:
 
 def _product(x: torch.Tensor, gate: bool, w: QTensor, exact: bool) -> torch.Tensor:
     T, (N, K) = x.shape[0], w.shape
+    assert x.shape[1] == K * (1 + gate) and x.is_contiguous()  # what is compiled takes addresses, and looks at nothing
     rows, way = 1 if T == 1 else 2 if T == 2 else 4, "float" if exact else integer_way()
     prepare, run = loops().prepare(w.bits, rows, way), loops().linear(w.bits, rows, way, wide())
     out, image, size = torch.empty(T, N), w.image, w.group_size
