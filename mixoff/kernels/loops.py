@@ -37,6 +37,7 @@ MOST_EXP = np.float32(87)  # exp of more leaves fp32's range
 # A product: addresses of arrays, and sizes. x (T, K), fp32, or (T, 2K) with `gate`, where silu(first half) * second
 # half is meant; values (padded, K), scales and sums of its groups (padded, K / size); an image; out (T, N), fp32.
 JOB = ("x", "gate", "T", "padded", "K", "values", "scales", "sums", "image", "nbytes", "N", "size", "out")
+FIELDS = len(JOB)
 
 
 @functools.cache
@@ -45,7 +46,7 @@ def prepare(bits: int, rows: int, way: str) -> CFunc:
     stamp, kind = STAMP, np.float32 if way == "float" else np.int8
 
     def prepared(job, first, last):
-        x, gate, T, padded, K, values, scales, sums, _, _, _, size, _ = carray(pointer(job, np.int64), (13,))
+        x, gate, T, padded, K, values, scales, sums, _, _, _, size, _ = carray(pointer(job, np.int64), (FIELDS,))
         x = carray(pointer(x, np.float32), (T, K + gate * K))
         activations(
             way, silu_gate(x) if gate else x, size, bits, stamp, carray(pointer(values, kind), (padded, K)),
@@ -66,7 +67,7 @@ def linear(bits: int, rows: int, way: str, wide: int = LANES) -> CFunc:
     stamp, kind = STAMP, np.float32 if way == "float" else np.int8
 
     def product_of(job, first, last):
-        _, _, T, padded, K, x, scales, sums, image, nbytes, N, size, out = carray(pointer(job, np.int64), (13,))
+        _, _, T, padded, K, x, scales, sums, image, nbytes, N, size, out = carray(pointer(job, np.int64), (FIELDS,))
         product(
             bits, rows, way, wide, stamp, carray(pointer(x, kind), (padded, K)),
             carray(pointer(scales, np.float32), (padded, K // size)),

@@ -42,10 +42,8 @@ def block_rows(N: int, K: int, compute: torch.dtype, transposed: bool = False) -
 @functools.cache
 def _divides(N: int, K: int, compute: torch.dtype, transposed: bool, threads: int) -> bool:
     """Whether blocks of outputs give the bits of one product here, in `threads` threads, which torch has now."""
-    random, scratch = (
-        torch.Generator().manual_seed(0),
-        torch.empty(BLOCK_ROWS * K * compute.itemsize, dtype=torch.uint8),
-    )
+    random = torch.Generator().manual_seed(0)
+    scratch = torch.empty(BLOCK_ROWS * K * compute.itemsize, dtype=torch.uint8)
     w = torch.randn((K, N) if transposed else (N, K), generator=random).to(compute)
     w = w if transposed else w.t()
     x = torch.randn(FEW, K, generator=random).to(compute)

@@ -27,7 +27,6 @@ TOP = 127  # the largest quantized activation
 BLOCK = 128  # outputs of a block of codes
 LINE = 64  # bytes of a cache line
 AHEAD = 4096  # bytes; how far before their turn codes are asked for: the CPU does not foresee the steps between blocks
-AHEAD_GRIDS = 1024  # bytes; the same for scales and minima
 SPANS = {2: 128, 3: 64, 4: 32, 8: None}  # inputs whose products sum up in 16 bits; None: 8-bit codes never do
 
 BYTE, I16, I32, I64, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
@@ -255,9 +254,6 @@ class Emitter:
             base, span, top, low = (self.at(at, self.floats) for at in grids)
         else:
             base, span, top, low = (self.splat(self.at(at, F32)) for at in grids)
-        for address in (place.scales, place.minima):
-            for offset in range(0, self.vectors * self.wide, LINE):
-                self.prefetch(address, offset + AHEAD_GRIDS)
         totals = {}  # stored when all are there: after a store, LLVM would load the grid again
         for v in range(self.vectors):
             scale = self.fma(self.small(place.scales, v), span, base)
