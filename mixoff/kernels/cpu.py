@@ -51,8 +51,8 @@ def integer_way(features: frozenset[str] | None = None, machine: str | None = No
 @functools.cache
 def wide() -> int:
     """Outputs of a vector: those of 512 bits where the CPU has them, with VNNI, else of 256."""
-    features, _ = target()
-    return loops().WIDE if {"avx512f", "avx512bw", "avx512vl", "avx512vnni"} <= features else loops().LANES
+    features, simd = target()[0], loops().simd
+    return simd.WIDE if {"avx512f", "avx512bw", "avx512vl", "avx512vnni"} <= features else simd.LANES
 
 
 def target() -> tuple[frozenset[str], str]:
@@ -82,7 +82,7 @@ def _product(x: torch.Tensor, gate: bool, w: QTensor, exact: bool) -> torch.Tens
     T, (N, K) = x.shape[0], w.shape
     assert x.shape[1] == K * (1 + gate) and x.is_contiguous()  # what is compiled takes addresses, and looks at nothing
     rows, way = 1 if T == 1 else 2 if T == 2 else 4, "float" if exact else integer_way()
-    prepare, run = loops().prepare(w.bits, rows, way), loops().linear(w.bits, rows, way, wide())
+    prepare, run = loops().prepare(w.bits, rows, way), loops().linear(w.bits, w.group_size, rows, way, wide())
     out, image, size = torch.empty(T, N), w.image, w.group_size
     padded, item = -(-T // rows) * rows, 4 if exact else 1
     room = torch.empty(padded * (K * item + 8 * K // size) + 64, dtype=torch.uint8)

@@ -21,11 +21,11 @@ from numba.extending import overload, register_jitable
 
 from mixoff.compiled import function, jit
 from mixoff.kernels import simd
-from mixoff.kernels.simd import BLOCK, LANES, TOP, WIDE, WIDTH, group, pointer
+from mixoff.kernels.simd import BLOCK, LANES, LINE, TOP, WIDTH, group, pointer
 
 STAMP = hashlib.sha256(Path(simd.__file__).read_bytes()).hexdigest()  # of what numba's cache on disk doesn't look at
-SUMS = {LANES: 8, WIDE: 16}  # vectors of sums that are kept in registers, of which AVX-512 has twice as many
 SUPER = 128  # groups on one grid of metadata
+LINES = 4 * BLOCK // LINE  # cache lines of a word of each output of a block
 SMALLEST = np.float32(2.0**-100)  # a group of activations below it counts as zero: its scale would leave fp32's range
 HALF, SPAN = np.float32(2.0**112), np.float32(2.0**104)  # what fp16's bits, moved to fp32's places, lack; over 256
 ROUND = np.float32(1.5 * 2**23)  # x + ROUND - ROUND rounds |x| < 2**22 half to even
@@ -58,8 +58,9 @@ def prepare(bits: int, rows: int, way: str) -> CFunc:
 
 
 @functools.cache
-def linear(bits: int, rows: int, way: str, wide: int = LANES) -> CFunc:
-    """The product with a weight of `bits` bits, `rows` (1, 2 or 4) side by side, in one of the ways of `simd`.
+def linear(bits: int, size: int, rows: int, way: str, wide: int = LANES) -> CFunc:
+    """The product with a weight of `bits` bits in groups of `size`, `rows` (1, 2 or 4) side by side, in one of the ways
+    of `simd`.
 
     A function of the address of a job and of blocks of outputs, first..last, which it writes.
     wide: outputs of a vector, 8 or 16; the latter where whole blocks are computed by `vnni` or `float`.
@@ -67,12 +68,12 @@ def linear(bits: int, rows: int, way: str, wide: int = LANES) -> CFunc:
     stamp, kind = STAMP, np.float32 if way == "float" else np.int8
 
     def product_of(job, first, last):
-        _, _, T, padded, K, x, scales, sums, image, nbytes, N, size, out = carray(pointer(job, np.int64), (FIELDS,))
+        _, _, T, padded, K, x, scales, sums, image, nbytes, N, _, out = carray(pointer(job, np.int64), (FIELDS,))
         product(
-            bits, rows, way, wide, stamp, carray(pointer(x, kind), (padded, K)),
+            bits, size, rows, way, wide, stamp, carray(pointer(x, kind), (padded, K)),
             carray(pointer(scales, np.float32), (padded, K // size)),
             carray(pointer(sums, np.float32), (padded, K // size)), carray(pointer(image, np.uint8), (nbytes,)),
-            N, size, carray(pointer(out, np.float32), (T, N)), first, last,
+            N, carray(pointer(out, np.float32), (T, N)), first, last,
         )  # fmt: skip
 
     return function(product_of, "numpy")
@@ -202,27 +203,24 @@ def widened(image, start, rows, nbytes, wide):
     return out
 
 
-def product(bits, rows, way, wide, stamp, x, scales, sums, image, N, size, out, first, last):
+def product(bits, size, rows, way, wide, stamp, x, scales, sums, image, N, out, first, last):
     """Codes of activations (T, K) times the weight in `image`, into the rows that `out` (T, N) has."""
 
 
 @overload(product, prefer_literal=True)
-def _product(bits, rows, way, wide, stamp, x, scales, sums, image, N, size, out, first, last):
-    vectors = min(BLOCK // wide.literal_value, SUMS[wide.literal_value] // rows.literal_value)
-    chunk, per_word = vectors * wide.literal_value, 32 // WIDTH[bits.literal_value]
-    third = int(bits.literal_value == 3)
+def _product(bits, size, rows, way, wide, stamp, x, scales, sums, image, N, out, first, last):
+    per_word = 32 // WIDTH[bits.literal_value]
+    step, third = size.literal_value // per_word, int(bits.literal_value == 3)
     x_item = 4 if way.literal_value == "float" else 1
 
-    def loop(bits, rows, way, wide, stamp, x, scales, sums, image, N, size, out, first, last):
+    def loop(bits, size, rows, way, wide, stamp, x, scales, sums, image, N, out, first, last):
         T, K = x.shape
-        groups, words, step = K // size, K // per_word, size // per_word
+        groups, words = K // size, K // per_word
         items, high_at = N * groups, 4 * N * words
         count, grids_at = (items + SUPER - 1) // SUPER, high_at + third * (N * K // 8)
         base, scales_at = address(image), grids_at + 8 * count
         lanes, total = np.zeros((4, BLOCK), np.float32), np.empty((rows, BLOCK), np.float32)
-        first_grid = first * BLOCK * groups // SUPER
-        used = (min(last * BLOCK, N) * groups - 1) // SUPER - first_grid + 1
-        grids = grids_of(image, grids_at, count, first_grid, used)
+        common = np.empty(rows, np.float32)
         for b in range(first, last):
             start = b * BLOCK
             n = min(BLOCK, N - start)
@@ -230,6 +228,10 @@ def _product(bits, rows, way, wide, stamp, x, scales, sums, image, N, size, out,
             codes, high = base + 4 * start * words, base + high_at + start * K // 8
             scale_codes = base + scales_at + item
             min_codes = scale_codes + items
+            grid = item // SUPER
+            grids = grids_of(
+                image, grids_at, count, grid, 0 if n == BLOCK else (item + n * groups - 1) // SUPER - grid + 1
+            )
             if n < LANES:
                 beside = LANES
                 codes8 = widened(image, 4 * start * words, words, 4 * n, 4 * LANES)
@@ -240,39 +242,38 @@ def _product(bits, rows, way, wide, stamp, x, scales, sums, image, N, size, out,
                 scale_codes, min_codes = address(scale8), address(min8)
             for t in range(0, T, rows):
                 for i in range(rows):
+                    common[i] = 0
                     for r in range(BLOCK):
                         total[i, r] = 0
                 x_at, s_at = address(x) + t * K * x_item, address(scales) + 4 * t * groups
                 sum_at, total_at = address(sums) + 4 * t * groups, address(total)
-                grid_at = address(grids) + 4 * (item // SUPER - first_grid)
                 for g in range(groups):
                     at = g * step * beside
-                    if n == BLOCK:
-                        for r in range(0, BLOCK, chunk):
-                            group(
-                                bits, rows, vectors, wide, way, False, step, codes + 4 * (at + r), 4 * BLOCK,
-                                high + 2 * (at + r), 2 * BLOCK, x_at + g * size * x_item, K * x_item,
-                                scale_codes + g * BLOCK + r, min_codes + g * BLOCK + r, grid_at + 4 * g, 4 * used,
-                                s_at + 4 * g, sum_at + 4 * g, 4 * groups, total_at + 4 * r,
-                            )  # fmt: skip
+                    if n == BLOCK:  # its groups share a grid
+                        group(
+                            bits, rows, wide, way, size, False, LINES, codes + 4 * at, 4 * BLOCK, high + 2 * at,
+                            2 * BLOCK, x_at + g * size * x_item, K * x_item, scale_codes + g * BLOCK,
+                            min_codes + g * BLOCK, base + grids_at + 2 * (grid + g), 2 * count,
+                            s_at + 4 * g, sum_at + 4 * g, 4 * groups, total_at, address(common),
+                        )  # fmt: skip
                     else:
                         for r in range(n):
                             for k in range(4):
-                                lanes[k, r] = grids[k, (item + g * n + r) // SUPER - first_grid]
+                                lanes[k, r] = grids[k, (item + g * n + r) // SUPER - grid]
                         for v in range(0, n, LANES):
                             r = min(v, beside - LANES)
                             group(
-                                bits, rows, 1, LANES, way, True, step, codes + 4 * (at + r), 4 * beside,
+                                bits, rows, LANES, way, size, True, 1, codes + 4 * (at + r), 4 * beside,
                                 high + 2 * (at + r), 2 * beside, x_at + g * size * x_item, K * x_item,
                                 scale_codes + g * beside + r, min_codes + g * beside + r,
                                 address(lanes) + 4 * r, 4 * BLOCK,
-                                s_at + 4 * g, sum_at + 4 * g, 4 * groups, total_at + 4 * v,
+                                s_at + 4 * g, sum_at + 4 * g, 4 * groups, total_at + 4 * v, address(common),
                             )  # fmt: skip
                 for i in range(min(rows, out.shape[0] - t)):
                     for v in range(0, n, LANES):
                         r = max(0, min(v, n - LANES))
                         for k in range(min(LANES, n)):
-                            out[t + i, start + r + k] = total[i, v + k]
+                            out[t + i, start + r + k] = total[i, v + k] + common[i]
 
     return loop
 

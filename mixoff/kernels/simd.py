@@ -1,6 +1,6 @@
 """Inner loops of products with quantized weights, as vectors of outputs: the instructions that numba compiles.
 
-Letters: **T** rows of activations, **V** vectors of 8 or 16 outputs beside each other, **G** group size.
+Letters: **T** rows of activations, **G** group size.
 A word of codes holds neighbouring inputs of one output (`mixoff.quantize`). Shifted by i codes and masked, its four
 bytes are codes of four of them, and one multiplication of bytes takes each pair to a sum in 16 bits. Three ways to the
 same integers: `avx2` (vpmaddubsw, summed in 16 bits for as long as they hold, `SPANS`), `vnni` (vpdpbusd, summed in 32
@@ -13,8 +13,9 @@ Does not know tensors, blocks or threads: addresses come in, and sums of one gro
 
 from __future__ import annotations
 
+import functools
 from collections import namedtuple
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from llvmlite import ir
 from numba.core import types
@@ -26,28 +27,56 @@ WIDTH = {2: 2, 3: 2, 4: 4, 8: 8}  # bits of a code in a word; the third of 3-bit
 TOP = 127  # the largest quantized activation
 BLOCK = 128  # outputs of a block of codes
 LINE = 64  # bytes of a cache line
+UNSHIFTED = 4  # bits of a byte whose codes are multiplied where they lie, their sums shifted down instead
 AHEAD = 4096  # bytes; how far before their turn codes are asked for: the CPU does not foresee the steps between blocks
+HELD = 16  # vectors of activations that a group keeps in registers at most; more are read for every vector of outputs
+GRIDS = (1, 1 / 256, 1, -1 / 256)  # what base, span, top and span of a grid are multiplied with before use
 SPANS = {2: 128, 3: 64, 4: 32, 8: None}  # inputs whose products sum up in 16 bits; None: 8-bit codes never do
 
 BYTE, I16, I32, I64, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 
 Place = namedtuple(
-    "Place",
-    "words codes codes_row high high_row x x_row scales minima grids grids_row xs xsum xs_row total",
+    "Place", "codes codes_row high high_row x x_row scales minima grids grids_row xs xsum xs_row total common"
 )
 
 
 class Emitter:
-    """The instructions of one group for V vectors of `wide` outputs and T rows; a thin layer over llvmlite's builder.
+    """The instructions of one group for T rows, by vectors of `wide` outputs; a thin layer over llvmlite's builder.
 
-    Kinds of vectors by what they hold, once for each output: `bytes4`, `shorts2`, `ints` and `floats`.
+    size: inputs of the group. lanes: every output has a grid of its own; else all share one. Kinds of vectors by what
+    they hold, once for each output: `bytes4`, `shorts2`, `ints` and `floats`.
     """
 
-    def __init__(self, builder: ir.IRBuilder, bits: int, rows: int, vectors: int, wide: int, way: str) -> None:
-        self.b, self.bits, self.rows, self.vectors, self.wide, self.way = builder, bits, rows, vectors, wide, way
-        self.cells = [(t, v) for t in range(rows) for v in range(vectors)]
+    def __init__(self, builder: ir.IRBuilder, bits: int, rows: int, wide: int, way: str, size: int, lanes: bool):
+        self.b, self.bits, self.rows, self.wide, self.way, self.lanes = builder, bits, rows, wide, way, lanes
+        self.words = size * WIDTH[bits] // 32  # of an output
         self.bytes4, self.shorts2 = ir.VectorType(BYTE, 4 * wide), ir.VectorType(I16, 2 * wide)
         self.ints, self.floats = ir.VectorType(I32, wide), ir.VectorType(F32, wide)
+
+    def run(self, place: Place, lines: ir.Value) -> None:
+        """Add the group's products to the totals of as many outputs as `lines` cache lines of words, or to one vector.
+
+        A vector's words are loaded, multiplied and summed up before the next one's: all orders do the same work, but
+        this one leaves the CPU room to look ahead, and came near the speed of memory where others did not
+        (docs/kernels.md).
+        """
+        self.place, self.held = place, {}
+        self.factors = [self.factors_of(t) for t in range(self.rows)]
+        at = [(j, i, t) for j in range(self.words) for i in range(8 // WIDTH[self.bits]) for t in range(self.rows)]
+        few = self.way != "float" and len(at) <= HELD
+        self.held = {place: self.activations(*place) for place in at} if few else {}
+        beside = 1 if self.lanes else LINE // (4 * self.wide)
+
+        def line(i: ir.Value) -> None:
+            for k in range(beside):
+                v, self.first = self.b.add(self.b.mul(i, I64(beside)), I64(k)), k == 0
+                self.finish(v, self.sums_of_floats(v) if self.way == "float" else self.integers(v))
+
+        self.loop(lines, line)
+
+    def moved(self, address: ir.Value, v: ir.Value, nbytes: int) -> ir.Value:
+        """The address for vector v, whose outputs have `nbytes` each there."""
+        return self.b.add(address, self.b.mul(v, I64(nbytes * self.wide)))
 
     def at(self, address: ir.Value, kind: ir.Type, offset: int = 0) -> ir.Value:
         """What stands `offset` bytes after an address, which needs no alignment."""
@@ -97,22 +126,35 @@ class Emitter:
         self.b.cbranch(self.b.icmp_signed("<", following, count), inside, after)
         self.b.position_at_end(after)
 
-    def variables(self, kind: ir.Type) -> dict[tuple[int, int], ir.Value]:
-        """One zero for each row and vector; LLVM keeps them in registers."""
-        with self.b.goto_entry_block():
-            places = {cell: self.b.alloca(kind) for cell in self.cells}
-        for place in places.values():
-            self.b.store(ir.Constant(kind, None), place)
-        return places
-
     # Codes
 
-    def plane(self, word: ir.Value, high: ir.Value | None, i: int) -> ir.Value:
-        """Code i of each byte of a vector of words."""
-        width = WIDTH[self.bits]
-        codes = self.b.lshr(word, self.every(width * i)) if i else word
-        codes = self.b.and_(codes, self.every(0x01010101 * (2**width - 1))) if width < 8 else codes
-        return self.b.or_(codes, self.third_bits(self.spread(high), i)) if high else codes
+    def each(self, v: ir.Value) -> Iterator[tuple[int, ir.Value, ir.Value | None]]:
+        """Number, words and third bits of each word of vector v."""
+        place, b = self.place, self.b
+        at, high = self.moved(place.codes, v, 4), self.moved(place.high, v, 2)
+        for j in range(self.words):
+            words = b.add(at, b.mul(I64(j), place.codes_row))
+            if self.first and not self.lanes:
+                self.prefetch(words, AHEAD)
+            thirds = None
+            if self.bits == 3:
+                bits = self.at(b.add(high, b.mul(I64(j), place.high_row)), ir.VectorType(I16, self.wide))
+                thirds = self.b.zext(bits, self.ints)
+            yield j, self.at(words, self.ints), thirds
+
+    def planes(self, word: ir.Value, thirds: ir.Value | None) -> Iterator[tuple[int, int, ir.Value]]:
+        """Code i of each byte of a vector of words, as (i, e, codes * 2**e).
+
+        With `vnni`, whose sums have 32 bits, codes in the upper half of four bits stay there, which spares a shift.
+        """
+        b, width = self.b, WIDTH[self.bits]
+        spread = self.spread(thirds) if thirds else None
+        for i in range(8 // width):
+            e = width * i % UNSHIFTED if self.way == "vnni" else 0
+            shift = width * i - e
+            codes = b.lshr(word, self.every(shift)) if shift else word
+            codes = b.and_(codes, self.every(0x01010101 * (2**width - 1 << e))) if width < 8 else codes
+            yield i, e, b.or_(codes, self.third_bits(spread, i, e)) if thirds else codes
 
     def spread(self, high: ir.Value) -> ir.Value:
         """Third bits, 16 in a 16-bit word, four to each byte of 32 bits: where the codes that they belong to lie."""
@@ -120,9 +162,17 @@ class Emitter:
         t = b.and_(b.or_(high, b.shl(high, self.every(8))), self.every(0x00FF00FF))
         return b.and_(b.or_(t, b.shl(t, self.every(4))), self.every(0x0F0F0F0F))
 
-    def third_bits(self, spread: ir.Value, i: int) -> ir.Value:
-        moved = self.b.shl(spread, self.every(2 - i)) if i < 2 else self.b.lshr(spread, self.every(i - 2))
-        return self.b.and_(moved, self.every(0x04040404))
+    def third_bits(self, spread: ir.Value, i: int, e: int) -> ir.Value:
+        left = 2 + e - i
+        moved = self.b.shl(spread, self.every(left)) if left >= 0 else self.b.lshr(spread, self.every(-left))
+        return self.b.and_(moved, self.every(0x04040404 << e))
+
+    def activations(self, j: int, i: int, t: int) -> ir.Value:
+        """The four bytes of row t that code i of each byte of word j is multiplied with."""
+        if (j, i, t) in self.held:
+            return self.held[j, i, t]
+        at = self.b.add(self.place.x, self.b.mul(self.place.x_row, I64(t)))
+        return self.splat(self.at(at, I32, 4 * (8 // WIDTH[self.bits] * j + i)))
 
     # Products of bytes
 
@@ -160,115 +210,99 @@ class Emitter:
 
     # Sums of a group
 
-    def each(self, place: Place, j: ir.Value, take: Callable[[tuple[int, int], ir.Value, ir.Value], None]) -> None:
-        """`take(cell, codes, x)`, four bytes for each output, for what row j of words holds.
+    def integers(self, v: ir.Value) -> list[ir.Value]:
+        """Sum of codes times quantized activations over a group, 32 bits for each output: one for each row."""
+        add = self.four_bytes if self.way == "vnni" or SPANS[self.bits] is None else self.pairs
+        sums: dict[tuple[int, int], ir.Value] = {}  # by row and by the power of two that it is too large by
+        add(v, sums)
+        powers = sorted({e for _, e in sums})
+        return [
+            functools.reduce(self.b.add, (self.b.ashr(sums[t, e], self.every(e)) if e else sums[t, e] for e in powers))
+            for t in range(self.rows)
+        ]
 
-        The order is the one that needs the fewest registers: vector by vector for one row, plane by plane for several.
-        """
-        b, count = self.b, 8 // WIDTH[self.bits]
-        words, highs = self.words(place, j)
-        x = [b.add(place.x, b.add(b.mul(j, I64(4 * count)), b.mul(place.x_row, I64(t)))) for t in range(self.rows)]
-        if self.rows == 1:
-            order = [(v, i) for v in range(self.vectors) for i in range(count)]
-        else:
-            order = [(v, i) for i in range(count) for v in range(self.vectors)]
-        for v, i in order:
-            codes = self.plane(words[v], highs and highs[v], i)
-            for t in range(self.rows):
-                take((t, v), codes, self.splat(self.at(x[t], I32, 4 * i)))
+    def four_bytes(self, v: ir.Value, sums: dict[tuple[int, int], ir.Value]) -> None:
+        """Sum four products at a time to 32 bits."""
+        for j, word, thirds in self.each(v):
+            for i, e, codes in self.planes(word, thirds):
+                for t in range(self.rows):
+                    total, x = sums.get((t, e), self.every(0)), self.activations(j, i, t)
+                    wide = self.way != "vnni"
+                    sums[t, e] = self.b.add(total, self.madd_wide(codes, x)) if wide else self.dot4(total, codes, x)
 
-    def words(self, place: Place, j: ir.Value) -> tuple[list[ir.Value], list[ir.Value] | None]:
-        b = self.b
-        at = b.add(place.codes, b.mul(j, place.codes_row))
-        step = 4 * self.wide
-        words = [self.at(at, self.ints, step * v) for v in range(self.vectors)]
-        for offset in range(0, step * self.vectors, LINE):
-            self.prefetch(at, offset + AHEAD)
-        if self.bits != 3:
-            return words, None
-        at = b.add(place.high, b.mul(j, place.high_row))
-        thirds = ir.VectorType(I16, self.wide)
-        return words, [b.zext(self.at(at, thirds, step // 2 * v), self.ints) for v in range(self.vectors)]
+    def pairs(self, v: ir.Value, sums: dict[tuple[int, int], ir.Value]) -> None:
+        """Sum pairs of products in 16 bits, for as many inputs as these hold, and then to 32."""
+        most = SPANS[self.bits] * WIDTH[self.bits] // 32
+        shorts: dict[int, ir.Value] = {}
+        for j, word, thirds in self.each(v):
+            for i, _, codes in self.planes(word, thirds):
+                for t in range(self.rows):
+                    pair = self.madd8(codes, self.activations(j, i, t))
+                    shorts[t] = self.b.add(shorts[t], pair) if t in shorts else pair
+            if (j + 1) % most == 0 or j + 1 == self.words:
+                for t in range(self.rows):
+                    total = self.madd16(shorts.pop(t), self.every(1, self.shorts2))
+                    sums[t, 0] = self.b.add(sums[t, 0], total) if (t, 0) in sums else total
 
-    def integers(self, place: Place) -> dict[tuple[int, int], ir.Value]:
-        """Sum of codes times quantized activations over a group, 32 bits for each output."""
-        b, span = self.b, SPANS[self.bits] if self.way != "vnni" else None
-        totals = self.variables(self.ints)
-        if span is None:
-            self.loop(place.words, lambda j: self.each(place, j, lambda *a: self.add_four(totals, *a)))
-        elif span >= 128:
-            self.add_span(place, I64(0), place.words, totals)
-        else:
-            most = I64(span * WIDTH[self.bits] // 32)
-            inner = b.select(b.icmp_signed("<", place.words, most), place.words, most)
-            self.loop(b.udiv(place.words, inner), lambda i: self.add_span(place, b.mul(i, inner), inner, totals))
-        return {cell: b.load(total) for cell, total in totals.items()}
-
-    def add_four(self, totals: dict, cell: tuple[int, int], codes: ir.Value, x: ir.Value) -> None:
-        total = self.b.load(totals[cell])
-        total = self.dot4(total, codes, x) if self.way == "vnni" else self.b.add(total, self.madd_wide(codes, x))
-        self.b.store(total, totals[cell])
-
-    def add_span(self, place: Place, start: ir.Value, count: ir.Value, totals: dict) -> None:
-        """Add the products of `count` rows of words, summed in 16 bits, to the totals."""
-        shorts, b = self.variables(self.shorts2), self.b
-
-        def add(cell: tuple[int, int], codes: ir.Value, x: ir.Value) -> None:
-            b.store(b.add(b.load(shorts[cell]), self.madd8(codes, x)), shorts[cell])
-
-        self.loop(count, lambda i: self.each(place, b.add(start, i), add))
-        for cell, total in totals.items():
-            pairs = self.madd16(b.load(shorts[cell]), self.every(1, self.shorts2))
-            b.store(b.add(b.load(total), pairs), total)
-
-    def sums_of_floats(self, place: Place) -> dict[tuple[int, int], ir.Value]:
-        """Sum of codes times fp32 activations over a group, inputs ascending."""
-        totals = self.variables(self.floats)
-        self.loop(place.words, lambda j: self.add_floats(place, j, totals))
-        return {cell: self.b.load(total) for cell, total in totals.items()}
-
-    def add_floats(self, place: Place, j: ir.Value, totals: dict) -> None:
+    def sums_of_floats(self, v: ir.Value) -> list[ir.Value]:
+        """Sum of codes times fp32 activations over a group: of inputs with even and with odd numbers, then both."""
         b, width = self.b, WIDTH[self.bits]
-        count = 32 // width
-        words, highs = self.words(place, j)
-        x = [b.add(place.x, b.add(b.mul(j, I64(4 * count)), b.mul(place.x_row, I64(t)))) for t in range(self.rows)]
-        for k in range(count):
-            xk = [self.splat(self.at(at, F32, 4 * k)) for at in x]
-            for v in range(self.vectors):
-                code = b.and_(b.lshr(words[v], self.every(width * k)), self.every(2**width - 1))
-                if highs:
-                    code = b.or_(code, b.and_(b.lshr(b.shl(highs[v], self.every(2)), self.every(k)), self.every(4)))
+        totals = {(t, odd): ir.Constant(self.floats, None) for t in range(self.rows) for odd in range(2)}
+        for j, word, thirds in self.each(v):
+            for k in range(32 // width):
+                code = b.and_(b.lshr(word, self.every(width * k)), self.every(2**width - 1))
+                if thirds:
+                    code = b.or_(code, b.and_(b.lshr(b.shl(thirds, self.every(2)), self.every(k)), self.every(4)))
                 code = b.sitofp(code, self.floats)
                 for t in range(self.rows):
-                    b.store(self.fma(code, xk[t], b.load(totals[t, v])), totals[t, v])
+                    at = b.add(self.place.x, b.mul(self.place.x_row, I64(t)))
+                    xk = self.splat(self.at(at, F32, 4 * (32 // width * j + k)))
+                    totals[t, k % 2] = self.fma(code, xk, totals[t, k % 2])
+        return [b.fadd(totals[t, 0], totals[t, 1]) for t in range(self.rows)]
 
     # What follows
 
-    def finish(self, place: Place, sums: dict[tuple[int, int], ir.Value], lanes: bool) -> None:
-        """Add `sum * xs * scale + xsum * minimum` to the totals of each output."""
-        b = self.b
-        xs = [self.splat(self.at(b.add(place.xs, b.mul(place.xs_row, I64(t))), F32)) for t in range(self.rows)]
-        xsum = [self.splat(self.at(b.add(place.xsum, b.mul(place.xs_row, I64(t))), F32)) for t in range(self.rows)]
-        grids = [b.add(place.grids, b.mul(place.grids_row, I64(i))) for i in range(4)]
-        if lanes:  # each output has its own
-            base, span, top, low = (self.at(at, self.floats) for at in grids)
-        else:
-            base, span, top, low = (self.splat(self.at(at, F32)) for at in grids)
-        totals = {}  # stored when all are there: after a store, LLVM would load the grid again
-        for v in range(self.vectors):
-            scale = self.fma(self.small(place.scales, v), span, base)
-            minimum = self.fma(self.small(place.minima, v), low, top)
-            for t in range(self.rows):
-                value = sums[t, v] if self.way == "float" else b.sitofp(sums[t, v], self.floats)
-                total = self.at(place.total, self.floats, 4 * (BLOCK * t + self.wide * v))
-                total = self.fma(b.fmul(value, xs[t]), scale, total)
-                totals[t, v] = self.fma(xsum[t], minimum, total)
-        for (t, v), total in totals.items():
-            self.put(total, place.total, 4 * (BLOCK * t + self.wide * v))
+    def factors_of(self, t: int) -> list[ir.Value]:
+        """The group's grids times the scale, or the sum, of row t: base, span, low, and top if `lanes`.
 
-    def small(self, address: ir.Value, v: int) -> ir.Value:
-        """A byte for each output as fp32."""
-        small = self.at(address, ir.VectorType(BYTE, self.wide), self.wide * v)
+        Else what the top adds is alike for all outputs, and is summed apart.
+        """
+        b, place = self.b, self.place
+        xs = self.at(b.add(place.xs, b.mul(place.xs_row, I64(t))), F32)
+        xsum = self.at(b.add(place.xsum, b.mul(place.xs_row, I64(t))), F32)
+        grids = [b.add(place.grids, b.mul(place.grids_row, I64(i))) for i in range(4)]
+        if self.lanes:
+            xs, xsum = self.splat(xs), self.splat(xsum)
+            return [b.fmul(self.at(grids[i], self.floats), x) for i, x in ((0, xs), (1, xs), (3, xsum), (2, xsum))]
+        base, span, top, low = (self.half(at, factor) for at, factor in zip(grids, GRIDS, strict=True))
+        common = b.add(place.common, I64(4 * t))
+        self.put(b.fadd(self.at(common, F32), b.fmul(top, xsum)), common)
+        return [self.splat(b.fmul(grid, x)) for grid, x in ((base, xs), (span, xs), (low, xsum))]
+
+    def half(self, address: ir.Value, factor: float) -> ir.Value:
+        """The fp16 number there, times `factor`: its bits moved to fp32's places, which any CPU can."""
+        b = self.b
+        bits = b.zext(self.at(address, I16), I32)
+        bits = b.or_(b.shl(b.and_(bits, I32(0x7FFF)), I32(13)), b.shl(b.and_(bits, I32(0x8000)), I32(16)))
+        return b.fmul(b.bitcast(bits, F32), F32(factor * 2.0**112))
+
+    def finish(self, v: ir.Value, sums: list[ir.Value]) -> None:
+        """Add `sum * scale + minimum` to the totals, scale and minimum times those of the activations.
+
+        Without `lanes` what the minimum has in common for all outputs is left out, `top` times a group's activations.
+        """
+        b = self.b
+        scale_code, min_code = self.small(self.place.scales, v), self.small(self.place.minima, v)
+        for t, (base, span, low, *top) in enumerate(self.factors):
+            at = b.add(self.moved(self.place.total, v, 4), I64(4 * BLOCK * t))
+            value = sums[t] if self.way == "float" else b.sitofp(sums[t], self.floats)
+            total = self.fma(value, self.fma(scale_code, span, base), self.at(at, self.floats))
+            total = self.fma(min_code, low, total)
+            self.put(b.fadd(total, top[0]) if top else total, at)
+
+    def small(self, address: ir.Value, v: ir.Value) -> ir.Value:
+        """A byte for each output of vector v as fp32."""
+        small = self.at(self.moved(address, v, 1), ir.VectorType(BYTE, self.wide))
         return self.b.sitofp(self.b.zext(small, self.ints), self.floats)
 
 
@@ -284,16 +318,14 @@ def pointer(typingctx, address, kind):
 
 @intrinsic(prefer_literal=True)
 def group(
-    typingctx, bits, rows, vectors, wide, way, lanes,
-    words, codes, codes_row, high, high_row, x, x_row, scales, minima, grids, grids_row, xs, xsum, xs_row, total,
+    typingctx, bits, rows, wide, way, size, lanes, lines,
+    codes, codes_row, high, high_row, x, x_row, scales, minima, grids, grids_row, xs, xsum, xs_row, total, common,
 ):  # fmt: skip
-    form = [a.literal_value for a in (bits, rows, vectors, wide, way)]
-    signature = types.void(bits, rows, vectors, wide, way, lanes, *[types.intp] * len(Place._fields))
+    form = [a.literal_value for a in (bits, rows, wide, way, size, lanes)]
+    signature = types.void(bits, rows, wide, way, size, lanes, *[types.intp] * (1 + len(Place._fields)))
 
     def generate(context, builder, signature, arguments):
-        emitter, place = Emitter(builder, *form), Place(*arguments[6:])
-        sums = emitter.sums_of_floats(place) if emitter.way == "float" else emitter.integers(place)
-        emitter.finish(place, sums, bool(lanes.literal_value))
+        Emitter(builder, *form).run(Place(*arguments[7:]), arguments[6])
         return context.get_dummy_value()
 
     return signature, generate
