@@ -258,10 +258,11 @@ def test_a_relay_computes_every_piece_once_whoever_comes_late(monkeypatch, patie
     def call(seed):
         random = np.random.default_rng(seed)
         for _ in range(3000):
-            counted, count = np.zeros(64, np.int64), int(random.integers(1, 64))
-            crew.compute(prepare.address, run.address, counted.ctypes.data, count)
-            if not ((counted[:count] == 1).all() and (counted[count:] == 0).all()):
-                wrong.append((count, counted))
+            counted, counts = np.zeros((3, 64), np.int64), random.integers(1, 64, 3)
+            stages = [(prepare.address * (i % 2), run.address, n, min(n, (12, 1, 5)[i])) for i, n in enumerate(counts)]
+            crew.compute(np.array(stages), counted.ctypes.data, 64 * 8)
+            if not np.array_equal(counted, np.arange(64) < counts[:, None]):
+                wrong.append((counts, counted))
 
     callers = [threading.Thread(target=call, args=(seed,)) for seed in range(2)]
     for caller in callers:

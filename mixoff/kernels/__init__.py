@@ -85,4 +85,4 @@ def gated_mlp(x: torch.Tensor, gate_up: QTensor, down: QTensor, exact: bool = Fa
     """
     if choose(x, gate_up, exact) == "triton":
         return triton_products.linear(triton_products.gated(x, gate_up), down, x.dtype)
-    return cpu.gated(cpu.linear(x.float(), gate_up, exact), down, exact).to(x.dtype)
+    return cpu.gated_mlp(x, gate_up, down, exact)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 
 import torch
@@ -20,6 +20,7 @@ from mixoff.kernels import threads
 from mixoff.quantize import BLOCK, QTensor
 
 SHARED_ABOVE = 1 << 20  # weights times rows; less is done in the time that it takes to hand it over
+KINDS = {torch.float32: 0, torch.bfloat16: 1}  # what compiled code reads and writes
 FP32_ROWS = {2: 128, 3: 64, 4: 128, 8: 128}  # fp32 activations: for more rows dequantizing once is faster
 
 
@@ -70,29 +71,72 @@ def serves(x: torch.Tensor, w: QTensor) -> bool:
 
 def linear(x: torch.Tensor, w: QTensor, exact: bool = False) -> torch.Tensor:
     """`x @ w.T` for x (T, K) and w (N, K), in x's dtype -> (T, N); `serves(x, w)` must hold."""
-    return _product(x.float().contiguous(), False, w, exact).to(x.dtype)
+    return linears(x, (w,), exact)[0]
 
 
-def gated(h: torch.Tensor, w: QTensor, exact: bool = False) -> torch.Tensor:
-    """`(silu(gate) * up) @ w.T` for h (T, 2F), fp32, gate in its first half, and w (N, F) -> fp32 (T, N)."""
-    return _product(h, True, w, exact)
+def linears(x: torch.Tensor, weights: Sequence[QTensor], exact: bool = False) -> list[torch.Tensor]:
+    """`linear` for each of `weights`, in one go."""
+    rows = _rows(x)
+    outs = [rows.new_empty(len(x), w.shape[0]) for w in weights]
+    _run(len(x), exact, [(rows, w, out) for w, out in zip(weights, outs, strict=True)])
+    return [out.to(x.dtype) for out in outs]
 
 
-def _product(x: torch.Tensor, gate: bool, w: QTensor, exact: bool) -> torch.Tensor:
-    T, (N, K) = x.shape[0], w.shape
-    assert x.shape[1] == K * (1 + gate) and x.is_contiguous()  # what is compiled takes addresses, and looks at nothing
+def gated_mlp(x: torch.Tensor, gate_up: QTensor, down: QTensor, exact: bool = False) -> torch.Tensor:
+    """`(silu(gate) * up) @ down.T`, gate and up the halves of `x @ gate_up.T`, in one go -> (T, N), in x's dtype.
+
+    x (T, K), gate_up (2F, K), down (N, F). What lies between stays fp32.
+    """
+    rows = _rows(x)
+    out = rows.new_empty(len(x), down.shape[0])
+    _run(len(x), exact, [(rows, gate_up, None), (None, down, out)])
+    return out.to(x.dtype)
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """`x` as compiled code reads it."""
+    return (x if x.dtype in KINDS else x.float()).contiguous()
+
+
+Step = tuple[torch.Tensor | None, QTensor, torch.Tensor | None]
+
+
+def _run(T: int, exact: bool, steps: Sequence[Step]) -> None:
+    """Products one after the other, each of T rows of activations with a weight, into a tensor, by one call.
+
+    Activations of None are the result of the step before, gated; a step with no tensor leaves its result to the next.
+    """
     rows, way = 1 if T == 1 else 2 if T == 2 else 4, "float" if exact else integer_way()
-    prepare, run = loops().prepare(w.bits, rows, way), loops().linear(w.bits, w.group_size, rows, way, wide())
-    out, image, size = torch.empty(T, N), w.image, w.group_size
-    padded, item = -(-T // rows) * rows, 4 if exact else 1
-    room = torch.empty(padded * (K * item + 8 * K // size) + 64, dtype=torch.uint8)
-    scales = room.data_ptr() + -(-padded * K * item // 8) * 8
-    buffers = room.data_ptr(), scales, scales + 4 * padded * K // size
-    numbers = (x.data_ptr(), gate, T, padded, K, *buffers, image.data_ptr(), len(image), N, size, out.data_ptr())
-    job = array("q", numbers)  # as `loops.JOB` says
-    count = -(-N // BLOCK)
-    threads.compute(prepare.address, run.address, job.buffer_info()[0], count, parties(count, N * K * T))
-    return out
+    padded, compiled, number = -(-T // rows) * rows, loops(), threads.count()
+    room = torch.empty(sum(_room(padded, exact, step) for step in steps), dtype=torch.uint8)
+    jobs, stages, end, before = array("q"), [], room.data_ptr(), (None, None, None)
+    for x, w, out in steps:
+        (N, K), size, bits, image = w.shape, w.group_size, w.bits, w.image
+        source, gate, kind = (
+            (x.data_ptr(), 0, KINDS[x.dtype]) if x is not None else (before[1], 1, KINDS[torch.float32])
+        )
+        prepared = before[2] if before[0] == (source, bits, size) else None
+        values = prepared or end
+        scales = values + -(-padded * K * (4 if exact else 1) // 64) * 64
+        sums = scales + 4 * padded * K // size
+        end = end if prepared else sums + 4 * padded * K // size
+        target = end if out is None else out.data_ptr()
+        end += 4 * T * N if out is None else 0
+        narrow = 0 if out is None else KINDS[out.dtype]
+        jobs.extend((source, kind, gate, T, padded, K, values, scales, sums, image.data_ptr(), image.numel(), N, size,
+                     target, narrow))  # fmt: skip
+        count = -(-N // BLOCK)
+        pieces = min(count, threads.PIECES * number) if number > 1 and N * K * T > SHARED_ABOVE else 1
+        prepare = 0 if prepared else compiled.prepare(bits, rows, way).address
+        stages.append((prepare, compiled.linear(bits, size, rows, way, wide()).address, count, pieces))
+        before = (source, bits, size), target, values
+    threads.compute(stages, jobs, number)
+
+
+def _room(padded: int, exact: bool, step: Step) -> int:
+    """Bytes that a step needs beside its weight and result: prepared activations, and a result that is passed on."""
+    (N, K), size = step[1].shape, step[1].group_size
+    return padded * K * (4 if exact else 1) + 64 + 8 * padded * K // size + (4 * padded * N if step[2] is None else 0)
 
 
 def parties(count: int, size: int) -> int:

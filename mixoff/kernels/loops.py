@@ -34,9 +34,26 @@ EXP = tuple(map(np.float32, (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 
 MOST_EXP = np.float32(87)  # exp of more leaves fp32's range
 
 
-# A product: addresses of arrays, and sizes. x (T, K), fp32, or (T, 2K) with `gate`, where silu(first half) * second
-# half is meant; values (padded, K), scales and sums of its groups (padded, K / size); an image; out (T, N), fp32.
-JOB = ("x", "gate", "T", "padded", "K", "values", "scales", "sums", "image", "nbytes", "N", "size", "out")
+# A product: addresses of arrays, and sizes. x (T, K), or (T, 2K) with `gate`, where silu(first half) * second half is
+# meant; values (padded, K), scales and sums of its groups (padded, K / size); an image; out (T, N). x and out are bf16
+# where `kind` and `narrow` are 1, else fp32.
+JOB = (
+    "x",
+    "kind",
+    "gate",
+    "T",
+    "padded",
+    "K",
+    "values",
+    "scales",
+    "sums",
+    "image",
+    "nbytes",
+    "N",
+    "size",
+    "out",
+    "narrow",
+)
 FIELDS = len(JOB)
 
 
@@ -46,8 +63,10 @@ def prepare(bits: int, rows: int, way: str) -> CFunc:
     stamp, kind = STAMP, np.float32 if way == "float" else np.int8
 
     def prepared(job, first, last):
-        x, gate, T, padded, K, values, scales, sums, _, _, _, size, _ = carray(pointer(job, np.int64), (FIELDS,))
-        x = carray(pointer(x, np.float32), (T, K + gate * K))
+        fields = carray(pointer(job, np.int64), (FIELDS,))
+        x, narrow, gate, T, padded, K, values, scales, sums, _, _, _, size, _, _ = fields
+        shape = T, K + gate * K
+        x = widened_rows(carray(pointer(x, np.uint16), shape)) if narrow else carray(pointer(x, np.float32), shape)
         activations(
             way, silu_gate(x) if gate else x, size, bits, stamp, carray(pointer(values, kind), (padded, K)),
             carray(pointer(scales, np.float32), (padded, K // size)),
@@ -68,15 +87,35 @@ def linear(bits: int, size: int, rows: int, way: str, wide: int = LANES) -> CFun
     stamp, kind = STAMP, np.float32 if way == "float" else np.int8
 
     def product_of(job, first, last):
-        _, _, T, padded, K, x, scales, sums, image, nbytes, N, _, out = carray(pointer(job, np.int64), (FIELDS,))
+        fields = carray(pointer(job, np.int64), (FIELDS,))
+        _, _, _, T, padded, K, x, scales, sums, image, nbytes, N, _, out, narrow = fields
         product(
             bits, size, rows, way, wide, stamp, carray(pointer(x, kind), (padded, K)),
             carray(pointer(scales, np.float32), (padded, K // size)),
             carray(pointer(sums, np.float32), (padded, K // size)), carray(pointer(image, np.uint8), (nbytes,)),
-            N, carray(pointer(out, np.float32), (T, N)), first, last,
+            N, carray(pointer(out, np.float32), (T, N)), carray(pointer(out, np.uint16), (T, N)), narrow, first, last,
         )  # fmt: skip
 
     return function(product_of, "numpy")
+
+
+@register_jitable
+def widened_rows(x):
+    """bf16 (T, K) as fp32."""
+    bits = np.empty(x.shape, np.int32)
+    for t in range(x.shape[0]):
+        for k in range(x.shape[1]):
+            bits[t, k] = np.int32(x[t, k]) << np.int32(16)
+    return bits.view(np.float32)
+
+
+@register_jitable
+def to_bf16(value):
+    """The bits of an fp32 number rounded to bf16, half to even."""
+    if value != value:
+        return np.uint16(0x7FC0)
+    bits = np.float32(value).view(np.uint32)
+    return np.uint16((bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))) >> np.uint32(16))
 
 
 # Activations ----------------------------------------------------------------------------------------------------------
@@ -203,17 +242,20 @@ def widened(image, start, rows, nbytes, wide):
     return out
 
 
-def product(bits, size, rows, way, wide, stamp, x, scales, sums, image, N, out, first, last):
-    """Codes of activations (T, K) times the weight in `image`, into the rows that `out` (T, N) has."""
+def product(bits, size, rows, way, wide, stamp, x, scales, sums, image, N, out, out16, narrow, first, last):
+    """Codes of activations (T, K) times the weight in `image`, into the rows that `out` (T, N) has.
+
+    narrow: into `out16` instead, the same memory as bf16.
+    """
 
 
 @overload(product, prefer_literal=True)
-def _product(bits, size, rows, way, wide, stamp, x, scales, sums, image, N, out, first, last):
+def _product(bits, size, rows, way, wide, stamp, x, scales, sums, image, N, out, out16, narrow, first, last):
     per_word = 32 // WIDTH[bits.literal_value]
     step, third = size.literal_value // per_word, int(bits.literal_value == 3)
     x_item = 4 if way.literal_value == "float" else 1
 
-    def loop(bits, size, rows, way, wide, stamp, x, scales, sums, image, N, out, first, last):
+    def loop(bits, size, rows, way, wide, stamp, x, scales, sums, image, N, out, out16, narrow, first, last):
         T, K = x.shape
         groups, words = K // size, K // per_word
         items, high_at = N * groups, 4 * N * words
@@ -273,7 +315,11 @@ def _product(bits, size, rows, way, wide, stamp, x, scales, sums, image, N, out,
                     for v in range(0, n, LANES):
                         r = max(0, min(v, n - LANES))
                         for k in range(min(LANES, n)):
-                            out[t + i, start + r + k] = total[i, v + k] + common[i]
+                            value = total[i, v + k] + common[i]
+                            if narrow:
+                                out16[t + i, start + r + k] = to_bf16(value)
+                            else:
+                                out[t + i, start + r + k] = value
 
     return loop
 

@@ -113,19 +113,28 @@ def take_pieces(cells, ticket):
             call(function, job, count * i // pieces, count * (i + 1) // pieces)
 
 
-def _share(cells, prepare, function, job, count, pieces):
-    """Compute `function(job, first, last)` for ranges that are 0..count together, with whoever helps; then return.
+def _share(cells, stages, jobs, step):
+    """Stages one after the other, with whoever helps. A stage is (prepare, function, count, pieces), its job `step`
+    bytes after the one before.
 
-    `prepare(job, 0, count)` comes before all.
+    `prepare(job, 0, count)` comes first, unless it is 0; then `function(job, first, last)` for ranges that are 0..count
+    together, so many `pieces`.
     """
-    call(prepare, job, 0, count)
-    ticket = load(cells, TICKET) + 1
-    cells[FUNCTION], cells[JOB], cells[COUNT], cells[PIECES] = function, job, count, pieces
-    store(cells, LEFT, (ticket << SHIFT) + pieces)
-    store(cells, TICKET, ticket)
-    take_pieces(cells, ticket)
-    while load(cells, ACTIVE) > 0:
-        pause()
+    for i in range(len(stages)):
+        prepare, function, count, pieces = stages[i]
+        job = jobs + i * step
+        if prepare:
+            call(prepare, job, 0, count)
+        if pieces == 1:
+            call(function, job, 0, count)
+            continue
+        ticket = load(cells, TICKET) + 1
+        cells[FUNCTION], cells[JOB], cells[COUNT], cells[PIECES] = function, job, count, pieces
+        store(cells, LEFT, (ticket << SHIFT) + pieces)
+        store(cells, TICKET, ticket)
+        take_pieces(cells, ticket)
+        while load(cells, ACTIVE) > 0:
+            pause()
 
 
 def _help(cells, i, seen, patience):
@@ -147,10 +156,13 @@ def _help(cells, i, seen, patience):
             store(cells, ASLEEP + STEP * i, 0)
 
 
-def _alone(prepare, function, job, count):
+def _alone(stages, jobs, step):
     """The same in one thread."""
-    call(prepare, job, 0, count)
-    call(function, job, 0, count)
+    for i in range(len(stages)):
+        prepare, function, count, _ = stages[i]
+        if prepare:
+            call(prepare, jobs + i * step, 0, count)
+        call(function, jobs + i * step, 0, count)
 
 
 share, help_out, alone = jit(_share), jit(_help), jit(_alone)

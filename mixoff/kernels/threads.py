@@ -13,7 +13,8 @@ from __future__ import annotations
 import functools
 import os
 import threading
-from collections.abc import Callable
+from array import array
+from collections.abc import Callable, Sequence
 from queue import SimpleQueue
 from types import ModuleType
 
@@ -72,13 +73,17 @@ def read_by(args: tuple, kwargs: dict) -> torch.Tensor | None:
     return next((x for x in (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if x is not None), None)
 
 
-def compute(prepare: int, function: int, job: int, count: int, threads: int) -> None:
-    """Call the compiled functions at those addresses: prepare(job, 0, count), then function(job, first, last) on ranges
-    of 0..count, in so many `threads`."""
-    if threads == 1:
-        _relay().alone(prepare, function, job, count)
+Stage = tuple[int, int, int, int]
+
+
+def compute(stages: Sequence[Stage], jobs: array, threads: int) -> None:
+    """Call compiled functions, as `relay` says, in so many `threads`: stages in turn, each with its part of `jobs`."""
+    table, (address, length) = array("q", [n for stage in stages for n in stage]), jobs.buffer_info()
+    table, step = np.frombuffer(table, np.int64).reshape(-1, 4), 8 * length // len(stages)
+    if threads == 1 or all(pieces == 1 for *_, pieces in stages):
+        _relay().alone(table, address, step)
     else:
-        crew(threads).compute(prepare, function, job, count)
+        crew(threads).compute(table, address, step)
 
 
 @functools.cache
@@ -98,21 +103,21 @@ class Crew:
         for i, jobs in enumerate(self.jobs):
             threading.Thread(target=self._work, args=(jobs,), name=f"mixoff-kernel-{i}", daemon=True).start()
 
-    def compute(self, prepare: int, function: int, job: int, count: int) -> None:
-        """As the function `compute`; the caller does all of it while the others are at work for somebody else."""
+    def compute(self, stages: np.ndarray, jobs: int, step: int) -> None:
+        """`stages` (S, 4), jobs `step` bytes apart; the caller does all while the others are at work for another."""
         relay = _relay()
         if not self.lock.acquire(blocking=False):
-            relay.alone(prepare, function, job, count)
+            relay.alone(stages, jobs, step)
             return
         try:
             if self.cells is None:
                 self.cells = np.zeros(relay.ASLEEP + relay.STEP * len(self.jobs), np.int64)
                 self.cells[relay.ASLEEP :] = 1
-            for i, jobs in enumerate(self.jobs):
+            for i, queue in enumerate(self.jobs):
                 if self.cells[relay.ASLEEP + relay.STEP * i]:
                     self.cells[relay.ASLEEP + relay.STEP * i] = 0
-                    jobs.put((self._watch, i, int(self.cells[relay.TICKET]), SimpleQueue()))
-            relay.share(self.cells, prepare, function, job, count, min(count, PIECES * (len(self.jobs) + 1)))
+                    queue.put((self._watch, i, int(self.cells[relay.TICKET]), SimpleQueue()))
+            relay.share(self.cells, stages, jobs, step)
         finally:
             self.lock.release()
 
