@@ -19,6 +19,7 @@ import torch
 from mixoff.kernels import threads
 from mixoff.quantize import BLOCK, QTensor
 
+LINE = 64  # bytes of a cache line
 SHARED_ABOVE = 1 << 20  # weights times rows; less is done in the time that it takes to hand it over
 KINDS = {torch.float32: 0, torch.bfloat16: 1}  # what compiled code reads and writes
 FP32_ROWS = {2: 128, 3: 64, 4: 128, 8: 128}  # fp32 activations: for more rows dequantizing once is faster
@@ -71,15 +72,7 @@ def serves(x: torch.Tensor, w: QTensor) -> bool:
 
 def linear(x: torch.Tensor, w: QTensor, exact: bool = False) -> torch.Tensor:
     """`x @ w.T` for x (T, K) and w (N, K), in x's dtype -> (T, N); `serves(x, w)` must hold."""
-    return linears(x, (w,), exact)[0]
-
-
-def linears(x: torch.Tensor, weights: Sequence[QTensor], exact: bool = False) -> list[torch.Tensor]:
-    """`linear` for each of `weights`, in one go."""
-    rows = _rows(x)
-    outs = [rows.new_empty(len(x), w.shape[0]) for w in weights]
-    _run(len(x), exact, [(rows, w, out) for w, out in zip(weights, outs, strict=True)])
-    return [out.to(x.dtype) for out in outs]
+    return _products(x, [w], exact)
 
 
 def gated_mlp(x: torch.Tensor, gate_up: QTensor, down: QTensor, exact: bool = False) -> torch.Tensor:
@@ -87,56 +80,46 @@ def gated_mlp(x: torch.Tensor, gate_up: QTensor, down: QTensor, exact: bool = Fa
 
     x (T, K), gate_up (2F, K), down (N, F). What lies between stays fp32.
     """
-    rows = _rows(x)
-    out = rows.new_empty(len(x), down.shape[0])
-    _run(len(x), exact, [(rows, gate_up, None), (None, down, out)])
+    return _products(x, [gate_up, down], exact)
+
+
+def _products(x: torch.Tensor, weights: Sequence[QTensor], exact: bool) -> torch.Tensor:
+    """The product of rows x (T, K) with the first weight, then of its result, gated, with the next, in x's dtype.
+
+    All is one call of compiled code: in between a token's weights have driven Python out of the caches.
+    """
+    T, rows = x.shape[0], (x if x.dtype in KINDS else x.float()).contiguous()
+    out = rows.new_empty(T, weights[-1].shape[0])
+    together, way, number = 1 if T == 1 else 2 if T == 2 else 4, "float" if exact else integer_way(), threads.count()
+    padded, item = -(-T // together) * together, 4 if exact else 1
+    room = torch.empty(sum(_room(T, padded, item, w) for w in weights), dtype=torch.uint8)
+    jobs, stages, source, kind, end = array("q"), [], rows.data_ptr(), KINDS[rows.dtype], room.data_ptr()
+    for i, w in enumerate(weights):
+        (N, K), size, image, last = w.shape, w.group_size, w.image, i == len(weights) - 1
+        assert K << (i > 0) == (weights[i - 1].shape[0] if i else x.shape[1])  # compiled code looks at nothing
+        values, scales = end, end + -(-padded * K * item // LINE) * LINE
+        sums = scales + 4 * padded * (K // size)
+        end = sums + 4 * padded * (K // size)
+        target, narrow = (out.data_ptr(), KINDS[out.dtype]) if last else (end, 0)
+        where = values, scales, sums, image.data_ptr(), image.numel(), N, size, target, narrow
+        jobs.extend((source, kind, int(i > 0), T, padded, K, *where))  # as `loops.JOB` says
+        prepare, run = loops().prepare(w.bits, together, way), loops().linear(w.bits, size, together, way, wide())
+        count = -(-N // BLOCK)
+        stages.append((prepare.address, run.address, count, pieces(count, N * K * T, number)))
+        source, kind, end = target, 0, end + 4 * T * N
+    threads.compute(stages, jobs, number)
     return out.to(x.dtype)
 
 
-def _rows(x: torch.Tensor) -> torch.Tensor:
-    """`x` as compiled code reads it."""
-    return (x if x.dtype in KINDS else x.float()).contiguous()
+def _room(T: int, padded: int, item: int, w: QTensor) -> int:
+    """Bytes for activations as a product with `w` takes them, and for its result."""
+    (N, K), size = w.shape, w.group_size
+    return padded * (K * item + 8 * (K // size)) + LINE + 4 * T * N
 
 
-Step = tuple[torch.Tensor | None, QTensor, torch.Tensor | None]
-
-
-def _run(T: int, exact: bool, steps: Sequence[Step]) -> None:
-    """Products one after the other, each of T rows of activations with a weight, into a tensor, by one call.
-
-    Activations of None are the result of the step before, gated; a step with no tensor leaves its result to the next.
-    """
-    rows, way = 1 if T == 1 else 2 if T == 2 else 4, "float" if exact else integer_way()
-    padded, compiled, number = -(-T // rows) * rows, loops(), threads.count()
-    room = torch.empty(sum(_room(padded, exact, step) for step in steps), dtype=torch.uint8)
-    jobs, stages, end, before = array("q"), [], room.data_ptr(), (None, None, None)
-    for x, w, out in steps:
-        (N, K), size, bits, image = w.shape, w.group_size, w.bits, w.image
-        source, gate, kind = (
-            (x.data_ptr(), 0, KINDS[x.dtype]) if x is not None else (before[1], 1, KINDS[torch.float32])
-        )
-        prepared = before[2] if before[0] == (source, bits, size) else None
-        values = prepared or end
-        scales = values + -(-padded * K * (4 if exact else 1) // 64) * 64
-        sums = scales + 4 * padded * K // size
-        end = end if prepared else sums + 4 * padded * K // size
-        target = end if out is None else out.data_ptr()
-        end += 4 * T * N if out is None else 0
-        narrow = 0 if out is None else KINDS[out.dtype]
-        jobs.extend((source, kind, gate, T, padded, K, values, scales, sums, image.data_ptr(), image.numel(), N, size,
-                     target, narrow))  # fmt: skip
-        count = -(-N // BLOCK)
-        pieces = min(count, threads.PIECES * number) if number > 1 and N * K * T > SHARED_ABOVE else 1
-        prepare = 0 if prepared else compiled.prepare(bits, rows, way).address
-        stages.append((prepare, compiled.linear(bits, size, rows, way, wide()).address, count, pieces))
-        before = (source, bits, size), target, values
-    threads.compute(stages, jobs, number)
-
-
-def _room(padded: int, exact: bool, step: Step) -> int:
-    """Bytes that a step needs beside its weight and result: prepared activations, and a result that is passed on."""
-    (N, K), size = step[1].shape, step[1].group_size
-    return padded * K * (4 if exact else 1) + 64 + 8 * padded * K // size + (4 * padded * N if step[2] is None else 0)
+def pieces(count: int, size: int, number: int) -> int:
+    """Pieces of `count` blocks for `number` threads: one where `size`, weights times rows, is not worth sharing."""
+    return min(count, threads.PIECES * number) if number > 1 and size > SHARED_ABOVE else 1
 
 
 def parties(count: int, size: int) -> int:

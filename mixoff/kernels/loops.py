@@ -261,7 +261,8 @@ def _product(bits, size, rows, way, wide, stamp, x, scales, sums, image, N, out,
         items, high_at = N * groups, 4 * N * words
         count, grids_at = (items + SUPER - 1) // SUPER, high_at + third * (N * K // 8)
         base, scales_at = address(image), grids_at + 8 * count
-        lanes, total = np.zeros((4, BLOCK), np.float32), np.empty((rows, BLOCK), np.float32)
+        lanes, total = np.zeros((4, BLOCK), np.float32), np.empty(rows * BLOCK + LINE, np.float32)
+        even = -address(total) % LINE // 4  # from where vectors of sums fill whole cache lines
         common = np.empty(rows, np.float32)
         for b in range(first, last):
             start = b * BLOCK
@@ -285,10 +286,9 @@ def _product(bits, size, rows, way, wide, stamp, x, scales, sums, image, N, out,
             for t in range(0, T, rows):
                 for i in range(rows):
                     common[i] = 0
-                    for r in range(BLOCK):
-                        total[i, r] = 0
+                total[:] = 0
                 x_at, s_at = address(x) + t * K * x_item, address(scales) + 4 * t * groups
-                sum_at, total_at = address(sums) + 4 * t * groups, address(total)
+                sum_at, total_at = address(sums) + 4 * t * groups, address(total) + 4 * even
                 for g in range(groups):
                     at = g * step * beside
                     if n == BLOCK:  # its groups share a grid
@@ -315,7 +315,7 @@ def _product(bits, size, rows, way, wide, stamp, x, scales, sums, image, N, out,
                     for v in range(0, n, LANES):
                         r = max(0, min(v, n - LANES))
                         for k in range(min(LANES, n)):
-                            value = total[i, v + k] + common[i]
+                            value = total[even + i * BLOCK + v + k] + common[i]
                             if narrow:
                                 out16[t + i, start + r + k] = to_bf16(value)
                             else:
