@@ -36,7 +36,7 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (..., K) -> (..., N), in x's dtype."""
-        out = kernels.linear(x.reshape(-1, self.shape[1]), self.quantized, exact=self.exact).view(*x.shape[:-1], -1)
+        out = kernels.linear(x, self.quantized, exact=self.exact)
         return out if self.bias is None else out + self.bias
 
     def extra_repr(self) -> str:

@@ -164,6 +164,11 @@ class QTensor:
         """The byte image, uint8 (nbytes,): memory that the parts share, or a copy where they do not lie together."""
         return self.parts.image if isinstance(self.parts, Parts) else self.to_buffer()
 
+    @functools.cached_property
+    def plans(self) -> dict:
+        """What a kernel works out once for this matrix; it ends with it."""
+        return {}
+
     @property
     def bits_per_weight(self) -> float:
         """Bits that a weight costs, metadata included."""
@@ -292,8 +297,8 @@ class QTensor:
         return dict(self.parts), {"format": FORMAT, "shape": list(self.shape), **meta}
 
     @classmethod
-    def from_tensors(cls, tensors: dict[str, Tensor], meta: dict) -> QTensor:
-        """The inverse of `to_tensors`, for tensors from anywhere.
+    def from_tensors(cls, tensors: dict[str, Tensor], meta: dict, room: Tensor | None = None) -> QTensor:
+        """The inverse of `to_tensors`, for tensors from anywhere; copied to where `room` (nbytes,) begins, if given.
 
         Raises CheckpointError for keys, shapes, dtypes or values that a quantized matrix cannot have.
         """
@@ -309,7 +314,7 @@ class QTensor:
         found = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
         if found != wanted:
             raise CheckpointError(f"the parts of a quantized {form[0]} matrix are {found}, and should be {wanted}")
-        q = cls.empty(*form)
+        q = cls.empty(*form) if room is None else cls.from_buffer(room, 0, *form)
         for name, part in q.parts.items():
             part.copy_(tensors[name])
         q.check_values()

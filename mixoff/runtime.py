@@ -528,15 +528,22 @@ def _served(
     where = by_expert(chosen, self.num_experts) if where is None else where
     weights_of = None if runtime.in_prompt() else _given(where, given)
     where = _rows_on(hidden_states.device, where)
-    out = hidden_states.new_zeros(T * K, D)
+    found: dict[int, torch.Tensor] = {}
+    alone = T == 1 and len(where) == K  # one row each, in the order of `where`
+    out = None if alone else hidden_states.new_zeros(T * K, D)
 
     def compute(expert: int, weights: dict[str, Weight]) -> None:
         if (rows := where.get(expert)) is not None:  # of this expert, (R,); none where whole layers are fetched
             mine = hidden_states if isinstance(rows, slice) else hidden_states[rows // K]  # (R, D)
             place = functools.partial(_place, expert, where, T * K)
-            out[rows] = expert_mlp(self, mine, weights, runtime.scratch, runtime.exact, place)
+            result = expert_mlp(self, mine, weights, runtime.scratch, runtime.exact, place)
+            if alone:
+                found[expert] = result
+            else:
+                out[rows] = result
 
     runtime.serve(site, list(where), compute, weights_of)
+    out = torch.cat([found[expert] for expert in where]) if alone else out
     weighted = out * top_k_weights.reshape(-1, 1)  # (T * K, D)
     return weighted.view(T, K, D).sum(dim=1).to(hidden_states.dtype)  # (T, D)
 

@@ -23,6 +23,7 @@ import torch
 from mixoff import hub, published, shapes
 from mixoff.checkpoint import Checkpoint, Extent, read_header, read_json
 from mixoff.errors import CheckpointError
+from mixoff.pages import slab
 from mixoff.quantize import QTensor, Scheme, layout, packed_nbytes
 from mixoff.readers import ExpertReader
 from mixoff.shapes import Part, Site
@@ -32,6 +33,7 @@ from mixoff.strided import StridedTensor
 MANIFEST = "mixoff.json"
 QUANTIZED = "quantized.safetensors"
 FORMAT, VERSION = "mixoff-store", 1
+LINE = 64  # bytes of a cache line
 ALIGN = 4096  # bytes; what direct I/O asks for, and a page
 
 
@@ -240,10 +242,13 @@ def read_quantized(folder: Path) -> dict[str, QTensor]:
     try:
         with safe_open(folder / QUANTIZED, framework="pt") as f:
             described = json.loads(f.metadata()["mixoff"])
-            return {
-                name: QTensor.from_tensors({p: f.get_tensor(f"{name}.{p}") for p in part_names(meta)}, meta)
-                for name, meta in described.items()
-            }
+            # one piece of memory for all: most matrices alone would end amid a huge page, and have small ones there
+            room, read = slab((folder / QUANTIZED).stat().st_size + LINE * len(described)), {}
+            for name, meta in described.items():
+                parts = {part: f.get_tensor(f"{name}.{part}") for part in part_names(meta)}
+                read[name] = QTensor.from_tensors(parts, meta, room)
+                room = room[-(-read[name].nbytes // LINE) * LINE :]
+            return read
     except (SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{folder / QUANTIZED} is damaged ({error}): convert the original again") from None
 

@@ -32,6 +32,7 @@ from mixoff import compiled, experts, kernels
 from mixoff.errors import MixoffError
 from mixoff.kernels import cpu, loops, reference, simd, threads
 from mixoff.kernels.reference import linear, scratch_nbytes
+from mixoff.kernels.relay import FIELDS
 from mixoff.kernels.threads import Crew
 from mixoff.quantize import quantize
 from mixoff.shapes import Part, Site
@@ -245,7 +246,7 @@ def test_a_relay_computes_every_piece_once_whoever_comes_late(monkeypatch, patie
     monkeypatch.setattr(threads, "PATIENCE", patience)
 
     def mark(job, first, last):
-        counted = numba.carray(simd.pointer(job, np.int64), (64,))
+        counted = numba.carray(simd.pointer(job, np.int64), (FIELDS,))
         for i in range(first, last):
             counted[i] += 1
 
@@ -253,23 +254,18 @@ def test_a_relay_computes_every_piece_once_whoever_comes_late(monkeypatch, patie
         pass
 
     run, prepare = (numba.cfunc("void(int64, int64, int64)")(loop) for loop in (mark, nothing))
-    crew, wrong = Crew(2), []
+    crew = Crew(2)
 
     def call(seed):
         random = np.random.default_rng(seed)
         for _ in range(3000):
-            counted, counts = np.zeros((3, 64), np.int64), random.integers(1, 64, 3)
+            counted, counts = np.zeros((3, FIELDS), np.int64), random.integers(1, FIELDS, 3)
             stages = [(prepare.address * (i % 2), run.address, n, min(n, (12, 1, 5)[i])) for i, n in enumerate(counts)]
-            crew.compute(np.array(stages), counted.ctypes.data, 64 * 8)
-            if not np.array_equal(counted, np.arange(64) < counts[:, None]):
-                wrong.append((counts, counted))
+            crew.compute(np.array(stages), counted.ctypes.data)
+            assert np.array_equal(counted, np.arange(FIELDS) < counts[:, None])
 
-    callers = [threading.Thread(target=call, args=(seed,)) for seed in range(2)]
-    for caller in callers:
-        caller.start()
-    for caller in callers:
-        caller.join()
-    assert not wrong
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(call, range(2)))
 
 
 def test_two_callers_share_a_crew():

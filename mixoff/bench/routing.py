@@ -37,6 +37,9 @@ class Routing:
         if trace is not None and trace.shape[1] != len(modules):
             raise MixoffError(f"the trace has {trace.shape[1]} layers, the model {len(modules)}: they must agree")
         self.trace, self.guesses, self.layers = trace, guesses, len(modules)
+        self.table = (
+            None if trace is None else torch.from_numpy(np.ascontiguousarray(trace.swapaxes(0, 1)))
+        )  # (L, T, K)
         self.next, self.now, self.chosen = 0, [], []
         self.undo = ExitStack()
         for i, module in enumerate(modules):
@@ -61,16 +64,18 @@ class Routing:
         return hook
 
     def _forced(self, layer: int, own: torch.Tensor) -> torch.Tensor:
-        at = np.arange(self.next, self.next + len(own)) % len(self.trace)
-        return torch.from_numpy(self.trace[at, layer]).to(own)  # (T, K)
+        first = self.next % len(self.trace)
+        if first + len(own) <= len(self.trace):  # what a hook does counts as the model's time: one token is a view
+            return self.table[layer, first : first + len(own)].to(own)  # (T, K)
+        return self.table[layer, np.arange(first, first + len(own)) % len(self.trace)].to(own)
 
     def _note(self, layer: int, choice: torch.Tensor) -> None:
         if len(choice) == 1:
-            self.now.append(choice[0].cpu().numpy())
+            self.now.append(choice)
         if layer == self.layers - 1:
             self.next += len(choice)
             if self.now:
-                self.chosen.append(np.stack(self.now))
+                self.chosen.append(torch.cat(self.now).cpu().numpy())
             self.now = []
 
     def _guess(self, guesses: Guesses) -> None:

@@ -32,15 +32,15 @@ def choose(x: torch.Tensor, w: torch.Tensor | QTensor | StridedTensor, exact: bo
     """
     if not isinstance(w, (QTensor, StridedTensor)):
         return "reference"
-    if _triton(w).serves(x, w):
-        return "triton" if x.shape[0] <= MOST_ROWS else "triton-dense"
+    if x.device.type in triton_products.DEVICES and _triton(w).serves(x, w):
+        return "triton" if _rows(x) <= MOST_ROWS else "triton-dense"
     if isinstance(w, StridedTensor):
         return "fp32" if strided.serves(x, w) else "reference"
     if not cpu.serves(x, w):
         return "reference"
     if not exact:
         return "int8"
-    return "fp32" if x.shape[0] <= cpu.FP32_ROWS[w.bits] else "dense"
+    return "fp32" if _rows(x) <= cpu.FP32_ROWS[w.bits] else "dense"
 
 
 def linear(
@@ -51,26 +51,32 @@ def linear(
     exact: bool = False,
     kernel: str | None = None,
 ) -> torch.Tensor:
-    """`x @ w.T` for x (T, K) and w (N, K), in x's dtype -> (T, N).
+    """`x @ w.T` for x (..., K) and w (N, K), in x's dtype -> (..., N).
 
     transposed: a weight that is not quantized is (K, N), and the product `x @ w`. scratch: uint8,
     `reference.scratch_nbytes` long, for weights that are neither quantized nor of x's dtype. exact: activations stay
     fp32 where they would be quantized to int8. kernel: one of KERNELS instead of the table's choice.
     """
     chosen = kernel or choose(x, w, exact)
+    if chosen in ("int8", "fp32") and isinstance(w, QTensor):
+        return cpu.linear(x, w, exact=chosen == "fp32")
+    if x.dim() != 2:
+        return linear(x.reshape(-1, x.shape[-1]), w, scratch, transposed, exact, chosen).unflatten(0, x.shape[:-1])
     if chosen == "triton":
         return _triton(w).linear(x, w)
     if chosen == "triton-dense":
         return _triton(w).dense(x, w)
     if chosen != "reference" and isinstance(w, StridedTensor):
         return strided.linear(x, w)
-    if chosen in ("int8", "fp32"):
-        return cpu.linear(x, w, exact=chosen == "fp32")
     if chosen == "dense":
         return cpu.dense(x, w)
     if chosen != "reference":
         raise MixoffError(f"no kernel {chosen!r}: choose one of {', '.join(KERNELS)}")
     return reference.linear(x, w, scratch, transposed)
+
+
+def _rows(x: torch.Tensor) -> int:
+    return x.shape[:-1].numel()
 
 
 def _triton(w: QTensor | StridedTensor) -> ModuleType:

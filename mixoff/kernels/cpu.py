@@ -10,17 +10,22 @@ Does not know experts or caches. Where numba is missing, `reference` computes in
 from __future__ import annotations
 
 import functools
+import threading
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from types import ModuleType
+from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from mixoff.kernels import threads
 from mixoff.quantize import BLOCK, QTensor
 
 LINE = 64  # bytes of a cache line
+ROOM = 1 << 20  # bytes that a thread keeps for what lies between products, enough for one token of an expert
 SHARED_ABOVE = 1 << 20  # weights times rows; less is done in the time that it takes to hand it over
+X, OUT = 0, -2  # of the first and the last of the numbers of jobs (`loops.JOB`)
 KINDS = {torch.float32: 0, torch.bfloat16: 1}  # what compiled code reads and writes
 FP32_ROWS = {2: 128, 3: 64, 4: 128, 8: 128}  # fp32 activations: for more rows dequantizing once is faster
 
@@ -71,44 +76,87 @@ def serves(x: torch.Tensor, w: QTensor) -> bool:
 
 
 def linear(x: torch.Tensor, w: QTensor, exact: bool = False) -> torch.Tensor:
-    """`x @ w.T` for x (T, K) and w (N, K), in x's dtype -> (T, N); `serves(x, w)` must hold."""
-    return _products(x, [w], exact)
+    """`x @ w.T` for x (..., K) and w (N, K), in x's dtype -> (..., N); `serves(x, w)` must hold."""
+    return _products(x, (w,), exact)
 
 
 def gated_mlp(x: torch.Tensor, gate_up: QTensor, down: QTensor, exact: bool = False) -> torch.Tensor:
-    """`(silu(gate) * up) @ down.T`, gate and up the halves of `x @ gate_up.T`, in one go -> (T, N), in x's dtype.
+    """`(silu(gate) * up) @ down.T`, gate and up the halves of `x @ gate_up.T`, in one go -> (..., N), in x's dtype.
 
-    x (T, K), gate_up (2F, K), down (N, F). What lies between stays fp32.
+    x (..., K), gate_up (2F, K), down (N, F). What lies between stays fp32.
     """
-    return _products(x, [gate_up, down], exact)
+    return _products(x, (gate_up, down), exact)
 
 
-def _products(x: torch.Tensor, weights: Sequence[QTensor], exact: bool) -> torch.Tensor:
-    """The product of rows x (T, K) with the first weight, then of its result, gated, with the next, in x's dtype.
+def _products(x: torch.Tensor, weights: tuple[QTensor, ...], exact: bool) -> torch.Tensor:
+    """The product of rows x (..., K) with the first weight, then of its result, gated, with the next, in x's dtype.
 
-    All is one call of compiled code: in between a token's weights have driven Python out of the caches.
+    It is one call of compiled code, planned once: the weights of a token drive Python and PyTorch out of the caches, so
+    that every operation here costs several times what it does in a loop of its own.
     """
-    T, rows = x.shape[0], (x if x.dtype in KINDS else x.float()).contiguous()
-    out = rows.new_empty(T, weights[-1].shape[0])
-    together, way, number = 1 if T == 1 else 2 if T == 2 else 4, "float" if exact else integer_way(), threads.count()
-    padded, item = -(-T // together) * together, 4 if exact else 1
-    room = torch.empty(sum(_room(T, padded, item, w) for w in weights), dtype=torch.uint8)
-    jobs, stages, source, kind, end = array("q"), [], rows.data_ptr(), KINDS[rows.dtype], room.data_ptr()
+    rows = (x if x.dtype in KINDS else x.float()).contiguous()
+    form = rows.shape[:-1].numel(), rows.dtype, exact, threads.count(), integer_way(), wide()
+    key = _here.base, weights[-1], form
+    plan = weights[0].plans.get(key)
+    if plan is None:
+        plan = _plan(weights, form)
+        if plan.room is None:
+            weights[0].plans[key] = plan
+    assert x.shape[-1] == weights[0].shape[1]  # compiled code looks at nothing
+    out, jobs = rows.new_empty(*x.shape[:-1], weights[-1].shape[0]), plan.jobs[:]
+    jobs[X], jobs[OUT] = rows.data_ptr(), out.data_ptr()
+    threads.compute(plan.stages, jobs.buffer_info()[0], plan.number)
+    return out.to(x.dtype)
+
+
+class _Plan(NamedTuple):
+    """Products to come: `stages` as `relay` takes them, a job for each, threads, and room of its own, if it needs much.
+
+    What the first job reads and the last one writes is filled in by each call.
+    """
+
+    stages: np.ndarray
+    jobs: array
+    number: int
+    room: torch.Tensor | None
+
+
+class _Here(threading.local):
+    """Memory of each thread for what lies between two products."""
+
+    def __init__(self) -> None:
+        self.room = torch.empty(ROOM, dtype=torch.uint8)
+        self.base = self.room.data_ptr()
+
+
+_here = _Here()
+
+
+def _plan(weights: tuple[QTensor, ...], form: tuple) -> _Plan:
+    T, dtype, exact, number, way, vector = form
+    together, way, item = 1 if T == 1 else 2 if T == 2 else 4, "float" if exact else way, 4 if exact else 1
+    padded, narrow = -(-T // together) * together, KINDS[dtype]
+    need = sum(_room(T, padded, item, w) for w in weights)
+    room = torch.empty(need, dtype=torch.uint8) if need > ROOM else None
+    end = _here.base if room is None else room.data_ptr()
+    jobs, stages, source = array("q"), [], 0
     for i, w in enumerate(weights):
-        (N, K), size, image, last = w.shape, w.group_size, w.image, i == len(weights) - 1
-        assert K << (i > 0) == (weights[i - 1].shape[0] if i else x.shape[1])  # compiled code looks at nothing
+        (N, K), size, first, last = w.shape, w.group_size, i == 0, i == len(weights) - 1
+        assert first or weights[i - 1].shape[0] == 2 * K
         values, scales = end, end + -(-padded * K * item // LINE) * LINE
         sums = scales + 4 * padded * (K // size)
-        end = sums + 4 * padded * (K // size)
-        target, narrow = (out.data_ptr(), KINDS[out.dtype]) if last else (end, 0)
-        where = values, scales, sums, image.data_ptr(), image.numel(), N, size, target, narrow
-        jobs.extend((source, kind, int(i > 0), T, padded, K, *where))  # as `loops.JOB` says
-        prepare, run = loops().prepare(w.bits, together, way), loops().linear(w.bits, size, together, way, wide())
+        result = sums + 4 * padded * (K // size)
+        job = {
+            "x": source, "kind": narrow * first, "gate": not first, "T": T, "padded": padded, "K": K, "values": values,
+            "scales": scales, "sums": sums, "image": w.image.data_ptr(), "nbytes": w.image.numel(), "N": N,
+            "size": size, "out": result, "narrow": narrow * last,
+        }  # fmt: skip
+        jobs.extend(job[name] for name in loops().JOB)
+        prepare, run = loops().prepare(w.bits, together, way), loops().linear(w.bits, size, together, way, vector)
         count = -(-N // BLOCK)
         stages.append((prepare.address, run.address, count, pieces(count, N * K * T, number)))
-        source, kind, end = target, 0, end + 4 * T * N
-    threads.compute(stages, jobs, number)
-    return out.to(x.dtype)
+        source, end = result, result + 4 * T * N
+    return _Plan(np.array(stages), jobs, number, room)
 
 
 def _room(T: int, padded: int, item: int, w: QTensor) -> int:

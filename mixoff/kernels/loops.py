@@ -21,6 +21,7 @@ from numba.extending import overload, register_jitable
 
 from mixoff.compiled import function, jit
 from mixoff.kernels import simd
+from mixoff.kernels.relay import FIELDS
 from mixoff.kernels.simd import BLOCK, LANES, LINE, TOP, WIDTH, group, pointer
 
 STAMP = hashlib.sha256(Path(simd.__file__).read_bytes()).hexdigest()  # of what numba's cache on disk doesn't look at
@@ -54,7 +55,7 @@ JOB = (
     "out",
     "narrow",
 )
-FIELDS = len(JOB)
+assert len(JOB) == FIELDS
 
 
 @functools.cache

@@ -22,6 +22,7 @@ from mixoff.compiled import jit
 
 STEP = 8  # numbers of 64 bits from cell to cell: a cache line
 TICKET, LEFT, ACTIVE, FUNCTION, JOB, COUNT, PIECES, ASLEEP = (STEP * i for i in range(8))
+FIELDS = 15  # numbers of a job
 SHIFT = 32  # of the ticket in LEFT
 I64 = ir.IntType(64)
 
@@ -113,16 +114,16 @@ def take_pieces(cells, ticket):
             call(function, job, count * i // pieces, count * (i + 1) // pieces)
 
 
-def _share(cells, stages, jobs, step):
-    """Stages one after the other, with whoever helps. A stage is (prepare, function, count, pieces), its job `step`
-    bytes after the one before.
+def _share(cells, stages, jobs):
+    """Stages (S, 4) one after the other, with whoever helps: (prepare, function, count, pieces) and a job each, of
+    FIELDS numbers of 64 bits, the first at address `jobs`.
 
     `prepare(job, 0, count)` comes first, unless it is 0; then `function(job, first, last)` for ranges that are 0..count
     together, so many `pieces`.
     """
     for i in range(len(stages)):
         prepare, function, count, pieces = stages[i]
-        job = jobs + i * step
+        job = jobs + i * 8 * FIELDS
         if prepare:
             call(prepare, job, 0, count)
         if pieces == 1:
@@ -156,13 +157,13 @@ def _help(cells, i, seen, patience):
             store(cells, ASLEEP + STEP * i, 0)
 
 
-def _alone(stages, jobs, step):
+def _alone(stages, jobs):
     """The same in one thread."""
     for i in range(len(stages)):
         prepare, function, count, _ = stages[i]
         if prepare:
-            call(prepare, jobs + i * step, 0, count)
-        call(function, jobs + i * step, 0, count)
+            call(prepare, jobs + i * 8 * FIELDS, 0, count)
+        call(function, jobs + i * 8 * FIELDS, 0, count)
 
 
 share, help_out, alone = jit(_share), jit(_help), jit(_alone)

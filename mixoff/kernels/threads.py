@@ -13,8 +13,7 @@ from __future__ import annotations
 import functools
 import os
 import threading
-from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from queue import SimpleQueue
 from types import ModuleType
 
@@ -73,17 +72,12 @@ def read_by(args: tuple, kwargs: dict) -> torch.Tensor | None:
     return next((x for x in (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if x is not None), None)
 
 
-Stage = tuple[int, int, int, int]
-
-
-def compute(stages: Sequence[Stage], jobs: array, threads: int) -> None:
-    """Call compiled functions, as `relay` says, in so many `threads`: stages in turn, each with its part of `jobs`."""
-    table, (address, length) = array("q", [n for stage in stages for n in stage]), jobs.buffer_info()
-    table, step = np.frombuffer(table, np.int64).reshape(-1, 4), 8 * length // len(stages)
-    if threads == 1 or all(pieces == 1 for *_, pieces in stages):
-        _relay().alone(table, address, step)
+def compute(stages: np.ndarray, jobs: int, threads: int) -> None:
+    """Call compiled functions in so many `threads`: as `relay` says, stages (S, 4), whose jobs begin at an address."""
+    if threads == 1:
+        _relay().alone(stages, jobs)
     else:
-        crew(threads).compute(table, address, step)
+        crew(threads).compute(stages, jobs)
 
 
 @functools.cache
@@ -103,11 +97,11 @@ class Crew:
         for i, jobs in enumerate(self.jobs):
             threading.Thread(target=self._work, args=(jobs,), name=f"mixoff-kernel-{i}", daemon=True).start()
 
-    def compute(self, stages: np.ndarray, jobs: int, step: int) -> None:
-        """`stages` (S, 4), jobs `step` bytes apart; the caller does all while the others are at work for another."""
+    def compute(self, stages: np.ndarray, jobs: int) -> None:
+        """As the function `compute`; the caller does all of it while the others are at work for somebody else."""
         relay = _relay()
         if not self.lock.acquire(blocking=False):
-            relay.alone(stages, jobs, step)
+            relay.alone(stages, jobs)
             return
         try:
             if self.cells is None:
@@ -117,7 +111,7 @@ class Crew:
                 if self.cells[relay.ASLEEP + relay.STEP * i]:
                     self.cells[relay.ASLEEP + relay.STEP * i] = 0
                     queue.put((self._watch, i, int(self.cells[relay.TICKET]), SimpleQueue()))
-            relay.share(self.cells, stages, jobs, step)
+            relay.share(self.cells, stages, jobs)
         finally:
             self.lock.release()
 
