@@ -86,22 +86,22 @@ def _even(share: float) -> dict[int | str, float]:
 
 GPU = "assumed: fused kernels that were never run on a GPU; replace it by what `mixoff bench` measures"
 CPU = (
-    "fitted to ten measured settings on two cores of an AMD EPYC (AVX2), tools/time_check.py, and held against eleven "
-    "others in docs/benchmarks.md; 3, 8 and 32 bits and guess_s are assumed"
+    "fitted to twelve measured settings on two cores of an Intel Xeon (AVX-512), tools/time_check.py, and held against "
+    "eleven others in docs/benchmarks.md; 3, 8 and 32 bits and guess_s are assumed"
 )
-STEP_S = 21.9e-9  # of `hardware.python_speed`, on a core of that machine while its neighbour slept
+STEP_S = 14.5e-9  # of `hardware.python_speed`, the least on a core of that machine
 HERE = Efficiency(
-    {2: 0.42, 3: 0.42, 4: 0.49, 8: 0.49, 16: 0.41, 32: 0.50, WIDENED: 0.079},
-    layer_s=0.49e-3,
-    expert_s=0.050e-3,
+    {2: 0.66, 3: 0.66, 4: 0.59, 8: 0.59, 16: 0.40, 32: 0.50, WIDENED: 0.118},
+    layer_s=0.25e-3,
+    expert_s=0.036e-3,
     source=CPU,
-    token_s=1.38e-3,
-    miss_s=0.084e-3,
+    token_s=0.69e-3,
+    miss_s=0.070e-3,
     guess_s=0.10e-3,
-    shared_s=0.91e-3,
+    shared_s=0.47e-3,
     python_s=STEP_S,
-    fixed_slows=1.37,
-    products_slow=0.49,
+    fixed_slows=0.84,
+    products_slow=0.33,
 )
 
 
