@@ -253,13 +253,15 @@ def _row(spec: Spec, reports: list[dict], machine: Hardware, plan: Plan) -> Row:
     scheme = sizes.PUBLISHED if published.is_published(source.folder) else source.scheme
     here = replace(machine, threads=spec.threads, python_s=_python_s(reports))
     rates = _rates(made, reports)
-    predicted = timeline.predict(presets.shape_of(spec.path), scheme, here, made.cached_rate, **rates)
+    speed = None  # the time model knows fetches of single experts, not of whole layers
+    if spec.load.get("fetch") != "layer":
+        speed = timeline.predict(presets.shape_of(spec.path), scheme, here, made.cached_rate, **rates).tokens_per_s
     if machine.device == "cuda":  # its memory is planned apart, and another process's RAM is not
-        return replace(made, predicted_tokens_per_s=predicted.tokens_per_s)
+        return replace(made, predicted_tokens_per_s=speed)
     packed = source.folder / store.QUANTIZED  # the rest of the backbone stays in its files, mapped
     fixed = plan.bytes["kv_cache"] + plan.bytes["workspace"] + (packed.stat().st_size if packed.exists() else 0)
     planned = reports[0]["base_bytes"] + fixed + reports[0]["info"]["fast_bytes_peak"]
-    return replace(made, predicted_tokens_per_s=predicted.tokens_per_s, planned_bytes=planned)
+    return replace(made, predicted_tokens_per_s=speed, planned_bytes=planned)
 
 
 def _python_s(reports: list[dict]) -> float | None:
