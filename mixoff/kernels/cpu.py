@@ -25,6 +25,7 @@ from mixoff.quantize import BLOCK, QTensor
 LINE = 64  # bytes of a cache line
 ROOM = 1 << 20  # bytes that a thread keeps for what lies between products, enough for one token of an expert
 SHARED_ABOVE = 1 << 20  # weights times rows; less is done in the time that it takes to hand it over
+PLANNED_ROWS, PLANS = 8, 32  # rows up to which a plan is kept, and plans of a weight
 X, OUT = 0, -2  # of the first and the last of the numbers of jobs (`loops.JOB`)
 KINDS = {torch.float32: 0, torch.bfloat16: 1}  # what compiled code reads and writes
 FP32_ROWS = {2: 128, 3: 64, 4: 128, 8: 128}  # fp32 activations: for more rows dequantizing once is faster
@@ -96,12 +97,14 @@ def _products(x: torch.Tensor, weights: tuple[QTensor, ...], exact: bool) -> tor
     """
     rows = (x if x.dtype in KINDS else x.float()).contiguous()
     form = rows.shape[:-1].numel(), rows.dtype, exact, threads.count(), integer_way(), wide()
-    key = _here.base, weights[-1], form
-    plan = weights[0].plans.get(key)
+    key, plans = (_here.base, weights[-1], form), weights[0].plans
+    plan = plans.get(key)
     if plan is None:
         plan = _plan(weights, form)
-        if plan.room is None:
-            weights[0].plans[key] = plan
+        if plan.room is None and form[0] <= PLANNED_ROWS:
+            if len(plans) >= PLANS:  # threads that are gone left theirs
+                plans.clear()
+            plans[key] = plan
     assert x.shape[-1] == weights[0].shape[1]  # compiled code looks at nothing
     out, jobs = rows.new_empty(*x.shape[:-1], weights[-1].shape[0]), plan.jobs[:]
     jobs[X], jobs[OUT] = rows.data_ptr(), out.data_ptr()
