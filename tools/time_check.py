@@ -23,6 +23,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from mixoff import arena, hardware, models, presets, store, synthetic, timeline
 from mixoff.bench import limits, routing
@@ -139,6 +140,7 @@ def spec_of(setting, path):
     sites, dtype = sites_of(path)
     slots = len(sites) * (setting.slots or sites[0].num_experts)
     slots += 2 if setting.prefetch != "none" else 0  # spare ones
+    torch.set_num_threads(setting.threads)  # on which it depends what scratch a BLAS leaves to fp16 weights
     scratch = reference.scratch_nbytes(sites, torch_dtype("float32" if dtype == "float16" else dtype))
     load = {"fast_bytes": slots * arena.slot_nbytes(sites) + scratch + BLOCK}
     load |= {"io": setting.io, "prefetch": setting.prefetch} | ({"ram_bytes": 2 * GIB} if setting.ram else {})
