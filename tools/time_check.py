@@ -182,8 +182,6 @@ class Runner:
     """A contender of `mixoff bench`, in this process, that looks at the core's speed between tokens."""
 
     def __init__(self, spec):
-        import torch
-
         from mixoff import loading
 
         torch.set_num_threads(spec.threads)
@@ -204,8 +202,6 @@ class Runner:
 
     def run(self):
         """A prompt and tokens after it: seconds of each, and of the loop's step before and after each."""
-        import torch
-
         torch.set_num_threads(self.spec.threads)
         row = next(self.rows)
         self.step(row[: self.spec.prompt_tokens], anew=True)
@@ -227,8 +223,6 @@ def python_speed(threads):
 
 def serve(specs):
     """Worker: load every model, then run those that standard input names, one a line."""
-    import torch
-
     with torch.inference_mode():
         runners = [Runner(Spec.from_json(text)) for text in specs]
         print("ready", flush=True)
