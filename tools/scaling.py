@@ -67,7 +67,7 @@ def table(points):
 def draw(points):
     """Measured solid, modelled dashed; one panel a number of threads."""
     plots.use_style()
-    fig, axes = plt.subplots(1, len(THREADS), figsize=(9, 3.8), sharey=True, layout="constrained")
+    fig, axes = plt.subplots(1, len(THREADS), figsize=(9, 4.2), sharey=True, layout="constrained")
     for ax, threads in zip(axes, THREADS, strict=True):
         for shape, colour in zip(SHAPES, plots.OKABE_ITO.values(), strict=False):
             mine = [p for p in points if p["shape"] == shape and p["threads"] == threads]
@@ -76,10 +76,12 @@ def draw(points):
             x = [p["slots"] for p in mine]
             speeds = [p["decode_tokens_per_s"] for p in mine]
             ax.plot(x, speeds, color=colour, marker=MARKS[shape], label=f"{shape}, measured")
-            ax.plot(x, [p["predicted_tokens_per_s"] for p in mine], color=colour, linestyle="--", label="modelled")
+            ax.plot(
+                x, [p["predicted_tokens_per_s"] for p in mine], color=colour, linestyle="--", label=f"{shape}, modelled"
+            )
         ax.set(title=f"{threads} thread(s)", xlabel="slots a layer, of 8", yscale="log", xticks=SLOTS)
     axes[0].set_ylabel("decoded tokens/s")
-    axes[-1].legend(fontsize=7)
+    fig.legend(*axes[-1].get_legend_handles_labels(), loc="outside lower center", ncols=len(SHAPES), fontsize=8)
     return fig
 
 
