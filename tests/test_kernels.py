@@ -261,7 +261,8 @@ def test_a_relay_computes_every_piece_once_whoever_comes_late(monkeypatch, patie
         for _ in range(3000):
             counted, counts = np.zeros((3, FIELDS), np.int64), random.integers(1, FIELDS, 3)
             stages = [(prepare.address * (i % 2), run.address, n, min(n, (12, 1, 5)[i])) for i, n in enumerate(counts)]
-            crew.compute(np.array(stages), counted.ctypes.data)
+            table = np.array(stages)
+            crew.compute(table.ctypes.data, 3, counted.ctypes.data)
             assert np.array_equal(counted, np.arange(FIELDS) < counts[:, None])
 
     with ThreadPoolExecutor(2) as pool:

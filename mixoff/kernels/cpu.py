@@ -95,8 +95,11 @@ def _products(x: torch.Tensor, weights: tuple[QTensor, ...], exact: bool) -> tor
     It is one call of compiled code, planned once: the weights of a token drive Python and PyTorch out of the caches, so
     that every operation here costs several times what it does in a loop of its own.
     """
-    rows = (x if x.dtype in KINDS else x.float()).contiguous()
-    form = rows.shape[:-1].numel(), rows.dtype, exact, threads.count(), integer_way(), wide()
+    rows = x if x.dtype in KINDS else x.float()
+    rows = rows if rows.is_contiguous() else rows.contiguous()
+    K, N = weights[0].shape[1], weights[-1].shape[0]
+    assert x.shape[-1] == K  # compiled code looks at nothing
+    form = x.numel() // K, rows.dtype, exact, threads.count(), integer_way(), wide()
     key, plans = (_here.base, weights[-1], form), weights[0].plans
     plan = plans.get(key)
     if plan is None:
@@ -105,20 +108,21 @@ def _products(x: torch.Tensor, weights: tuple[QTensor, ...], exact: bool) -> tor
             if len(plans) >= PLANS:  # threads that are gone left theirs
                 plans.clear()
             plans[key] = plan
-    assert x.shape[-1] == weights[0].shape[1]  # compiled code looks at nothing
-    out, jobs = rows.new_empty(*x.shape[:-1], weights[-1].shape[0]), plan.jobs[:]
+    out, jobs = torch.empty((*x.shape[:-1], N), dtype=rows.dtype), plan.jobs[:]
     jobs[X], jobs[OUT] = rows.data_ptr(), out.data_ptr()
-    threads.compute(plan.stages, jobs.buffer_info()[0], plan.number)
-    return out.to(x.dtype)
+    threads.compute(plan.place, len(plan.stages), jobs.buffer_info()[0], plan.number)
+    return out if out.dtype == x.dtype else out.to(x.dtype)
 
 
 class _Plan(NamedTuple):
-    """Products to come: `stages` as `relay` takes them, a job for each, threads, and room of its own, if it needs much.
+    """Products to come: `stages` (S, 4) as `relay` takes them and their address, a job for each, threads, and room of
+    its own, if it needs much.
 
     What the first job reads and the last one writes is filled in by each call.
     """
 
     stages: np.ndarray
+    place: int
     jobs: array
     number: int
     room: torch.Tensor | None
@@ -159,7 +163,8 @@ def _plan(weights: tuple[QTensor, ...], form: tuple) -> _Plan:
         count = -(-N // BLOCK)
         stages.append((prepare.address, run.address, count, pieces(count, N * K * T, number)))
         source, end = result, result + 4 * T * N
-    return _Plan(np.array(stages), jobs, number, room)
+    table = np.array(stages, np.int64)
+    return _Plan(table, table.ctypes.data, jobs, number, room)
 
 
 def _room(T: int, padded: int, item: int, w: QTensor) -> int:

@@ -14,11 +14,13 @@ Importing this module imports numba. Does not know what is computed.
 
 from __future__ import annotations
 
+import numpy as np
 from llvmlite import ir
-from numba import types
+from numba import carray, types
 from numba.extending import intrinsic, register_jitable
 
 from mixoff.compiled import jit
+from mixoff.kernels.simd import pointer
 
 STEP = 8  # numbers of 64 bits from cell to cell: a cache line
 TICKET, LEFT, ACTIVE, FUNCTION, JOB, COUNT, PIECES, ASLEEP = (STEP * i for i in range(8))
@@ -114,14 +116,15 @@ def take_pieces(cells, ticket):
             call(function, job, count * i // pieces, count * (i + 1) // pieces)
 
 
-def _share(cells, stages, jobs):
-    """Stages (S, 4) one after the other, with whoever helps: (prepare, function, count, pieces) and a job each, of
-    FIELDS numbers of 64 bits, the first at address `jobs`.
+def _share(cells, stages, number, jobs):
+    """So many stages one after the other, with whoever helps: (prepare, function, count, pieces), four numbers each,
+    and a job of FIELDS numbers. cells, stages, jobs: addresses, since arrays cost more to hand over than to read.
 
     `prepare(job, 0, count)` comes first, unless it is 0; then `function(job, first, last)` for ranges that are 0..count
     together, so many `pieces`.
     """
-    for i in range(len(stages)):
+    cells, stages = carray(pointer(cells, np.int64), (ASLEEP,)), carray(pointer(stages, np.int64), (number, 4))
+    for i in range(number):
         prepare, function, count, pieces = stages[i]
         job = jobs + i * 8 * FIELDS
         if prepare:
@@ -157,9 +160,10 @@ def _help(cells, i, seen, patience):
             store(cells, ASLEEP + STEP * i, 0)
 
 
-def _alone(stages, jobs):
+def _alone(stages, number, jobs):
     """The same in one thread."""
-    for i in range(len(stages)):
+    stages = carray(pointer(stages, np.int64), (number, 4))
+    for i in range(number):
         prepare, function, count, _ = stages[i]
         if prepare:
             call(prepare, jobs + i * 8 * FIELDS, 0, count)

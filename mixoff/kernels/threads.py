@@ -72,12 +72,12 @@ def read_by(args: tuple, kwargs: dict) -> torch.Tensor | None:
     return next((x for x in (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if x is not None), None)
 
 
-def compute(stages: np.ndarray, jobs: int, threads: int) -> None:
-    """Call compiled functions in so many `threads`: as `relay` says, stages (S, 4), whose jobs begin at an address."""
+def compute(stages: int, number: int, jobs: int, threads: int) -> None:
+    """Call compiled functions in so many `threads`: as `relay` says, `number` stages and their jobs at addresses."""
     if threads == 1:
-        _relay().alone(stages, jobs)
+        _relay().alone(stages, number, jobs)
     else:
-        crew(threads).compute(stages, jobs)
+        crew(threads).compute(stages, number, jobs)
 
 
 @functools.cache
@@ -93,25 +93,26 @@ class Crew:
 
     def __init__(self, helpers: int) -> None:
         self.jobs = [SimpleQueue() for _ in range(helpers)]
-        self.lock, self.cells = threading.Lock(), None
+        self.lock, self.cells, self.place = threading.Lock(), None, 0
         for i, jobs in enumerate(self.jobs):
             threading.Thread(target=self._work, args=(jobs,), name=f"mixoff-kernel-{i}", daemon=True).start()
 
-    def compute(self, stages: np.ndarray, jobs: int) -> None:
+    def compute(self, stages: int, number: int, jobs: int) -> None:
         """As the function `compute`; the caller does all of it while the others are at work for somebody else."""
         relay = _relay()
         if not self.lock.acquire(blocking=False):
-            relay.alone(stages, jobs)
+            relay.alone(stages, number, jobs)
             return
         try:
             if self.cells is None:
                 self.cells = np.zeros(relay.ASLEEP + relay.STEP * len(self.jobs), np.int64)
                 self.cells[relay.ASLEEP :] = 1
+                self.place = self.cells.ctypes.data
             for i, queue in enumerate(self.jobs):
                 if self.cells[relay.ASLEEP + relay.STEP * i]:
                     self.cells[relay.ASLEEP + relay.STEP * i] = 0
                     queue.put((self._watch, i, int(self.cells[relay.TICKET]), SimpleQueue()))
-            relay.share(self.cells, stages, jobs)
+            relay.share(self.place, stages, number, jobs)
         finally:
             self.lock.release()
 
