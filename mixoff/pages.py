@@ -7,6 +7,8 @@ from contextlib import suppress
 
 import torch
 
+LINE = 64  # bytes of a cache line
+
 
 def pages(nbytes: int) -> mmap.mmap:
     """Fresh private memory that begins at a page, in huge pages where the system has them to give.

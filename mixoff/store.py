@@ -23,7 +23,7 @@ import torch
 from mixoff import hub, published, shapes
 from mixoff.checkpoint import Checkpoint, Extent, read_header, read_json
 from mixoff.errors import CheckpointError
-from mixoff.pages import slab
+from mixoff.pages import LINE, slab
 from mixoff.quantize import QTensor, Scheme, layout, packed_nbytes
 from mixoff.readers import ExpertReader
 from mixoff.shapes import Part, Site
@@ -33,7 +33,6 @@ from mixoff.strided import StridedTensor
 MANIFEST = "mixoff.json"
 QUANTIZED = "quantized.safetensors"
 FORMAT, VERSION = "mixoff-store", 1
-LINE = 64  # bytes of a cache line
 ALIGN = 4096  # bytes; what direct I/O asks for, and a page
 
 

@@ -37,9 +37,7 @@ class Routing:
         if trace is not None and trace.shape[1] != len(modules):
             raise MixoffError(f"the trace has {trace.shape[1]} layers, the model {len(modules)}: they must agree")
         self.trace, self.guesses, self.layers = trace, guesses, len(modules)
-        self.table = (
-            None if trace is None else torch.from_numpy(np.ascontiguousarray(trace.swapaxes(0, 1)))
-        )  # (L, T, K)
+        self.table = None if trace is None else torch.from_numpy(trace).transpose(0, 1).contiguous()  # (L, T, K)
         self.next, self.now, self.chosen = 0, [], []
         self.undo = ExitStack()
         for i, module in enumerate(modules):

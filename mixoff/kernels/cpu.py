@@ -20,9 +20,9 @@ import numpy as np
 import torch
 
 from mixoff.kernels import threads
+from mixoff.pages import LINE
 from mixoff.quantize import BLOCK, QTensor
 
-LINE = 64  # bytes of a cache line
 ROOM = 1 << 20  # bytes that a thread keeps for what lies between products, enough for one token of an expert
 SHARED_ABOVE = 1 << 20  # weights times rows; less is done in the time that it takes to hand it over
 PLANNED_ROWS, PLANS = 8, 32  # rows up to which a plan is kept, and plans of a weight
@@ -161,7 +161,7 @@ def _plan(weights: tuple[QTensor, ...], form: tuple) -> _Plan:
         jobs.extend(job[name] for name in loops().JOB)
         prepare, run = loops().prepare(w.bits, together, way), loops().linear(w.bits, size, together, way, vector)
         count = -(-N // BLOCK)
-        stages.append((prepare.address, run.address, count, pieces(count, N * K * T, number)))
+        stages.append((prepare.address, run.address, count, pieces(count, N * K * T)))
         source, end = result, result + 4 * T * N
     table = np.array(stages, np.int64)
     return _Plan(table, table.ctypes.data, jobs, number, room)
@@ -173,9 +173,9 @@ def _room(T: int, padded: int, item: int, w: QTensor) -> int:
     return padded * (K * item + 8 * (K // size)) + LINE + 4 * T * N
 
 
-def pieces(count: int, size: int, number: int) -> int:
-    """Pieces of `count` blocks for `number` threads: one where `size`, weights times rows, is not worth sharing."""
-    return min(count, threads.PIECES * number) if number > 1 and size > SHARED_ABOVE else 1
+def pieces(count: int, size: int) -> int:
+    """Pieces of `count` blocks that as many threads take as `parties` says: one where there is one."""
+    return 1 if parties(count, size) == 1 else min(count, threads.PIECES * threads.count())
 
 
 def parties(count: int, size: int) -> int:

@@ -264,7 +264,7 @@ def _product(bits, size, rows, way, wide, stamp, x, scales, sums, image, N, out,
         base, scales_at = address(image), grids_at + 8 * count
         lanes, total = np.zeros((4, BLOCK), np.float32), np.empty(rows * BLOCK + LINE, np.float32)
         even = -address(total) % LINE // 4  # from where vectors of sums fill whole cache lines
-        common = np.empty(rows, np.float32)
+        common, grids = np.empty(rows, np.float32), np.empty((4, 0), np.float32)
         for b in range(first, last):
             start = b * BLOCK
             n = min(BLOCK, N - start)
@@ -273,9 +273,8 @@ def _product(bits, size, rows, way, wide, stamp, x, scales, sums, image, N, out,
             scale_codes = base + scales_at + item
             min_codes = scale_codes + items
             grid = item // SUPER
-            grids = grids_of(
-                image, grids_at, count, grid, 0 if n == BLOCK else (item + n * groups - 1) // SUPER - grid + 1
-            )
+            if n < BLOCK:
+                grids = grids_of(image, grids_at, count, grid, (item + n * groups - 1) // SUPER - grid + 1)
             if n < LANES:
                 beside = LANES
                 codes8 = widened(image, 4 * start * words, words, 4 * n, 4 * LANES)

@@ -120,15 +120,14 @@ def _share(cells, stages, number, jobs):
     """So many stages one after the other, with whoever helps: (prepare, function, count, pieces), four numbers each,
     and a job of FIELDS numbers. cells, stages, jobs: addresses, since arrays cost more to hand over than to read.
 
-    `prepare(job, 0, count)` comes first, unless it is 0; then `function(job, first, last)` for ranges that are 0..count
+    `prepare(job, 0, count)` comes first; then `function(job, first, last)` for ranges that are 0..count
     together, so many `pieces`.
     """
     cells, stages = carray(pointer(cells, np.int64), (ASLEEP,)), carray(pointer(stages, np.int64), (number, 4))
     for i in range(number):
         prepare, function, count, pieces = stages[i]
         job = jobs + i * 8 * FIELDS
-        if prepare:
-            call(prepare, job, 0, count)
+        call(prepare, job, 0, count)
         if pieces == 1:
             call(function, job, 0, count)
             continue
@@ -165,8 +164,7 @@ def _alone(stages, number, jobs):
     stages = carray(pointer(stages, np.int64), (number, 4))
     for i in range(number):
         prepare, function, count, _ = stages[i]
-        if prepare:
-            call(prepare, jobs + i * 8 * FIELDS, 0, count)
+        call(prepare, jobs + i * 8 * FIELDS, 0, count)
         call(function, jobs + i * 8 * FIELDS, 0, count)
 
 

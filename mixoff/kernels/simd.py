@@ -21,12 +21,13 @@ from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
+from mixoff.pages import LINE
+
 LANES = 8  # outputs of a vector of 256 bits
 WIDE = 16  # the same of 512 bits, for CPUs that have them
 WIDTH = {2: 2, 3: 2, 4: 4, 8: 8}  # bits of a code in a word; the third of 3-bit codes lies apart
 TOP = 127  # the largest quantized activation
 BLOCK = 128  # outputs of a block of codes
-LINE = 64  # bytes of a cache line
 UNSHIFTED = 4  # bits of a byte whose codes are multiplied where they lie, their sums shifted down instead
 AHEAD = 4096  # bytes; how far before their turn codes are asked for: the CPU does not foresee the steps between blocks
 HELD = 16  # vectors of activations that a group keeps in registers at most; more are read for every vector of outputs
