@@ -6,6 +6,7 @@ Does not know where weights come from.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -50,7 +51,7 @@ def expert_mlp(
     experts of a lower index, and how many rows it has; without it x is all of them.
     """
     if fuses(module, x, weights, exact):
-        return normed(module, kernels.gated_mlp(x, weights["gate_up_proj"], weights["down_proj"], exact))
+        return normed(module, kernels.gated_mlps(x, [_pair(weights)], exact)[0])
 
     def linear(x: torch.Tensor, name: str) -> torch.Tensor:
         out = kernels.linear(x, weights[name], scratch, module.is_transposed, exact)
@@ -60,6 +61,29 @@ def expert_mlp(
     h = activated(module, h, place)  # (R, F)
     h = linear(h, "down_proj")  # (R, D)
     return normed(module, h)
+
+
+def expert_mlps(
+    module: torch.nn.Module,
+    x: torch.Tensor,
+    experts: dict[int, dict[str, torch.Tensor | QTensor]],
+    scratch: torch.Tensor,
+    exact: bool = False,
+    place: Callable[[int], tuple[int, int]] | None = None,
+) -> torch.Tensor:
+    """One row through each of E experts, by index: x (1, D) -> (E, D), bit for bit what `expert_mlp` makes of each.
+
+    place: as there, for an index.
+    """
+    if len(experts) > 1 and fuses(module, x, next(iter(experts.values())), exact):
+        outs = kernels.gated_mlps(x, [_pair(weights) for weights in experts.values()], exact)  # (E, 1, D)
+        return normed(module, outs.flatten(0, 1))
+    places = {expert: place and functools.partial(place, expert) for expert in experts}
+    return torch.cat([expert_mlp(module, x, w, scratch, exact, places[e]) for e, w in experts.items()])
+
+
+def _pair(weights: dict[str, torch.Tensor | QTensor]) -> tuple[QTensor, QTensor]:
+    return weights["gate_up_proj"], weights["down_proj"]
 
 
 def activated(module: torch.nn.Module, h: torch.Tensor, place: Callable[[], tuple[int, int]] | None) -> torch.Tensor:

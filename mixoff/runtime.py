@@ -28,7 +28,7 @@ from mixoff.arena import Arena, Weight, least_slots, out_of_memory, plan_slots, 
 from mixoff.cache import BYPASS, HIT, RESTORE, ExpertCache, Grant
 from mixoff.errors import BudgetError, MixoffError
 from mixoff.events import CacheInfo, Event
-from mixoff.experts import by_expert, expert_mlp
+from mixoff.experts import by_expert, expert_mlp, expert_mlps
 from mixoff.kernels import reference
 from mixoff.pages import slab
 from mixoff.policies import Key, Policy
@@ -44,7 +44,7 @@ from mixoff.units import format_nbytes
 SHRINK = 8  # one slot of so many is given up at a time when memory runs out
 FETCH = ("expert", "layer")
 MOVES = ("miss", "bypass", "restore", "prefetch")  # kinds of fetches
-Compute = Callable[[int, dict[str, Weight]], None]
+Compute = Callable[[dict[int, dict[str, Weight]]], None]
 
 
 class Source(Protocol):
@@ -352,10 +352,11 @@ class Runtime:
         return self.guesses.active and not self.in_prompt()
 
     def serve(self, site: int, experts: list[int], compute: Compute, weights: Sequence[float] | None = None) -> None:
-        """Call `compute(expert, weights)` once for each of `experts`, in any order; those that are here come first.
+        """Call `compute(found)` with weights by expert until each of `experts` was among them: first with all that are
+        here, in router order, then with each as it lands. Where somebody listens, each is alone, so that it is timed.
 
         experts: distinct, in router order; weights: what the router gave each of them, for policies that care. What
-        `compute` gets are views of a slot, by part name, in the store's dtype, good during that call only.
+        `compute` gets are views of slots, by part name, in the store's dtype, good during that call only.
         """
         with self._lock:
             if self._closed:
@@ -403,8 +404,9 @@ class _Call:
             self.drop_guesses()
             if following is not None:
                 self.guesses.fetch(following, self.runtime.cache.slot_of.__contains__)
-            while self.ready:
-                self.finish(*self.ready.popitem())
+            ready, self.ready = self.ready, {}
+            for found in [{slot: grant} for slot, grant in ready.items()] if self.listened else [ready]:
+                self.finish(found)
             while self.coming:
                 self.land(self.coming)
         except BaseException:
@@ -437,7 +439,7 @@ class _Call:
             if spare is not None:
                 place[grant.slot] = spare
             elif slot in self.ready:
-                self.finish(slot, self.ready.pop(slot))
+                self.finish({slot: self.ready.pop(slot)})
             else:
                 self.land(self.coming if passing else [slot])
         return slot
@@ -458,22 +460,25 @@ class _Call:
         if self.listened:
             kind = "prefetch" if grant.kind == RESTORE or slot in self.guessed else "miss"
             self.tell(grant.key, kind, nbytes, t0, t1)
-        self.finish(slot, grant)
+        self.finish({slot: grant})
 
-    def finish(self, slot: int, grant: Grant) -> None:
-        """Compute from a slot whose bytes are there, and let go of it; who was restored is not computed."""
-        if self.listened and (grant.kind == HIT or slot in self.guessed):
-            self.tell(grant.key, "hit")
-        self.guessed.discard(slot)
-        if grant.kind == RESTORE:
+    def finish(self, found: dict[int, Grant]) -> None:
+        """Compute from slots whose bytes are there, and let go of them; who was restored is not computed."""
+        for slot, grant in found.items():
+            if self.listened and (grant.kind == HIT or slot in self.guessed):
+                self.tell(grant.key, "hit")
+            self.guessed.discard(slot)
+        found = {slot: grant for slot, grant in found.items() if grant.kind != RESTORE}
+        if not found:
             return
-        t0 = time.perf_counter()
-        self.compute(grant.key[1], self.runtime.arena.weights(slot, grant.key[0]))
-        self.transfer.release(slot)
-        if self.listened:
-            self.tell(grant.key, "compute", 0, t0, time.perf_counter())
-            if grant.kind == BYPASS:
-                self.tell(grant.key, "evict")
+        t0, weights = time.perf_counter(), self.runtime.arena.weights
+        self.compute({grant.key[1]: weights(slot, grant.key[0]) for slot, grant in found.items()})
+        for slot, grant in found.items():
+            self.transfer.release(slot)
+            if self.listened:
+                self.tell(grant.key, "compute", 0, t0, time.perf_counter())
+                if grant.kind == BYPASS:
+                    self.tell(grant.key, "evict")
 
     def give_up(self) -> None:
         """Something failed: what has not landed is in no slot, and will be fetched again when it is asked for."""
@@ -528,27 +533,31 @@ def _served(
     where = by_expert(chosen, self.num_experts) if where is None else where
     weights_of = None if runtime.in_prompt() else _given(where, given)
     where = _rows_on(hidden_states.device, where)
-    found: dict[int, torch.Tensor] = {}
+    place = functools.partial(_place, where, T * K)
     alone = T == 1 and len(where) == K  # one row each, in the order of `where`
-    out = None if alone else hidden_states.new_zeros(T * K, D)
+    out, parts, order = None if alone else hidden_states.new_zeros(T * K, D), [], []
 
-    def compute(expert: int, weights: dict[str, Weight]) -> None:
-        if (rows := where.get(expert)) is not None:  # of this expert, (R,); none where whole layers are fetched
-            mine = hidden_states if isinstance(rows, slice) else hidden_states[rows // K]  # (R, D)
-            place = functools.partial(_place, expert, where, T * K)
-            result = expert_mlp(self, mine, weights, runtime.scratch, runtime.exact, place)
-            if alone:
-                found[expert] = result
-            else:
-                out[rows] = result
+    def compute(found: dict[int, dict[str, Weight]]) -> None:
+        mine = {expert: found[expert] for expert in found if expert in where}  # others where whole layers are fetched
+        if alone and mine:
+            parts.append(expert_mlps(self, hidden_states, mine, runtime.scratch, runtime.exact, place))
+            order.extend(mine)
+            return
+        for expert, weights in mine.items():
+            rows = where[expert]  # (R,)
+            x = hidden_states if isinstance(rows, slice) else hidden_states[rows // K]  # (R, D)
+            at = functools.partial(place, expert)
+            out[rows] = expert_mlp(self, x, weights, runtime.scratch, runtime.exact, at)
 
     runtime.serve(site, list(where), compute, weights_of)
-    out = torch.cat([found[expert] for expert in where]) if alone else out
-    weighted = out * top_k_weights.reshape(-1, 1)  # (T * K, D)
-    return weighted.view(T, K, D).sum(dim=1).to(hidden_states.dtype)  # (T, D)
+    if alone:
+        out = parts[0] if len(parts) == 1 else torch.cat(parts)
+        out = out if order == list(where) else out[[order.index(expert) for expert in where]]
+    weighted = out.view(T, K, D) * top_k_weights.unsqueeze(-1)
+    return weighted.sum(dim=1).to(hidden_states.dtype)  # (T, D)
 
 
-def _place(expert: int, where: dict[int, slice | torch.Tensor], rows: int) -> tuple[int, int]:
+def _place(where: dict[int, slice | torch.Tensor], rows: int, expert: int) -> tuple[int, int]:
     """How many of a call's rows belong to experts of a lower index, and how many `rows` it has."""
     return sum(1 if isinstance(r, slice) else len(r) for other, r in where.items() if other < expert), rows
 

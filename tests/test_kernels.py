@@ -272,15 +272,16 @@ def test_a_relay_computes_every_piece_once_whoever_comes_late(monkeypatch, patie
 def test_what_is_planned_once_serves_every_call_and_thread():
     """Rows of several calls and of threads at once keep apart; plans do not pile up with rows or with threads."""
     gate_up, down, xs = random_weight(512, 256, 2, 32), random_weight(192, 256, 4, 64), torch.randn(40, 3, 256)
-    outs = torch.stack([cpu.gated_mlp(x, gate_up, down) for x in xs])
+    outs = torch.stack([cpu.gated_mlps(x, [(gate_up, down)])[0] for x in xs])
     assert len(gate_up.plans) == 1 and outs.shape == (40, 3, 192)
-    assert torch.equal(cpu.gated_mlp(xs, gate_up, down), outs) and len(gate_up.plans) == 1
+    assert torch.equal(cpu.gated_mlps(xs, [(gate_up, down)])[0], outs) and len(gate_up.plans) == 1
     assert torch.equal(
-        cpu.gated_mlp(xs.bfloat16(), gate_up, down), cpu.gated_mlp(xs.bfloat16().float(), gate_up, down).bfloat16()
+        cpu.gated_mlps(xs.bfloat16(), [(gate_up, down)]),
+        cpu.gated_mlps(xs.bfloat16().float(), [(gate_up, down)]).bfloat16(),
     )
 
     def call(i):
-        return [cpu.gated_mlp(xs[i], gate_up, down) for _ in range(50)]
+        return [cpu.gated_mlps(xs[i], [(gate_up, down)])[0] for _ in range(50)]
 
     with ThreadPoolExecutor(4) as pool:
         assert all(torch.equal(found, outs[i]) for i, many in enumerate(pool.map(call, range(40))) for found in many)

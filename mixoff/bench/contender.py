@@ -292,8 +292,7 @@ def _load_mapped(spec: Spec) -> nn.Module:
         views[site, expert] = {part.name: view(image, part) for part in runtime.source.sites[site].parts}
 
     def serve(site: int, experts: list[int], compute: Callable, weights: object = None) -> None:
-        for expert in experts:
-            compute(expert, views[site, expert])
+        compute({expert: views[site, expert] for expert in experts})
 
     runtime.serve = serve
     return model

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
 from mixoff.errors import MixoffError
 from mixoff.kernels import cpu, reference, strided, triton_products, triton_strided
 from mixoff.kernels.triton_tiles import MOST_ROWS
@@ -15,9 +17,8 @@ from mixoff.quantize import QTensor
 from mixoff.strided import StridedTensor
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from types import ModuleType
-
-    import torch
 
 KERNELS = ("int8", "fp32", "dense", "reference", "triton", "triton-dense")
 FUSED = ("int8", "fp32", "triton")  # straight from packed codes, with a fused gate
@@ -84,11 +85,14 @@ def _triton(w: QTensor | StridedTensor) -> ModuleType:
     return triton_strided if isinstance(w, StridedTensor) else triton_products
 
 
-def gated_mlp(x: torch.Tensor, gate_up: QTensor, down: QTensor, exact: bool = False) -> torch.Tensor:
-    """`(silu(gate) * up) @ down.T` with gate and up the halves of `x @ gate_up.T` -> (T, N), in x's dtype.
+def gated_mlps(x: torch.Tensor, experts: Sequence[tuple[QTensor, QTensor]], exact: bool = False) -> torch.Tensor:
+    """`(silu(gate) * up) @ down.T` with gate and up the halves of `x @ gate_up.T` -> (E, T, N), in x's dtype.
 
-    x (T, K), gate_up (2F, K), down (N, F). Both products must be of FUSED kernels. What lies between stays fp32.
+    x (T, K), and of each of E experts gate_up (2F, K), down (N, F), forms alike; both products must be of FUSED
+    kernels. What lies between stays fp32.
     """
-    if choose(x, gate_up, exact) == "triton":
-        return triton_products.linear(triton_products.gated(x, gate_up), down, x.dtype)
-    return cpu.gated_mlp(x, gate_up, down, exact)
+    if choose(x, experts[0][0], exact) == "triton":
+        return torch.stack(
+            [triton_products.linear(triton_products.gated(x, gate_up), down, x.dtype) for gate_up, down in experts]
+        )
+    return cpu.gated_mlps(x, experts, exact)

@@ -12,11 +12,10 @@ from __future__ import annotations
 import functools
 import threading
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
 from mixoff.kernels import threads
@@ -27,6 +26,7 @@ ROOM = 1 << 20  # bytes that a thread keeps for what lies between products, enou
 SHARED_ABOVE = 1 << 20  # weights times rows; less is done in the time that it takes to hand it over
 PLANNED_ROWS, PLANS = 8, 32  # rows up to which a plan is kept, and plans of a weight
 X, OUT = 0, -2  # of the first and the last of the numbers of jobs (`loops.JOB`)
+STAGE = 4  # numbers of a stage of `relay`
 KINDS = {torch.float32: 0, torch.bfloat16: 1}  # what compiled code reads and writes
 FP32_ROWS = {2: 128, 3: 64, 4: 128, 8: 128}  # fp32 activations: for more rows dequantizing once is faster
 
@@ -78,28 +78,56 @@ def serves(x: torch.Tensor, w: QTensor) -> bool:
 
 def linear(x: torch.Tensor, w: QTensor, exact: bool = False) -> torch.Tensor:
     """`x @ w.T` for x (..., K) and w (N, K), in x's dtype -> (..., N); `serves(x, w)` must hold."""
-    return _products(x, (w,), exact)
+    return _products(x, ((w,),), exact, x.shape[:-1])
 
 
-def gated_mlp(x: torch.Tensor, gate_up: QTensor, down: QTensor, exact: bool = False) -> torch.Tensor:
-    """`(silu(gate) * up) @ down.T`, gate and up the halves of `x @ gate_up.T`, in one go -> (..., N), in x's dtype.
+def gated_mlps(x: torch.Tensor, experts: Sequence[tuple[QTensor, QTensor]], exact: bool = False) -> torch.Tensor:
+    """`(silu(gate) * up) @ down.T`, gate and up the halves of `x @ gate_up.T`, in x's dtype -> (E, ..., N).
 
-    x (..., K), gate_up (2F, K), down (N, F). What lies between stays fp32.
+    x (..., K), and of each of E experts gate_up (2F, K), down (N, F), forms alike. What lies between stays fp32.
     """
-    return _products(x, (gate_up, down), exact)
+    return _products(x, experts, exact, (len(experts), *x.shape[:-1]))
 
 
-def _products(x: torch.Tensor, weights: tuple[QTensor, ...], exact: bool) -> torch.Tensor:
-    """The product of rows x (..., K) with the first weight, then of its result, gated, with the next, in x's dtype.
+def _products(x: torch.Tensor, chains: Sequence[tuple[QTensor, ...]], exact: bool, lead: Sequence[int]) -> torch.Tensor:
+    """Of each chain, the product of rows x (..., K) with its first weight, then of that, gated, with its next: (*lead,
+    N) in x's dtype.
 
-    It is one call of compiled code, planned once: the weights of a token drive Python and PyTorch out of the caches, so
-    that every operation here costs several times what it does in a loop of its own.
+    All of it is one call of compiled code, planned once: the weights of a token drive Python and PyTorch out of the
+    caches, so that every operation here costs several times what it does in a loop of its own.
     """
     rows = x if x.dtype in KINDS else x.float()
     rows = rows if rows.is_contiguous() else rows.contiguous()
-    K, N = weights[0].shape[1], weights[-1].shape[0]
+    K, N = chains[0][0].shape[1], chains[0][-1].shape[0]
     assert x.shape[-1] == K  # compiled code looks at nothing
     form = x.numel() // K, rows.dtype, exact, threads.count(), integer_way(), wide()
+    plans = [_planned(chain, form) for chain in chains]
+    out, stages, jobs = torch.empty((*lead, N), dtype=rows.dtype), array("q"), array("q")
+    source, target, step = rows.data_ptr(), out.data_ptr(), out.nbytes // len(chains)
+    for plan in plans:
+        first = len(jobs)
+        stages += plan.stages
+        jobs += plan.jobs
+        jobs[first + X], jobs[OUT] = source, target
+        target += step
+    threads.compute(stages.buffer_info()[0], len(stages) // STAGE, jobs.buffer_info()[0], plan.number)
+    return out if out.dtype == x.dtype else out.to(x.dtype)
+
+
+class _Plan(NamedTuple):
+    """Products to come: stages and jobs as `relay` takes them, threads, and room of its own, if it needs much.
+
+    What the first job reads and the last one writes is filled in by each call.
+    """
+
+    stages: array
+    jobs: array
+    number: int
+    room: torch.Tensor | None
+
+
+def _planned(weights: tuple[QTensor, ...], form: tuple) -> _Plan:
+    """The plan for one weight or two, kept by the first."""
     key, plans = (_here.base, weights[-1], form), weights[0].plans
     plan = plans.get(key)
     if plan is None:
@@ -108,24 +136,7 @@ def _products(x: torch.Tensor, weights: tuple[QTensor, ...], exact: bool) -> tor
             if len(plans) >= PLANS:  # threads that are gone left theirs
                 plans.clear()
             plans[key] = plan
-    out, jobs = torch.empty((*x.shape[:-1], N), dtype=rows.dtype), plan.jobs[:]
-    jobs[X], jobs[OUT] = rows.data_ptr(), out.data_ptr()
-    threads.compute(plan.place, len(plan.stages), jobs.buffer_info()[0], plan.number)
-    return out if out.dtype == x.dtype else out.to(x.dtype)
-
-
-class _Plan(NamedTuple):
-    """Products to come: `stages` (S, 4) as `relay` takes them and their address, a job for each, threads, and room of
-    its own, if it needs much.
-
-    What the first job reads and the last one writes is filled in by each call.
-    """
-
-    stages: np.ndarray
-    place: int
-    jobs: array
-    number: int
-    room: torch.Tensor | None
+    return plan
 
 
 class _Here(threading.local):
@@ -146,7 +157,7 @@ def _plan(weights: tuple[QTensor, ...], form: tuple) -> _Plan:
     need = sum(_room(T, padded, item, w) for w in weights)
     room = torch.empty(need, dtype=torch.uint8) if need > ROOM else None
     end = _here.base if room is None else room.data_ptr()
-    jobs, stages, source = array("q"), [], 0
+    jobs, stages, source = array("q"), array("q"), 0
     for i, w in enumerate(weights):
         (N, K), size, first, last = w.shape, w.group_size, i == 0, i == len(weights) - 1
         assert first or weights[i - 1].shape[0] == 2 * K
@@ -161,10 +172,9 @@ def _plan(weights: tuple[QTensor, ...], form: tuple) -> _Plan:
         jobs.extend(job[name] for name in loops().JOB)
         prepare, run = loops().prepare(w.bits, together, way), loops().linear(w.bits, size, together, way, vector)
         count = -(-N // BLOCK)
-        stages.append((prepare.address, run.address, count, pieces(count, N * K * T)))
+        stages.extend((prepare.address, run.address, count, pieces(count, N * K * T)))
         source, end = result, result + 4 * T * N
-    table = np.array(stages, np.int64)
-    return _Plan(table, table.ctypes.data, jobs, number, room)
+    return _Plan(stages, jobs, number, room)
 
 
 def _room(T: int, padded: int, item: int, w: QTensor) -> int:
