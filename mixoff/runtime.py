@@ -515,6 +515,8 @@ def experts_forward(
 
     All rows of an expert are one product, and each row's place and sum over K are those of transformers' `grouped_mm`.
     """
+    if not torch.is_grad_enabled():
+        return _served(self, hidden_states, top_k_index, top_k_weights)
     with torch.no_grad():
         out = _served(self, hidden_states, top_k_index, top_k_weights)
     return _Untrainable.apply(out, hidden_states) if hidden_states.requires_grad else out
@@ -528,45 +530,68 @@ def _served(
         top_k_index, top_k_weights = runtime.reroute(site, top_k_index, top_k_weights)
     chosen, given = runtime.look(site, top_k_index, top_k_weights)
     runtime.note_routing(site, chosen, given)
-    (T, K), D = top_k_index.shape, hidden_states.shape[-1]
-    where = _one_token(chosen, self.num_experts) if T == 1 else None
-    where = by_expert(chosen, self.num_experts) if where is None else where
-    weights_of = None if runtime.in_prompt() else _given(where, given)
-    where = _rows_on(hidden_states.device, where)
-    place = functools.partial(_place, where, T * K)
-    alone = T == 1 and len(where) == K  # one row each, in the order of `where`
-    out, parts, order = None if alone else hidden_states.new_zeros(T * K, D), [], []
-
-    def compute(found: dict[int, dict[str, Weight]]) -> None:
-        mine = {expert: found[expert] for expert in found if expert in where}  # others where whole layers are fetched
-        if alone and mine:
-            parts.append(expert_mlps(self, hidden_states, mine, runtime.scratch, runtime.exact, place))
-            order.extend(mine)
-            return
-        for expert, weights in mine.items():
-            rows = where[expert]  # (R,)
-            x = hidden_states if isinstance(rows, slice) else hidden_states[rows // K]  # (R, D)
-            at = functools.partial(place, expert)
-            out[rows] = expert_mlp(self, x, weights, runtime.scratch, runtime.exact, at)
-
-    runtime.serve(site, list(where), compute, weights_of)
-    if alone:
-        out = parts[0] if len(parts) == 1 else torch.cat(parts)
-        out = out if order == list(where) else out[[order.index(expert) for expert in where]]
-    weighted = out.view(T, K, D) * top_k_weights.unsqueeze(-1)
+    experts = _of_one_token(chosen, self.num_experts)
+    if experts:
+        out = _one_row(self, hidden_states, experts, given)
+    else:
+        out = _rows(self, hidden_states, by_expert(chosen, self.num_experts), given)
+    weighted = out.view(*top_k_index.shape, -1) * top_k_weights.unsqueeze(-1)  # (T, K, D)
     return weighted.sum(dim=1).to(hidden_states.dtype)  # (T, D)
 
 
-def _place(where: dict[int, slice | torch.Tensor], rows: int, expert: int) -> tuple[int, int]:
+def _of_one_token(top_k_index: torch.Tensor, num_experts: int) -> list[int] | None:
+    """The choice (1, K) of one token; None for several, and where it names an expert twice or none."""
+    if len(top_k_index) != 1:
+        return None
+    (experts,) = top_k_index.tolist()
+    return experts if len(set(experts)) == len(experts) and max(experts) < num_experts else None
+
+
+def _one_row(self: torch.nn.Module, x: torch.Tensor, experts: list[int], given: torch.Tensor) -> torch.Tensor:
+    """One token x (1, D) through each of its experts -> (K, D), in their order; given: their weights (1, K)."""
+    runtime, site = self._mixoff
+    parts, order = [], []
+
+    def place(expert: int) -> tuple[int, int]:
+        return sum(other < expert for other in experts), len(experts)
+
+    def compute(found: dict[int, dict[str, Weight]]) -> None:
+        mine = {expert: found[expert] for expert in found if expert in experts}  # others where layers are fetched whole
+        if mine:
+            parts.append(expert_mlps(self, x, mine, runtime.scratch, runtime.exact, place))
+            order.extend(mine)
+
+    weights = None if runtime.in_prompt() else [w if w == w else 0.0 for w in given.tolist()[0]]
+    runtime.serve(site, experts, compute, weights)
+    out = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return out if order == experts else out[[order.index(expert) for expert in experts]]
+
+
+def _rows(
+    self: torch.nn.Module, hidden_states: torch.Tensor, where: dict[int, torch.Tensor], given: torch.Tensor
+) -> torch.Tensor:
+    """Rows of hidden_states (T, D) through their experts -> (T * K, D), zeros where there is none.
+
+    where: the positions (R,) of each expert's rows in the router's choice, flattened; given: its weights (T, K).
+    """
+    runtime, site = self._mixoff
+    K, weights = given.shape[1], None if runtime.in_prompt() else _given(where, given)
+    out, where = hidden_states.new_zeros(given.numel(), hidden_states.shape[1]), _rows_on(hidden_states.device, where)
+
+    def compute(found: dict[int, dict[str, Weight]]) -> None:
+        for expert in found:
+            if (rows := where.get(expert)) is not None:  # of this expert, (R,); none where layers are fetched whole
+                at = functools.partial(_place, where, len(out), expert)
+                mine = hidden_states[rows // K]  # (R, D)
+                out[rows] = expert_mlp(self, mine, found[expert], runtime.scratch, runtime.exact, at)
+
+    runtime.serve(site, list(where), compute, weights)
+    return out
+
+
+def _place(where: dict[int, torch.Tensor], rows: int, expert: int) -> tuple[int, int]:
     """How many of a call's rows belong to experts of a lower index, and how many `rows` it has."""
-    return sum(1 if isinstance(r, slice) else len(r) for other, r in where.items() if other < expert), rows
-
-
-def _one_token(top_k_index: torch.Tensor, num_experts: int) -> dict[int, slice] | None:
-    """Where each expert's row is when there is one token, (1, K); None where it names an expert twice."""
-    chosen = top_k_index[0].tolist()
-    where = {expert: slice(k, k + 1) for k, expert in enumerate(chosen) if expert < num_experts}
-    return where if len(where) == sum(expert < num_experts for expert in chosen) else None
+    return sum(len(r) for other, r in where.items() if other < expert), rows
 
 
 def to_host(*tensors: torch.Tensor) -> list[torch.Tensor]:
@@ -577,22 +602,19 @@ def to_host(*tensors: torch.Tensor) -> list[torch.Tensor]:
     return [v.view(t.shape) for v, t in zip(values, tensors, strict=True)]
 
 
-def _rows_on(device: torch.device, where: dict[int, slice | torch.Tensor]) -> dict[int, slice | torch.Tensor]:
+def _rows_on(device: torch.device, where: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]:
     """Positions of rows on the device that computes, by one copy for which the host does not wait."""
-    if device.type == "cpu" or not all(isinstance(rows, torch.Tensor) for rows in where.values()) or not where:
+    if device.type == "cpu" or not where:
         return where
     counts = [len(rows) for rows in where.values()]
     rows = torch.cat(list(where.values())).to(device, non_blocking=True).split(counts)
     return dict(zip(where, rows, strict=True))
 
 
-def _given(where: dict[int, slice | torch.Tensor], top_k_weights: torch.Tensor) -> list[float]:
+def _given(where: dict[int, torch.Tensor], top_k_weights: torch.Tensor) -> list[float]:
     """The router's weights for each expert, summed over the tokens; what is not a number counts nothing."""
-    if not all(isinstance(rows, slice) for rows in where.values()):
-        given = top_k_weights.flatten().nan_to_num()
-        return [float(given[rows].sum()) for rows in where.values()]
-    given = top_k_weights[0].tolist()
-    return [x if (x := given[rows.start]) == x else 0.0 for rows in where.values()]
+    given = top_k_weights.flatten().nan_to_num()
+    return [float(given[rows].sum()) for rows in where.values()]
 
 
 ALL_EXPERTS_FUNCTIONS.register("mixoff", experts_forward)

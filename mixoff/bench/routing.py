@@ -37,8 +37,8 @@ class Routing:
         if trace is not None and trace.shape[1] != len(modules):
             raise MixoffError(f"the trace has {trace.shape[1]} layers, the model {len(modules)}: they must agree")
         self.trace, self.guesses, self.layers = trace, guesses, len(modules)
-        self.table = None if trace is None else torch.from_numpy(trace).transpose(0, 1).contiguous()  # (L, T, K)
-        self.next, self.now, self.chosen = 0, [], []
+        self.table = None if trace is None else torch.from_numpy(trace)[:, :, None]  # (T, L, 1, K)
+        self.next, self.now, self.chosen, self.forced = 0, [], [], (None, ())
         self.undo = ExitStack()
         for i, module in enumerate(modules):
             hook = module.register_forward_pre_hook(self._hook(i), with_kwargs=True)
@@ -63,9 +63,11 @@ class Routing:
 
     def _forced(self, layer: int, own: torch.Tensor) -> torch.Tensor:
         first = self.next % len(self.trace)
-        if first + len(own) <= len(self.trace):  # what a hook does counts as the model's time: one token is a view
-            return self.table[layer, first : first + len(own)].to(own)  # (T, K)
-        return self.table[layer, np.arange(first, first + len(own)) % len(self.trace)].to(own)
+        if len(own) > 1:
+            return self.table[np.arange(first, first + len(own)) % len(self.trace), layer, 0].to(own)  # (T, K)
+        if self.forced[0] != self.next:  # what a hook does counts as the model's time: one token is cut once for all
+            self.forced = self.next, self.table[first].to(own).unbind()
+        return self.forced[1][layer]  # (1, K)
 
     def _note(self, layer: int, choice: torch.Tensor) -> None:
         if len(choice) == 1:

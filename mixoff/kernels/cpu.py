@@ -73,7 +73,7 @@ def target() -> tuple[frozenset[str], str]:
 
 def serves(x: torch.Tensor, w: QTensor) -> bool:
     """Whether this module can compute `x @ w.T`: decided by form, device, CPU and numba's presence alone."""
-    return w.metadata_bits == 8 and x.device.type == "cpu" and loops() is not None
+    return w.metadata_bits == 8 and x.is_cpu and loops() is not None
 
 
 def linear(x: torch.Tensor, w: QTensor, exact: bool = False) -> torch.Tensor:

@@ -23,12 +23,17 @@ import torch
 PIECES = 4  # of a job for each thread: one that comes late takes fewer
 PATIENCE = 100_000  # looks of a helper that watches for the next job before it sleeps
 
-_lock, _lent, _loans = threading.Lock(), threading.local(), []
+
+class _Lent(threading.local):
+    threads: int | None = None  # what `borrow` found
+
+
+_lock, _lent, _loans = threading.Lock(), _Lent(), []
 
 
 def count() -> int:
     """Threads that a kernel may use: PyTorch's number, or what that was before this thread's `borrow`."""
-    return getattr(_lent, "threads", None) or torch.get_num_threads()
+    return _lent.threads or torch.get_num_threads()
 
 
 def borrow() -> None:
@@ -41,7 +46,7 @@ def borrow() -> None:
 
 def give_back() -> None:
     """End this thread's `borrow`, if there is one."""
-    if threads := getattr(_lent, "threads", None):
+    if threads := _lent.threads:
         _lent.threads = None
         torch.set_num_threads(threads)
         with _lock:
