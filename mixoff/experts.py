@@ -71,15 +71,14 @@ def expert_mlps(
     exact: bool = False,
     place: Callable[[int], tuple[int, int]] | None = None,
 ) -> torch.Tensor:
-    """One row through each of E experts, by index: x (1, D) -> (E, D), bit for bit what `expert_mlp` makes of each.
+    """One row through each of E experts, by index: x (1, D) -> (E, 1, D), bit for bit what `expert_mlp` makes of each.
 
     place: as there, for an index.
     """
     if len(experts) > 1 and fuses(module, x, next(iter(experts.values())), exact):
-        outs = kernels.gated_mlps(x, [_pair(weights) for weights in experts.values()], exact)  # (E, 1, D)
-        return normed(module, outs.flatten(0, 1))
+        return normed(module, kernels.gated_mlps(x, [_pair(weights) for weights in experts.values()], exact))
     places = {expert: place and functools.partial(place, expert) for expert in experts}
-    return torch.cat([expert_mlp(module, x, w, scratch, exact, places[e]) for e, w in experts.items()])
+    return torch.stack([expert_mlp(module, x, w, scratch, exact, places[e]) for e, w in experts.items()])
 
 
 def _pair(weights: dict[str, torch.Tensor | QTensor]) -> tuple[QTensor, QTensor]:

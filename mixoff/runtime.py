@@ -548,7 +548,7 @@ def _of_one_token(top_k_index: torch.Tensor, num_experts: int) -> list[int] | No
 
 
 def _one_row(self: torch.nn.Module, x: torch.Tensor, experts: list[int], given: torch.Tensor) -> torch.Tensor:
-    """One token x (1, D) through each of its experts -> (K, D), in their order; given: their weights (1, K)."""
+    """One token x (1, D) through each of its experts -> (K, 1, D), in their order; given: their weights (1, K)."""
     runtime, site = self._mixoff
     parts, order = [], []
 

@@ -375,6 +375,27 @@ def test_the_fused_expert_takes_the_generic_steps(d, f, exact, monkeypatch):
             assert (out - true).norm() <= allowed * true.norm()
 
 
+@pytest.mark.parametrize("quantized", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("threads_now", [1, 2])
+def test_experts_of_a_token_together_are_each_alone(quantized, dtype, threads_now, monkeypatch):
+    """Bit for bit, in the order of the call; quantized ones are one call of compiled code."""
+    torch.manual_seed(0)
+    module, x = silu_experts(1024, 1152), torch.randn(1, 1024).to(dtype)
+    found = {}
+    for e in (5, 0, 3):
+        weights = {"gate_up_proj": torch.randn(2304, 1024) * 0.1, "down_proj": torch.randn(1024, 1152) * 0.1}
+        found[e] = {k: quantize(w, 2, 32) if quantized else w.to(dtype) for k, w in weights.items()}
+    torch.set_num_threads(threads_now)
+    alone = torch.stack([experts.expert_mlp(module, x, weights, None) for weights in found.values()])
+    calls, compute = [], threads.compute
+    monkeypatch.setattr(threads, "compute", lambda *job: (calls.append(job[1]), compute(*job)))
+    together = experts.expert_mlps(module, x, found, None)
+    torch.set_num_threads(1)
+    assert torch.equal(together, alone) and together.shape == (3, 1, 1024) and together.dtype == dtype
+    assert calls == ([6] if quantized else [])
+
+
 def test_silu_is_silu_everywhere():
     gate = torch.cat([torch.linspace(-120, 120, 4001), torch.tensor([0.0, -0.0, 1e-30, 3e38, -3e38])])
     h = torch.cat([gate, torch.ones_like(gate)])[None]

@@ -1,5 +1,6 @@
 """Quantized stores: exact under any budget, as good as transformers on the same weights, checked byte for byte."""
 
+import itertools
 import json
 import shutil
 
@@ -10,7 +11,7 @@ from tiny import BUNDLED, VARIED, budget, decode, resident, save_random
 from tolerances import RANDOM_4BIT_COSINE, within_rounding
 
 import mixoff
-from mixoff import CheckpointError, MixoffError, Scheme, store
+from mixoff import CheckpointError, MixoffError, Scheme, runtime, store
 from mixoff.cli import main
 from mixoff.quantize import PRESETS, Precision, quantize
 from mixoff.store import MANIFEST, QUANTIZED
@@ -41,6 +42,26 @@ def test_offloaded_equals_all_resident(stores, name, scope):
         assert info.capacity == slots and info.misses > 0 and info.evictions > 0
         assert info.bytes_moved == (info.misses + info.prompt_misses + info.restores) * info.expert_nbytes
         assert torch.equal(got_tokens, tokens) and torch.equal(got_logits, logits)
+
+
+def test_who_listens_hears_of_each_expert_alone_and_changes_no_bit(stores, monkeypatch):
+    """What is there is computed together, unless somebody wants to know when each was."""
+    together, own = [], runtime.expert_mlps
+    monkeypatch.setattr(
+        runtime, "expert_mlps", lambda m, x, found, *a: together.append(len(found)) or own(m, x, found, *a)
+    )
+    spans = []
+    with mixoff.load(stores["mixed"], fast_bytes="1GiB") as model:
+        decode(model, IDS)
+        together.clear()
+        expected = decode(model, IDS)
+        assert set(together) == {2}
+        together.clear()
+        stop = model.mixoff.on_event(lambda e: spans.append((e.t0, e.t1)) if e.kind == "compute" else None)
+        found = decode(model, IDS)
+        stop()
+    assert set(together) == {1} and all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert all(t1 <= t0 for (_, t1), (t0, _) in itertools.pairwise(spans)), "times of two experts overlap"
 
 
 def put_dequantized(model, folder, scheme):
