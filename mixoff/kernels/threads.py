@@ -20,7 +20,7 @@ from types import ModuleType
 import numpy as np
 import torch
 
-PIECES = 4  # of a job for each thread: one that comes late takes fewer
+PIECES = 16  # of a job for each thread: one that comes late takes fewer
 PATIENCE = 100_000  # looks of a helper that watches for the next job before it sleeps
 
 
