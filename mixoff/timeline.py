@@ -43,7 +43,8 @@ class Efficiency:
     stored in another dtype than that of the computation. layer_s: fixed work of a layer (norms, router, attention's
     steps, Python). expert_s: of an expert. source: where the figures come from. token_s: of a token, beside its layers.
     miss_s: of a miss, beside its bytes. guess_s: of guessing for one layer. shared_s: of a layer whose products several
-    threads share, for waking them. All that holds for a core that takes `python_s` for a step of the loop in
+    threads share. cold_s: of a layer whose weights, EVICTING bytes or more, drive all else out of the core's cache, and
+    its part for one of fewer. All that holds for a core that takes `python_s` for a step of the loop in
     `hardware.python_speed`. On one that takes twice as long, fixed work takes 1 + `fixed_slows` times as long, and
     products of quantized weights 1 + `products_slow` times.
     """
@@ -56,6 +57,7 @@ class Efficiency:
     miss_s: float = 0.0
     guess_s: float = 0.0
     shared_s: float = 0.0
+    cold_s: float = 0.0
     python_s: float | None = None
     fixed_slows: float = 0.0
     products_slow: float = 0.0
@@ -75,8 +77,9 @@ class Efficiency:
         return sum(nbytes / (Bps * self.shares[bits]) for bits, nbytes in nbytes_by_bits.items())
 
 
+EVICTING = 2 << 20  # bytes of weights a layer, the second cache of a core
 WIDENED = "widened"  # key of `shares`
-FIXED = ("layer_s", "expert_s", "token_s", "miss_s", "guess_s", "shared_s")
+FIXED = ("layer_s", "expert_s", "token_s", "miss_s", "guess_s", "shared_s", "cold_s")
 CODES = (2, 3, 4, 8)  # bits of quantized weights, whose products are bound by instructions as much as by memory
 
 
@@ -91,17 +94,18 @@ CPU = (
 )
 STEP_S = 14.5e-9  # of `hardware.python_speed`, the least on a core of that machine
 HERE = Efficiency(
-    {2: 0.66, 3: 0.66, 4: 0.59, 8: 0.59, 16: 0.40, 32: 0.50, WIDENED: 0.118},
-    layer_s=0.25e-3,
-    expert_s=0.036e-3,
+    {2: 0.78, 3: 0.78, 4: 0.68, 8: 0.68, 16: 0.47, 32: 0.50, WIDENED: 0.218},
+    layer_s=0.149e-3,
+    expert_s=0.024e-3,
     source=CPU,
-    token_s=0.69e-3,
-    miss_s=0.070e-3,
+    token_s=0.62e-3,
+    miss_s=0.087e-3,
     guess_s=0.10e-3,
-    shared_s=0.47e-3,
+    shared_s=0.38e-3,
+    cold_s=0.39e-3,
     python_s=STEP_S,
-    fixed_slows=0.84,
-    products_slow=0.33,
+    fixed_slows=0.65,
+    products_slow=0.30,
 )
 
 
@@ -204,10 +208,12 @@ def _computing(
 ) -> dict[str, float]:
     """Seconds of a token by what the processor does."""
     experts = efficiency.seconds(_widened(sizes.touched_experts(), compute), hardware.fast_Bps)
-    layer_s = efficiency.layer_s + (efficiency.shared_s if hardware.threads > 1 else 0.0)
-    fixed = sizes.shape.config.get_text_config().num_hidden_layers * layer_s + efficiency.token_s
+    layers, backbone = sizes.shape.config.get_text_config().num_hidden_layers, sizes.touched_backbone(compute)
+    evicting = min(1.0, (sum(backbone.values()) + sum(sizes.touched_experts().values())) / layers / EVICTING)
+    layer_s = efficiency.layer_s + (hardware.threads > 1) * efficiency.shared_s + evicting * efficiency.cold_s
+    fixed = layers * layer_s + efficiency.token_s
     return {
-        "backbone": efficiency.seconds(sizes.touched_backbone(compute), hardware.fast_Bps),
+        "backbone": efficiency.seconds(backbone, hardware.fast_Bps),
         "experts": experts + sum(sizes.shape.top_k) * efficiency.expert_s,
         "fixed": fixed + guesses * (len(sizes.sites) - 1) * efficiency.guess_s,
     }
