@@ -201,6 +201,18 @@ def test_work_in_python_takes_as_long_as_the_core_is_slow(mixtral):
     assert several.terms["fixed"] == pytest.approx(quick.terms["fixed"] + 32 * timeline.HERE.shared_s)
 
 
+def test_a_layer_of_many_bytes_costs_the_rest_its_caches(mixtral):
+    """In full where its weights fill a core's cache, in part where they are fewer, by bytes alone."""
+    bundled, warm = presets.shape_of(models.path()), replace(timeline.HERE, cold_s=0.0)
+    for shape, scheme in ((mixtral, "mixed"), (mixtral, "none"), (bundled, "mixed"), (bundled, "none")):
+        cold, other = (predict(shape, scheme, LAPTOP, efficiency=e).terms for e in (None, warm))
+        touched = predict(shape, scheme, LAPTOP).floors["memory"] * LAPTOP.fast_Bps
+        part = (cold["fixed"] - other["fixed"]) / timeline.HERE.cold_s
+        layers = shape.config.num_hidden_layers
+        assert part == pytest.approx(layers if shape is mixtral else touched / timeline.EVICTING, rel=1e-3)
+        assert {**cold, "fixed": 0} == {**other, "fixed": 0}
+
+
 def test_what_is_stored_narrower_than_it_is_computed_is_widened():
     """fp16 on a CPU; under a scheme there is nothing to widen."""
     shape = presets.shape_of(models.path())
