@@ -564,7 +564,10 @@ def _one_row(self: torch.nn.Module, x: torch.Tensor, experts: list[int], given: 
     weights = None if runtime.in_prompt() else [w if w == w else 0.0 for w in given.tolist()[0]]
     runtime.serve(site, experts, compute, weights)
     out = parts[0] if len(parts) == 1 else torch.cat(parts)
-    return out if order == experts else out[[order.index(expert) for expert in experts]]
+    if order != experts:  # row by row, since for an index of its own a host would wait for its device
+        rows = dict(zip(order, out.unbind(), strict=True))
+        out = torch.stack([rows[expert] for expert in experts])
+    return out
 
 
 def _rows(
