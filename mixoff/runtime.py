@@ -530,26 +530,28 @@ def _served(
         top_k_index, top_k_weights = runtime.reroute(site, top_k_index, top_k_weights)
     chosen, given = runtime.look(site, top_k_index, top_k_weights)
     runtime.note_routing(site, chosen, given)
-    experts = _of_one_token(chosen, self.num_experts)
-    if experts:
-        out = _one_row(self, hidden_states, experts, given)
+    alone = _of_one_token(chosen, given, self.num_experts)
+    if alone:
+        out = _one_row(self, hidden_states, alone)
     else:
         out = _rows(self, hidden_states, by_expert(chosen, self.num_experts), given)
     weighted = out.view(*top_k_index.shape, -1) * top_k_weights.unsqueeze(-1)  # (T, K, D)
     return weighted.sum(dim=1).to(hidden_states.dtype)  # (T, D)
 
 
-def _of_one_token(top_k_index: torch.Tensor, num_experts: int) -> list[int] | None:
-    """The choice (1, K) of one token; None for several, and where it names an expert twice or none."""
+def _of_one_token(top_k_index: torch.Tensor, top_k_weights: torch.Tensor, num_experts: int) -> dict[int, float] | None:
+    """The choice (1, K) of one token and what it gave each expert, nothing for what is not a number; None for several
+    tokens, and where it names an expert twice or none."""
     if len(top_k_index) != 1:
         return None
-    (experts,) = top_k_index.tolist()
-    return experts if len(set(experts)) == len(experts) and max(experts) < num_experts else None
+    (experts,), (given,) = top_k_index.tolist(), top_k_weights.tolist()
+    weights = {expert: w if w == w else 0.0 for expert, w in zip(experts, given, strict=True)}
+    return weights if len(weights) == len(experts) and max(experts) < num_experts else None
 
 
-def _one_row(self: torch.nn.Module, x: torch.Tensor, experts: list[int], given: torch.Tensor) -> torch.Tensor:
-    """One token x (1, D) through each of its experts -> (K, 1, D), in their order; given: their weights (1, K)."""
-    runtime, site = self._mixoff
+def _one_row(self: torch.nn.Module, x: torch.Tensor, weights: dict[int, float]) -> torch.Tensor:
+    """One token x (1, D) through each of its experts -> (K, 1, D), in their order; what the router gave them."""
+    (runtime, site), experts = self._mixoff, list(weights)
     parts, order = [], []
 
     def place(expert: int) -> tuple[int, int]:
@@ -561,8 +563,7 @@ def _one_row(self: torch.nn.Module, x: torch.Tensor, experts: list[int], given: 
             parts.append(expert_mlps(self, x, mine, runtime.scratch, runtime.exact, place))
             order.extend(mine)
 
-    weights = None if runtime.in_prompt() else [w if w == w else 0.0 for w in given.tolist()[0]]
-    runtime.serve(site, experts, compute, weights)
+    runtime.serve(site, experts, compute, None if runtime.in_prompt() else list(weights.values()))
     out = parts[0] if len(parts) == 1 else torch.cat(parts)
     if order != experts:  # row by row, since for an index of its own a host would wait for its device
         rows = dict(zip(order, out.unbind(), strict=True))

@@ -291,10 +291,11 @@ def to_gpu(model):
     runtime.scratch = torch.empty_like(runtime.scratch, device="cuda")
 
 
+@pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("scheme", ["none", "mixed"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_a_layer_waits_for_the_device_once_and_mixes_no_devices(tmp_path, monkeypatch, scheme, dtype):
-    """A prompt and a token, with guesses: every value but those that `to_host` brings stays on the device."""
+def test_a_layer_waits_for_the_device_once_and_mixes_no_devices(tmp_path, monkeypatch, scheme, dtype, batch):
+    """A prompt and a token of each row, with guesses: all but what `to_host` brings stays on the device."""
     looks = []
 
     def to_host(*tensors):
@@ -306,7 +307,7 @@ def test_a_layer_waits_for_the_device_once_and_mixes_no_devices(tmp_path, monkey
     fast = budget(folder, 7, scheme=scheme, dtype=dtype)
     monkeypatch.setattr(cuda, "pick", lambda name: Idle())
     monkeypatch.setattr(kernels.triton_products, "serves", lambda *a: False)  # has tests of its own
-    for name in ("_one_token", "by_expert", "_given"):
+    for name in ("_of_one_token", "by_expert", "_given"):
         monkeypatch.setattr(runtime, name, on_host(getattr(runtime, name)))
     monkeypatch.setattr(runtime, "to_host", on_host(to_host))
     monkeypatch.setattr(mixoff.Runtime, "expect", on_host(mixoff.Runtime.expect))
@@ -314,8 +315,8 @@ def test_a_layer_waits_for_the_device_once_and_mixes_no_devices(tmp_path, monkey
     with mixoff.load(folder, fast, **how) as model:
         with gpu():
             to_gpu(model)
-            _, cache = advance(model, torch.zeros(2, 7, dtype=torch.long, device="cuda"))
-            logits, _ = advance(model, torch.zeros(2, 1, dtype=torch.long, device="cuda"), cache)
+            _, cache = advance(model, torch.zeros(batch, 7, dtype=torch.long, device="cuda"))
+            logits, _ = advance(model, torch.zeros(batch, 1, dtype=torch.long, device="cuda"), cache)
             assert logits.device.type == "cuda" and logits.dtype == getattr(torch, dtype)
         assert len(looks) == 2 * 3 and [len(shapes) for shapes in looks] == [2, 2, 2, 3, 3, 2]
         assert model.mixoff.guesses.counts["named"] > 0
