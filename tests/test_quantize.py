@@ -377,6 +377,7 @@ def test_half_precision_is_widened_and_nothing_is_changed(dtype):
 MEMORY = """
 import ctypes, sys, threading, time, torch
 ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE: whether a huge page ends with a matrix is up to chance
+ctypes.CDLL(None).mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD: what is freed goes back, so that each run shows its scratch
 torch.set_num_threads(1)
 import mixoff.quantize as qz
 assert "numba" not in sys.modules and "hqq" not in sys.modules, "loaded when used"
@@ -387,14 +388,14 @@ def watch():
     while True:
         seen.append(anonymous())
         time.sleep(0.001)
-w = torch.empty(4096, 4096, dtype=torch.bfloat16).normal_(0, 0.02)
+w = torch.empty(8192, 4096, dtype=torch.bfloat16).normal_(0, 0.02)
 kept = []
 threading.Thread(target=watch, daemon=True).start()
 for without_numba in (False, True):
     if without_numba:
         qz.loops = lambda: None
     for solver in qz.SOLVERS:
-        qz.quantize(w[:256], 2, 16, solver)  # compiled, and the allocator's pools exist
+        qz.quantize(w[:256], 2, 16, solver)  # compiled
         before = anonymous()
         seen.clear()
         kept.append(qz.quantize(w, 2, 16, solver))  # or the next one would take its place
@@ -404,12 +405,13 @@ for without_numba in (False, True):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process's memory")
 def test_scratch_stays_below_a_tenth_of_the_matrix():
-    """Peak resident memory of a process that quantizes 32 MiB, less what it held before and the result."""
+    """Peak anonymous memory of a process that quantizes 64 MiB, less what it held before and the result."""
     done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     shares = {tuple(line.split()[:2]): float(line.split()[2]) for line in done.stdout.splitlines()}
     looks = [int(line.split()[3]) for line in done.stdout.splitlines()]
-    assert len(shares) == 2 * len(SOLVERS) and max(shares.values()) < 0.10 and min(looks) > 20, (shares, looks)
+    assert len(shares) == 2 * len(SOLVERS) and min(looks) > 20, (shares, looks)
+    assert 0 < min(shares.values()) and max(shares.values()) < 0.10, shares
 
 
 # Bad input
