@@ -411,7 +411,7 @@ def test_scratch_stays_below_a_tenth_of_the_matrix():
     shares = {tuple(line.split()[:2]): float(line.split()[2]) for line in done.stdout.splitlines()}
     looks = [int(line.split()[3]) for line in done.stdout.splitlines()]
     assert len(shares) == 2 * len(SOLVERS) and min(looks) > 20, (shares, looks)
-    assert 0 < min(shares.values()) and max(shares.values()) < 0.10, shares
+    assert min(shares.values()) > 0 and max(shares.values()) < 0.10, shares
 
 
 # Bad input
