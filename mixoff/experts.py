@@ -75,7 +75,7 @@ def expert_mlps(
 
     place: as there, for an index.
     """
-    if len(experts) > 1 and fuses(module, x, next(iter(experts.values())), exact):
+    if fuses(module, x, next(iter(experts.values())), exact):
         return normed(module, kernels.gated_mlps(x, [_pair(weights) for weights in experts.values()], exact))
     places = {expert: place and functools.partial(place, expert) for expert in experts}
     return torch.stack([expert_mlp(module, x, w, scratch, exact, places[e]) for e, w in experts.items()])
