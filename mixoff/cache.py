@@ -87,8 +87,8 @@ class ExpertCache:
 
         weights: what the router gave each key, scores: how it liked every expert, for policies that care. A grant is
         good until a later one names its slot, so the caller may ask ahead; it fills the slot of every grant that is not
-        a hit. Where filling fails it closes the iterator, which takes the newest grant back, and calls `give_up` for
-        what it had asked ahead for. More keys than slots are served in waves: a key that was granted may be given up
+        a hit. Where filling fails it closes the iterator, which takes the newest grant back; whoever had asked ahead
+        begins again with a new cache. More keys than slots are served in waves: a key that was granted may be given up
         for one that was not.
         """
         if self.forgets:
@@ -105,12 +105,6 @@ class ExpertCache:
             self.pools[pool].policy.begin(keys, scores)
             yield from self._admit(self.pools[pool], misses, keys)
             self._touch(self.pools[pool].policy, keys, weights)
-
-    def give_up(self, pool: int, key: Key) -> None:
-        """The bytes of `key` never came: its slot is free again. Counts nothing; a key that is not here is ignored."""
-        if key in self.slot_of:
-            self.pools[pool].policy.remove(key)
-            self.pools[pool].free.append(self.slot_of.pop(key))
 
     def _admit(self, pool: Pool, misses: Sequence[Key], keys: Sequence[Key]) -> Iterator[Grant]:
         """Decoding: each miss takes a free slot or that of a victim; recency follows router order at the end."""

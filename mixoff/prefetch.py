@@ -30,6 +30,8 @@ MODES = ("auto", "none", "next-router")
 TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts")
 WINDOW = 32  # guesses after which `auto` looks at what came of them
 PAYS_FROM = 0.5  # share of right guesses: a wrong one costs a read, a right one saves no more than a read
+# what a router that takes other arguments than its neighbour raises
+UNASKABLE = (TypeError, ValueError, RuntimeError, AttributeError, LookupError, StopIteration, NotImplementedError)
 SHARE = 8  # `auto` sets aside at most one slot of so many: the cache needs them more
 
 
@@ -90,8 +92,7 @@ class Guesses:
 
     def reseat(self, spares: Sequence[int]) -> None:
         """Other spare slots from now on, with nothing in them."""
-        self.slot_of.clear()
-        self.spares = list(spares)
+        self.slot_of, self.spares = {}, list(spares)
 
     def judge(self, site: int, experts: Collection[int]) -> None:
         """`site` asks for `experts` now: note how many of them were named."""
@@ -162,6 +163,7 @@ class NextRouter:
         self.routers = [_router(model.get_submodule(name.rpartition(".")[0])) for name in names]
         self.expect, self.listening, self.stop = expect, listening, stop
         self.extra: dict[int, tuple[tuple, dict]] = {}
+        self.asked: set[int] = set()  # routers that have answered
 
     def attach(self) -> ExitStack:
         """Hook every router; closing what is returned takes the hooks away."""
@@ -188,9 +190,13 @@ class NextRouter:
         try:
             out = type(router).forward(router, x, *args, **kwargs)  # past its hooks
             chosen = next(t for t in out if isinstance(t, torch.Tensor) and not t.is_floating_point())  # (T, K)
-            self.expect(i + 1, chosen)
-        except Exception as error:
+        except UNASKABLE as error:
+            if i + 1 in self.asked:  # it could be asked before: this is an interrupt, or a fault that is to be heard of
+                raise
             self.stop(f"the router of site {i + 1} cannot be asked ahead ({type(error).__name__})")
+            return
+        self.asked.add(i + 1)
+        self.expect(i + 1, chosen)
 
 
 def _router(block: nn.Module) -> nn.Module | None:

@@ -12,12 +12,13 @@ Does not know file layouts.
 from __future__ import annotations
 
 import functools
+import os
 import threading
 import time
 import warnings
+import weakref
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
-from contextlib import closing
 from typing import Protocol
 
 import torch
@@ -45,6 +46,7 @@ SHRINK = 8  # one slot of so many is given up at a time when memory runs out
 FETCH = ("expert", "layer")
 MOVES = ("miss", "bypass", "restore", "prefetch")  # kinds of fetches
 Compute = Callable[[dict[int, dict[str, Weight]]], None]
+_alive: weakref.WeakSet[Runtime] = weakref.WeakSet()
 
 
 class Source(Protocol):
@@ -95,13 +97,19 @@ class Runtime:
         self._listeners: list[Callable[[Event], None]] = []
         self._routing: list[Callable] = []
         self._lock = threading.RLock()
+        self.ended = True  # whether the last call did; set when one begins and ends, under the lock
+        self._forked = False
         self._pass = threading.local()  # of each thread's forward pass: is it a prompt, which token does it end with
         self._tokens, self._start, self._closed = 0, time.perf_counter(), False
         self.device, self._policy, self._compute, self._prefetch = device, policy, compute, (prefetch, top_k)
         self.transfer: Transfer | None = None
         self._before: Counter[str] = Counter()  # counts that `reset_counts` put aside
+        self.cache: ExpertCache | None = None
+        self._fast_nbytes = fast_bytes  # of it what is used: less after `make_room`
         self._allocate(fast_bytes)
+        self._empty()
         self._open_transfer(ram_bytes)
+        _alive.add(self)
 
     def _allocate(self, fast_bytes: int) -> None:
         """The fast tier within `fast_bytes`, with fewer slots where the system has not so much memory.
@@ -116,18 +124,23 @@ class Runtime:
             slots = sum(capacities) + spare
             try:
                 self.scratch = empty(scratch)
-                self.arena = Arena(slots, self.source.sites, self.device and empty)
+                arena = Arena(slots, self.source.sites, self.device and empty)
                 break
             except Exception as error:
                 why = out_of_memory(error)
                 if why is None:
                     raise
             fast_bytes, refused = self._fewer(slots, reserved, why), refused or slots
+        self.allocated_nbytes, self._capacities, self.arena = arena.numel() + reserved, capacities, arena
         if refused:
             self._warn(refused, why)
-        self.allocated_nbytes = self.arena.numel() + reserved
-        self.cache = ExpertCache(capacities, self._policy)
-        self.place = list(range(self.slots))  # where in the arena each of the cache's slots is now
+
+    def _empty(self) -> None:
+        """A cache that holds nothing, and goes on counting; and where in the arena each of its slots is."""
+        cache = ExpertCache(self._capacities, self._policy)
+        if self.cache is not None:
+            cache.count_on(self.cache)
+        self.cache, self.place = cache, list(range(cache.capacity))
 
     def _divide(self, fast_bytes: int) -> tuple[list[int], int, int]:
         """Slots of each pool, spare ones for guesses, and bytes beside them: scratch and the reader's buffers."""
@@ -197,23 +210,46 @@ class Runtime:
         return transfer, transfer.memory.numel()
 
     def make_room(self, why: str) -> None:
-        """Memory ran out: about an eighth of the slots goes back to the system, and the cache begins anew, empty.
+        """Memory ran out: about an eighth of the slots goes back to the system, and the cache begins again, empty.
 
         Copies in RAM and all counts stay. Raises BudgetError, with the figures, where no slot can be spared.
         """
         with self._lock:
+            if self.arena is None:  # an earlier one was interrupted
+                self.renew()
             slots, reserved = len(self.arena.slots), self.allocated_nbytes - self.arena.numel()
-            smaller, counted = self._fewer(slots, reserved, why), self.cache
+            self._fast_nbytes = self._fewer(slots, reserved, why)
+            self.ended = False
             self.transfer.reseat(())
             self.arena = self.scratch = None
+            self.renew()
+            self._warn(slots, why)
+            self._tokens -= getattr(self._pass, "tokens", 0)  # the pass that failed will be repeated
+
+    def renew(self) -> None:
+        """After a call that did not end: nothing is on its way, no expert is resident, counts and copies in RAM stay.
+
+        Takes nothing for granted but the memory, and may itself be interrupted: then the next call does it again.
+        """
+        if self._forked and self.device:
+            raise RuntimeError("a forked process cannot use its parent's GPU: load the model there, or use spawn")
+        self.transfer.reseat(())
+        if self.arena is None:
             if self.device:
                 self.device.give_back()
-            self._allocate(smaller)
-            self._warn(slots, why)
-            self.cache.count_on(counted)
-            self.transfer.reseat(self.arena.slots if self.device else self.arena.images)
-            self.guesses.reseat(range(self.slots, len(self.arena.slots)))
-            self._tokens -= getattr(self._pass, "tokens", 0)  # the pass that failed will be repeated
+            self._allocate(self._fast_nbytes)
+        for key in list(self.cache.slot_of) if self._listeners else ():
+            now = time.perf_counter()
+            self.tell(key, "evict", 0, now, now)
+        self._empty()
+        self.transfer.reseat(self.arena.slots if self.device else self.arena.images)
+        self.guesses.reseat(range(self.slots, len(self.arena.slots)))
+        self.ended = True
+
+    def forked(self) -> None:
+        """This process is the child of a fork: locks may be held by threads that stayed with the parent."""
+        self._lock, self.ended, self._forked = threading.RLock(), False, True
+        self.transfer.forked()
 
     @property
     def slots(self) -> int:
@@ -296,13 +332,12 @@ class Runtime:
         return Recorder(self)
 
     def close(self) -> None:
-        """Give back the memory and close the files. The model cannot run afterwards."""
+        """Give back the memory and close the files. The model cannot run afterwards. Once more does no harm."""
         with self._lock:
-            if not self._closed:
-                self._closed = True
-                self.transfer.close()
-                self.arena, self.scratch = None, None
-                self.source.close()
+            self._closed = True
+            self.transfer.close()
+            self.arena, self.scratch = None, None
+            self.source.close()
 
     def __enter__(self) -> Runtime:
         return self
@@ -358,19 +393,12 @@ class Runtime:
         experts: distinct, in router order; weights: what the router gave each of them, for policies that care. What
         `compute` gets are views of slots, by part name, in the store's dtype, good during that call only.
         """
+        if self._lock._is_owned():
+            raise RuntimeError("a listener cannot run the model that it listens to: note the event, and run it later")
         with self._lock:
             if self._closed:
                 raise RuntimeError("this model was closed: load it again to generate")
-            self.transfer.enter()
-            pool, prompt = 0 if self.scope == "global" else site, self.in_prompt()
-            self.guesses.judge(site, experts)
-            keys = [(site, expert) for expert in experts]
-            if self.whole_layers:
-                others = set(range(self.source.sites[site].num_experts)).difference(experts)
-                keys, weights = [*keys, *((site, expert) for expert in others)], None
-            call = _Call(self, pool, compute)
-            with closing(self.cache.access(pool, keys, prompt, weights)) as grants:
-                call.run(grants, None if prompt else site + 1)
+            _Call(self, site, compute).run(experts, weights)
 
     def tell(self, key: Key, kind: str, nbytes: int, t0: float, t1: float) -> None:
         """An event for those who listen; times of `time.perf_counter`."""
@@ -384,34 +412,43 @@ class Runtime:
 class _Call:
     """One call of one MoE layer: which grants wait in which slot of the arena until they are computed."""
 
-    def __init__(self, runtime: Runtime, pool: int, compute: Compute) -> None:
-        self.runtime, self.pool, self.compute = runtime, pool, compute
+    def __init__(self, runtime: Runtime, site: int, compute: Compute) -> None:
+        self.runtime, self.site, self.compute = runtime, site, compute
         self.transfer, self.guesses, self.listened = runtime.transfer, runtime.guesses, bool(runtime._listeners)
         self.ready: dict[int, Grant] = {}  # their bytes are there
         self.coming: dict[int, Grant] = {}  # their bytes are on their way
         self.guessed: set[int] = set()  # slots that a guess began to fill
 
-    def run(self, grants: Iterable[Grant], following: int | None) -> None:
-        """Have everything fetched that is not here, compute what is, then the rest as it lands.
+    def run(self, experts: list[int], weights: Sequence[float] | None) -> None:
+        """Serve `experts`, from a fast tier that is as the last call left it if that ended, else empty."""
+        runtime = self.runtime
+        if not runtime.ended:
+            runtime.renew()
+        runtime.ended = False
+        self.transfer.enter()
+        self.guesses.judge(self.site, experts)
+        prompt, pool = runtime.in_prompt(), 0 if runtime.scope == "global" else self.site
+        keys = [(self.site, expert) for expert in experts]
+        if runtime.whole_layers:
+            others = set(range(runtime.source.sites[self.site].num_experts)).difference(experts)
+            keys, weights = [*keys, *((self.site, expert) for expert in others)], None
+        self.serve(runtime.cache.access(pool, keys, prompt, weights), prompt)
+        runtime.ended = True
 
-        following: the site whose experts are guessed meanwhile.
-        """
-        try:
-            if following is None:  # a prompt asks for nearly everything anyhow
-                self.drop_guesses()
-            for grant in grants:
-                self.begin(grant)
+    def serve(self, grants: Iterable[Grant], prompt: bool) -> None:
+        """Have everything fetched that is not here, compute what is, then the rest as it lands."""
+        if prompt:  # it asks for nearly everything anyhow
             self.drop_guesses()
-            if following is not None:
-                self.guesses.fetch(following, self.runtime.cache.slot_of.__contains__)
-            ready, self.ready = self.ready, {}
-            for found in [{slot: grant} for slot, grant in ready.items()] if self.listened else [ready]:
-                self.finish(found)
-            while self.coming:
-                self.land(self.coming)
-        except BaseException:
-            self.give_up()
-            raise
+        for grant in grants:
+            self.begin(grant)
+        self.drop_guesses()
+        if not prompt:
+            self.guesses.fetch(self.site + 1, self.runtime.cache.slot_of.__contains__)
+        ready, self.ready = self.ready, {}
+        for found in [{slot: grant} for slot, grant in ready.items()] if self.listened else [ready]:
+            self.finish(found)
+        while self.coming:
+            self.land(self.coming)
 
     def begin(self, grant: Grant) -> None:
         """Find the grant's slot in the arena, and have it filled unless it holds the expert already."""
@@ -479,12 +516,6 @@ class _Call:
                 self.tell(grant.key, "compute", 0, t0, time.perf_counter())
                 if grant.kind == BYPASS:
                     self.tell(grant.key, "evict")
-
-    def give_up(self) -> None:
-        """Something failed: what has not landed is in no slot, and will be fetched again when it is asked for."""
-        for slot, grant in self.coming.items():
-            self.transfer.cancel(slot)
-            self.runtime.cache.give_up(self.pool, grant.key)
 
     def tell(self, key: Key, kind: str, nbytes: int = 0, t0: float | None = None, t1: float | None = None) -> None:
         now = time.perf_counter()
@@ -621,4 +652,11 @@ def _given(where: dict[int, torch.Tensor], top_k_weights: torch.Tensor) -> list[
     return [float(given[rows].sum()) for rows in where.values()]
 
 
+def _after_fork() -> None:
+    for runtime in _alive:
+        runtime.forked()
+
+
 ALL_EXPERTS_FUNCTIONS.register("mixoff", experts_forward)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

@@ -24,6 +24,7 @@ from typing import Protocol
 import torch
 
 from mixoff.cache import BYPASS, MISS
+from mixoff.errors import CheckpointError
 from mixoff.readers import Reader
 from mixoff.tiers import Copies, open_transfer
 from mixoff.transfer import PREFETCH, Key, Landing, Transfer
@@ -155,7 +156,7 @@ class DeviceTransfer:
         fetch = self.coming[slot] = _Fetch(key, kind)
         if key in self.copies:
             fetch.place = self.copies.double(key)
-            self.moved.update({"ram": self.sizes[key[0]], "ram_hits": 1})
+            self.moved = self.moved + Counter({"ram": self.sizes[key[0]], "ram_hits": 1})  # both or none
             self._send(slot, fetch)
         else:
             self._read_more()
@@ -194,24 +195,31 @@ class DeviceTransfer:
         """Bytes to the device by kind of fetch; `ram`, `ram_hits`: what was not read; `kept`: bytes copied back."""
         return self.moved.copy()
 
+    def stop(self) -> None:
+        """Forget every fetch, once the disk and the device are done; copies in RAM stay."""
+        self.reading.stop()
+        self.device.synchronize()
+        self.coming, self.owner = {}, {}
+        self.unsettled.clear()
+        self.copies.part()
+        self._trim()
+
     def reseat(self, slots: torch.Tensor | Sequence) -> None:
         """Other slots from now on; copies in RAM stay.
 
-        Nothing queued uses the slots that were any more, nor what lay in these before the allocator handed them out.
+        Nothing queued uses the slots that were any more, nor what was in these before the allocator handed them out.
         """
-        for slot in list(self.coming):
-            self.cancel(slot)
-        self.device.synchronize()
-        self.owner.clear()
-        self.copies.part()
-        self._trim()
+        self.stop()
         self.slots = slots
         self.arrived, self.released = ([self.device.event() for _ in slots] for _ in range(2))
 
+    def forked(self) -> None:
+        """The device cannot be used here, nor is its page-locked RAM this process's to give back."""
+        self.reading.forked()
+        self._unpin.detach()
+
     def close(self) -> None:
         """End the reads, and give RAM back once all queued work is done."""
-        for slot in list(self.coming):
-            self.cancel(slot)
         self.reading.close()
         self._unpin()
         self.memory, self.slots = None, ()
@@ -263,7 +271,9 @@ class DeviceTransfer:
         """As for a read that is waited for; but if it failed, that is for those to hear who asked for it."""
         try:
             self.reading.wait([place])
-        except Exception as error:
+        except (OSError, CheckpointError) as error:
+            if isinstance(error, TimeoutError):  # what handlers of alarms raise: not the read's
+                raise
             fetch = self.coming[slot]
             fetch.state, fetch.error = FAILED, error
             self.copies.free.append(place)

@@ -46,7 +46,7 @@ class Copies:
     """
 
     def __init__(self, places: int) -> None:
-        self.free = list(range(places))
+        self.places, self.free = places, list(range(places))
         self.alone: OrderedDict[Key, int] = OrderedDict()
         self.doubles: OrderedDict[Key, int] = OrderedDict()
 
@@ -66,9 +66,13 @@ class Copies:
         return key in self.alone
 
     def part(self) -> None:
-        """The fast tier gives everything up."""
-        for key in list(self.doubles):
-            self.leave(key)
+        """The fast tier gives everything up. What an interrupted change has left without a copy is a free place.
+
+        A place is in `alone` or `doubles` only while its copy is whole: it goes in after the last byte, and out before
+        the first of another.
+        """
+        self.alone, self.doubles = OrderedDict({**self.alone, **self.doubles}), OrderedDict()
+        self.free = sorted(set(range(self.places)).difference(self.alone.values()))
 
     def room(self, usable: Callable[[int], bool] = lambda place: True) -> int | None:
         """A place for one more copy: a free one, else the oldest double's; None where none of these is `usable`."""
@@ -139,12 +143,21 @@ class RamTier:
         """Bytes by kind of fetch, and what of it was copied here."""
         return self.inner.counts() + self.copied
 
-    def reseat(self, images: Sequence[memoryview]) -> None:
-        """Other slots from now on; the copies stay."""
-        self.inner.reseat(images)
-        self.images = [np.frombuffer(image, np.uint8) for image in images]
+    def stop(self) -> None:
+        """Forget every fetch; the copies stay."""
+        self.inner.stop()
         self.coming, self.landed, self.owner = {}, {}, {}
         self.copies.part()
+
+    def reseat(self, images: Sequence[memoryview]) -> None:
+        """Other slots from now on; the copies stay."""
+        self.stop()
+        self.inner.reseat(images)
+        self.images = [np.frombuffer(image, np.uint8) for image in images]
+
+    def forked(self) -> None:
+        """As the inner transfer has it; the copies are the child's own."""
+        self.inner.forked()
 
     def close(self) -> None:
         """Give the copies' memory back, after the inner transfer ended."""
@@ -157,7 +170,7 @@ class RamTier:
         place = self.copies.double(key)
         np.copyto(self.images[slot][:nbytes], self.memory[place, :nbytes])
         self.owner[slot] = (key, kind)
-        self.copied.update({kind: nbytes, "ram": nbytes, "ram_hits": 1})
+        self.copied = self.copied + Counter({kind: nbytes, "ram": nbytes, "ram_hits": 1})  # all three or none
         self.landed[slot] = Landing(slot, nbytes, t0, time.perf_counter())
 
     def _let_go(self, slot: int) -> None:

@@ -26,6 +26,10 @@ class Poisoned:
     def enter(self):
         pass
 
+    def stop(self):
+        for slot in list(self.coming):
+            self.cancel(slot)
+
     def reseat(self, images):
         self.images, self.coming = images, {}
         for slot in range(len(images)):

@@ -55,6 +55,11 @@ class Lingering(Poisoned):
         self.coming.pop(slot, None)
         self.writing.add(slot)
 
+    def stop(self):
+        super().stop()
+        self.write()
+        self.writing.clear()
+
     def write(self):
         for slot in self.writing:
             self._poison(slot)

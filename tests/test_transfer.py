@@ -248,8 +248,9 @@ def test_the_runtime_keeps_the_protocol_in_any_schedule(tiny, rng, case):
 
 
 def call_sites(module, names):
-    """Every call of a method of `names` in the source of `module`, by (line, column) and name."""
-    calls = [n for n in ast.walk(ast.parse(inspect.getsource(module))) if isinstance(n, ast.Call)]
+    """Every call of a method of `names` in the class of `module` that can be exchanged, by (line, column) and name."""
+    classes = [n for n in ast.parse(inspect.getsource(module)).body if getattr(n, "name", "") == CLASSES[module]]
+    calls = [n for n in ast.walk(classes[0]) if isinstance(n, ast.Call)]
     attributes = [(n, n.func.attr) for n in calls if isinstance(n.func, ast.Attribute) and n.func.attr in names]
     return [(n.lineno, n.col_offset, name) for n, name in attributes]
 
@@ -259,6 +260,7 @@ INSTEAD = {  # what is left of a call that is taken out: it looks done and did n
     "release": "None",
     "cancel": "None",
     "vacate": "self.runtime.place[grant.slot]",
+    "renew": "None",
 }
 
 
@@ -280,6 +282,7 @@ def without(module, site):
     return space
 
 
+CLASSES = {runtime: "_Call", prefetch: "Guesses"}
 SITES = [(runtime, site) for site in call_sites(runtime, INSTEAD)]
 SITES += [(prefetch, site) for site in call_sites(prefetch, INSTEAD)]
 
@@ -326,14 +329,13 @@ def test_unharmed_all_is_well(tiny):
 def test_every_wait_release_and_cancel_is_needed(tiny, module, site):
     """The call is taken out of the source; some run must notice."""
     mutated = without(module, site)
-    names = {runtime: "_Call", prefetch: "Guesses"}
-    with mock.patch.object(runtime, names[module], mutated[names[module]]):
+    with mock.patch.object(runtime, CLASSES[module], mutated[CLASSES[module]]):
         assert noticed(tiny), f"{module.__name__} line {site[0]}: nobody missed {site[2]}"
 
 
 def test_the_sites_are_all_there_is():
-    """One place waits, one releases, one vacates; each place that gives a fetch up cancels it."""
-    assert sorted(site[2] for _, site in SITES) == ["cancel", "cancel", "release", "vacate", "wait"]
+    """One place waits, releases, vacates, begins again after a call that did not end; what gives a guess up cancels it."""
+    assert sorted(site[2] for _, site in SITES) == ["cancel", "release", "renew", "vacate", "wait"]
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------

@@ -16,41 +16,37 @@ import threading
 from collections.abc import Callable
 from queue import SimpleQueue
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
+
+from mixoff.passes import wrap
 
 PIECES = 16  # of a job for each thread: one that comes late takes fewer
 PATIENCE = 100_000  # looks of a helper that watches for the next job before it sleeps
 
 
-class _Lent(threading.local):
-    threads: int | None = None  # what `borrow` found
-
-
-_lock, _lent, _loans = threading.Lock(), _Lent(), []
+_loans: dict[int, int] = {}  # by thread that has borrowed, the number of threads that PyTorch had
 
 
 def count() -> int:
     """Threads that a kernel may use: PyTorch's number, or what that was before this thread's `borrow`."""
-    return _lent.threads or torch.get_num_threads()
+    return _loans.get(threading.get_ident()) or torch.get_num_threads()
 
 
 def borrow() -> None:
     """Have PyTorch compute on one thread, until this thread's `give_back`."""
-    with _lock:  # the first of several borrowers knows the number
-        _loans.append(_loans[0] if _loans else torch.get_num_threads())
-        _lent.threads = _loans[0]
+    known = next(iter(list(_loans.values())), None)  # the first of several borrowers knows the number
+    _loans[threading.get_ident()] = known or torch.get_num_threads()
     torch.set_num_threads(1)
 
 
 def give_back() -> None:
     """End this thread's `borrow`, if there is one."""
-    if threads := _lent.threads:
-        _lent.threads = None
+    if threads := _loans.get(threading.get_ident()):
         torch.set_num_threads(threads)
-        with _lock:
-            _loans.pop()
+        del _loans[threading.get_ident()]  # last: whoever is interrupted before it gives back once more
 
 
 def lend(backbone: torch.nn.Module) -> Callable[[], None]:
@@ -60,16 +56,18 @@ def lend(backbone: torch.nn.Module) -> Callable[[], None]:
     equal plain transformers' bit for bit.
     """
 
-    def before(_: torch.nn.Module, args: tuple, kwargs: dict) -> None:
+    def around(forward: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
+        give_back()  # what an interrupt in `finally` has left
         ids = read_by(args, kwargs)
-        if ids is not None and ids.shape[1] == 1 and ids.device.type == "cpu":
+        if ids is None or ids.shape[1] != 1 or ids.device.type != "cpu":
+            return forward(*args, **kwargs)
+        try:
             borrow()
+            return forward(*args, **kwargs)
+        finally:
+            give_back()
 
-    hooks = (
-        backbone.register_forward_pre_hook(before, with_kwargs=True),
-        backbone.register_forward_hook(lambda *_: give_back(), always_call=True),
-    )
-    return lambda: [hook.remove() for hook in hooks]
+    return wrap(backbone, around)
 
 
 def read_by(args: tuple, kwargs: dict) -> torch.Tensor | None:
@@ -98,31 +96,37 @@ class Crew:
 
     def __init__(self, helpers: int) -> None:
         self.jobs = [SimpleQueue() for _ in range(helpers)]
-        self.lock, self.cells, self.place = threading.Lock(), None, 0
+        self.lock = threading.Lock()
+        self.cells: tuple[np.ndarray, int] | None = None  # and their address, which costs more to ask for than a lock
         for i, jobs in enumerate(self.jobs):
             threading.Thread(target=self._work, args=(jobs,), name=f"mixoff-kernel-{i}", daemon=True).start()
 
     def compute(self, stages: int, number: int, jobs: int) -> None:
         """As the function `compute`; the caller does all of it while the others are at work for somebody else."""
         relay = _relay()
-        if not self.lock.acquire(blocking=False):
+        if self.lock.locked():
             relay.alone(stages, number, jobs)
             return
-        try:
-            if self.cells is None:
-                self.cells = np.zeros(relay.ASLEEP + relay.STEP * len(self.jobs), np.int64)
-                self.cells[relay.ASLEEP :] = 1
-                self.place = self.cells.ctypes.data
-            for i, queue in enumerate(self.jobs):
-                if self.cells[relay.ASLEEP + relay.STEP * i]:
-                    self.cells[relay.ASLEEP + relay.STEP * i] = 0
-                    queue.put((self._watch, i, int(self.cells[relay.TICKET]), SimpleQueue()))
-            relay.share(self.place, stages, number, jobs)
-        finally:
-            self.lock.release()
+        with self.lock:  # `acquire(blocking=False)` and a `try` would leave a gap for an interrupt between them
+            try:
+                relay.share(self._wake(relay), stages, number, jobs)
+            except BaseException:
+                self.cells = None  # helpers that watch these go to sleep; none of them is waited for
+                raise
 
-    def _watch(self, i: int, seen: int) -> None:
-        _relay().help_out(self.cells, i, seen, PATIENCE)
+    def _wake(self, relay: ModuleType) -> int:
+        """Call the helpers that are asleep; returns the address of the cells."""
+        if self.cells is None:
+            cells = np.zeros(relay.ASLEEP + relay.STEP * len(self.jobs), np.int64)
+            cells[relay.ASLEEP :] = 1
+            self.cells = cells, cells.ctypes.data
+        cells, address = self.cells
+        for i, queue in enumerate(self.jobs):
+            if cells[relay.ASLEEP + relay.STEP * i]:
+                cells[relay.ASLEEP + relay.STEP * i] = 0
+                watch = functools.partial(_watch, cells, int(cells[relay.TICKET]))
+                queue.put((watch, i, i, SimpleQueue()))
+        return address
 
     def share(self, work: Callable[[int, int], object], count: int) -> None:
         """Call `work(first, last)` for as many ranges as there are threads, which together are 0..count; then return.
@@ -143,6 +147,11 @@ class Crew:
             work, first, last, done = jobs.get()
             done.put(_attempt(work, first, last))
             del work, done  # what they hold is not kept until the next call
+
+
+def _watch(cells: np.ndarray, seen: int, i: int, _: int) -> None:
+    """As helper i, help until there is nothing to do for a while."""
+    _relay().help_out(cells, i, seen, PATIENCE)
 
 
 def _attempt(work: Callable[[int, int], object], first: int, last: int) -> BaseException | None:
