@@ -82,6 +82,10 @@ class Watched:
     def enter(self):
         self.inner.enter()
 
+    def stop(self):
+        self.coming, self.reading = set(), set()
+        self.inner.stop()
+
     def reseat(self, images):
         self.coming, self.reading = set(), set()
         self.inner.reseat(images)
