@@ -126,7 +126,7 @@ class DirectReader(ExpertReader):
 
     def __init__(self, folder: Path, extents: dict[tuple[int, int], list[Extent]], buffers: int) -> None:
         super().__init__(folder, extents)
-        self.descriptors = {name: os.open(self.folder / name, os.O_RDONLY | os.O_DIRECT) for name in self.files}
+        self.descriptors = {name: _open_direct(self.folder / name) for name in self.files}
         self.buffers: queue.SimpleQueue[mmap.mmap] = queue.SimpleQueue()
         longest = max(x.nbytes for extent in extents.values() for x in extent)
         self.step = min(PIECE, -(-longest // BLOCK) * BLOCK)  # bytes of a request
@@ -137,15 +137,14 @@ class DirectReader(ExpertReader):
 
     def try_out(self) -> None:
         """Read a block. Raises OSError where the filesystem opens files so, but does not read them."""
-        for descriptor in list(self.descriptors.values())[:1]:
-            os.preadv(descriptor, [pages(BLOCK)], 0)
+        for file in list(self.descriptors.values())[:1]:
+            os.preadv(file.fileno(), [pages(BLOCK)], 0)
 
     def close(self) -> None:
         """Close the files; reading afterwards is an error."""
         super().close()
-        for descriptor in self.descriptors.values():
-            os.close(descriptor)
-        self.descriptors = {}
+        for file in self.descriptors.values():
+            file.close()
 
     def _fill(self, image: memoryview, begin: int, end: int, x: Extent, room: int) -> None:
         for start in range(begin, end, self.step):
@@ -172,19 +171,26 @@ class DirectReader(ExpertReader):
             buffer = self.buffers.get_nowait()
         except queue.Empty:  # an image that only happens to be unaligned: nothing was set aside for it
             buffer = pages(self.step + 2 * BLOCK)
-        wanted = skip + len(image)
-        self._read_blocks(memoryview(buffer)[: -(-wanted // BLOCK) * BLOCK], wanted, offset - skip, x)
-        np.copyto(np.frombuffer(image, np.uint8), np.frombuffer(buffer, np.uint8, len(image), skip))  # without the GIL
-        self.buffers.put(buffer)
+        try:
+            wanted = skip + len(image)
+            self._read_blocks(memoryview(buffer)[: -(-wanted // BLOCK) * BLOCK], wanted, offset - skip, x)
+            np.copyto(np.frombuffer(image, np.uint8), np.frombuffer(buffer, np.uint8, len(image), skip))  # without GIL
+        finally:
+            self.buffers.put(buffer)
 
     def _read_blocks(self, view: memoryview, wanted: int, offset: int, x: Extent) -> None:
         """Fill `view`, whole blocks, from `offset`; the file may end within the last one, after the `wanted` bytes."""
         done = 0
         while done < wanted:
-            n = os.preadv(self.descriptors[x.file], [view[done:]], offset + done)
+            n = os.preadv(self.descriptors[x.file].fileno(), [view[done:]], offset + done)
             if n == 0 or (n % BLOCK and done + n < wanted):
                 raise _ended(x)
             done += n
+
+
+def _open_direct(path: Path) -> FileIO:
+    """A file past the page cache, which closes itself when nobody holds it. Raises OSError, or AttributeError."""
+    return open(path, "rb", buffering=0, opener=lambda name, flags: os.open(name, flags | os.O_DIRECT))
 
 
 def _ended(x: Extent) -> CheckpointError:

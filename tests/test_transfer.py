@@ -334,7 +334,7 @@ def test_every_wait_release_and_cancel_is_needed(tiny, module, site):
 
 
 def test_the_sites_are_all_there_is():
-    """One place waits, releases, vacates, begins again after a call that did not end; what gives a guess up cancels it."""
+    """One place waits, one releases, one vacates, one begins again after a stop; what gives a guess up cancels it."""
     assert sorted(site[2] for _, site in SITES) == ["cancel", "release", "renew", "vacate", "wait"]
 
 
