@@ -135,7 +135,7 @@ class Cuda:
         torch's own allocator would round it up to a power of two: 1.43 times an expert of Mixtral in 4 bits. Raises
         OSError where there is no such memory.
         """
-        memory = slab(nbytes)
+        memory = slab(nbytes, inherited=False)
         error = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), nbytes, REGISTER_PORTABLE))
         if error == 0:
             self.registered.add(memory.data_ptr())

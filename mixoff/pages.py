@@ -26,8 +26,14 @@ def pages(nbytes: int) -> mmap.mmap:
     return memory
 
 
-def slab(nbytes: int) -> torch.Tensor:
-    """`nbytes` of memory as a uint8 tensor, aligned to a page, allocated once and given back with its last view."""
+def slab(nbytes: int, inherited: bool = True) -> torch.Tensor:
+    """`nbytes` of memory as a uint8 tensor, aligned to a page, allocated once and given back with its last view.
+
+    inherited: whether the child of a fork has it too. Of page-locked memory Linux would copy every page at once.
+    """
     if nbytes == 0:
         return torch.empty(0, dtype=torch.uint8)
-    return torch.frombuffer(pages(nbytes), dtype=torch.uint8)
+    memory = pages(nbytes)
+    if not inherited and hasattr(mmap, "MADV_DONTFORK"):
+        memory.madvise(mmap.MADV_DONTFORK)
+    return torch.frombuffer(memory, dtype=torch.uint8)

@@ -104,9 +104,19 @@ class ExpertReader:
 
 
 class DroppingReader(ExpertReader):
-    """Through the page cache, and out of it again: where a filesystem has no direct I/O (memory, some overlays)."""
+    """Through the page cache, and out of it again: where a filesystem has no direct I/O (memory, some overlays).
 
-    direct, how = True, "buffered, then dropped from the page cache: the filesystem has no direct I/O"
+    Systems without `posix_fadvise` (macOS, Windows) keep what was read in the page cache, and `how` says so.
+    """
+
+    direct = True
+
+    @property
+    def how(self) -> str:
+        """How files are read, and why so."""
+        if hasattr(os, "posix_fadvise"):
+            return "buffered, then dropped from the page cache: the filesystem has no direct I/O"
+        return "buffered: this system has no direct I/O, nor a way to drop a file from the page cache"
 
     def _fill(self, image: memoryview, begin: int, end: int, x: Extent, room: int) -> None:
         super()._fill(image, begin, end, x, room)

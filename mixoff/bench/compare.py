@@ -125,7 +125,7 @@ def versions() -> dict[str, str]:
 def hardware_name() -> str:
     """The processor's name, as the system tells it."""
     with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown")
     return platform.processor() or platform.machine()
 
