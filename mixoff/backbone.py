@@ -36,7 +36,7 @@ def check(folder: Path, sizes: Mapping[str, tuple[int, ...]]) -> set[str]:
     if misshapen:
         name, found, wanted = misshapen[0]
         raise CheckpointError(
-            f"{name} of {folder} has shape {found}, and config.json{_setting(config, found, wanted)} makes it {wanted}: "
+            f"{name} of {folder} has shape {found}, config.json says {wanted}{_setting(config, found, wanted)}: "
             "copy config.json again from the source of the weights"
         )
     if missing:
@@ -97,7 +97,7 @@ def refuse_overflow(model: PreTrainedModel, compute: torch.dtype, stored: str) -
     for name, weight in model.named_parameters():
         if str(weight.dtype) == "torch.float16" and not is_finite(weight):
             raise CheckpointError(
-                f"{name} holds numbers that float16 cannot (beyond 65504), or NaN: load the model with dtype=\"float32\""
+                f"{name} holds NaN, or numbers beyond the 65504 of float16: load the model with dtype='float32'"
             )
 
 
@@ -124,7 +124,7 @@ def _quietly() -> Iterator[None]:
 
 @contextlib.contextmanager
 def opened(folder: Path, tensors: Mapping[str, TensorRange]) -> Iterator[dict[str, object]]:
-    """The tensors by name as transformers reads them: a slice each, whose bytes are looked at when they are asked for."""
+    """The tensors by name as transformers reads them: slices, whose bytes are looked at when they are asked for."""
     from safetensors import SafetensorError, safe_open
 
     with contextlib.ExitStack() as files:

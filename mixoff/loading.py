@@ -187,7 +187,7 @@ def _load_backbone(
                 output_loading_info=True,
             )
             model.generation_config = _generation_config(source.folder)
-        except Exception as error:  # transformers and safetensors raise many kinds here; to the user all of them are one
+        except Exception as error:  # transformers and safetensors raise many kinds; to the user all of them are one
             reason = str(error).strip().split("\n")[0]
             raise CheckpointError(f"transformers cannot load the backbone of {source.folder}: {reason}") from error
     if lacking := sorted(report["missing_keys"]):  # transformers would make them up at random, with a warning

@@ -61,7 +61,7 @@ class PublishedCheckpoint(Checkpoint):
         named = {f"{prefix}{name}": t for prefix in prefixes for name, t in tensors.items()}
         if len(prefixes) != 1 or named.keys() != wanted:
             raise CheckpointError(
-                f"{self.folder / file} holds other tensors than its index says: the download is mixed up, fetch it again"
+                f"{self.folder / file} holds other tensors than its index says: it is mixed up, fetch it again"
             )
         return named
 

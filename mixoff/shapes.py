@@ -152,7 +152,8 @@ def expert_sites(model: PreTrainedModel, dtype: str) -> tuple[Site, ...]:
     return sites
 
 
-TOP_K = ("num_experts_per_tok", "moe_k", "moe_topk", "top_k_experts", "num_experts_per_token")  # names in configurations
+# names of K in configurations
+TOP_K = ("num_experts_per_tok", "moe_k", "moe_topk", "top_k_experts", "num_experts_per_token")
 
 
 def top_k(config: PretrainedConfig) -> int | None:

@@ -289,8 +289,12 @@ def described_quantized(folder: Path) -> dict[str, dict]:
     try:
         with safe_open(folder / QUANTIZED, framework="pt") as f:
             described = json.loads(f.metadata()["mixoff"])
+        tensors = read_header(folder / QUANTIZED)
         for name, meta in described.items():
-            packed_nbytes(tuple(meta["shape"]), meta["bits"], meta["group_size"], meta["metadata_bits"])
+            form = tuple(meta["shape"]), meta["bits"], meta["group_size"], meta["metadata_bits"]
+            for part, size, _ in layout(*form):
+                if (stored := tensors[f"{name}.{part}"].shape) != size:
+                    raise ValueError(f"{name}.{part} has shape {stored}, its description says {size}")
         return described
     except (SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{folder / QUANTIZED} is damaged ({error}): convert the original again") from None
