@@ -84,9 +84,7 @@ def open_source(path: str | Path) -> Source:
         return _open_store(folder)
     checkpoint = published.open_checkpoint(folder)
     if reason := checkpoint.not_in_place:
-        raise EncodedError(
-            f"{reason}: convert it first (`mixoff convert {path} TARGET`), or load it with a scheme"
-        )
+        raise EncodedError(f"{reason}: convert it first (`mixoff convert {path} TARGET`), or load it with a scheme")
     found = survey(checkpoint)
     return Source(
         folder, found.sites, found.dtype, Scheme(), ExpertReader(folder, found.extents), backbone=found.backbone
@@ -109,7 +107,7 @@ class Survey:
 
 
 def survey(checkpoint: Checkpoint) -> Survey:
-    """What `checkpoint` holds, if that is all that its model needs: the one verdict of loading, converting and planning.
+    """What `checkpoint` holds, if its model needs no more: the one verdict of loading, converting and planning.
 
     Reads headers only. Raises CheckpointError.
     """

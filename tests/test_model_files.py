@@ -162,7 +162,11 @@ def rewritten(change):
 
 
 REFUSED = {
-    "shards without an index": ("many", without_index, r"has model-00001-of-.* more, but neither model.safetensors nor"),
+    "shards without an index": (
+        "many",
+        without_index,
+        r"has model-00001-of-.* more, but neither model.safetensors nor",
+    ),
     "one file of another name": ("one", renamed_file, "has weights.safetensors, but neither .* rename the file"),
     "a shard is missing": (
         "many",
@@ -179,8 +183,16 @@ REFUSED = {
         lambda many, _: edit_json(many / INDEX, weight_map={"a": "../x.safetensors"}),
         "do not trust this folder",
     ),
-    "an unsafe name in config.json": ("one", setting(transformers_weights="../x.safetensors"), "do not trust this folder"),
-    "a name in config.json without its file": ("one", setting(transformers_weights="x.safetensors"), "lacks x.safetens"),
+    "an unsafe name in config.json": (
+        "one",
+        setting(transformers_weights="../x.safetensors"),
+        "do not trust this folder",
+    ),
+    "a name in config.json without its file": (
+        "one",
+        setting(transformers_weights="x.safetensors"),
+        "lacks x.safetens",
+    ),
     "an adapter": ("one", adapter, r"is an adapter \(LoRA\) of org/base .*merge it into the model with PEFT"),
     "an adapter beside a model": ("one", adapter_beside, "holds an adapter .* beside a model"),
     "a backbone weight is missing": ("one", rewritten(lambda t: t.pop(NORM)), f"lacks {NORM}: the download is incomp"),
