@@ -6,6 +6,7 @@ Does not know how bytes are read, quantized or written.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,6 +19,8 @@ from mixoff.errors import CheckpointError
 from mixoff.quantize import QTensor, Scheme
 from mixoff.shapes import PART_ALIGN, Part, Site
 from mixoff.store import FORMAT, QUANTIZED, VERSION, expert_file, stride
+
+log = logging.getLogger("mixoff")
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,7 @@ class Weight:
     """One weight on its way: how it is read, what it then is, and where its bytes go.
 
     part: as it is read. role: of the scheme, where it is quantized. Its byte image is cut into the outputs in order.
+    where: its name and file, for errors. used: whether the model uses it.
     """
 
     name: str
@@ -43,6 +47,8 @@ class Weight:
     transposed: bool
     role: str | None
     outputs: tuple[Output, ...]
+    where: str
+    used: bool = True
 
     @property
     def ranges(self) -> list[tuple[str, int, int]]:
@@ -64,18 +70,24 @@ class Blueprint:
 
 def lay_out(checkpoint: Checkpoint, scheme: Scheme) -> Blueprint:
     """The store that `scheme` makes of `checkpoint`. Raises CheckpointError or MixoffError for what cannot be made."""
-    dtype = store.checkpoint_dtype(checkpoint)
-    model = shapes.skeleton(shapes.read_config(checkpoint.folder))
-    plain = checkpoint.stored_sites(shapes.expert_sites(model, dtype))
-    plan = Blueprint(scheme, dtype, store.quantized_sites(plain, scheme), [], {}, {})
-    _place_experts(plan, plain, checkpoint.extents(plain))
+    found = store.survey(checkpoint)
+    plan = Blueprint(scheme, found.dtype, store.quantized_sites(found.sites, scheme), [], {}, {})
+    _place_experts(plan, found.sites, found.extents)
+    _warn_of_unused(checkpoint, found.unused)
     backbone = checkpoint.backbone()
-    roles = {name: role for name, role in shapes.backbone_roles(model).items() if name in backbone}
+    roles = {name: role for name, role in shapes.backbone_roles(found.model).items() if name in backbone}
     quantized = {name: role for name, role in roles.items() if scheme.precision(role) is not None}
-    _place_copied(plan, {name: entry for name, entry in backbone.items() if name not in quantized}, checkpoint.files)
+    copied = {name: entry for name, entry in backbone.items() if name not in quantized}
+    _place_copied(plan, copied, checkpoint.files, found.unused)
     if quantized:
         _place_quantized(plan, quantized, backbone)
     return plan
+
+
+def _warn_of_unused(checkpoint: Checkpoint, unused: set[str]) -> None:
+    if unused:
+        some = ", ".join(sorted(unused)[:3]) + ", …" * (len(unused) > 3)
+        log.warning("%s has %d tensors that its model does not use: %s", checkpoint.folder, len(unused), some)
 
 
 def _place_experts(plan: Blueprint, plain: Iterable[Site], extents: dict[tuple[int, int], list[Extent]]) -> None:
@@ -89,10 +101,11 @@ def _place_experts(plan: Blueprint, plain: Iterable[Site], extents: dict[tuple[i
                 moved = tuple(replace(x, place=x.place - old.offset) for x in inside)
                 role = "experts" if new.form != old.form else None
                 output = Output(name, file, e * stride(after) + new.offset, new.nbytes)
-                plan.weights.append(Weight(name, moved, old, before.transposed, role, (output,)))
+                where = f"{name} (layer {before.layer}, expert {e}) in {moved[0].file}"
+                plan.weights.append(Weight(name, moved, old, before.transposed, role, (output,), where))
 
 
-def _place_copied(plan: Blueprint, tensors: dict, files: list[str]) -> None:
+def _place_copied(plan: Blueprint, tensors: dict, files: list[str], unused: set[str]) -> None:
     """The tensors that stay as they are, in files with the shards' own names.
 
     The data begins at the same place modulo 64 as in the shard: transformers computes from the mapped file, and the
@@ -107,9 +120,11 @@ def _place_copied(plan: Blueprint, tensors: dict, files: list[str]) -> None:
         wanted = {name: (t.dtype, t.shape, t.nbytes) for name, t in ordered}
         offsets = _place_tensors(plan, file, wanted, {"format": "pt"}, begin)
         for name, t in ordered:
-            part = Part(name, t.shape, t.dtype, 0, t.nbytes)
-            output = Output(name, file, offsets[name], t.nbytes)
-            plan.weights.append(Weight(name, (tensors[name][1],), part, False, None, (output,)))
+            part = Part(name, t.shape, DTYPES.get(t.dtype, t.dtype), 0, t.nbytes)
+            output, where = Output(name, file, offsets[name], t.nbytes), f"{name} in {t.file}"
+            plan.weights.append(
+                Weight(name, (tensors[name][1],), part, False, None, (output,), where, name not in unused)
+            )
 
 
 STORED_NAMES = {torch.int32: "I32", torch.int16: "I16", torch.float16: "F16", torch.uint8: "U8"}
@@ -129,9 +144,11 @@ def _place_quantized(plan: Blueprint, roles: dict[str, str], backbone: dict) -> 
     offsets = _place_tensors(plan, QUANTIZED, ordered, {"mixoff": json.dumps(described)}, 0)
     for name, role in roles.items():
         t, extent = backbone[name]
+        if t.dtype not in DTYPES:
+            raise CheckpointError(f"{name} in {t.file} is {t.dtype}: mixoff quantizes {', '.join(DTYPES)}")
         part = Part(name, t.shape, DTYPES[t.dtype], 0, t.nbytes)
         outputs = tuple(Output(key, QUANTIZED, offsets[key], entry[2]) for key, entry in parts[name].items())
-        plan.weights.append(Weight(name, (extent,), part, False, role, outputs))
+        plan.weights.append(Weight(name, (extent,), part, False, role, outputs, f"{name} in {t.file}"))
 
 
 def _place_tensors(plan: Blueprint, file: str, tensors: dict[str, tuple], metadata: dict, begin: int) -> dict[str, int]:

@@ -6,15 +6,15 @@ unpickled, evaluated or imported from a model folder. Does not know caches or bu
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mixoff import keys
+from mixoff import keys, model_files
 from mixoff.errors import CheckpointError
-from mixoff.shapes import Part, Site
+from mixoff.model_files import MAX_HEADER, ModelFiles, parse_json, read_json
+from mixoff.shapes import Part, Site, dtype_nbytes, torch_dtype
 
 DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}  # of experts that we serve unquantized
 ITEM_BITS = {
@@ -30,10 +30,7 @@ ITEM_BITS = {
     "U16": 16,
 }
 ITEM_BITS |= {"F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "I8": 8, "U8": 8, "BOOL": 8}
-MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors format itself
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 MAX_DIMENSIONS = 64  # torch's own limit
-INDEX = "model.safetensors.index.json"
 LOAD_FIRST = "not supported; load the model with transformers, then call mixoff.offload(model)"
 
 Read = Callable[[str, int, memoryview], None]  # of a file, from an offset, until the view is full
@@ -68,35 +65,31 @@ class Extent:
         read(self.file, self.offset, image[self.place : self.place + self.nbytes])
 
 
-def read_json(path: Path) -> dict:
-    """A JSON object from `path`. Raises CheckpointError when it is missing, no JSON, or no object."""
-    try:
-        if (size := path.stat().st_size) > MAX_HEADER:
-            raise ValueError(f"{size} bytes")
-        value = parse_json(path.read_bytes())
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{path.parent} has no {path.name}: a model folder holds config.json and *.safetensors"
-        ) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not readable JSON ({error}): copy it again from its source") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(
-            f"{path} holds a {type(value).__name__}, expected a JSON object: copy it again from its source"
-        )
-    return value
+@dataclass(frozen=True)
+class WidenedExtent(Extent):
+    """Numbers of a narrower dtype than the image has: they are widened, which changes none of them.
 
+    nbytes: in the image. dtypes: in the file and in the image, by torch's names.
+    """
 
-def parse_json(raw: bytes) -> object:
-    """The value of a JSON text in UTF-8. Raises ValueError, also for a key that stands twice, or RecursionError."""
+    dtypes: tuple[str, str] = ("", "")
 
-    def unique(pairs: list[tuple[str, object]]) -> dict:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            raise ValueError("a key stands twice")
-        return found
+    @property
+    def stored_nbytes(self) -> int:
+        narrow, wide = map(dtype_nbytes, self.dtypes)
+        return self.nbytes * narrow // wide
 
-    return json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
+    def ranges(self) -> list[tuple[str, int, int]]:
+        return [(self.file, self.offset, self.stored_nbytes)]
+
+    def fill(self, image: memoryview, read: Read) -> None:
+        import torch
+
+        raw = bytearray(self.stored_nbytes)
+        read(self.file, self.offset, memoryview(raw))
+        narrow, wide = map(torch_dtype, self.dtypes)
+        out = torch.frombuffer(image[self.place : self.place + self.nbytes], dtype=wide)
+        out.copy_(torch.frombuffer(raw, dtype=narrow))
 
 
 def read_header(path: Path) -> dict[str, TensorRange]:
@@ -153,34 +146,45 @@ def _tensor_range(file: str, entry: dict, base: int) -> TensorRange:
 class Checkpoint:
     """The safetensors files of one model folder. Opening it reads headers only.
 
-    `tensors`: every tensor by its name in the files. headers: the tensors by file, where the files are elsewhere.
-    Raises CheckpointError for anything missing, damaged or unsafe.
+    `tensors`: every tensor by its name in the files; of two with one name the later file's, as transformers takes them.
+    found: which files, and headers: their tensors by file, where the files are elsewhere. Raises CheckpointError for
+    anything missing, damaged or unsafe.
     """
 
-    in_place = True  # whether experts can be served from these files as they are
+    widens = True  # whether experts of several dtypes are read as the widest
     method: str | None = None  # of the quantization that this class reads
 
-    def __init__(self, folder: str | Path, headers: Mapping[str, dict[str, TensorRange]] | None = None) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        found: ModelFiles | None = None,
+        headers: Mapping[str, dict[str, TensorRange]] | None = None,
+    ) -> None:
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise CheckpointError(
                 f"no model folder at {folder}: give the folder that holds config.json and *.safetensors"
             )
+        if not (self.folder / "config.json").exists():
+            model_files.refuse_adapter([p.name for p in self.folder.iterdir()], self.folder, self.folder)
         _refuse_quantized(read_json(self.folder / "config.json"), self.folder, self.method)
-        self.files = _weight_files(self.folder) if headers is None else sorted(headers)
+        self.found = found or model_files.find(self.folder)
+        self.files = list(self.found.names)
         self.tensors: dict[str, TensorRange] = {}
         for file in self.files:
             header = read_header(self.folder / file) if headers is None else headers[file]
-            for name, t in self._full_names(file, header).items():
-                if name in self.tensors:
-                    raise CheckpointError(
-                        f"{name!r} stands in {t.file} and in {self.tensors[name].file}: keep one of them"
-                    )
-                self.tensors[name] = t
+            self.tensors |= self._full_names(file, header)
 
     def _full_names(self, file: str, tensors: dict[str, TensorRange]) -> dict[str, TensorRange]:
         """The tensors of a file by their names in the model."""
         return tensors
+
+    @property
+    def not_in_place(self) -> str | None:
+        """What keeps experts from being served from these files as they are; None where nothing does."""
+        dtypes = {self.tensors[name].dtype for name in self.expert_names()}
+        mixed = len(dtypes) > 1 and dtypes <= DTYPES.keys()
+        return f"{self.folder}: experts are stored as {', '.join(sorted(dtypes))}" if mixed else None
 
     def stored_sites(self, sites: Iterable[Site]) -> tuple[Site, ...]:
         """The sites with their parts as this checkpoint has them: its experts may be quantized already."""
@@ -206,7 +210,7 @@ class Checkpoint:
         return Extent(t.file, t.offset + start, place, nbytes)
 
     def expert_dtype(self) -> str:
-        """The one dtype that all experts are stored in, by torch's name."""
+        """The dtype of the experts, by torch's name: where they have several, float32, which holds all of them."""
         found = {self.tensors[name].dtype: name for name in sorted(self.expert_names(), reverse=True)}
         if not found:
             if interleaved := next((name for name in self.tensors if name.endswith(keys.INTERLEAVED)), None):
@@ -216,13 +220,13 @@ class Checkpoint:
             raise CheckpointError(
                 f"{self.folder} has no expert weights under a name that mixoff knows (…layers.0.….experts.0.w1.weight)"
             )
-        if len(found) > 1 or not found.keys() <= DTYPES.keys():
+        if not found.keys() <= DTYPES.keys() or (len(found) > 1 and not self.widens):
             examples = ", ".join(f"{name} in {dtype}" for dtype, name in sorted(found.items()))
             raise CheckpointError(
                 f"experts are stored as {', '.join(sorted(found))} ({examples}): "
                 f"mixoff reads checkpoints that have one of {', '.join(DTYPES)} for all experts"
             )
-        return DTYPES[found.popitem()[0]]
+        return "float32" if len(found) > 1 else DTYPES[found.popitem()[0]]
 
     def extents(self, sites: Sequence[Site]) -> dict[tuple[int, int], list[Extent]]:
         """Where the bytes of each expert stand, by (site, expert). Every part of every expert is covered, once."""
@@ -238,15 +242,24 @@ class Checkpoint:
         site = sites[i]
         if name := places.get((i, None, part.name)):
             self._expect(self.tensors[name], (site.num_experts, *part.shape), site, e)
-            return [self._extent(name, e * part.nbytes, part.nbytes, part.offset)]
+            return [self._expert_extent(name, e * part.nbytes, part.nbytes, part.offset, part.dtype)]
         extents, place = [], part.offset
         pieces = keys.PIECES.get(part.name, (part.name,))
         for matrix in pieces:
             t = self.tensors.get(name := places.get((i, e, matrix)))
             self._expect(t, (part.shape[0] // len(pieces), *part.shape[1:]), site, e)
-            extents.append(self._extent(name, 0, t.nbytes, place))
-            place += t.nbytes
+            nbytes = part.nbytes // len(pieces)
+            extents.append(self._expert_extent(name, 0, nbytes, place, part.dtype))
+            place += nbytes
         return extents
+
+    def _expert_extent(self, name: str, start: int, nbytes: int, place: int, dtype: str) -> Extent:
+        """How to read `nbytes` of an image, which has that dtype, from byte `start` of a tensor in it."""
+        t = self.tensors[name]
+        if (stored := DTYPES[t.dtype]) == dtype:
+            return self._extent(name, start, nbytes, place)
+        first = start * dtype_nbytes(stored) // dtype_nbytes(dtype)
+        return WidenedExtent(t.file, t.offset + first, place, nbytes, (stored, dtype))
 
     def _expect(self, t: TensorRange | None, shape: tuple[int, ...], site: Site, e: int) -> None:
         if t is None:
@@ -275,35 +288,3 @@ def _refuse_quantized(config: dict, folder: Path, known: str | None) -> None:
             raise CheckpointError(
                 f"{folder} is quantized already ({name}): give mixoff the 16-bit original of this model"
             )
-
-
-def _weight_files(folder: Path) -> list[str]:
-    """Names of the safetensors files, from the index where there is one. Only plain names inside the folder."""
-    indexed = (folder / INDEX).exists()
-    files = indexed_files(folder) if indexed else sorted(p.name for p in folder.glob("*.safetensors"))
-    if not files and any(p.suffix in PICKLES for p in folder.iterdir()):
-        raise CheckpointError(
-            f"{folder} holds pickle files, which can run code when opened: use a copy with *.safetensors files"
-        )
-    if not files:
-        raise CheckpointError(
-            f"{folder} has no *.safetensors files: the download is incomplete, or this is no model folder"
-        )
-    for file in files:
-        if not (folder / file).is_file():
-            raise CheckpointError(f"{folder} lacks {file}: the download is incomplete, fetch it again")
-    return files
-
-
-def indexed_files(folder: Path) -> list[str]:
-    """Names of the files that a folder's index points to. Raises CheckpointError for all but plain names."""
-    weight_map = read_json(folder / INDEX).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
-        raise CheckpointError(f"{folder / INDEX} has no weight_map: copy it again from its source")
-    for file in (files := sorted(set(weight_map.values()))):
-        if set(file) & set("/\\:") or not file.isprintable() or not file.endswith(".safetensors"):
-            raise CheckpointError(
-                f"{folder / INDEX} points to {file!r}, which is no plain name of a *.safetensors file: "
-                "do not trust this folder"
-            )
-    return files

@@ -30,10 +30,10 @@ import torch
 
 from mixoff import __version__, hub, shapes, store
 from mixoff.blueprint import Blueprint, Weight, index, lay_out, manifest, to_json
-from mixoff.checkpoint import INDEX
 from mixoff.errors import CheckpointError, MixoffError
 from mixoff.journal import Journal, sync
-from mixoff.quantize import Scheme, loops
+from mixoff.model_files import INDEX, WHOLE
+from mixoff.quantize import Scheme, is_finite, loops
 from mixoff.shards import Range, Ranges, Shards, kept_nbytes, open_shards, walk
 from mixoff.store import FORMAT, MANIFEST, VERSION
 from mixoff.units import format_nbytes
@@ -45,7 +45,13 @@ COMMIT = 64 << 20  # bytes written between two entries of the journal: what a cr
 AGAIN = "run the same command again, and it goes on where it stopped"
 KEPT = "kept of "  # what the journal calls that which outlives a shard
 PARTS = ("store", "kept", "shards", "journal.new")  # what `TARGET.partial` may hold beside journal and lock
+FLOATING = ("float32", "float16", "bfloat16")
+MEND = "fetch its file again, or repair the checkpoint; mixoff.load takes it as it is, and computes what it holds"
 log = logging.getLogger("mixoff")
+
+
+class WeightError(CheckpointError):
+    """A weight that no store shall hold: the same checkpoint will have it the next time too."""
 
 
 @dataclass(frozen=True)
@@ -178,6 +184,8 @@ def _hold(partial: Path, target: Path) -> Iterator[None]:
             useful = False
             try:
                 yield
+            except WeightError:
+                raise
             except BaseException:
                 useful = (partial / "shards").exists() or bool(Journal(partial / "journal").done)
                 raise
@@ -199,10 +207,9 @@ def _explained(plan: Blueprint, partial: Path, target: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise CheckpointError(f"could not convert into {target}: {error.strerror or error}; {AGAIN}") from error
-        missing = format_nbytes(_missing_nbytes(plan, partial))
-        raise CheckpointError(
-            f"the disk is full ({error.strerror}): {target} needs {missing} more; make room, then {AGAIN}"
-        ) from error
+        missing = _missing_nbytes(plan, partial)
+        needs = f"{target} needs {format_nbytes(missing)} more" if missing else f"{target} is nearly complete"
+        raise CheckpointError(f"the disk is full ({error.strerror}): {needs}; make room, then {AGAIN}") from error
 
 
 def _make(shards: Shards, plan: Blueprint, partial: Path, target: Path, options: Options) -> int:
@@ -259,8 +266,9 @@ def _remove(partial: Path, *names: str) -> None:
 
 def _missing_nbytes(plan: Blueprint, partial: Path) -> int:
     """Bytes of the store that are not on the disk yet; without the small files."""
-    there = (partial / "store" / file for file in plan.sizes)
-    return sum(plan.sizes.values()) - sum(p.stat().st_blocks * 512 for p in there if p.exists())
+    there = {file: partial / "store" / file for file in plan.sizes}
+    taken = {file: path.stat().st_blocks * 512 if path.exists() else 0 for file, path in there.items()}
+    return sum(max(0, nbytes - taken[file]) for file, nbytes in plan.sizes.items())  # a file takes whole blocks
 
 
 def _check_space(shards: Shards, plan: Blueprint, steps: list[Step], partial: Path, target: Path) -> None:
@@ -398,11 +406,19 @@ def _read(weight: Weight, ranges: Ranges) -> np.ndarray:
 
 
 def _image(weight: Weight, raw: np.ndarray, scheme: Scheme, each: Callable) -> np.ndarray:
-    """The bytes of a weight as the store has them, uint8 (nbytes,)."""
+    """The bytes of a weight as the store has them, uint8 (nbytes,). Raises WeightError for NaN and infinity."""
+    dtype = weight.part.dtype
+    if dtype not in FLOATING or weight.part.form is not None:
+        return raw
+    w = torch.from_numpy(raw).view(shapes.torch_dtype(dtype)).view(weight.part.shape)
+    if weight.used and not is_finite(w):
+        raise WeightError(f"{weight.where} holds NaN or infinity: {MEND}")
     if weight.role is None:
         return raw
-    w = torch.from_numpy(raw).view(shapes.torch_dtype(weight.part.dtype)).view(weight.part.shape)
-    return scheme.quantize(w.t() if weight.transposed else w, weight.role, each).to_buffer().numpy()
+    try:
+        return scheme.quantize(w.t() if weight.transposed else w, weight.role, each).to_buffer().numpy()
+    except MixoffError as error:
+        raise WeightError(f"{weight.where}: {error}") from None
 
 
 class Making:
@@ -456,7 +472,7 @@ class Making:
     def finish(self, shards: Shards) -> None:
         """Add the small files, the manifest last, and nothing else."""
         small = shards.side_files() | {MANIFEST: to_json(manifest(self.plan, self.journal.done))}
-        if shards.checkpoint.files != ["model.safetensors"]:
+        if shards.checkpoint.files != [WHOLE]:
             small[INDEX] = to_json(index(self.plan))
         for path in self.folder.iterdir():
             if path.name not in self.plan.sizes:

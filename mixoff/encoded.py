@@ -17,8 +17,9 @@ from pathlib import Path
 
 import torch
 
-from mixoff.checkpoint import Checkpoint, Extent, Read, TensorRange, read_json
+from mixoff.checkpoint import Checkpoint, Extent, Read, TensorRange
 from mixoff.errors import CheckpointError
+from mixoff.model_files import ModelFiles, read_json
 
 SCALE = "_scale_inv"
 FP8 = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
@@ -41,12 +42,21 @@ def checkpoint_class(folder: Path) -> type[Checkpoint]:
 class EncodedCheckpoint(Checkpoint):
     """A checkpoint of encoded weights; `tensors` describes them as they are once decoded, under transformers' names."""
 
-    in_place = False
+    widens = False
 
-    def __init__(self, folder: str | Path, headers: Mapping[str, dict[str, TensorRange]] | None = None) -> None:
-        super().__init__(folder, headers)
+    def __init__(
+        self,
+        folder: str | Path,
+        found: ModelFiles | None = None,
+        headers: Mapping[str, dict[str, TensorRange]] | None = None,
+    ) -> None:
+        super().__init__(folder, found, headers)
         self.encoded: dict[str, Extent] = {}
         self._decode_names()
+
+    @property
+    def not_in_place(self) -> str:
+        return f"{self.folder} stores weights as {self.method}, from which experts cannot be served"
 
     def _decode_names(self) -> None:
         """Replace encoded tensors in `tensors` by what they become, and note in `encoded` how."""

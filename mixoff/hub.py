@@ -17,13 +17,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from mixoff import models, published
-from mixoff.checkpoint import INDEX, MAX_HEADER, PICKLES, TensorRange, indexed_files, parse_header
+from mixoff import model_files, models, published
+from mixoff.checkpoint import TensorRange, parse_header
 from mixoff.errors import CheckpointError
+from mixoff.model_files import MAX_HEADER, WHOLE
 from mixoff.shards import SIDE_FILES, LocalShards, Shards, read_side_files
 
 NAME = re.compile(r"^(?P<repo>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>[\w./-]+))?$")
-WANTED = (*SIDE_FILES, "*.safetensors", "experts-*.bin")  # of a model that is loaded; a store may be on the Hub too
+# at first, of a model that is loaded: what chooses its other files; a store may be on the Hub too
+WANTED = (*SIDE_FILES, WHOLE, "quantized.safetensors", "experts-*.bin")
 STRAY = re.compile(r"\.[0-9a-f]{8}\.incomplete$")  # named at random by huggingface_hub 2, which never goes on with one
 FIRST = 100_000  # bytes asked for at first: nearly every header ends before
 CONNECTIONS = 8  # headers that are fetched at a time
@@ -70,7 +72,11 @@ def snapshot(model: HubId) -> Path:
     from huggingface_hub import snapshot_download
 
     with advice(model):
-        return Path(snapshot_download(model.repo, revision=model.revision, allow_patterns=list(WANTED)))
+        folder = Path(snapshot_download(model.repo, revision=model.revision, allow_patterns=list(WANTED)))
+        found = model_files.here(folder)
+        if found and not all((folder / name).exists() for name in found.names):  # of the same commit
+            snapshot_download(model.repo, revision=folder.name, allow_patterns=list(found.names))
+    return folder
 
 
 def config_folder(model: HubId) -> Path:
@@ -105,10 +111,10 @@ class HubShards:
         self.model, self.downloads = HubId(model.repo, info.sha), downloads
         self.listed = {entry.rfilename: entry for entry in info.siblings or []}
         folder = self._side_folder()
-        files = weight_files(folder, set(self.listed), self.model)
+        found = model_files.find(folder, self.listed, self.model)
         with ThreadPoolExecutor(CONNECTIONS) as pool:
-            headers = dict(zip(files, pool.map(self._header, files), strict=True))
-        self.checkpoint = published.open_checkpoint(folder, headers)
+            headers = dict(zip(found.names, pool.map(self._header, found.names), strict=True))
+        self.checkpoint = published.open_checkpoint(folder, found, headers)
 
     def identity(self) -> str:
         return f"{self.model} {[(file, self.listed[file].size) for file in self.checkpoint.files]}"
@@ -147,6 +153,7 @@ class HubShards:
         plain = [name for name in self.listed if "/" not in name]
         names = [name for name in plain if any(fnmatch.fnmatch(name, pattern) for pattern in SIDE_FILES)]
         if "config.json" not in names:
+            model_files.refuse_adapter(names, self.downloads, self.model)
             raise CheckpointError(f"{self.model} has no config.json: it is no model that transformers can load")
         with advice(self.model):
             paths = [Path(hf_hub_download(self.model.repo, n, revision=self.model.revision)) for n in names]
@@ -192,25 +199,6 @@ class HubShards:
             while piece := f.read(1 << 22):
                 digest.update(piece)
         return digest.hexdigest() == entry.lfs.sha256
-
-
-def weight_files(folder: Path, listed: set[str], model: HubId) -> list[str]:
-    """Names of the shards, from the index where there is one, each of them listed by the Hub."""
-    files = (
-        indexed_files(folder)
-        if (folder / INDEX).is_file()
-        else sorted(name for name in listed if name.endswith(".safetensors") and "/" not in name)
-    )
-    if lacking := sorted(set(files) - listed):
-        raise CheckpointError(f"{model} lacks {lacking[0]}, which its index names: tell the owner of that model")
-    if not files and any(name.endswith((*PICKLES, ".gguf")) for name in listed):
-        raise CheckpointError(
-            f"{model} has no *.safetensors files, only formats that mixoff does not open (pickle "
-            "files can run code): look for a copy of the model in safetensors"
-        )
-    if not files:
-        raise CheckpointError(f"{model} has no *.safetensors files: choose a repository that holds a model's weights")
-    return files
 
 
 # What went wrong ------------------------------------------------------------------------------------------------------

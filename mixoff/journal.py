@@ -70,9 +70,10 @@ def _lines(path: Path) -> list:
 
 def sync(path: Path) -> None:
     """Wait until a file's bytes, or a folder's names, are on the disk."""
-    if os.name == "nt" and path.is_dir():  # Windows opens no folders
+    folder = path.is_dir()
+    if os.name == "nt" and folder:  # Windows opens no folders
         return
-    fd = os.open(path, os.O_RDONLY)
+    fd = os.open(path, os.O_RDONLY if folder else os.O_RDWR)  # and syncs only what is open for writing
     try:
         os.fsync(fd)
     finally:

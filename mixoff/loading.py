@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-from mixoff import conversion, cuda, hardware, hub, layers, planner, published, shapes, store, streams
+from mixoff import backbone, conversion, cuda, hardware, hub, layers, planner, published, shapes, store, streams
 from mixoff.errors import BudgetError, CheckpointError, MixoffError
 from mixoff.kernels import reference, threads
 from mixoff.policies import Policy
@@ -174,33 +174,39 @@ def _load_backbone(
 ) -> PreTrainedModel:
     """`from_pretrained` of everything but the experts: their parameters are removed before weights are looked for."""
     config = shapes.read_config(source.folder)
-    quantized, tensors = store.read_backbone(source.folder)
-    layers.untie(config, quantized)
     base = shapes.model_class(config)
-    try:
-        model, report = _shell(base, list(quantized)).from_pretrained(
-            None if tensors else source.folder,
-            config=config,
-            state_dict=tensors,
-            dtype=compute,
-            experts_implementation="mixoff",
-            local_files_only=True,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-    except Exception as error:  # transformers and safetensors raise many kinds here; to the user all of them are one
-        reason = str(error).strip().split("\n")[0]
-        raise CheckpointError(f"transformers cannot load the backbone of {source.folder}: {reason}") from error
+    with store.open_backbone(source) as (quantized, tensors):
+        layers.untie(config, quantized)
+        try:
+            model, report = _shell(base, list(quantized)).from_pretrained(
+                None,  # no folder, in which transformers would choose files itself
+                config=config,
+                state_dict=tensors,
+                dtype=compute,
+                experts_implementation="mixoff",
+                output_loading_info=True,
+            )
+            model.generation_config = _generation_config(source.folder)
+        except Exception as error:  # transformers and safetensors raise many kinds; to the user all of them are one
+            reason = str(error).strip().split("\n")[0]
+            raise CheckpointError(f"transformers cannot load the backbone of {source.folder}: {reason}") from error
     if lacking := sorted(report["missing_keys"]):  # transformers would make them up at random, with a warning
-        raise CheckpointError(
-            f"{source.folder} lacks {', '.join(lacking[:3])}: the download is incomplete, fetch it again"
-        )
+        raise CheckpointError(f"{source.folder} lacks {', '.join(lacking[:3])}: {backbone.INCOMPLETE}")
+    backbone.refuse_overflow(model, compute, source.dtype)
     where = gpu.where if gpu else torch.device("cpu")
     layers.fill(model, quantized, compute, exact, where)
-    if tensors and (source.folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(source.folder, local_files_only=True)
+    model.name_or_path = model.config.name_or_path = str(source.folder)
     model.generation_config.disable_compile = True  # the experts are not a graph
     return model.eval().to(where)
+
+
+def _generation_config(folder: Path) -> GenerationConfig:
+    """As `from_pretrained` finds it: a file of its own, else what config.json says of generation."""
+    try:
+        return GenerationConfig.from_pretrained(folder, local_files_only=True)
+    except OSError:
+        how = {"config_file_name": "config.json", "local_files_only": True}
+        return GenerationConfig.from_pretrained(folder, _from_model_config=True, **how)
 
 
 def _shell(base: type[PreTrainedModel], quantized: list[str]) -> type[PreTrainedModel]:

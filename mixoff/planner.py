@@ -152,7 +152,7 @@ def _as_stored(
 
     Raises MixoffError where a store, or a checkpoint that is quantized already, is asked for in another scheme.
     """
-    from mixoff import published, store
+    from mixoff import model_files, published, store
 
     folder = presets.folder_of(source)
     if folder is None:
@@ -160,8 +160,9 @@ def _as_stored(
     if (folder / store.MANIFEST).is_file():
         return _as_store(shape, folder, scheme)
     if published.is_published(folder):
+        store.survey(published.open_checkpoint(folder))
         return shape, _only(source, scheme, sizes.PUBLISHED)
-    return (shape.in_files(folder) if any(folder.glob("*.safetensors")) else shape), scheme
+    return (shape.in_files(folder) if model_files.begun(folder) else shape), scheme
 
 
 def _as_store(shape: ModelShape, folder: Path, scheme: str | Scheme | None) -> tuple[ModelShape, Scheme]:
@@ -169,6 +170,7 @@ def _as_store(shape: ModelShape, folder: Path, scheme: str | Scheme | None) -> t
     from mixoff.checkpoint import read_header
     from mixoff.quantize import Scheme
 
+    store.open_source(folder).close()  # refuses what could not be loaded
     manifest = store.read_manifest(folder)
     own = Scheme.from_json(json.dumps(manifest["scheme"]))
     wanted = Scheme.preset(scheme) if isinstance(scheme, str) else scheme

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mixoff import hub, models, shapes
+from mixoff import hub, model_files, models, shapes
 from mixoff.errors import CheckpointError, MixoffError
 from mixoff.generation import advance
 
@@ -116,12 +116,15 @@ class ModelShape:
         return self if dtype == self.dtype else from_config(self.config, self.name, dtype)
 
     def in_files(self, folder: Path) -> ModelShape:
-        """The same model as the safetensors files of `folder` have it, in whichever names and dtypes."""
-        from mixoff import published
+        """The same model as the safetensors files of `folder` have it, in whichever names and dtypes.
 
-        backbone = published.open_checkpoint(folder).backbone()
+        Raises CheckpointError for what could not be loaded either.
+        """
+        from mixoff import published, store
+
+        backbone = store.survey(published.open_checkpoint(folder)).backbone
         roles = {tensor.name: tensor.role for tensor in self.backbone}
-        files = tuple(Stored(tuple(t.shape), t.nbytes, roles.get(name)) for name, (t, _) in backbone.items())
+        files = tuple(Stored(tuple(t.shape), t.nbytes, roles.get(name)) for name, t in backbone.items())
         return replace(self, files=files).quantized_only(backbone)
 
     def quantized_only(self, names: Collection[str]) -> ModelShape:
@@ -163,6 +166,8 @@ def read(source: str | Path) -> PretrainedConfig:
     if path is None and (model := hub.parse(source)) is not None:
         path = _from_hub(model)
     if path is None or not (path / "config.json").exists():
+        if path is not None:
+            model_files.refuse_adapter([p.name for p in path.iterdir()], path, path)
         raise CheckpointError(f"no config.json in {source}: give a model folder, or one of {', '.join(PRESETS)}")
     return shapes.read_config(path)
 
@@ -348,11 +353,9 @@ def _formula(config: PretrainedConfig) -> tuple[CacheLayer, ...]:
 
 
 def _configured_top_k(config: PretrainedConfig) -> int:
-    text = config.get_text_config()
-    for key in ("num_experts_per_tok", "moe_k", "moe_topk", "top_k_experts", "num_experts_per_token"):
-        if isinstance(value := getattr(text, key, None), int):
-            return value
-    raise MixoffError(f"the configuration of {config.model_type} does not say how many experts a token is sent to")
+    if (k := shapes.top_k(config)) is None:
+        raise MixoffError(f"the configuration of {config.model_type} does not say how many experts a token is sent to")
+    return k
 
 
 # Well-known models ----------------------------------------------------------------------------------------------------

@@ -17,30 +17,38 @@ from pathlib import Path
 
 import torch
 
-from mixoff import encoded, shapes, strided
-from mixoff.checkpoint import INDEX, Checkpoint, Extent, TensorRange, read_json
+from mixoff import encoded, model_files, shapes, strided
+from mixoff.checkpoint import Checkpoint, Extent, TensorRange
 from mixoff.errors import CheckpointError
+from mixoff.model_files import ModelFiles
 from mixoff.shapes import Part, Site
 from mixoff.strided import FP16_PARTS, U8_PARTS, Form, StridedTensor
 
 EXPERT = re.compile(r"^(?:.*\.)?layers\.(\d+)\..*\bexperts\.(\d+)\.")  # up to the name of the matrix
 PARTS = U8_PARTS + FP16_PARTS
+CODES = ".W_q"  # the ending of what holds a quantized weight's codes
 MATRICES = {"gate_up_proj": ("w1", "w3"), "down_proj": ("w2",)}  # one above the other
 DTYPES = {torch.uint8: "U8", torch.float16: "F16"}
 
 
 def is_published(folder: Path) -> bool:
-    """Whether the index of a model folder has the keys of this layout."""
-    if not (folder / INDEX).is_file():
-        return False
-    weight_map = read_json(folder / INDEX).get("weight_map")
-    return isinstance(weight_map, dict) and any(name.endswith(".W_q") for name in weight_map)
+    """Whether the weights of a model folder are found through an index with the keys of this layout."""
+    return _is_published(model_files.here(folder))
 
 
-def open_checkpoint(folder: str | Path, headers: Mapping[str, dict[str, TensorRange]] | None = None) -> Checkpoint:
-    """The checkpoint in `folder`, in whichever layout it is; `headers` as in `Checkpoint`."""
-    kind = PublishedCheckpoint if is_published(Path(folder)) else encoded.checkpoint_class(Path(folder))
-    return kind(folder, headers)
+def _is_published(found: ModelFiles | None) -> bool:
+    return found is not None and any(name.endswith(CODES) for name in found.weight_map)
+
+
+def open_checkpoint(
+    folder: str | Path,
+    found: ModelFiles | None = None,
+    headers: Mapping[str, dict[str, TensorRange]] | None = None,
+) -> Checkpoint:
+    """The checkpoint in `folder`, in whichever layout it is; `found` and `headers` as in `Checkpoint`."""
+    published = _is_published(found or model_files.here(Path(folder)))
+    kind = PublishedCheckpoint if published else encoded.checkpoint_class(Path(folder))
+    return kind(folder, found, headers)
 
 
 class PublishedCheckpoint(Checkpoint):
@@ -48,18 +56,21 @@ class PublishedCheckpoint(Checkpoint):
 
     def _full_names(self, file: str, tensors: dict[str, TensorRange]) -> dict[str, TensorRange]:
         """The tensors of a file under the index's names, which begin with the expert that the file holds."""
-        weight_map = read_json(self.folder / INDEX)["weight_map"]
-        wanted = {name for name, holder in weight_map.items() if holder == file}
+        wanted = {name for name, holder in self.found.weight_map.items() if holder == file}
         prefixes = {m[0] for name in wanted if (m := EXPERT.match(name))} if wanted.isdisjoint(tensors) else {""}
         named = {f"{prefix}{name}": t for prefix in prefixes for name, t in tensors.items()}
         if len(prefixes) != 1 or named.keys() != wanted:
             raise CheckpointError(
-                f"{self.folder / file} holds other tensors than {INDEX} says: the download is mixed up, fetch it again"
+                f"{self.folder / file} holds other tensors than its index says: it is mixed up, fetch it again"
             )
         return named
 
     def expert_names(self) -> set[str]:
         return {name for name in self.tensors if EXPERT.match(name)}
+
+    @property
+    def not_in_place(self) -> None:
+        return None
 
     def expert_dtype(self) -> str:
         """What the weights were before they were quantized."""
@@ -89,20 +100,7 @@ class PublishedCheckpoint(Checkpoint):
             raise CheckpointError(f"{self.folder} quantizes {part.name}, which mixoff does not read in this layout")
         rows = part.shape[0] // len(names)
         parts = {name: places.get((site.layer, 0, f"{names[0]}.{name}")) for name in PARTS}
-        return replace(self.form_of((rows, part.shape[1]), parts, site.name), matrices=len(names))
-
-    def form_of(self, shape: tuple[int, int], parts: dict[str, TensorRange | None], name: str) -> Form:
-        """How a matrix (N, K) is stored, from the shapes of its parts."""
-        codes, scales = parts["W_q"], parts["meta.scale_q"]
-        if codes is None or scales is None or len(codes.shape) != 2 or 0 in codes.shape or len(scales.shape) != 2:
-            raise CheckpointError(f"{self.folder} lacks weights of {name}: the download is incomplete, fetch it again")
-        group_size = shape[0] * shape[1] // codes.shape[1]
-        form = Form(8 * codes.shape[0] // max(1, group_size), group_size, scales.shape[0])
-        try:
-            form.check(shape)
-        except ValueError as error:
-            raise CheckpointError(f"{self.folder}: {name} has shape {codes.shape} in {codes.file}: {error}") from None
-        return form
+        return replace(form_of(self.folder, (rows, part.shape[1]), parts, site.name), matrices=len(names))
 
     def _gather(self, places: dict, site: Site, e: int, part: Part) -> Iterable[Extent]:
         form = Form(*part.form[1:])
@@ -149,25 +147,47 @@ def merge(extents: Iterable[Extent]) -> list[Extent]:
 # The backbone ---------------------------------------------------------------------------------------------------------
 
 
-def read_backbone(folder: Path) -> tuple[dict[str, StridedTensor], dict[str, torch.Tensor]]:
-    """The quantized weights of the backbone by name (`….q_proj.weight`), and all its other tensors."""
-    from safetensors import SafetensorError, safe_open
-
-    checkpoint = open_checkpoint(folder)
+def form_of(folder: Path, shape: tuple[int, int], parts: Mapping[str, TensorRange | None], name: str) -> Form:
+    """How a matrix (N, K) is stored, from the shapes of its parts."""
+    codes, scales = parts["W_q"], parts["meta.scale_q"]
+    if codes is None or scales is None or len(codes.shape) != 2 or 0 in codes.shape or len(scales.shape) != 2:
+        raise CheckpointError(f"{folder} lacks weights of {name}: the download is incomplete, fetch it again")
+    group_size = shape[0] * shape[1] // codes.shape[1]
+    form = Form(8 * codes.shape[0] // max(1, group_size), group_size, scales.shape[0])
     try:
-        tensors = {}
-        for file in sorted({checkpoint.tensors[name].file for name in checkpoint.backbone()}):
-            with safe_open(folder / file, framework="pt") as f:
-                tensors |= {name: f.get_tensor(name) for name in f.keys()}
-    except SafetensorError as error:
-        raise CheckpointError(f"{folder / file} is damaged ({error}): fetch it again") from None
-    weights = dict(shapes.skeleton(shapes.read_config(folder)).named_parameters())
-    quantized = {}
-    for layer in [name.removesuffix(".W_q") for name in tensors if name.endswith(".W_q")]:
+        form.check(shape)
+    except ValueError as error:
+        raise CheckpointError(f"{folder}: {name} has shape {codes.shape} in {codes.file}: {error}") from None
+    return form
+
+
+def matrices(folder: Path, ranges: Mapping[str, TensorRange]) -> dict[str, tuple[tuple[int, int], Form]]:
+    """Shape and form of the backbone's quantized weights by name (`….q_proj.weight`). `ranges`: its tensors."""
+    layers = [name.removesuffix(CODES) for name in ranges if name.endswith(CODES)]
+    weights = dict(shapes.skeleton(shapes.read_config(folder)).named_parameters()) if layers else {}
+    found = {}
+    for layer in layers:
         if (name := f"{layer}.weight") not in weights:
             raise CheckpointError(f"{folder} quantizes {layer}, and config.json describes a model without it")
-        ranges = {part: checkpoint.tensors.get(f"{layer}.{part}") for part in PARTS}
-        form = checkpoint.form_of(tuple(weights[name].shape), ranges, layer)
-        parts = {part: tensors.pop(f"{layer}.{part}") for part in PARTS if f"{layer}.{part}" in tensors}
-        quantized[name] = StridedTensor.from_parts(tuple(weights[name].shape), form, parts)
-    return quantized, tensors
+        shape = tuple(weights[name].shape)
+        found[name] = shape, form_of(folder, shape, {part: ranges.get(f"{layer}.{part}") for part in PARTS}, layer)
+    return found
+
+
+def plain_names(ranges: Iterable[str]) -> list[str]:
+    """Those of the backbone's tensors that are not parts of a quantized weight."""
+    layers = [name.removesuffix(CODES) for name in ranges if name.endswith(CODES)]
+    parts = {f"{layer}.{part}" for layer in layers for part in PARTS}
+    return [name for name in ranges if name not in parts]
+
+
+def read_matrices(
+    folder: Path, ranges: Mapping[str, TensorRange], read: Callable[[str], torch.Tensor]
+) -> dict[str, StridedTensor]:
+    """The backbone's quantized weights by name; `read(name)` gives a tensor of the files."""
+    found = {}
+    for name, (shape, form) in matrices(folder, ranges).items():
+        layer = name.removesuffix(".weight")
+        parts = {part: read(f"{layer}.{part}") for part in PARTS if f"{layer}.{part}" in ranges}
+        found[name] = StridedTensor.from_parts(shape, form, parts)
+    return found

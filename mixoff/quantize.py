@@ -532,6 +532,18 @@ def check_range(w: Tensor) -> None:
         raise MixoffError(f"the weights hold {found}: repair or rescale the checkpoint")
 
 
+def is_finite(w: Tensor) -> bool:
+    """Whether fp32, fp16 or bf16 weights hold neither NaN nor infinity.
+
+    Two maxima over their bits, read as whole numbers with a sign and without one: above the bits of infinity, of either
+    sign, are only NaNs. That takes no memory, and less time than the bytes take to be hashed.
+    """
+    signed, unsigned = (np.int32, np.uint32) if w.dtype == torch.float32 else (np.int16, np.uint16)
+    infinity = torch.tensor([math.inf, -math.inf], dtype=w.dtype).view(getattr(torch, signed.__name__)).numpy()
+    bits = w.detach().contiguous().view(getattr(torch, signed.__name__)).numpy()
+    return not bits.size or bool(bits.max() < infinity[0] and bits.view(unsigned).max() < infinity.view(unsigned)[1])
+
+
 # Inner loops in torch; `solvers` has them compiled by numba, with equal results ---------------------------------------
 
 

@@ -146,7 +146,28 @@ def expert_sites(model: PreTrainedModel, dtype: str) -> tuple[Site, ...]:
     modules = expert_modules(model)
     if not modules:
         _refuse_without_experts(model)
-    return tuple(_site(name, module, dtype) for name, module in modules.items())
+    sites = tuple(_site(name, module, dtype) for name, module in modules.items())
+    if (k := top_k(model.config)) is not None:
+        _refuse_top_k(k, sites)
+    return sites
+
+
+# names of K in configurations
+TOP_K = ("num_experts_per_tok", "moe_k", "moe_topk", "top_k_experts", "num_experts_per_token")
+
+
+def top_k(config: PretrainedConfig) -> int | None:
+    """Experts that the router chooses for a token, K; None where the configuration has no name for it that we know."""
+    text = config.get_text_config()
+    return next((value for name in TOP_K if isinstance(value := getattr(text, name, None), int)), None)
+
+
+def _refuse_top_k(k: int, sites: Iterable[Site]) -> None:
+    if site := next((site for site in sites if not 1 <= k <= site.num_experts), None):
+        raise CheckpointError(
+            f"config.json sends each token to {k} experts, and layer {site.layer} has {site.num_experts}: "
+            "copy config.json again from the source of the weights"
+        )
 
 
 OWN_EXPERTS = re.compile(r"Experts?(V\d+)?$|MoE$|Moe$|MoeBlock$|SparseMLP$")  # names of classes

@@ -14,21 +14,25 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
-import torch
-
-from mixoff import hub, published, shapes
-from mixoff.checkpoint import Checkpoint, Extent, read_header, read_json
+from mixoff import backbone, hub, published, shapes
+from mixoff.checkpoint import Checkpoint, Extent, TensorRange, read_header
 from mixoff.errors import CheckpointError
+from mixoff.model_files import read_json
 from mixoff.pages import LINE, slab
 from mixoff.quantize import QTensor, Scheme, layout, packed_nbytes
 from mixoff.readers import ExpertReader
 from mixoff.shapes import Part, Site
 from mixoff.shards import local_folder
 from mixoff.strided import StridedTensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 MANIFEST = "mixoff.json"
 QUANTIZED = "quantized.safetensors"
@@ -44,8 +48,8 @@ class EncodedError(CheckpointError):
 class Source:
     """A model folder that experts are served from: a store or a plain checkpoint.
 
-    dtype: of the weights before any quantization, by torch's name. scheme: how they are stored. temporary: a folder
-    that is removed on closing.
+    dtype: of the weights before any quantization, by torch's name. scheme: how they are stored. backbone: the tensors
+    that are no expert's, by name, in the same files. temporary: a folder that is removed on closing.
     """
 
     folder: Path
@@ -53,6 +57,7 @@ class Source:
     dtype: str
     scheme: Scheme
     reader: ExpertReader
+    backbone: Mapping[str, TensorRange]
     temporary: TemporaryDirectory | None = None
 
     @property
@@ -78,14 +83,46 @@ def open_source(path: str | Path) -> Source:
     if (folder / MANIFEST).exists():
         return _open_store(folder)
     checkpoint = published.open_checkpoint(folder)
-    if not checkpoint.in_place:
-        raise EncodedError(
-            f"{folder} stores weights as {checkpoint.method}, from which experts cannot be served: "
-            f"convert it first (`mixoff convert {path} TARGET`), or load it with a scheme"
-        )
+    if reason := checkpoint.not_in_place:
+        raise EncodedError(f"{reason}: convert it first (`mixoff convert {path} TARGET`), or load it with a scheme")
+    found = survey(checkpoint)
+    return Source(
+        folder, found.sites, found.dtype, Scheme(), ExpertReader(folder, found.extents), backbone=found.backbone
+    )
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What a checkpoint holds: its experts' sites, dtype and bytes, and the tensors of its backbone by name.
+
+    unused: names of tensors that the model does not use. model: its skeleton.
+    """
+
+    model: PreTrainedModel
+    dtype: str
+    sites: tuple[Site, ...]
+    extents: dict[tuple[int, int], list[Extent]]
+    backbone: dict[str, TensorRange]
+    unused: set[str]
+
+
+def survey(checkpoint: Checkpoint) -> Survey:
+    """What `checkpoint` holds, if its model needs no more: the one verdict of loading, converting and planning.
+
+    Reads headers only. Raises CheckpointError.
+    """
     dtype = checkpoint_dtype(checkpoint)
-    sites = checkpoint.stored_sites(shapes.expert_sites(shapes.skeleton(shapes.read_config(folder)), dtype))
-    return Source(folder, sites, dtype, Scheme(), ExpertReader(folder, checkpoint.extents(sites)))
+    model = shapes.skeleton(shapes.read_config(checkpoint.folder))
+    sites = checkpoint.stored_sites(shapes.expert_sites(model, dtype))
+    extents, tensors = checkpoint.extents(sites), {name: t for name, (t, _) in checkpoint.backbone().items()}
+    unused = backbone.check(checkpoint.folder, _sizes(checkpoint.folder, tensors))
+    return Survey(model, dtype, sites, extents, tensors, unused)
+
+
+def _sizes(folder: Path, tensors: Mapping[str, TensorRange]) -> dict[str, tuple[int, ...]]:
+    """Shapes of a backbone's weights by name, of those that are quantized in the files as well."""
+    plain = {name: tensors[name].shape for name in published.plain_names(tensors)}
+    return plain | {name: shape for name, (shape, _) in published.matrices(folder, tensors).items()}
 
 
 def checkpoint_dtype(checkpoint: Checkpoint) -> str:
@@ -199,7 +236,7 @@ def _open_store(folder: Path) -> Source:
 
 
 def _described(folder: Path, manifest: dict) -> Source:
-    """Sites follow from configuration and scheme; the manifest has to say the same of them."""
+    """Sites follow from configuration and scheme; the manifest has to say the same of them, and files hold the rest."""
     try:
         scheme, dtype = Scheme.from_json(json.dumps(manifest["scheme"])), manifest["dtype"]
         shapes.dtype_nbytes(dtype)
@@ -218,7 +255,16 @@ def _described(folder: Path, manifest: dict) -> Source:
         for i, (site, file) in enumerate(zip(built, files, strict=True))
         for e in range(site.num_experts)
     }
-    return Source(folder, built, dtype, scheme, ExpertReader(folder, extents))
+    tensors = _stored_backbone(folder, manifest)
+    quantized = {name: tuple(meta["shape"]) for name, meta in described_quantized(folder).items()}
+    backbone.check(folder, _sizes(folder, tensors) | quantized)
+    return Source(folder, built, dtype, scheme, ExpertReader(folder, extents), backbone=tensors)
+
+
+def _stored_backbone(folder: Path, manifest: dict) -> dict[str, TensorRange]:
+    """The tensors that a store keeps as they were, in the files of its manifest."""
+    files = [entry["file"] for entry in manifest["backbone"] if entry["file"] != QUANTIZED]
+    return {name: t for file in files for name, t in read_header(folder / file).items()}
 
 
 def _expect_file(folder: Path, file: str, nbytes: int) -> None:
@@ -232,8 +278,8 @@ def _expect_file(folder: Path, file: str, nbytes: int) -> None:
         )
 
 
-def read_quantized(folder: Path) -> dict[str, QTensor]:
-    """The quantized weights of a store's backbone by name, none where its scheme keeps the backbone as it is."""
+def described_quantized(folder: Path) -> dict[str, dict]:
+    """What a store says of its backbone's quantized weights, by name; nothing where its scheme quantizes none."""
     from safetensors import SafetensorError, safe_open
 
     if not (folder / QUANTIZED).exists():
@@ -241,6 +287,25 @@ def read_quantized(folder: Path) -> dict[str, QTensor]:
     try:
         with safe_open(folder / QUANTIZED, framework="pt") as f:
             described = json.loads(f.metadata()["mixoff"])
+        tensors = read_header(folder / QUANTIZED)
+        for name, meta in described.items():
+            form = tuple(meta["shape"]), meta["bits"], meta["group_size"], meta["metadata_bits"]
+            for part, size, _ in layout(*form):
+                if (stored := tensors[f"{name}.{part}"].shape) != size:
+                    raise ValueError(f"{name}.{part} has shape {stored}, its description says {size}")
+        return described
+    except (SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{folder / QUANTIZED} is damaged ({error}): convert the original again") from None
+
+
+def read_quantized(folder: Path) -> dict[str, QTensor]:
+    """The quantized weights of a store's backbone by name, none where its scheme keeps the backbone as it is."""
+    from safetensors import SafetensorError, safe_open
+
+    if not (described := described_quantized(folder)):
+        return {}
+    try:
+        with safe_open(folder / QUANTIZED, framework="pt") as f:
             # one piece of memory for all: most matrices alone would end amid a huge page, and have small ones there
             room, read = slab((folder / QUANTIZED).stat().st_size + LINE * len(described)), {}
             for name, meta in described.items():
@@ -252,11 +317,14 @@ def read_quantized(folder: Path) -> dict[str, QTensor]:
         raise CheckpointError(f"{folder / QUANTIZED} is damaged ({error}): convert the original again") from None
 
 
-def read_backbone(folder: Path) -> tuple[dict[str, QTensor | StridedTensor], dict[str, torch.Tensor] | None]:
-    """The backbone's quantized weights by name; and its other tensors, None where transformers finds them itself."""
-    if published.is_published(folder):
-        return published.read_backbone(folder)
-    return read_quantized(folder) if (folder / MANIFEST).exists() else {}, None
+@contextmanager
+def open_backbone(source: Source) -> Iterator[tuple[dict[str, QTensor | StridedTensor], dict[str, object]]]:
+    """The backbone's quantized weights by name, and its other tensors as slices of the files that `source` reads."""
+    with backbone.opened(source.folder, source.backbone) as slices:
+        quantized = published.read_matrices(source.folder, source.backbone, lambda name: slices[name][...])
+        if source.is_store:
+            quantized |= read_quantized(source.folder)
+        yield quantized, {name: slices[name] for name in published.plain_names(slices)}
 
 
 def part_names(meta: dict) -> list[str]:

@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -27,7 +28,8 @@ from mixoff.blueprint import lay_out
 from mixoff.checkpoint import Checkpoint
 from mixoff.cli import main
 from mixoff.journal import Journal
-from mixoff.quantize import Precision
+from mixoff.model_files import INDEX
+from mixoff.quantize import Precision, is_finite
 from mixoff.shards import kept_nbytes, walk
 
 # one role each of what is quantized and what is copied, in widths of the random model
@@ -478,6 +480,7 @@ def test_a_shard_with_the_name_of_a_stores_file_is_refused(small, tmp_path):
     shutil.copy(small / "config.json", source)
     weights = {k: v for f in small.glob("*.safetensors") for k, v in load_file(f).items()}
     save_file(weights, source / "quantized.safetensors", metadata={"format": "pt"})
+    (source / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(weights, "quantized.safetensors")}))
     with pytest.raises(CheckpointError, match=r"named quantized\.safetensors"):
         mixoff.convert(source, tmp_path / "store", SCHEME)
     assert not (tmp_path / "store").exists()
@@ -541,3 +544,87 @@ def test_memory_is_bounded_and_kills_at_any_time_do_no_harm(huge, tmp_path):
     print("kills", 6, "| whole", took, "| last run", done)
     assert done["source_nbytes"] < took["source_nbytes"] / 2, "it went on where it was"
     assert large.digests(tmp_path / "store") == large.digests(tmp_path / "whole")
+
+
+# --- weights that no store shall hold ---------------------------------------------------------------------------------
+
+UP, QUERY = "model.layers.1.block_sparse_moe.experts.2.w3.weight", "model.layers.2.self_attn.q_proj.weight"
+WHERE = {
+    UP: r"layers.1.mlp.experts.2.gate_up_proj \(layer 1, expert 2\) in model.safetensors",
+    QUERY: f"{QUERY} in model.safetensors",
+    "model.norm.weight": "model.norm.weight in model.safetensors",
+}
+
+
+def with_value(folder, name, value, dtype=torch.bfloat16):
+    """A random model with one number of its own."""
+    weights = load_file(save_random(folder, dtype=dtype) / "model.safetensors")
+    weights[name].view(-1)[-7] = value
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("name", WHERE)
+@pytest.mark.parametrize("scheme", ["none", SCHEME], ids=["none", "quantized"])
+def test_numbers_that_are_none_are_named(tmp_path, name, value, scheme):
+    """Tensor, layer, expert and file; and nothing of the store is left."""
+    folder = with_value(tmp_path / "model", name, value)
+    for use in (mixoff.convert, lambda source, _, s: mixoff.load(source, scheme=s)):
+        if use is not mixoff.convert and scheme == "none":
+            continue  # that is the folder as it is
+        with pytest.raises(CheckpointError, match=WHERE[name] + " holds NaN or infinity: fetch its file again, or rep"):
+            use(folder, tmp_path / "store", scheme)
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_what_is_too_large_to_be_quantized_is_named(tmp_path):
+    folder = with_value(tmp_path / "model", UP, 1e4)
+    with pytest.raises(CheckpointError, match=WHERE[UP] + ": the weights hold .*, above 8192: repair or rescale"):
+        mixoff.convert(folder, tmp_path / "store", SCHEME)
+    assert mixoff.convert(folder, tmp_path / "store").is_dir()
+
+
+def test_a_weight_in_a_dtype_that_is_not_quantized_is_named(tmp_path):
+    folder = save_random(tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    weights[QUERY] = weights[QUERY].double()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=f"{QUERY} in model.safetensors is F64: mixoff quantizes F16, BF16, F32"):
+        mixoff.convert(folder, tmp_path / "store", SCHEME)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_every_number_that_is_none_is_found(dtype):
+    """By their bits, all 65,536 in 16-bit formats; whatever their place."""
+    bits = torch.arange(-(2**15), 2**15, dtype=torch.int32)
+    w = (bits << 16).view(torch.float32) if dtype == torch.float32 else bits.to(torch.int16).view(dtype)
+    assert all(is_finite(x[None]) == bool(x.isfinite()) for x in w)
+    assert is_finite(w[w.isfinite()]) and not is_finite(w) and is_finite(w[:0])
+
+
+def test_a_disk_that_is_full_at_the_end_needs_nothing_below_zero(small, tmp_path, monkeypatch):
+    """Whole blocks of files that are complete are no room for those that are not."""
+
+    def full(making, shards):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(conversion.Making, "finish", full)
+    with pytest.raises(CheckpointError, match=r"the disk is full \(.*\): .*store is nearly complete; make room, then"):
+        mixoff.convert(small, tmp_path / "store")
+
+
+def test_only_what_is_open_for_writing_is_synced(small, stores, tmp_path, monkeypatch):
+    """As Windows has it, which opens no folders and refuses to sync what is open for reading."""
+    import fcntl
+
+    fsync, synced = os.fsync, []
+
+    def strict(fd):
+        if not stat.S_ISDIR(os.fstat(fd).st_mode) and fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        synced.append(fd)
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", strict)
+    assert tree(mixoff.convert(small, tmp_path / "store", SCHEME)) == stores[small] and synced

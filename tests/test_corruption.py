@@ -18,7 +18,8 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 import mixoff
 from mixoff import CheckpointError, MixoffError
-from mixoff.checkpoint import INDEX, Checkpoint, parse_header, read_header
+from mixoff.checkpoint import Checkpoint, parse_header, read_header
+from mixoff.model_files import INDEX
 from mixoff.store import MANIFEST
 
 SMALL = SHAPE | {"num_hidden_layers": 1, "intermediate_size": 64, "num_local_experts": 2, "num_experts_per_tok": 1}

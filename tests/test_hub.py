@@ -182,6 +182,20 @@ def test_the_published_layout_is_loaded_from_the_hub_as_it_is(client, server, re
     assert client.ask("tokens", repo, fast_bytes="2MB") == {"ok": want}
 
 
+def test_a_newer_whole_file_is_all_that_is_taken(client, server, repo, tmp_path):
+    """Shards and their index are left over: neither is fetched, for loading or for a conversion."""
+    folder = save_random(tmp_path / "model", max_shard_size="150KB")
+    weights = load_file(save_random(tmp_path / "one") / "model.safetensors")
+    save_file({n: t * 1.5 for n, t in weights.items()}, folder / "model.safetensors", metadata={"format": "pt"})
+    server.repos[repo] = folder
+    with mixoff.load(folder, fast_bytes="1MB") as model:
+        want = model.generate(torch.arange(5, 14)[None], max_new_tokens=8, do_sample=False, pad_token_id=0)[0].tolist()
+    assert client.ask("tokens", repo, fast_bytes="1MB") == {"ok": want}
+    assert "ok" in client.ask("convert", repo, tmp_path / "store")
+    assert contents(tmp_path / "store") == contents(mixoff.convert(folder, tmp_path / "local"))
+    assert not any("-of-" in path for _, path, _ in server.requests)
+
+
 # --- what goes wrong on the way ---------------------------------------------------------------------------------------
 
 
@@ -227,6 +241,8 @@ REFUSED = {
     "no configuration": ("org/bare", {}, "org/bare.* has no config.json"),
     "a missing shard": ("org/lacking", {}, "lacks x.safetensors, which its index names"),
     "a path in the index": ("org/tricky", {}, "do not trust this folder"),
+    "shards without an index": ("org/shards", {}, "has a.safetensors and 1 more, but neither model.safetensors nor"),
+    "an adapter": ("org/adapter", {}, "org/adapter.* is an adapter .LoRA. .*merge it into the model"),
     "a damaged header": ("org/damaged", {}, "truncated or no safetensors file"),
     "refused": ("org/refused", {}, "the Hub refuses access to org/refused .403."),
     "a broken server": ("org/broken", {}, "the Hub answers 500 to a request for org/broken: wait a little"),
@@ -254,6 +270,8 @@ def odd(server, tmp_path_factory):
     repository("bare", {"model.safetensors": b""})
     repository("lacking", {"config.json": config, "model.safetensors.index.json": index("x.safetensors")})
     repository("tricky", {"config.json": config, "model.safetensors.index.json": index("../x.safetensors")})
+    repository("shards", {"config.json": config, "a.safetensors": b"", "b.safetensors": b""})
+    repository("adapter", {"adapter_config.json": "{}", "adapter_model.safetensors": b""})
     repository("damaged", {"config.json": config, "model.safetensors": b"\xff" * 100})
     server.repos |= dict.fromkeys(("org/open", "org/gated", "org/refused", "org/broken", "org/slow"), BUNDLED)
     server.gated["org/gated"] = "hf_other"

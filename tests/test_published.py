@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 
 import mixoff
 from mixoff import CheckpointError, kernels, store, strided
-from mixoff.checkpoint import INDEX
 from mixoff.kernels import reference
+from mixoff.model_files import INDEX
 from mixoff.strided import Form, StridedTensor
 
 pytest.importorskip("hqq", reason="hqq is not installed")

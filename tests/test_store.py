@@ -14,7 +14,8 @@ from tiny import BUNDLED, VARIED, budget, decode, resident, save_random
 
 import mixoff
 from mixoff import CheckpointError, MixoffError, store
-from mixoff.checkpoint import INDEX, Checkpoint, read_header
+from mixoff.checkpoint import Checkpoint, read_header
+from mixoff.model_files import INDEX
 from mixoff.store import MANIFEST
 
 
