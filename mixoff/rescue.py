@@ -19,7 +19,7 @@ from mixoff.errors import BudgetError
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import Cache, PreTrainedModel
+    from transformers import PreTrainedModel
 
     from mixoff.runtime import Runtime
 
@@ -36,7 +36,7 @@ def guard(model: PreTrainedModel, runtime: Runtime) -> ExitStack:
         given = signature.bind_partial(*args, **kwargs)
         given = given.arguments | given.kwargs
         cache = next((given[name] for name in CACHE_NAMES if given.get(name) is not None), None)
-        length = None if cache is None else cache.get_seq_length()
+        length = cache.get_seq_length() if hasattr(cache, "get_seq_length") else None  # other kinds of cache have none
         while (done := _attempt(lambda: own(model_of(), *args, **kwargs)))[1] is not None:
             runtime.make_room(done[1])
             _cut_back(cache, length)
@@ -60,15 +60,16 @@ def _attempt(work: Callable[[], Any]) -> tuple[Any, str | None]:
         return None, why
 
 
-def _cut_back(cache: Cache | None, length: int | None) -> None:
+def _cut_back(cache: object, length: int | None) -> None:
     """Drop what a pass that failed has added. Raises BudgetError for a cache of which that cannot be taken away."""
     if cache is None:
         return
     from transformers.cache_utils import DynamicCache, DynamicLayer
 
     if not isinstance(cache, DynamicCache) or any(type(layer) is not DynamicLayer for layer in cache.layers):
+        where = "" if length is None else f" at token {length}"
         raise BudgetError(
-            f"memory ran out at token {length}, and this model's cache ({type(cache).__name__}) cannot be cut back to "
+            f"memory ran out{where}, and this model's cache ({type(cache).__name__}) cannot be cut back to "
             "repeat the pass; slots were given back meanwhile, so generate again, with a shorter context or fewer bits"
         )
     for layer in cache.layers:  # `crop` means other things in other versions of transformers
