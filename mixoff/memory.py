@@ -107,6 +107,7 @@ def offload(
         undo.callback(runtime.close)
         _switch(model, modules, undo)
         undo.push(bind(model, runtime, loaded=False))
+        refusals.watch(given, model, undo)
         model._mixoff_undo = undo.pop_all()
     if folder is None:
         held = format_nbytes(sum(site.num_experts * site.expert_nbytes for site in source.sites))

@@ -123,8 +123,10 @@ def serve(model: nn.Module, runtime: Runtime, loaded: bool) -> ExitStack:
     """
     modules = shapes.expert_modules(model)
     adapters = Adapters(model, modules, loaded)
-    adapters.update(vars(model).get("peft_config", {}))
+    adapters.update(own := vars(model).get("peft_config", {}))
     with ExitStack() as undo:
+        undo.callback(_give_back, vars(model), own, adapters)
+        vars(model).pop("peft_config", None)
         for i, (module, site) in enumerate(zip(modules.values(), runtime.source.sites, strict=True)):
             undo.push(_mark(module, Place(runtime, i, loaded), site))
         for part in dict.fromkeys((model, model.base_model)):
@@ -134,8 +136,6 @@ def serve(model: nn.Module, runtime: Runtime, loaded: bool) -> ExitStack:
 
 def _change_class(model: nn.Module, adapters: Adapters, loaded: bool, undo: ExitStack) -> None:
     own = type(model)
-    if "peft_config" in vars(model):
-        undo.callback(vars(model).__setitem__, "peft_config", vars(model).pop("peft_config"))
     model._adapters = adapters
     undo.callback(delattr, model, "_adapters")
     model.__class__ = _served(getattr(own, "_plain", own), loaded)
@@ -260,6 +260,23 @@ def check_adapters(model: nn.Module) -> None:
         raise MixoffError(f"an adapter of this model has experts, and {why} once they are offloaded: {MERGE} first")
 
 
+def watch(wrapper: nn.Module, model: nn.Module, undo: ExitStack) -> None:
+    """Let a `PeftModel` around the served `model` ask it before it takes another adapter."""
+    tuner = getattr(wrapper, "base_model", None)
+    if tuner is not None and "peft_config" in vars(tuner):
+        undo.callback(setattr, tuner, "peft_config", tuner.peft_config)
+        tuner.peft_config = model.peft_config
+
+
+def _give_back(members: dict, own: dict, adapters: Adapters) -> None:
+    """Leave the adapters that a model has by now where PEFT looks for them."""
+    kept = dict(adapters)
+    own.clear()
+    own.update(kept)
+    if own:
+        members["peft_config"] = own
+
+
 class Adapters(dict):
     """PEFT's configurations of a model by adapter: it asks for them here before it changes a layer.
 
@@ -290,7 +307,7 @@ def _names(modules: Iterable[str]) -> Iterable[str]:
 
 
 def _has_experts(config: PeftConfig, model: nn.Module, names: list[str]) -> bool:
-    """Whether PEFT would look for weights of the experts, or has a name of theirs that no module of the backbone has."""
+    """Whether PEFT would look for weights of the experts, or for a name of theirs that no module of the rest has."""
     config = _as_read(config, model)
     parameters, targets, saved = (
         getattr(config, kind, None) or () for kind in ("target_parameters", "target_modules", "modules_to_save")
