@@ -471,7 +471,7 @@ class Making:
 
     def finish(self, shards: Shards) -> None:
         """Add the small files, the manifest last, and nothing else."""
-        small = shards.side_files() | {MANIFEST: to_json(manifest(self.plan, self.journal.done))}
+        small = store.marked(shards.side_files()) | {MANIFEST: to_json(manifest(self.plan, self.journal.done))}
         if shards.checkpoint.files != [WHOLE]:
             small[INDEX] = to_json(index(self.plan))
         for path in self.folder.iterdir():

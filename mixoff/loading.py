@@ -16,7 +16,20 @@ from tempfile import TemporaryDirectory
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-from mixoff import backbone, conversion, cuda, hardware, hub, layers, planner, published, shapes, store, streams
+from mixoff import (
+    backbone,
+    conversion,
+    cuda,
+    hardware,
+    hub,
+    layers,
+    planner,
+    published,
+    refusals,
+    shapes,
+    store,
+    streams,
+)
 from mixoff.errors import BudgetError, CheckpointError, MixoffError
 from mixoff.kernels import reference, threads
 from mixoff.policies import Policy
@@ -220,51 +233,47 @@ def _shell(base: type[PreTrainedModel], quantized: list[str]) -> type[PreTrained
             module._is_hf_initialized = True  # or transformers would initialize what is no longer there
         layers.hollow(self, quantized)
 
-    def save_pretrained(self: PreTrainedModel, *args: object, **kwargs: object) -> None:
-        raise MixoffError(
-            "this model's experts are offloaded, so save_pretrained would lose them: "
-            "use mixoff.convert, or copy the folder"
-        )
-
-    def __enter__(self: PreTrainedModel) -> PreTrainedModel:
-        return self
-
-    def __exit__(self: PreTrainedModel, *exc: object) -> None:
-        self.mixoff.close()
-
-    members = {"__init__": __init__, "save_pretrained": save_pretrained, "__enter__": __enter__, "__exit__": __exit__}
     # __module__ is the base's, or transformers takes the class for custom code and ignores experts_implementation;
     # ignoring the experts' keys spares a warning about every expert of a plain checkpoint
     ignored = [*(base._keys_to_ignore_on_load_unexpected or []), r"\.experts\.\d+\.", r"\.experts\.\w+$"]
     return type(
         base.__name__,
         (base,),
-        {**members, "__module__": base.__module__, "_keys_to_ignore_on_load_unexpected": ignored},
+        {
+            "__init__": __init__,
+            "_plain": base,
+            "__module__": base.__module__,
+            "_keys_to_ignore_on_load_unexpected": ignored,
+        },
     )
 
 
-def bind(model: PreTrainedModel, runtime: Runtime) -> ExitStack:
-    """Let `runtime` serve the experts of `model`; closing what is returned takes every trace of that away again."""
-    undo = ExitStack()
-    for i, module in enumerate(shapes.expert_modules(model).values()):
-        module._mixoff = (runtime, i)
-        undo.callback(delattr, module, "_mixoff")
-    hook = model.base_model.register_forward_pre_hook(
-        lambda _, args, kwargs: _note_pass(runtime, args, kwargs), with_kwargs=True
-    )
-    undo.callback(hook.remove)
-    if any(isinstance(module, layers.QuantizedLinear) for module in model.modules()):
-        undo.callback(threads.lend(model.base_model))
-    if runtime.guesses.active:
-        names = list(shapes.expert_modules(model))
-        undo.push(NextRouter(model, names, runtime.expect, runtime.wants_guesses, runtime.guesses.stop).attach())
-    undo.push(guard(model, runtime))
-    model.mixoff = runtime
-    undo.callback(delattr, model, "mixoff")
-    return undo
+def bind(model: PreTrainedModel, runtime: Runtime, loaded: bool = True) -> ExitStack:
+    """Let `runtime` serve the experts of `model`; closing what is returned takes every trace of that away again.
+
+    loaded: the model is of `load`, rather than of `offload`.
+    """
+    dtype = refusals.dtype_of(model.base_model)
+
+    def before(backbone: torch.nn.Module, args: tuple, kwargs: dict) -> None:
+        ids = threads.read_by(args, kwargs)
+        if ids is not None:
+            refusals.check(backbone, dtype, ids.device.type, loaded)
+            _note_pass(runtime, ids, kwargs)
+
+    with refusals.serve(model, runtime, loaded) as undo:
+        undo.callback(model.base_model.register_forward_pre_hook(before, with_kwargs=True).remove)
+        if any(isinstance(module, layers.QuantizedLinear) for module in model.modules()):
+            undo.callback(threads.lend(model.base_model))
+        if runtime.guesses.active:
+            names = list(shapes.expert_modules(model))
+            undo.push(NextRouter(model, names, runtime.expect, runtime.wants_guesses, runtime.guesses.stop).attach())
+        undo.push(guard(model, runtime))
+        model.mixoff = runtime
+        undo.callback(delattr, model, "mixoff")
+        return undo.pop_all()
 
 
-def _note_pass(runtime: Runtime, args: tuple, kwargs: dict) -> None:
-    ids = threads.read_by(args, kwargs)
-    if ids is not None:
-        runtime.begin_pass(ids.shape[0] * ids.shape[1], ids.shape[1])
+def _note_pass(runtime: Runtime, ids: torch.Tensor, kwargs: dict) -> None:
+    """Several sequences packed in one row, as in continuous batching, come with the length of the longest."""
+    runtime.begin_pass(ids.shape[0] * ids.shape[1], kwargs.get("max_length_q") or ids.shape[1])

@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import Tensor, nn
 
-from mixoff import layers, shapes, store
+from mixoff import layers, refusals, shapes, store
 from mixoff.checkpoint import Extent
 from mixoff.errors import CheckpointError, MixoffError
 from mixoff.loading import bind, choose_io
@@ -93,6 +93,7 @@ def offload(
     """
     budget = parse_nbytes(fast_bytes)
     scheme = Scheme.preset(scheme) if isinstance(scheme, str) else scheme or Scheme()
+    given, model = model, refusals.within(model)
     modules, dtype = _experts_in_memory(model)
     with ExitStack() as undo:
         source = _source(model, modules, dtype, scheme, folder, undo)
@@ -105,14 +106,15 @@ def offload(
         runtime = Runtime(source, budget, policy, scope, compute, prefetch=prefetch, top_k=k, exact=exact)
         undo.callback(runtime.close)
         _switch(model, modules, undo)
-        undo.push(bind(model, runtime))
+        undo.push(bind(model, runtime, loaded=False))
+        refusals.watch(given, model, undo)
         model._mixoff_undo = undo.pop_all()
     if folder is None:
         held = format_nbytes(sum(site.num_experts * site.expert_nbytes for site in source.sites))
         warnings.warn(
             f"all experts ({held}) stay in memory as the slow tier: to free it, give offload a folder", stacklevel=2
         )
-    return model
+    return given
 
 
 def restore(model: nn.Module) -> nn.Module:
@@ -120,10 +122,11 @@ def restore(model: nn.Module) -> nn.Module:
 
     Raises MixoffError for a model that is not offloaded.
     """
-    if undo := vars(model).pop("_mixoff_undo", None):
+    inner = refusals.within(model)
+    if undo := vars(inner).pop("_mixoff_undo", None):
         undo.close()
         return model
-    if "mixoff" in vars(model):
+    if "mixoff" in vars(inner):
         raise MixoffError("this model's experts never were in memory: load it with transformers to have them there")
     raise MixoffError("this model is not offloaded, so there is nothing to restore: mixoff.offload comes first")
 
@@ -132,6 +135,7 @@ def _experts_in_memory(model: nn.Module) -> tuple[list[nn.Module], str]:
     """The modules with experts and their dtype by name; refuses what cannot be offloaded."""
     if "mixoff" in vars(model):
         raise MixoffError("this model's experts are offloaded already: mixoff.restore it, or close it, first")
+    refusals.check_adapters(model)
     modules = list(shapes.expert_modules(model).values())
     weights = [weight for module in modules for weight in module.parameters(recurse=False)]
     if devices := sorted({weight.device.type for weight in weights} - {"cpu"}):
@@ -263,20 +267,13 @@ def _quantize_backbone(model: nn.Module, scheme: Scheme, dtype: str, exact: bool
 
 
 def _switch(model: nn.Module, modules: list[nn.Module], undo: ExitStack) -> None:
-    """Let transformers call mixoff for the experts, compile nothing, and not save a model without its experts."""
+    """Let transformers call mixoff for the experts, and compile nothing."""
 
     def change(thing: object, name: str, value: object) -> None:
         undo.callback(setattr, thing, name, getattr(thing, name))
         setattr(thing, name, value)
 
-    def save_pretrained(*args: object, **kwargs: object) -> None:
-        raise MixoffError(
-            "the experts are offloaded, so save_pretrained would lose them: mixoff.restore the model first"
-        )
-
     for config in {id(module.config): module.config for module in modules}.values():
         change(config, "_experts_implementation_internal", "mixoff")
     if getattr(model, "generation_config", None) is not None:
         change(model.generation_config, "disable_compile", True)
-    model.save_pretrained = save_pretrained
-    undo.callback(delattr, model, "save_pretrained")

@@ -7,19 +7,18 @@ next call finds the room that was made. Does not know how experts are cached or 
 
 from __future__ import annotations
 
-import functools
 import inspect
-import weakref
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from mixoff.arena import out_of_memory
 from mixoff.errors import BudgetError
+from mixoff.passes import wrap
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import Cache, PreTrainedModel
+    from transformers import PreTrainedModel
 
     from mixoff.runtime import Runtime
 
@@ -28,25 +27,20 @@ CACHE_NAMES = ("cache", "past_key_values")  # what transformers calls a pass's k
 
 def guard(model: PreTrainedModel, runtime: Runtime) -> ExitStack:
     """Let passes of `model` survive a lack of memory, at the cost of slots; closing what is returned ends that."""
-    own, model_of = type(model).forward, weakref.ref(model)
     signature = inspect.signature(model.forward)
 
-    @functools.wraps(own)
-    def forward(*args: Any, **kwargs: Any) -> Any:
+    def around(forward: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
         given = signature.bind_partial(*args, **kwargs)
         given = given.arguments | given.kwargs
         cache = next((given[name] for name in CACHE_NAMES if given.get(name) is not None), None)
-        length = None if cache is None else cache.get_seq_length()
-        while (done := _attempt(lambda: own(model_of(), *args, **kwargs)))[1] is not None:
+        length = cache.get_seq_length() if hasattr(cache, "get_seq_length") else None  # other kinds of cache have none
+        while (done := _attempt(lambda: forward(*args, **kwargs)))[1] is not None:
             runtime.make_room(done[1])
             _cut_back(cache, length)
         return done[0]
 
-    forward.__signature__ = signature  # without `self`; a bound method here would keep the model alive
-    del forward.__wrapped__
-    model.forward = forward
     undo = ExitStack()
-    undo.callback(delattr, model, "forward")
+    undo.callback(wrap(model, around))
     return undo
 
 
@@ -60,15 +54,16 @@ def _attempt(work: Callable[[], Any]) -> tuple[Any, str | None]:
         return None, why
 
 
-def _cut_back(cache: Cache | None, length: int | None) -> None:
+def _cut_back(cache: object, length: int | None) -> None:
     """Drop what a pass that failed has added. Raises BudgetError for a cache of which that cannot be taken away."""
     if cache is None:
         return
     from transformers.cache_utils import DynamicCache, DynamicLayer
 
     if not isinstance(cache, DynamicCache) or any(type(layer) is not DynamicLayer for layer in cache.layers):
+        where = "" if length is None else f" at token {length}"
         raise BudgetError(
-            f"memory ran out at token {length}, and this model's cache ({type(cache).__name__}) cannot be cut back to "
+            f"memory ran out{where}, and this model's cache ({type(cache).__name__}) cannot be cut back to "
             "repeat the pass; slots were given back meanwhile, so generate again, with a shorter context or fewer bits"
         )
     for layer in cache.layers:  # `crop` means other things in other versions of transformers

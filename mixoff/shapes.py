@@ -83,12 +83,14 @@ def read_config(folder: Path) -> PretrainedConfig:
 
     _refuse_absurd(folder / "config.json")
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # transformers raises many kinds here; to the user all of them are one
         reason = str(error).strip().split("\n")[0]
         raise CheckpointError(
             f"{folder / 'config.json'} is not a configuration that transformers can read: {reason}"
         ) from error
+    config._experts_implementation = None  # a store's names one that only its readers know
+    return config
 
 
 MOST = {"layers": 10_000, "experts": 100_000, "": 2**40}  # by what a key's name holds: far beyond any model

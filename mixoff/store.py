@@ -38,6 +38,8 @@ MANIFEST = "mixoff.json"
 QUANTIZED = "quantized.safetensors"
 FORMAT, VERSION = "mixoff-store", 1
 ALIGN = 4096  # bytes; what direct I/O asks for, and a page
+# how a store's config.json names what computes its experts: transformers, which would make experts up, refuses the name
+FOR_MIXOFF = "a mixoff store: load this folder with mixoff.load"
 
 
 class EncodedError(CheckpointError):
@@ -138,6 +140,15 @@ def checkpoint_dtype(checkpoint: Checkpoint) -> str:
 def is_store(path: str | Path) -> bool:
     """Whether `path` is the folder of a store, sound or not."""
     return hub.parse(path) is None and (local_folder(path) / MANIFEST).exists()
+
+
+def marked(small: dict[str, bytes]) -> dict[str, bytes]:
+    """The small files of a model as a store has them: with a config.json for which transformers makes no model."""
+    config = json.loads(small["config.json"])
+    for holder in (config, config.get("text_config")):
+        if isinstance(holder, dict):
+            holder["experts_implementation"] = FOR_MIXOFF
+    return small | {"config.json": (json.dumps(config, indent=2) + "\n").encode()}
 
 
 def stride(site: Site) -> int:

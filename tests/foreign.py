@@ -10,10 +10,8 @@ import pathlib
 import sys
 import tempfile
 
-LACKING = {
-    "windows": ("preadv", "pread", "posix_fadvise", "geteuid", "fork", "register_at_fork", "sched_getaffinity", "O_DIRECT"),
-    "macos": ("posix_fadvise", "sched_getaffinity", "O_DIRECT"),
-}  # fmt: skip
+LACKING = {"macos": ("posix_fadvise", "sched_getaffinity", "O_DIRECT")}
+LACKING["windows"] = (*LACKING["macos"], "preadv", "pread", "geteuid", "fork", "register_at_fork")
 MAPPINGS = {
     "windows": ("MAP_PRIVATE", "MAP_ANONYMOUS", "MADV_HUGEPAGE", "MADV_DONTFORK"),
     "macos": ("MADV_HUGEPAGE", "MADV_DONTFORK"),
