@@ -179,9 +179,9 @@ def _hold(partial: Path, target: Path) -> Iterator[None]:
     if partial.exists() and (strangers := sorted({p.name for p in partial.iterdir()} - {*PARTS, "journal", "lock"})):
         raise CheckpointError(f"{partial} holds {strangers[0]!r}, which is not of a conversion: move that folder away")
     partial.mkdir(parents=True, exist_ok=True)
+    useful, cleared = False, True
     try:
         with FileLock(partial / "lock", timeout=0):
-            useful = False
             try:
                 yield
             except WeightError:
@@ -191,10 +191,23 @@ def _hold(partial: Path, target: Path) -> Iterator[None]:
                 raise
             finally:
                 if not useful:  # the journal late: a run that is killed here is known to be complete
-                    _remove(partial, *PARTS, "journal", "lock")
-                    partial.rmdir()
+                    _remove(partial, *PARTS, "journal")
+                    cleared = _dissolve(partial)
     except Timeout:
         raise CheckpointError(f"another conversion into {target} is at work: wait for it, or end it first") from None
+    finally:
+        if not cleared:
+            _dissolve(partial)
+
+
+def _dissolve(partial: Path) -> bool:
+    """Remove the lock and the folder around it; False where the system removes no file that is open, as Windows."""
+    try:
+        _remove(partial, "lock")
+        partial.rmdir()
+    except OSError:
+        return False
+    return True
 
 
 @contextmanager
@@ -267,8 +280,14 @@ def _remove(partial: Path, *names: str) -> None:
 def _missing_nbytes(plan: Blueprint, partial: Path) -> int:
     """Bytes of the store that are not on the disk yet; without the small files."""
     there = {file: partial / "store" / file for file in plan.sizes}
-    taken = {file: path.stat().st_blocks * 512 if path.exists() else 0 for file, path in there.items()}
+    taken = {file: _taken_nbytes(path) if path.exists() else 0 for file, path in there.items()}
     return sum(max(0, nbytes - taken[file]) for file, nbytes in plan.sizes.items())  # a file takes whole blocks
+
+
+def _taken_nbytes(path: Path) -> int:
+    """Bytes of the disk that a file has; Windows, which counts no blocks, gives a file all of its size at once."""
+    stat = path.stat()
+    return stat.st_blocks * 512 if hasattr(stat, "st_blocks") else stat.st_size
 
 
 def _check_space(shards: Shards, plan: Blueprint, steps: list[Step], partial: Path, target: Path) -> None:

@@ -18,9 +18,9 @@ Forward = Callable[..., Any]
 
 
 def wrap(module: nn.Module, around: Callable[[Forward, tuple, dict], Any]) -> Callable[[], None]:
-    """Let `around(forward, args, kwargs)` stand for `module.forward(*args, **kwargs)`; returns a function to end it.
+    """Let `around(forward, args, kwargs)` replace `module.forward(*args, **kwargs)`; returns a function to end it.
 
-    The signature stays, which transformers looks at; so does a wrapper that is there already.
+    The signature stays, which transformers looks at. A wrapper that is there already is called within, and ends as well.
     """
     before, module_of = vars(module).get("forward"), weakref.ref(module)  # a bound method would keep the module alive
 
@@ -34,10 +34,4 @@ def wrap(module: nn.Module, around: Callable[[Forward, tuple, dict], Any]) -> Ca
     forward.__signature__ = inspect.signature(module.forward)  # without `self`
     del forward.__wrapped__
     module.forward = forward
-
-    def undo() -> None:
-        del module.forward
-        if before is not None:
-            module.forward = before
-
-    return undo
+    return lambda: vars(module).pop("forward", None)
