@@ -165,7 +165,7 @@ def cgroup_limit(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/se
     may be dropped (`inactive_file`) do not count as used.
     """
     try:
-        lines = [line.split(":", 2) for line in own.read_text().splitlines()]
+        lines = [line.split(":", 2) for line in own.read_text(encoding="utf-8").splitlines()]
     except OSError:
         return None
     found = []
@@ -183,8 +183,8 @@ def _limits(base: Path, path: str, limit: str, usage: str) -> list[tuple[int, in
     found = []
     for folder in folders:
         try:
-            text, used = (folder / limit).read_text().strip(), int((folder / usage).read_text())
-            stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            text, used, lines = ((folder / name).read_text(encoding="ascii") for name in (limit, usage, "memory.stat"))
+            text, used, stat = text.strip(), int(used), dict(line.split() for line in lines.splitlines())
         except (OSError, ValueError):
             continue
         if text != "max":
@@ -274,22 +274,23 @@ def disk_bandwidth(
         raise MixoffError(f"requests of {request_nbytes} bytes, {depth} at a time: use a multiple of {PAGE}, and one")
     nbytes = max(nbytes // request_nbytes, SECTIONS) * request_nbytes
     try:
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".mixoff-probe-") as file:
-            _fill(file, nbytes)
-            return _read_at_random(file.name, nbytes, request_nbytes, depth)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".mixoff-probe-") as probe:
+            _fill(Path(probe) / "noise", nbytes)
+            return _read_at_random(Path(probe) / "noise", nbytes, request_nbytes, depth)
     except OSError as error:
         raise MixoffError(f"cannot measure the disk in {folder}: {error.strerror or error}") from error
 
 
-def _fill(file: tempfile._TemporaryFileWrapper, nbytes: int) -> None:
+def _fill(path: Path, nbytes: int) -> None:
     """Random content: some disks compress, and a hole in a file is never read."""
     piece = np.random.default_rng(0).bytes(MIB)
-    for start in range(0, nbytes, MIB):
-        file.write(piece[: min(MIB, nbytes - start)])
-    file.flush()
-    os.fsync(file.fileno())
-    if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    with path.open("wb") as file:
+        for start in range(0, nbytes, MIB):
+            file.write(piece[: min(MIB, nbytes - start)])
+        file.flush()
+        os.fsync(file.fileno())
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def direct_io(folder: str | Path) -> bool:
@@ -297,33 +298,31 @@ def direct_io(folder: str | Path) -> bool:
     if not hasattr(os, "O_DIRECT"):
         return False
     try:
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".mixoff-probe-") as file:
-            file.write(b"0" * PAGE)
-            file.flush()
-            os.close(os.open(file.name, os.O_RDONLY | os.O_DIRECT))
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".mixoff-probe-") as probe:
+            (Path(probe) / "page").write_bytes(b"0" * PAGE)
+            os.close(os.open(Path(probe) / "page", os.O_RDONLY | os.O_DIRECT))
             return True
     except OSError:
         return False
 
 
-def _read_at_random(path: str, nbytes: int, request: int, depth: int) -> float:
+def _read_at_random(path: Path, nbytes: int, request: int, depth: int) -> float:
     offsets = list(range(0, nbytes, request))
     random.Random(0).shuffle(offsets)
-    fd = os.open(path, os.O_RDONLY | (os.O_DIRECT if direct_io(Path(path).parent) else 0))
+    extra = os.O_DIRECT if direct_io(path.parent) else 0
     buffers = [mmap.mmap(-1, request) for _ in range(depth)]
 
-    def read(worker: int) -> None:
-        for offset in offsets[worker::depth]:
-            if hasattr(os, "preadv"):
-                os.preadv(fd, [buffers[worker]], offset)
-            else:
-                os.pread(fd, request, offset)
+    def read(worker: int) -> None:  # from a file of its own, which has its own position where reads need one
+        with open(path, "rb", buffering=0, opener=lambda name, flags: os.open(name, flags | extra)) as file:
+            for offset in offsets[worker::depth]:
+                if hasattr(os, "preadv"):
+                    os.preadv(file.fileno(), [buffers[worker]], offset)
+                else:
+                    file.seek(offset)
+                    file.readinto(buffers[worker])
 
-    try:
-        with ThreadPoolExecutor(depth) as pool:
-            return nbytes / _seconds(lambda: list(pool.map(read, range(depth))))
-    finally:
-        os.close(fd)
+    with ThreadPoolExecutor(depth) as pool:
+        return nbytes / _seconds(lambda: list(pool.map(read, range(depth))))
 
 
 def link_bandwidth(nbytes: int = 64 << 20, rounds: int = 5) -> float | None:

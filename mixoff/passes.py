@@ -20,7 +20,7 @@ Forward = Callable[..., Any]
 def wrap(module: nn.Module, around: Callable[[Forward, tuple, dict], Any]) -> Callable[[], None]:
     """Let `around(forward, args, kwargs)` replace `module.forward(*args, **kwargs)`; returns a function to end it.
 
-    The signature stays, which transformers looks at. A wrapper that is there already is called within, and ends as well.
+    The signature stays, which transformers looks at. A wrapper that is there already is called within, and ends too.
     """
     before, module_of = vars(module).get("forward"), weakref.ref(module)  # a bound method would keep the module alive
 

@@ -54,7 +54,7 @@ def _lock_files():
         removed(path, *arguments, **how)
 
     def sync(fd):
-        if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+        if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY and not os.path.isdir(f"/proc/self/fd/{fd}"):
             raise OSError(9, "Bad file descriptor")
         fsync(fd)
 
