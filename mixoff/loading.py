@@ -70,9 +70,10 @@ def load(
     folder as it is; a `Scheme`, or a preset's name, quantizes a plain checkpoint first, into a temporary store. scope:
     `"layer"` gives every MoE layer its own slots, `"global"` shares one pool. dtype: of the computation; `"auto"` takes
     the files', except fp16 on a CPU, which computes in fp32, and bf16 on a GPU older than sm_80, which computes in
-    fp16. Experts stay as stored. ram_bytes: for copies of experts in RAM, which are fetched without a look at the disk:
-    a hard limit, so that files are then read past the page cache; None has no such copies on a CPU, and page-locks as
-    much of the free RAM as there are experts for a GPU. device: `"auto"` is the first GPU, where torch sees one, else
+    fp16. A backbone beyond fp16's range is then refused; experts, which stay as stored, are not looked at.
+    ram_bytes: for copies of experts in RAM, which are fetched without a look at the disk: a hard limit, so that files
+    are then read past the page cache; None has no such copies on a CPU, and page-locks as much of the free RAM as
+    there are experts for a GPU. device: `"auto"` is the first GPU, where torch sees one, else
     `"cpu"`. context: tokens for whose keys and values a GPU's memory is kept free. io: `"direct"` reads past the page
     cache, `"buffered"` through it, `"auto"` as `readers.goes_direct` says. prefetch: `"next-router"` guesses what the
     next layer will ask for; `"auto"` does where it can pay and stops where it does not, `"none"` never. policy: a name,
