@@ -1,9 +1,10 @@
 """Another system, as far as Python can pretend: what Windows or macOS lack is taken away before the package is loaded.
 
-    python tests/foreign.py windows COMMAND ...      as `mixoff COMMAND ...`
+    python tests/foreign.py windows '[["doctor", "--json"], ["plan", "tiny-mixtral"]]'    commands of mixoff, one by one
 """
 
 import builtins
+import json
 import mmap
 import os
 import pathlib
@@ -95,4 +96,4 @@ if __name__ == "__main__":
     pretend(sys.argv[1])
     from mixoff.cli import main
 
-    sys.exit(main(sys.argv[2:]))
+    sys.exit(max(main(command) for command in json.loads(sys.argv[2])))
