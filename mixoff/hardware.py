@@ -14,6 +14,7 @@ import mmap
 import os
 import platform
 import random
+import re
 import statistics
 import tempfile
 import time
@@ -25,7 +26,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from mixoff.errors import MixoffError
+from mixoff.errors import MixoffError, suggestion
 from mixoff.units import format_nbytes
 
 GB, GIB, MIB = 10**9, 2**30, 2**20
@@ -140,11 +141,20 @@ NAMED = {
 
 def named(name: str) -> Hardware:
     """The machine of that name; `here` is this one, measured once. Raises MixoffError, which lists the names."""
-    if name == "here":
-        return probe()
-    if name not in NAMED:
-        raise MixoffError(f"no hardware {name!r}: choose one of {', '.join(NAMED)}, or 'here' to measure this machine")
-    return NAMED[name]
+    return probe() if (name := named_as(name)) == "here" else NAMED[name]
+
+
+def named_as(name: str) -> str:
+    """The name in NAMED, or `here`, that is written so or nearly so. Raises MixoffError, which lists the names.
+
+    >>> named_as("RTX 4090"), named_as("rtx4090"), named_as("here")
+    ('rtx-4090', 'rtx-4090', 'here')
+    """
+    known = {re.sub(r"[\W_]", "", full): full for full in (*NAMED, "here")}
+    if full := known.get(re.sub(r"[\W_]", "", name.lower())):
+        return full
+    names = f"choose one of {', '.join(NAMED)}, or 'here' to measure this machine"
+    raise MixoffError(f"no hardware {name!r}: {names}{suggestion(name, known.values())}")
 
 
 # Sizes of this machine ------------------------------------------------------------------------------------------------
