@@ -92,7 +92,7 @@ def whole(name: str, way_out: str, least: int = 1, most: int = MOST) -> Callable
     """A whole number from `least` to `most`."""
 
     def read(text: str) -> int:
-        if not re.fullmatch(r"\s*[+-]?\d{1,25}\s*", text):
+        if not re.fullmatch(r"\s*[+-]?[0-9]{1,25}\s*", text):
             raise argparse.ArgumentTypeError(f"{name} is {text[:40]!r}, which is not a whole number: {way_out}")
         if not least <= (number := int(text)) <= most:
             raise argparse.ArgumentTypeError(f"{name} is {number}: {way_out}")
@@ -129,10 +129,14 @@ def words(text: str) -> str:
 
 
 def model(path: str) -> None:
-    """Refuse what cannot be a model's folder, and say what is going to be looked up on the Hub. Raises MixoffError."""
+    """Refuse what cannot be a model's folder, and say what is going to be looked up on the Hub. Raises MixoffError.
+
+    A name without a revision whose first part is a folder here is a path: a mistyped one is not sent to the Hub.
+    """
     if path in models.names():
         return
-    if (found := hub.parse(path)) is not None:
+    found = hub.parse(path)
+    if found is not None and (found.revision or not os.path.isdir(path.split("/")[0])):
         if os.environ.get("HF_HUB_OFFLINE", "").upper() not in ("1", "ON", "YES", "TRUE"):
             print(f"mixoff: no folder at {found}: looking for it on the Hugging Face Hub", file=sys.stderr, flush=True)
         return
@@ -161,9 +165,7 @@ def plan_source(path: str) -> str:
 def new_file(path: str, *suffixes: str) -> None:
     """Refuse a file that could not be written, before the work whose result it is to hold. Raises MixoffError."""
     if suffixes and Path(path).suffix not in suffixes:
-        raise MixoffError(
-            f"cannot write {path}: name it {Path(path).stem or 'trace'}{suffixes[0]}, which is its format"
-        )
+        raise MixoffError(f"cannot write {path}: name it {Path(path).stem or 'trace'}{suffixes[0]}")
     if os.path.isdir(path):
         raise MixoffError(f"cannot write {path}: it is a folder, name a file in it")
     _writable(path, Path(path).absolute().parent)

@@ -375,11 +375,26 @@ def device_seconds(work: Callable[[], object]) -> float:
 # This machine ---------------------------------------------------------------------------------------------------------
 
 
+BANDWIDTHS = ("ram_Bps", "device_Bps", "link_Bps", "disk_Bps")  # of the figures that are kept
+
+
 def cache_folder() -> Path:
-    """Where figures of this machine are kept: `MIXOFF_CACHE`, or `mixoff` in the user's cache folder."""
+    """Where figures of this machine and converted models are kept: `MIXOFF_CACHE`, or `mixoff` in the user's cache."""
     if own := os.environ.get("MIXOFF_CACHE"):
         return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mixoff"
+    user = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA") or os.path.expanduser("~/.cache")
+    return Path(user) / "mixoff"
+
+
+def _measured_in() -> Path:
+    """The folder whose disk is measured: the cache folder, or where that cannot be written the system's for files."""
+    folder = cache_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError:
+        return Path(tempfile.gettempdir())
 
 
 def probe(cached: bool = True, folder: str | Path | None = None) -> Hardware:
@@ -390,10 +405,11 @@ def probe(cached: bool = True, folder: str | Path | None = None) -> Hardware:
     """
     identity, path = _identity(), cache_folder() / "hardware.json"
     figures = _read_figures(path, identity) if cached and folder is None else None
+    folder = Path(folder or _measured_in())
     if figures is None:
         figures = _measure(folder)
         _write_figures(path, identity, figures)
-    return _here(figures, Path(folder or cache_folder()))
+    return _here(figures, folder)
 
 
 def _identity() -> dict:
@@ -408,9 +424,7 @@ def gpu_name() -> str | None:
     return torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
 
 
-def _measure(folder: str | Path | None) -> dict:
-    cache_folder().mkdir(parents=True, exist_ok=True)
-    folder = Path(folder or cache_folder())
+def _measure(folder: Path) -> dict:
     return {
         "ram_Bps": read_bandwidth(),
         "device_Bps": device_bandwidth(),
@@ -424,8 +438,10 @@ def _measure(folder: str | Path | None) -> dict:
 def _read_figures(path: Path, identity: dict) -> dict | None:
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))
-        return kept["figures"] if kept["identity"] == identity else None
-    except (OSError, ValueError, KeyError, TypeError):
+        figures = kept["figures"] if kept["identity"] == identity else None
+        sound = figures and all(isinstance(figures[name], float | None) for name in BANDWIDTHS) and figures["ram_Bps"]
+        return figures if sound and figures["disk_Bps"] and isinstance(figures["direct"], bool) else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 

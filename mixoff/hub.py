@@ -46,20 +46,13 @@ class HubId:
 def parse(path: str | Path, revision: str | None = None) -> HubId | None:
     """The model on the Hub that `path` names; None for a folder that is there, a bundled model, or any other path.
 
-    A name without a revision, whose first part is a folder here, is a path: a mistyped one is not sent to the Hub.
-
     >>> parse("org/model@v1.0"), parse("./org/model"), parse("org/model", revision="refs/pr/1").revision
     (HubId(repo='org/model', revision='v1.0'), None, 'refs/pr/1')
     """
     m = NAME.match(str(path))
-    if not m or str(path) in models.names() or _is_here(path):
+    if not m or str(path) in models.names() or os.path.exists(path):  # which raises nothing, whatever the name
         return None
-    revision = revision or m["revision"]
-    return None if revision is None and _is_here(m["repo"].split("/")[0]) else HubId(m["repo"], revision)
-
-
-def _is_here(path: str | Path) -> bool:
-    return os.path.exists(path)  # unlike Path.exists, it raises nothing, whatever the name
+    return HubId(m["repo"], revision or m["revision"])
 
 
 def missing(path: str | Path) -> str:
@@ -294,6 +287,6 @@ def _unreachable(error: BaseException, model: HubId) -> str:
     cause = error.__cause__ or error
     reason = (str(cause) or type(cause).__name__).splitlines()[0]
     return (
-        f"no folder at {model}, and cannot reach the Hub at {constants.ENDPOINT} ({reason}): check the path, or the "
-        f"connection, then {AGAIN}"
+        f"no folder at {model}, and cannot reach the Hub at {constants.ENDPOINT} ({reason}): check the "
+        f"connection, or that path, then {AGAIN}"
     )

@@ -16,7 +16,6 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 
@@ -44,8 +43,7 @@ class EncodedError(CheckpointError):
 class Source:
     """A model folder that experts are served from: a store or a plain checkpoint.
 
-    dtype: of the weights before any quantization, by torch's name. scheme: how they are stored. temporary: a folder
-    that is removed on closing.
+    dtype: of the weights before any quantization, by torch's name. scheme: how they are stored.
     """
 
     folder: Path
@@ -53,7 +51,6 @@ class Source:
     dtype: str
     scheme: Scheme
     reader: ExpertReader
-    temporary: TemporaryDirectory | None = None
 
     @property
     def is_store(self) -> bool:
@@ -66,10 +63,8 @@ class Source:
         return max(site.expert_nbytes for site in self.sites)
 
     def close(self) -> None:
-        """Close the files, and remove them if they are temporary."""
+        """Close the files."""
         self.reader.close()
-        if self.temporary:
-            self.temporary.cleanup()
 
 
 def open_source(path: str | Path) -> Source:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mixoff import arguments, models
-from mixoff.errors import MixoffError
+from mixoff.errors import MixoffError, suggestion
 from mixoff.units import format_nbytes, parse_nbytes
 
 if TYPE_CHECKING:
@@ -41,13 +41,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
     )
     add("--folder", metavar="FOLDER", help="where what --shape needs is written, and kept (the user's cache folder)")
     add("--yes", action="store_true", help="write large files without asking")
-    routing = arguments.choice("no routing", ROUTINGS)
-    add(
-        "--routing",
-        type=routing,
-        default="mixtral",
-        help="mixtral, uniform, or model for the model's own routers (mixtral)",
-    )
+    add("--routing", default="mixtral", help="mixtral, uniform, or model for the model's own routers (mixtral)")
     share = arguments.real("repeat", "give a share of 0 to 1", 0.0, 1.0)
     add("--repeat", type=share, metavar="R", help="tune the routing to this share of experts asked for again")
     add(
@@ -118,6 +112,9 @@ def _check(args: argparse.Namespace) -> None:
     """Refuse what can be seen to be wrong before anything is imported or written."""
     if args.store is not None:
         arguments.model(args.store)
+    if args.routing not in ROUTINGS:
+        way_out = f"choose one of {', '.join(ROUTINGS)}{suggestion(args.routing, ROUTINGS)}"
+        raise MixoffError(f"no routing {args.routing!r}: {way_out}")
     if args.record is not None:
         arguments.new_file(args.record)
     for path in (args.checkpoint, args.gguf):
