@@ -235,7 +235,9 @@ def _run(args: argparse.Namespace) -> int:
         model, tokenizer = _load(args)
     load_s = time.perf_counter() - start
     with model:
-        compile_s = _compile(model)
+        from mixoff import warmup
+
+        compile_s = warmup.compile_for(model, _say)
         result = _generate(args, model, tokenizer, prompt)
         info, device = model.mixoff.info(), str(model.device)
     report = {"text": result.text, "token_ids": result.token_ids, "tokens_per_s": result.tokens_per_s} | info.to_dict()
@@ -289,8 +291,8 @@ def _show(piece: str) -> None:
     print(printable(piece, "\n\t") if sys.stdout.isatty() else piece, end="", flush=True)
 
 
-def _compile(model: object) -> float:
-    return 0.0
+def _say(line: str) -> None:
+    print(f"mixoff: {line}", file=sys.stderr, flush=True)
 
 
 def _add_convert(commands: argparse._SubParsersAction) -> None:
@@ -311,16 +313,18 @@ def _convert(args: argparse.Namespace) -> int:
     arguments.model(args.source)
     with _starting(f"converting {printable(args.source)}"):
         _quiet_transformers()
-        from mixoff import conversion
+        from mixoff import conversion, warmup
+        from mixoff.quantize import Scheme
         from mixoff.units import format_nbytes
 
+    compile_s = warmup.compile_solvers(Scheme.preset(args.scheme), _say)
     progress = False if args.json else None
     done = conversion.run(
         args.source, args.target, args.scheme, jobs=args.jobs, restart=args.restart, progress=progress
     )
     nbytes, rate = sum(p.stat().st_size for p in done.target.iterdir()), done.source_nbytes / done.seconds / 1e6
     report = {"target": str(done.target), "nbytes": nbytes, "source_nbytes": done.source_nbytes}
-    report |= {"seconds": done.seconds, "MB_per_s": rate, "peak_nbytes": done.peak_nbytes}
+    report |= {"compile_s": compile_s, "seconds": done.seconds, "MB_per_s": rate, "peak_nbytes": done.peak_nbytes}
     took = f"{done.seconds:.1f} s, {rate:.0f} MB/s of weights, {format_nbytes(done.peak_nbytes)} of memory (measured)"
     print(json.dumps(report) if args.json else f"wrote {done.target}: {format_nbytes(nbytes)} in {took}")
     return 0

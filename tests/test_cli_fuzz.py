@@ -80,7 +80,7 @@ def option_cases():
                     yield [command, *NEEDED[command], f"{name}={value}"]
 
 
-VALID = {("--seed", "-1")}
+VALID = {("--seed", "-1"), ("--temperature", "1_000")}
 WORDS = [
     [], ["fly"], ["rum"], ["\x1b[31m"], [""], ["run"], ["run", "tiny-mixtral", "--wings"], ["doctor", "now"],
     ["--json"],     ["doctor", "--refersh"], ["plan"], ["convert", "tiny-mixtral"], ["trace", "tiny-mixtral"], ["simulate"], ["verify"],

@@ -115,6 +115,12 @@ def _check(args: argparse.Namespace) -> None:
     if args.routing not in ROUTINGS:
         way_out = f"choose one of {', '.join(ROUTINGS)}{suggestion(args.routing, ROUTINGS)}"
         raise MixoffError(f"no routing {args.routing!r}: {way_out}")
+    if peers := _peers(args):
+        from mixoff.bench.compare import PEERS
+
+        if unknown := sorted(set(peers) - set(PEERS)):
+            way_out = f"choose among {', '.join(PEERS)}{suggestion(unknown[0], PEERS)}"
+            raise MixoffError(f"no peer {unknown[0]!r}: {way_out}")
     if args.record is not None:
         arguments.new_file(args.record)
     for path in (args.checkpoint, args.gguf):
@@ -122,16 +128,17 @@ def _check(args: argparse.Namespace) -> None:
             raise MixoffError(f"nothing is at {path}: check the path")
 
 
-def _settings(args: argparse.Namespace) -> Settings:
-    from mixoff.bench.compare import PEERS, Settings
+def _peers(args: argparse.Namespace) -> tuple[str, ...]:
+    return tuple(filter(None, args.peers.split(",")))
 
-    peers = tuple(filter(None, args.peers.split(",")))
-    if unknown := set(peers) - set(PEERS):
-        raise MixoffError(f"no peer {sorted(unknown)[0]!r}: choose among {', '.join(PEERS)}")
+
+def _settings(args: argparse.Namespace) -> Settings:
+    from mixoff.bench.compare import Settings
+
     limit = None if args.memory_limit is None else parse_nbytes(args.memory_limit)
     files = {"checkpoint": args.checkpoint, "gguf": args.gguf} | _named(args.store or models.names()[0])
     if args.shape:
-        files = _written(args, peers) | {"name": f"{args.shape} as {args.scheme}, random weights"}
+        files = _written(args, _peers(args)) | {"name": f"{args.shape} as {args.scheme}, random weights"}
     return Settings(
         **files,
         threads=args.threads,
@@ -144,7 +151,7 @@ def _settings(args: argparse.Namespace) -> Settings:
         fast_bytes=None if args.fast_bytes is None else parse_nbytes(args.fast_bytes),
         io=args.io,
         memory_limit=limit,
-        peers=peers,
+        peers=_peers(args),
         ablations=args.ablations,
         llama_python=args.llama_python,
     )
