@@ -7,20 +7,61 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from mixoff.errors import CheckpointError, MixoffError
-from mixoff.rescue import CACHE_NAMES
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     import torch
-    from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import BatchEncoding, Cache, PreTrainedModel, PreTrainedTokenizerBase
     from transformers.generation.streamers import BaseStreamer
+
+CUT = "\ufffd"  # what decoding puts for bytes that are no character, or not yet one
+# what a model's generation_config.json may ask for that has no place where one text is written token by token
+ONE_TEXT = {
+    "num_beams": 1, "num_return_sequences": 1, "return_dict_in_generate": False, "use_cache": True,
+    "prompt_lookup_num_tokens": None, "penalty_alpha": None, "dola_layers": None, "assistant_early_exit": None,
+    "max_length": None, "min_length": 0, "max_time": None,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen: at temperature 0 the likeliest, else at random from `seed`.
+
+    top_p: the likeliest tokens that together have this share of the probability; top_k: so many of them; None is all.
+    Raises MixoffError for what is out of range.
+    """
+
+    temperature: float = 0.0
+    seed: int = 0
+    top_p: float | None = None
+    top_k: int | None = None
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise MixoffError(f"temperature is {self.temperature}: give 0, which is greedy, or a positive number")
+        if type(self.seed) is not int or not -(2**63) <= self.seed < 2**64:
+            raise MixoffError(f"seed is {self.seed}: give a whole number of at most 64 bits")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise MixoffError(f"top_p is {self.top_p}: give a share above 0, up to 1")
+        if self.top_k is not None and not 0 < self.top_k < 2**31:
+            raise MixoffError(f"top_k is {self.top_k}: give a whole number of at least 1")
+
+    def options(self) -> dict:
+        """The same as arguments of transformers' `generate`."""
+        if self.temperature > 0:
+            limits = {"top_k": self.top_k or 0} | ({} if self.top_p is None else {"top_p": self.top_p})
+            return {"do_sample": True, "temperature": self.temperature} | limits
+        # named, or transformers warns that a sampling parameter of the model's own is not used
+        return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
 
 
 @dataclass
@@ -30,6 +71,7 @@ class Generation:
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     times_s: list[float] = field(default_factory=list)
+    prompt_tokens: int = 0
 
     @property
     def tokens_per_s(self) -> float:
@@ -38,6 +80,50 @@ class Generation:
             return 1 / self.times_s[0]
         return (len(self.times_s) - 1) / (self.times_s[-1] - self.times_s[0])
 
+    @property
+    def first_s(self) -> float:
+        """Seconds until the first token."""
+        return self.times_s[0]
+
+    @property
+    def prompt_tokens_per_s(self) -> float:
+        """Speed of reading the prompt, the choice of the first token included."""
+        return self.prompt_tokens / self.first_s
+
+
+class Decoder:
+    """Text of tokens as they come: `add` returns what has become certain, `end` the rest.
+
+    Each step decodes a few tokens: those of the piece before, since the first of a text may be decoded otherwise than
+    one amid it, and those after. Its work does not grow with the text. Tested against decoding all tokens at once.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer, self.text = tokenizer, ""
+        self.ids: list[int] = []
+        self.before, self.read = 0, 0  # first tokens of the piece before, and of what is not certain yet
+
+    def add(self, ids: list[int]) -> str:
+        """Take in tokens; returns text, empty while a character is not complete."""
+        self.ids += ids
+        known, new = self._decode(self.before, self.read), self._decode(self.before, len(self.ids))
+        if len(new) <= len(known) or new.endswith(CUT):  # the bytes of a character may come in several tokens
+            return ""
+        self.before, self.read = self.read, len(self.ids)
+        return self._certain(new[len(known) :])
+
+    def end(self) -> str:
+        """The text of all tokens that `add` has not returned."""
+        whole = self._decode(0, len(self.ids))
+        return self._certain(whole[len(self.text) :] if whole.startswith(self.text) else "")
+
+    def _certain(self, piece: str) -> str:
+        self.text += piece
+        return piece
+
+    def _decode(self, first: int, last: int) -> str:
+        return self.tokenizer.decode(self.ids[first:last], skip_special_tokens=True)
+
 
 class _Clock:
     """A transformers streamer: notes each new token and when it came, and hands on the text that has become certain."""
@@ -45,7 +131,7 @@ class _Clock:
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, on_text: Callable[[str], None] | None, other: BaseStreamer | None
     ) -> None:
-        self.tokenizer, self.on_text, self.other, self.result = tokenizer, on_text, other, Generation()
+        self.decoder, self.on_text, self.other, self.result = Decoder(tokenizer), on_text, other, Generation()
         self.prompt_seen, self.start = False, time.perf_counter()
 
     def put(self, ids: torch.Tensor) -> None:
@@ -53,23 +139,22 @@ class _Clock:
         if self.other:
             self.other.put(ids)
         if not self.prompt_seen:  # transformers hands over the prompt first
-            self.prompt_seen = True
+            self.prompt_seen, self.result.prompt_tokens = True, ids.numel()
             return
         self.result.times_s.append(time.perf_counter() - self.start)
-        self.result.token_ids += ids.flatten().tolist()
-        self._extend(final=False)
+        new = ids.flatten().tolist()
+        self.result.token_ids += new
+        self._say(self.decoder.add(new))
 
     def end(self) -> None:
-        self._extend(final=True)
+        self._say(self.decoder.end())
         if self.other:
             self.other.end()
 
-    def _extend(self, final: bool) -> None:
-        text = self.tokenizer.decode(self.result.token_ids, skip_special_tokens=True)
-        if final or not text.endswith("\ufffd"):  # the bytes of a character may come in several tokens
-            new, self.result.text = text[len(self.result.text) :], text
-            if new and self.on_text:
-                self.on_text(new)
+    def _say(self, piece: str) -> None:
+        self.result.text = self.decoder.text
+        if piece and self.on_text:
+            self.on_text(piece)
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
@@ -97,6 +182,8 @@ def advance(
 
 @functools.cache
 def _cache_name(model: type[PreTrainedModel]) -> str:
+    from mixoff.rescue import CACHE_NAMES  # which imports torch
+
     return next(name for name in CACHE_NAMES if name in inspect.signature(model.forward).parameters)
 
 
@@ -110,26 +197,76 @@ def generate(
     on_text: Callable[[str], None] | None = None,
     streamer: BaseStreamer | None = None,
     add_special_tokens: bool = True,
+    *,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    stop: list[str] | None = None,
+    context: int | None = None,
 ) -> Generation:
     """Continue `prompt`: greedy at temperature 0, else sampled from `seed`. `on_text` gets each new piece of text.
 
     streamer: hears each token too. add_special_tokens: False where the prompt spells them out, as chat templates do.
-    Raises MixoffError when nothing can be generated within the model's context.
+    top_p, top_k: as in `Sampling`. stop: texts after which generation ends. context: tokens at most, prompt and new
+    ones together; None is the model's own limit. Raises MixoffError when nothing can be generated within it, and where
+    the model computes numbers that are not finite.
     """
     import torch
 
-    how = {"return_token_type_ids": False, "add_special_tokens": add_special_tokens}
-    ids = tokenizer(prompt, return_tensors="pt", **how).to(model.device)
-    _check_room(ids["input_ids"].shape[1], max_new_tokens, getattr(model.config, "max_position_embeddings", None))
-    how = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature > 0 else {"do_sample": False}
-    if temperature == 0:  # or transformers warns that a sampling parameter of the model's own is not used
-        how |= {"temperature": None, "top_p": None, "top_k": None}
+    sampling = Sampling(temperature, seed, top_p, top_k)
+    ids = encode(model, tokenizer, prompt, add_special_tokens).to(model.device)
+    limits = [n for n in (context, getattr(model.config, "max_position_embeddings", None)) if n]
+    _check_room(ids["input_ids"].shape[1], max_new_tokens, min(limits, default=None))
+    how = ONE_TEXT | sampling.options() | ({"stop_strings": stop} if stop else {})
     torch.manual_seed(seed)
     clock = _Clock(tokenizer, on_text, streamer)
     end = model.generation_config.eos_token_id
-    pad = end[0] if isinstance(end, list) else end
-    model.generate(**ids, **how, max_new_tokens=max_new_tokens, pad_token_id=pad, streamer=clock)
+    how |= {"pad_token_id": end[0] if isinstance(end, list) else end, "max_new_tokens": max_new_tokens}
+    with _explained(model):
+        model.generate(**ids, **how, streamer=clock, tokenizer=tokenizer, logits_processor=[_Finite(model)])
     return clock.result
+
+
+def encode(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, add_special_tokens: bool = True
+) -> BatchEncoding:
+    """The tokens of `prompt` as tensors, (1, T); one start token where the text begins with it already.
+
+    Raises MixoffError for text that is no Unicode, and for tokens that the model has no embedding for.
+    """
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise MixoffError(f"character {error.start + 1} of the prompt is not valid Unicode: give UTF-8 text") from None
+    how = {"return_token_type_ids": False, "add_special_tokens": add_special_tokens}
+    ids = tokenizer(prompt, return_tensors="pt", **how)
+    if ids["input_ids"][0, :2].tolist() == [tokenizer.bos_token_id] * 2 and add_special_tokens:
+        for name in ids:
+            ids[name] = ids[name][:, 1:]
+    known, most = model.config.get_text_config().vocab_size, int(ids["input_ids"].max()) if prompt else 0
+    if most >= known:
+        raise MixoffError(
+            f"the prompt holds token {most} ({tokenizer.convert_ids_to_tokens(most)!r}), and the model has embeddings "
+            f"for {known}: leave it out, or use the tokenizer that belongs to this model"
+        )
+    return ids
+
+
+@contextmanager
+def _explained(model: PreTrainedModel) -> Iterator[None]:
+    """Turns what transformers says against a generation_config.json, before it computes anything, into one line."""
+    begun = []
+    hook = model.register_forward_pre_hook(lambda *_: begun.append(True))
+    try:
+        yield
+    except MixoffError:
+        raise
+    except (ValueError, TypeError, AttributeError, ImportError) as error:
+        if begun:
+            raise
+        reason = str(error).strip().split("\n")[0]
+        raise MixoffError(f"transformers refuses this model's generation_config.json ({reason}): mend it") from error
+    finally:
+        hook.remove()
 
 
 def _check_room(prompt_tokens: int, new_tokens: int, context: int | None) -> None:
@@ -142,3 +279,53 @@ def _check_room(prompt_tokens: int, new_tokens: int, context: int | None) -> Non
             f"{prompt_tokens} tokens of prompt and {new_tokens} new ones exceed the model's context of {context}: "
             "shorten one of them"
         )
+
+
+# Numbers that are not finite ------------------------------------------------------------------------------------------
+
+
+class _Finite:
+    """A logits processor that ends generation where the model computes NaN, or infinity in place of a logit."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model, self.prompt_tokens = model, None
+
+    def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.prompt_tokens = self.prompt_tokens or ids.shape[1]
+        if bool(scores.isnan().any() | scores.isposinf().any() | scores.isneginf().all()):
+            raise MixoffError(_not_finite(self.model, ids, ids.shape[1] - self.prompt_tokens + 1))
+        return scores
+
+
+def _not_finite(model: PreTrainedModel, ids: torch.Tensor, token: int) -> str:
+    where = first_not_finite(model, ids)
+    which = f", first in {where}" if where else ""
+    dtype = str(model.dtype).removeprefix("torch.")
+    way_out = "its weights are damaged, or no model's: fetch or convert it again"
+    if dtype != "float32":
+        way_out = f"load it with dtype float32, which has a wider range than {dtype}; if that fails too, {way_out}"
+    return f"the model computes numbers that are not finite for new token {token}{which}: {way_out}"
+
+
+def first_not_finite(model: PreTrainedModel, ids: torch.Tensor) -> str | None:
+    """The first module whose output is not finite in one pass over ids (1, T); None where all are."""
+    import torch
+
+    found = []
+
+    def look(name: str, output: object) -> None:
+        value = output[0] if isinstance(output, tuple) and output else output
+        if not found and isinstance(value, torch.Tensor) and not bool(value.isfinite().all()):
+            found.append(name)
+
+    def hook(name: str) -> Callable:
+        return lambda _module, _inputs, output: look(name, output)
+
+    hooks = [module.register_forward_hook(hook(name)) for name, module in model.named_modules()]
+    try:
+        with torch.no_grad():
+            model(ids, use_cache=False)
+    finally:
+        for handle in hooks:
+            handle.remove()
+    return found[0] if found else None

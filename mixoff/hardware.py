@@ -14,6 +14,7 @@ import mmap
 import os
 import platform
 import random
+import re
 import statistics
 import tempfile
 import time
@@ -25,7 +26,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from mixoff.errors import MixoffError
+from mixoff.errors import MixoffError, suggestion
 from mixoff.units import format_nbytes
 
 GB, GIB, MIB = 10**9, 2**30, 2**20
@@ -140,11 +141,20 @@ NAMED = {
 
 def named(name: str) -> Hardware:
     """The machine of that name; `here` is this one, measured once. Raises MixoffError, which lists the names."""
-    if name == "here":
-        return probe()
-    if name not in NAMED:
-        raise MixoffError(f"no hardware {name!r}: choose one of {', '.join(NAMED)}, or 'here' to measure this machine")
-    return NAMED[name]
+    return probe() if (name := named_as(name)) == "here" else NAMED[name]
+
+
+def named_as(name: str) -> str:
+    """The name in NAMED, or `here`, that is written so or nearly so. Raises MixoffError, which lists the names.
+
+    >>> named_as("RTX 4090"), named_as("rtx4090"), named_as("here")
+    ('rtx-4090', 'rtx-4090', 'here')
+    """
+    known = {re.sub(r"[\W_]", "", full): full for full in (*NAMED, "here")}
+    if full := known.get(re.sub(r"[\W_]", "", name.lower())):
+        return full
+    names = f"choose one of {', '.join(NAMED)}, or 'here' to measure this machine"
+    raise MixoffError(f"no hardware {name!r}: {names}{suggestion(name, known.values())}")
 
 
 # Sizes of this machine ------------------------------------------------------------------------------------------------
@@ -364,11 +374,26 @@ def device_seconds(work: Callable[[], object]) -> float:
 # This machine ---------------------------------------------------------------------------------------------------------
 
 
+BANDWIDTHS = ("ram_Bps", "device_Bps", "link_Bps", "disk_Bps")  # of the figures that are kept
+
+
 def cache_folder() -> Path:
-    """Where figures of this machine are kept: `MIXOFF_CACHE`, or `mixoff` in the user's cache folder."""
+    """Where figures of this machine and converted models are kept: `MIXOFF_CACHE`, or `mixoff` in the user's cache."""
     if own := os.environ.get("MIXOFF_CACHE"):
         return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mixoff"
+    user = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA") or os.path.expanduser("~/.cache")
+    return Path(user) / "mixoff"
+
+
+def _measured_in() -> Path:
+    """The folder whose disk is measured: the cache folder, or where that cannot be written the system's for files."""
+    folder = cache_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError:
+        return Path(tempfile.gettempdir())
 
 
 def probe(cached: bool = True, folder: str | Path | None = None) -> Hardware:
@@ -379,10 +404,11 @@ def probe(cached: bool = True, folder: str | Path | None = None) -> Hardware:
     """
     identity, path = _identity(), cache_folder() / "hardware.json"
     figures = _read_figures(path, identity) if cached and folder is None else None
+    folder = Path(folder or _measured_in())
     if figures is None:
         figures = _measure(folder)
         _write_figures(path, identity, figures)
-    return _here(figures, Path(folder or cache_folder()))
+    return _here(figures, folder)
 
 
 def _identity() -> dict:
@@ -397,9 +423,7 @@ def gpu_name() -> str | None:
     return torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
 
 
-def _measure(folder: str | Path | None) -> dict:
-    cache_folder().mkdir(parents=True, exist_ok=True)
-    folder = Path(folder or cache_folder())
+def _measure(folder: Path) -> dict:
     return {
         "ram_Bps": read_bandwidth(),
         "device_Bps": device_bandwidth(),
@@ -413,8 +437,10 @@ def _measure(folder: str | Path | None) -> dict:
 def _read_figures(path: Path, identity: dict) -> dict | None:
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))
-        return kept["figures"] if kept["identity"] == identity else None
-    except (OSError, ValueError, KeyError, TypeError):
+        figures = kept["figures"] if kept["identity"] == identity else None
+        sound = figures and all(isinstance(figures[name], float | None) for name in BANDWIDTHS) and figures["ram_Bps"]
+        return figures if sound and figures["disk_Bps"] and isinstance(figures["direct"], bool) else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 

@@ -7,9 +7,11 @@ fetched, verified, and deleted once it is consumed. Does not know stores or sche
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fnmatch
 import hashlib
+import os
 import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,9 +19,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from mixoff import model_files, models, published
+from mixoff import model_files, models
 from mixoff.checkpoint import TensorRange, parse_header
-from mixoff.errors import CheckpointError
+from mixoff.errors import CheckpointError, suggestion
 from mixoff.model_files import MAX_HEADER, WHOLE
 from mixoff.shards import SIDE_FILES, LocalShards, Shards, read_side_files
 
@@ -50,9 +52,20 @@ def parse(path: str | Path, revision: str | None = None) -> HubId | None:
     (HubId(repo='org/model', revision='v1.0'), None, 'refs/pr/1')
     """
     m = NAME.match(str(path))
-    if not m or str(path) in models.names() or Path(path).exists():
+    if not m or str(path) in models.names() or os.path.exists(path):  # which raises nothing, whatever the name
         return None
     return HubId(m["repo"], revision or m["revision"])
+
+
+def missing(path: str | Path) -> str:
+    """What to say of a path that is no folder, with what may have been meant."""
+    parent, known = Path(os.path.expanduser(path)).parent, models.names()
+    with contextlib.suppress(OSError, ValueError):
+        known = [*known, *(str(p) for p in parent.iterdir() if p.is_dir())]
+    text = f"no model folder at {path}: give the folder that holds config.json and *.safetensors"
+    m = NAME.match(str(path))
+    hub = f"; {m['repo']}@main is the model of that name on the Hub" if m else ""
+    return text + hub + suggestion(str(path), known)
 
 
 def pinned(path: str | Path, revision: str | None) -> str | Path:
@@ -104,6 +117,8 @@ class HubShards:
 
     def __init__(self, model: HubId, downloads: Path) -> None:
         from huggingface_hub import HfApi, constants
+
+        from mixoff import published
 
         with advice(model):
             how = {"files_metadata": True, "timeout": constants.HF_HUB_ETAG_TIMEOUT}
@@ -259,4 +274,7 @@ def _unreachable(error: BaseException, model: HubId) -> str:
         )
     cause = error.__cause__ or error
     reason = (str(cause) or type(cause).__name__).splitlines()[0]
-    return f"cannot reach the Hub at {constants.ENDPOINT} ({reason}): check the connection, then {AGAIN}"
+    return (
+        f"no folder at {model}, and cannot reach the Hub at {constants.ENDPOINT} ({reason}): check the "
+        f"connection, or that path, then {AGAIN}"
+    )

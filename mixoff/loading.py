@@ -11,14 +11,13 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from mixoff import (
     backbone,
-    conversion,
+    converted,
     cuda,
     hardware,
     hub,
@@ -67,7 +66,8 @@ def load(
     path: a folder, or a model on the Hub (`org/model`, `org/model@revision`), fetched into the cache of the Hub.
     fast_bytes: bytes for experts in the fast tier: slots, buffers and scratch together (`"6GiB"`, `"500MB"`, an int);
     `"auto"` is 6 GiB on a CPU, and what a plan for the free memory of a GPU leaves to experts. scheme: None takes the
-    folder as it is; a `Scheme`, or a preset's name, quantizes a plain checkpoint first, into a temporary store. scope:
+    folder as it is; a `Scheme`, or a preset's name, quantizes a plain checkpoint first, into a store that is kept
+    in the user's cache folder, and found again. scope:
     `"layer"` gives every MoE layer its own slots, `"global"` shares one pool. dtype: of the computation; `"auto"` takes
     the files', except fp16 on a CPU, which computes in fp32, and bf16 on a GPU older than sm_80, which computes in
     fp16. A backbone beyond fp16's range is then refused; experts, which stay as stored, are not looked at.
@@ -163,10 +163,7 @@ def _open(path: str | Path, scheme: str | Scheme | None) -> store.Source:
             raise MixoffError(
                 f"{path} is a store in another scheme: load it without one, or convert the original again"
             )
-    temporary = TemporaryDirectory(prefix="mixoff-", ignore_cleanup_errors=True)
-    converted = store.open_source(conversion.convert(path, Path(temporary.name) / "store", scheme))
-    converted.temporary = temporary
-    return converted
+    return store.open_source(converted.store_of(path, scheme))
 
 
 def _compute_dtype(dtype: str | torch.dtype, stored: str, gpu: streams.Device | None = None) -> torch.dtype:

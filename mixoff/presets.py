@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator
@@ -152,15 +153,29 @@ def shape_of(source: ModelShape | PretrainedConfig | str | Path) -> ModelShape:
         return source
     if isinstance(source, PretrainedConfig):
         return from_config(source, source.model_type)
-    return from_config(read(source), str(source))
+    return from_config(read(source), named_as(source))
+
+
+def named_as(source: str | Path) -> str:
+    """The name in PRESETS that `source` is short for, where no folder or bundled model has it; else `source`.
+
+    >>> named_as("mixtral-8x7b"), named_as("qwen3-30b-a3b"), named_as("tiny-mixtral")
+    ('mistralai/Mixtral-8x7B-Instruct-v0.1', 'Qwen/Qwen3-30B-A3B', 'tiny-mixtral')
+    """
+    word = str(source).lower()
+    if not word or word in models.names() or os.path.exists(source):
+        return str(source)
+    short = {name: name.lower().partition("/")[2] for name in PRESETS}
+    equal = (name for name in PRESETS if word in (name.lower(), short[name]))
+    return next(equal, next((name for name in PRESETS if short[name].startswith(f"{word}-")), str(source)))
 
 
 def read(source: str | Path) -> PretrainedConfig:
     """The configuration that `source` names; see `shape_of`."""
     from transformers import AutoConfig
 
-    if str(source) in PRESETS:
-        values = dict(PRESETS[str(source)])
+    if (name := named_as(source)) in PRESETS:
+        values = dict(PRESETS[name])
         return AutoConfig.for_model(values.pop("model_type"), **values)
     path = folder_of(source)
     if path is None and (model := hub.parse(source)) is not None:
@@ -178,7 +193,7 @@ def folder_of(source: object) -> Path | None:
         return None
     if str(source) in models.names():
         return models.path(str(source))
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     return path.parent if path.is_file() else path if path.is_dir() else None
 
 

@@ -6,6 +6,7 @@ the store will be, and which shard completes which expert. Does not know stores,
 
 from __future__ import annotations
 
+import os
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable
@@ -14,7 +15,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Protocol
 
-from mixoff import models, published
+from mixoff import models
 from mixoff.checkpoint import Checkpoint
 from mixoff.errors import CheckpointError
 from mixoff.journal import sync
@@ -59,6 +60,8 @@ class LocalShards:
     transient = False
 
     def __init__(self, folder: str | Path) -> None:
+        from mixoff import published  # which imports torch
+
         self.checkpoint = published.open_checkpoint(folder)
 
     def identity(self) -> str:
@@ -102,7 +105,7 @@ def local_folder(path: str | Path) -> Path:
     if str(path) in models.names():
         return models.path(str(path))
     model = hub.parse(path)
-    return Path(path).expanduser() if model is None else hub.snapshot(model)
+    return Path(os.path.expanduser(path)) if model is None else hub.snapshot(model)
 
 
 # One shard at a time --------------------------------------------------------------------------------------------------

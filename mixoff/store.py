@@ -17,7 +17,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from mixoff import backbone, hub, published, shapes
@@ -51,7 +50,7 @@ class Source:
     """A model folder that experts are served from: a store or a plain checkpoint.
 
     dtype: of the weights before any quantization, by torch's name. scheme: how they are stored. backbone: the tensors
-    that are no expert's, by name, in the same files. temporary: a folder that is removed on closing.
+    that are no expert's, by name, in the same files.
     """
 
     folder: Path
@@ -60,7 +59,6 @@ class Source:
     scheme: Scheme
     reader: ExpertReader
     backbone: Mapping[str, TensorRange]
-    temporary: TemporaryDirectory | None = None
 
     @property
     def is_store(self) -> bool:
@@ -73,10 +71,8 @@ class Source:
         return max(site.expert_nbytes for site in self.sites)
 
     def close(self) -> None:
-        """Close the files, and remove them if they are temporary."""
+        """Close the files."""
         self.reader.close()
-        if self.temporary:
-            self.temporary.cleanup()
 
 
 def open_source(path: str | Path) -> Source:

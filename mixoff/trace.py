@@ -13,11 +13,12 @@ import csv
 import functools
 import json
 import math
+import os
 import time
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,12 @@ import numpy as np
 
 from mixoff import models
 from mixoff.compiled import jit
-from mixoff.errors import MixoffError
+from mixoff.errors import MixoffError, suggestion
 
 VERSION = 1
 OPTIONAL = ("weights", "times_s", "predicted", "scores")  # by token; what a trace may or may not know
 BESIDE = ("weights", "predicted")  # what `load_domains` reads beside a trace
+FORMATS = (".npz", ".csv", ".jsonl", ".ndjson")
 NO_EXPERT = -1  # a place in a token's choice that names nobody
 MAX_EXPERTS = 2**15 - 1  # experts are stored as int16 at most
 PHASES = ("decode", "prompt")
@@ -142,10 +144,14 @@ class Trace:
         Trace(2,048 tokens, 8 layers, top-2 of 8 experts, 0 of a prompt)
         """
         path = Path(path)
-        if not path.is_file() and path.parts and path.parts[0] in models.names():
+        if not os.path.isfile(path) and path.parts and path.parts[0] in models.names():
             return _bundled(path)
-        if not path.is_file():
-            raise MixoffError(f"no trace at {path}: record one with `mixoff trace`, or check the path")
+        if not os.path.isfile(path):
+            known = [f"{name}/{domain}" for name in models.names() for domain in models.heldout()]
+            with suppress(OSError, ValueError):
+                known += [str(beside) for beside in path.parent.iterdir() if beside.suffix in FORMATS]
+            way_out = f"record one with `mixoff trace`, or check the path{suggestion(str(path), known)}"
+            raise MixoffError(f"no trace at {path}: {way_out}")
         if path.suffix.lower() == ".csv":
             return cls.from_csv(path)
         if path.suffix.lower() in (".jsonl", ".ndjson"):
@@ -174,17 +180,27 @@ class Trace:
             return _from_rows(_json_rows(file), num_experts)
 
     def save(self, path: str | Path) -> Path:
-        """Write the trace as compressed `.npz`; returns the path, with that suffix."""
-        path = Path(path)
-        path = path if path.suffix == ".npz" else path.with_name(path.name + ".npz")
+        """Write the trace as compressed `.npz`; returns the path, which gets that suffix where it has none.
+
+        The file appears under its name when it is complete. Raises MixoffError, also for another suffix.
+        """
+        path = Path(path) if Path(path).suffix else Path(f"{path}.npz")
+        if path.suffix != ".npz":
+            raise MixoffError(f"cannot write {path}: a trace is an .npz file, name it {path.stem}.npz")
         arrays = {"experts": self.experts, "is_prompt": self.is_prompt, "passes": self.passes}
         arrays |= {"layers": np.asarray(self.layers), "num_experts": np.int64(self.num_experts)}
         optional = {name: getattr(self, name) for name in (*OPTIONAL, "expert_nbytes")}
         arrays |= {name: np.asarray(value) for name, value in optional.items() if value is not None}
+        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
         try:
-            np.savez_compressed(path, version=np.int64(VERSION), **arrays)
+            with open(partial, "wb") as file:
+                np.savez_compressed(file, version=np.int64(VERSION), **arrays)
+            os.replace(partial, path)
         except OSError as error:
             raise MixoffError(f"cannot write {path}: {error.strerror or error}") from error
+        finally:
+            with suppress(OSError):
+                partial.unlink()
         return path
 
     # --- its parts
@@ -481,7 +497,9 @@ def _bundled(path: Path) -> Trace:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     domains = load_domains(folder / "traces.npz", config["num_local_experts"])
     if (domain := "/".join(path.parts[1:])) not in domains:
-        raise MixoffError(f"{path} is no bundled trace: there are {', '.join(f'{path.parts[0]}/{d}' for d in domains)}")
+        known = [f"{path.parts[0]}/{name}" for name in domains]
+        way_out = f"there are {', '.join(known)}{suggestion(str(path), known)}"
+        raise MixoffError(f"{path} is not a bundled trace: {way_out}")
     matrices, nbytes = 3 * config["hidden_size"] * config["intermediate_size"], 2  # fp16
     return replace(domains[domain], expert_nbytes=matrices * nbytes)
 

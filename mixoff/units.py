@@ -12,25 +12,28 @@ from mixoff.errors import BudgetError
 
 UNITS = {"": 1, "B": 1}
 UNITS |= {f"{p}B": 1000**i for i, p in enumerate("KMGT", 1)} | {f"{p}IB": 1024**i for i, p in enumerate("KMGT", 1)}
+UNITS |= {p: 1024**i for i, p in enumerate("KMGT", 1)}  # a bare letter, as the kernel, dd and docker read it
+MOST = 2**63  # bytes: beyond it is no size of anything
 SIZE = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([A-Za-z]*)\s*")
 
 
 def parse_nbytes(size: int | float | str) -> int:
-    """Bytes in `size`: an int, or a number with a unit (decimal `MB`, binary `MiB`).
+    """Bytes in `size`: an int, or a number with a unit (decimal `MB`, binary `MiB`, a bare letter binary as well).
 
-    Raises BudgetError for a negative, infinite or unreadable size.
+    Raises BudgetError for a negative, infinite, absurd or unreadable size.
 
     >>> parse_nbytes("6MB"), parse_nbytes("1.5 GiB"), parse_nbytes(4096)
     (6000000, 1610612736, 4096)
     """
     if isinstance(size, str):
         match = SIZE.fullmatch(size)
-        if not match or match[2].upper() not in UNITS:
+        nbytes = float(match[1]) * UNITS.get(match[2].upper(), math.inf) if match else math.inf
+        if not nbytes < MOST:
             raise BudgetError(
-                f"cannot read {size!r} as a size: write a positive number with a unit, as in 500MB or 6GiB"
+                f"cannot read {size[:40]!r} as a size: write a positive number with a unit, as in 500MB or 6GiB"
             )
-        return int(float(match[1]) * UNITS[match[2].upper()])
-    if isinstance(size, bool) or not isinstance(size, (int, float)) or not math.isfinite(size) or size < 0:
+        return int(nbytes)
+    if isinstance(size, bool) or not isinstance(size, (int, float)) or not 0 <= size < MOST:
         raise BudgetError(f"cannot use {size!r} as a size: give a positive number of bytes, or text as in '6GiB'")
     return int(size)
 

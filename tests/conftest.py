@@ -8,7 +8,9 @@ Every skip that can happen stands in QUARANTINE.md; test_quarantine.py holds tha
 
 import os
 import pathlib
+import shutil
 import subprocess
+import tempfile
 
 import pytest
 
@@ -21,6 +23,20 @@ REQUIRE_ALL = os.environ.get("MIXOFF_REQUIRE_ALL") == "1"
 
 def pytest_addoption(parser):
     parser.addoption("--run-slow", action="store_true", help="also run what is marked slow")
+
+
+def pytest_configure(config):
+    """A cache folder of these tests alone; what is known of this machine's bandwidths is not measured again."""
+    from mixoff import hardware
+
+    known, config.mixoff_cache = hardware.cache_folder() / "hardware.json", tempfile.mkdtemp(prefix="mixoff-tests-")
+    if known.is_file():
+        shutil.copy(known, config.mixoff_cache)
+    os.environ["MIXOFF_CACHE"] = config.mixoff_cache
+
+
+def pytest_unconfigure(config):
+    shutil.rmtree(config.mixoff_cache, ignore_errors=True)
 
 
 def pytest_collection_modifyitems(config, items):

@@ -7,15 +7,15 @@ arithmetic.
 from __future__ import annotations
 
 import argparse
-import re
+import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mixoff import models
-from mixoff.errors import MixoffError
+from mixoff import arguments, models
+from mixoff.errors import MixoffError, suggestion
 from mixoff.units import format_nbytes, parse_nbytes
 
 if TYPE_CHECKING:
@@ -32,19 +32,57 @@ def add_options(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("store", nargs="?", metavar="STORE", help="folder of a store, or a Hub id; none: the bundled model by budget")
     add("--shape", help="a store of this shape, random weights: mixtral-8x7b, mixtral-3b, mixtral-700m, or a Hub id")
-    add("--scheme", default="mixed", help="quantization of --shape: mixed, paper, small, quality or none (mixed)")
+    scheme, count = arguments.choice("no scheme", arguments.SCHEMES), arguments.whole
+    add(
+        "--scheme",
+        type=scheme,
+        default="mixed",
+        help="quantization of --shape: mixed, paper, small, quality or none (mixed)",
+    )
     add("--folder", metavar="FOLDER", help="where what --shape needs is written, and kept (the user's cache folder)")
     add("--yes", action="store_true", help="write large files without asking")
     add("--routing", default="mixtral", help="mixtral, uniform, or model for the model's own routers (mixtral)")
-    add("--repeat", type=float, metavar="R", help="tune the routing to this share of experts asked for again")
-    add("--fast-bytes", metavar="SIZE", help="experts in the fast tier (what the plan leaves of memory)")
-    add("--io", default="auto", help="how misses are read: auto, direct (past the page cache) or buffered (auto)")
-    add("--memory-limit", metavar="SIZE", help="run every contender inside a real limit: 9G, page cache included")
-    add("--threads", type=int, default=1, help="of every contender (1)")
-    add("--tokens", "--max-new-tokens", type=int, metavar="N", help="decoded in each run (32; bundled model: 64)")
-    add("--prompt-tokens", type=int, default=64, metavar="N", help="read before them (64)")
-    add("--warmup", type=int, default=8, metavar="N", help="decoded before the clock runs (8)")
-    add("--runs", type=int, help="of each contender, in turns (3; bundled model: 5)")
+    share = arguments.real("repeat", "give a share of 0 to 1", 0.0, 1.0)
+    add("--repeat", type=share, metavar="R", help="tune the routing to this share of experts asked for again")
+    add(
+        "--fast-bytes",
+        type=arguments.size,
+        metavar="SIZE",
+        help="experts in the fast tier (what the plan leaves of memory)",
+    )
+    add(
+        "--io",
+        type=arguments.choice("no io", arguments.IO),
+        default="auto",
+        help="how misses are read: auto, direct (past the page cache) or buffered (auto)",
+    )
+    add(
+        "--memory-limit",
+        type=arguments.size,
+        metavar="SIZE",
+        help="run every contender inside a real limit: 9G, page cache included",
+    )
+    add(
+        "--threads",
+        type=count("threads", "give at least one thread, of at most 1024", 1, 1024),
+        default=1,
+        help="of every contender (1)",
+    )
+    tokens = count("tokens", "give at least one token, and at most a million", 1, 10**6)
+    add("--tokens", "--max-new-tokens", type=tokens, metavar="N", help="decoded in each run (32; bundled model: 64)")
+    add("--prompt-tokens", type=tokens, default=64, metavar="N", help="read before them (64)")
+    add(
+        "--warmup",
+        type=count("warmup", "give 0 or more tokens", 0, 10**6),
+        default=8,
+        metavar="N",
+        help="decoded before the clock runs (8)",
+    )
+    add(
+        "--runs",
+        type=count("runs", "measure at least once", 1, 10**6),
+        help="of each contender, in turns (3; bundled model: 5)",
+    )
     add("--peers", default="", metavar="LIST", help="of transformers,accelerate,mmap,llama.cpp,llama.cpp-mapped")
     add("--llama-python", default=sys.executable, metavar="PATH", help="interpreter with llama-cpp-python (this one)")
     add("--checkpoint", metavar="FOLDER", help="16-bit copy of STORE, for transformers and accelerate")
@@ -55,6 +93,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> Table | Report:
     """Measure what was asked for; progress goes to standard error."""
+    _check(args)
     if args.store is None and args.shape is None and not args.record:
         from mixoff.bench import budgets
 
@@ -69,18 +108,37 @@ def run(args: argparse.Namespace) -> Table | Report:
     return report
 
 
-def _settings(args: argparse.Namespace) -> Settings:
-    from mixoff.bench.compare import PEERS, Settings
-
-    peers = tuple(filter(None, args.peers.split(",")))
-    if unknown := set(peers) - set(PEERS):
-        raise MixoffError(f"no peer {sorted(unknown)[0]!r}: choose among {', '.join(PEERS)}")
+def _check(args: argparse.Namespace) -> None:
+    """Refuse what can be seen to be wrong before anything is imported or written."""
+    if args.store is not None:
+        arguments.model(args.store)
     if args.routing not in ROUTINGS:
-        raise MixoffError(f"no routing {args.routing!r}: choose one of {', '.join(ROUTINGS)}")
-    limit = None if args.memory_limit is None else parse_limit(args.memory_limit)
+        way_out = f"choose one of {', '.join(ROUTINGS)}{suggestion(args.routing, ROUTINGS)}"
+        raise MixoffError(f"no routing {args.routing!r}: {way_out}")
+    if peers := _peers(args):
+        from mixoff.bench.compare import PEERS
+
+        if unknown := sorted(set(peers) - set(PEERS)):
+            way_out = f"choose among {', '.join(PEERS)}{suggestion(unknown[0], PEERS)}"
+            raise MixoffError(f"no peer {unknown[0]!r}: {way_out}")
+    if args.record is not None:
+        arguments.new_file(args.record)
+    for path in (args.checkpoint, args.gguf):
+        if path is not None and not os.path.exists(path):
+            raise MixoffError(f"nothing is at {path}: check the path")
+
+
+def _peers(args: argparse.Namespace) -> tuple[str, ...]:
+    return tuple(filter(None, args.peers.split(",")))
+
+
+def _settings(args: argparse.Namespace) -> Settings:
+    from mixoff.bench.compare import Settings
+
+    limit = None if args.memory_limit is None else parse_nbytes(args.memory_limit)
     files = {"checkpoint": args.checkpoint, "gguf": args.gguf} | _named(args.store or models.names()[0])
     if args.shape:
-        files = _written(args, peers) | {"name": f"{args.shape} as {args.scheme}, random weights"}
+        files = _written(args, _peers(args)) | {"name": f"{args.shape} as {args.scheme}, random weights"}
     return Settings(
         **files,
         threads=args.threads,
@@ -93,7 +151,7 @@ def _settings(args: argparse.Namespace) -> Settings:
         fast_bytes=None if args.fast_bytes is None else parse_nbytes(args.fast_bytes),
         io=args.io,
         memory_limit=limit,
-        peers=peers,
+        peers=_peers(args),
         ablations=args.ablations,
         llama_python=args.llama_python,
     )
@@ -108,15 +166,6 @@ def _named(model: str) -> dict[str, str | None]:
     if (found := hub.parse(model)) is not None:
         return {"store": str(hub.snapshot(found)), "name": model}
     return {"store": model, "name": None}
-
-
-def parse_limit(size: str) -> int:
-    """Bytes of a memory limit; a bare letter is binary, as the kernel reads it.
-
-    >>> parse_limit("9G") == parse_limit("9GiB"), parse_limit("500MB")
-    (True, 500000000)
-    """
-    return parse_nbytes(re.sub(r"(?i)(\d\s*[kmgt])$", r"\1iB", size.strip()))
 
 
 # Files ----------------------------------------------------------------------------------------------------------------

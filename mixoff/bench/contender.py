@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from mixoff import hardware, loading, shapes, store
+from mixoff import hardware, loading, shapes, store, warmup
 from mixoff.arena import view
 from mixoff.bench import limits, routing
 from mixoff.bench.spec import Spec, repeat_rate
@@ -41,6 +41,8 @@ def run(spec: Spec) -> dict:
         report, start = {"base_bytes": limits.anonymous_nbytes()}, time.perf_counter()
         model = LOADERS[spec.kind](spec)
         report |= {"load_s": time.perf_counter() - start, "loaded_bytes": limits.anonymous_nbytes()}
+        if hasattr(model, "mixoff"):
+            warmup.compile_for(model, lambda line: print(line, file=sys.stderr))
         report |= _measured(model, spec)
         report["device_peak_bytes"] = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
     return asdict(spec) | report | {"peak_bytes": peak.nbytes}

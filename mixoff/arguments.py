@@ -1,0 +1,186 @@
+"""Values on the command line, read and checked before torch is imported: a typo answers at once.
+
+Functions named after a kind of value are types of argparse options. They return what the commands take, or raise
+`argparse.ArgumentTypeError`. Does not know commands.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from mixoff import hub, models
+from mixoff.errors import CheckpointError, MixoffError, suggestion
+from mixoff.units import parse_nbytes
+
+# names that are defined where torch is imported; tests/test_cli.py holds them to the code
+SCHEMES = ("mixed", "paper", "small", "quality", "none")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+SHORT = {"fp32": "float32", "f32": "float32", "float": "float32", "bf16": "bfloat16", "fp16": "float16"}
+SHORT |= {"f16": "float16", "half": "float16"}
+IO = ("auto", "direct", "buffered")
+PREFETCH = ("auto", "none", "next-router")
+SCOPES = ("layer", "global")
+MOST = 10**12  # of anything that is counted
+
+
+def choice(what: str, names: Iterable[str], short: dict[str, str] | None = None) -> Callable[[str], str]:
+    """One of `names`; an error begins with `what`, and says which there are, and which may have been meant."""
+    names, short = list(names), short or {}
+
+    def read(text: str) -> str:
+        if (name := short.get(text.lower(), text)) in names:
+            return name
+        known = f"{what} {text!r}: choose one of {', '.join(names)}"
+        raise argparse.ArgumentTypeError(known + suggestion(text, [*names, *short]))
+
+    return read
+
+
+def policy(text: str) -> str:
+    """A policy of the runtime."""
+    from mixoff.policies import POLICIES
+
+    return choice("unknown policy", [*sorted(POLICIES), "none"])(text)
+
+
+def simulated_policy(text: str) -> str:
+    """A policy of the simulator, or all of them."""
+    from mixoff.replay import CODES
+
+    return choice("unknown policy", [*sorted(CODES), "all"])(text)
+
+
+def machine(text: str) -> str:
+    """The name of a machine, in any of its spellings."""
+    from mixoff import hardware
+
+    return _explained(lambda: hardware.named_as(text))
+
+
+def size(text: str) -> str:
+    """Bytes as people write them."""
+    _explained(lambda: parse_nbytes(text))
+    return text
+
+
+def size_or_auto(text: str) -> str:
+    """Bytes, or `auto`."""
+    return text if text == "auto" else size(text)
+
+
+def _explained(work: Callable[[], str | int]) -> str | int:
+    try:
+        return work()
+    except MixoffError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def device(text: str) -> str:
+    """A device that torch may have."""
+    if re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", text):
+        return text
+    raise argparse.ArgumentTypeError(f"no device {text!r}: choose auto, cpu, cuda or cuda:N")
+
+
+def whole(name: str, way_out: str, least: int = 1, most: int = MOST) -> Callable[[str], int]:
+    """A whole number from `least` to `most`."""
+
+    def read(text: str) -> int:
+        if not re.fullmatch(r"\s*[+-]?[0-9]{1,25}\s*", text):
+            raise argparse.ArgumentTypeError(f"{name} is {text[:40]!r}, which is not a whole number: {way_out}")
+        if not least <= (number := int(text)) <= most:
+            raise argparse.ArgumentTypeError(f"{name} is {number}: {way_out}")
+        return number
+
+    return read
+
+
+def real(name: str, way_out: str, least: float = 0.0, most: float = 1e6) -> Callable[[str], float]:
+    """A number from `least` to `most`."""
+
+    def read(text: str) -> float:
+        try:
+            number = float(text)
+        except ValueError:
+            number = math.nan
+        if not least <= number <= most:
+            raise argparse.ArgumentTypeError(f"{name} is {text[:40]!r}: {way_out}")
+        return number
+
+    return read
+
+
+def words(text: str) -> str:
+    """Text that is UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise argparse.ArgumentTypeError(f"character {error.start + 1} is not valid UTF-8: give text in it") from None
+    return text
+
+
+# Files, folders, names of models --------------------------------------------------------------------------------------
+
+
+def model(path: str) -> None:
+    """Refuse what cannot be a model's folder, and say what is going to be looked up on the Hub. Raises MixoffError.
+
+    A name without a revision whose first part is a folder here is a path: a mistyped one is not sent to the Hub.
+    """
+    if path in models.names():
+        return
+    found = hub.parse(path)
+    if found is not None and (found.revision or not os.path.isdir(path.split("/")[0])):
+        if os.environ.get("HF_HUB_OFFLINE", "").upper() not in ("1", "ON", "YES", "TRUE"):
+            print(f"mixoff: no folder at {found}: looking for it on the Hugging Face Hub", file=sys.stderr, flush=True)
+        return
+    folder = Path(os.path.expanduser(path))
+    if os.path.isfile(folder):
+        raise CheckpointError(f"{path} is a file: give the folder that holds config.json and *.safetensors")
+    if not os.path.isdir(folder):
+        raise CheckpointError(hub.missing(path))
+    if not os.path.isfile(folder / "config.json"):
+        raise CheckpointError(f"{path} has no config.json: a model folder holds config.json and *.safetensors")
+
+
+def plan_source(path: str) -> str:
+    """A model to plan: what `model` takes, a configuration's file, or the name of a well-known model, made full."""
+    from mixoff import presets
+
+    if os.path.isfile(path) or (path := presets.named_as(path)) in presets.PRESETS:
+        return path
+    try:
+        model(path)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; or one of {', '.join(presets.PRESETS)}") from None
+    return path
+
+
+def new_file(path: str, *suffixes: str) -> None:
+    """Refuse a file that could not be written, before the work whose result it is to hold. Raises MixoffError."""
+    if suffixes and Path(path).suffix not in suffixes:
+        raise MixoffError(f"cannot write {path}: name it {Path(path).stem or 'trace'}{suffixes[0]}")
+    if os.path.isdir(path):
+        raise MixoffError(f"cannot write {path}: it is a folder, name a file in it")
+    _writable(path, Path(path).absolute().parent)
+
+
+def new_folder(path: str) -> None:
+    """Refuse a folder that is there already or could not be made. Raises MixoffError."""
+    target = Path(path).absolute()
+    if os.path.lexists(target) and not os.path.isfile(f"{target}.partial/journal"):
+        raise CheckpointError(f"{path} exists already: choose another folder, or remove it first")
+    _writable(path, next(parent for parent in target.parents if os.path.lexists(parent)))
+
+
+def _writable(path: str, folder: Path) -> None:
+    if not os.path.isdir(folder):
+        raise MixoffError(f"cannot write {path}: there is no folder {folder}")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise MixoffError(f"cannot write {path}: you may not write in {folder}, choose another place")

@@ -1,0 +1,62 @@
+"""Stores that `load` makes of a checkpoint in another scheme: kept in the user's cache folder, and found again.
+
+A store is kept under a name that follows from the checkpoint's files, the scheme and this version, so a changed
+checkpoint is converted again. A conversion that was killed goes on where it stopped. Does not know budgets.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mixoff import __version__, conversion, hardware
+from mixoff.errors import MixoffError
+from mixoff.shards import LocalShards, local_folder
+from mixoff.store import FORMAT, MANIFEST, VERSION
+from mixoff.units import format_nbytes
+
+if TYPE_CHECKING:
+    from mixoff.quantize import Scheme
+
+log = logging.getLogger("mixoff")
+
+
+def stores() -> Path:
+    """Where they are kept: `stores` in the cache folder, which `MIXOFF_CACHE` names."""
+    return hardware.cache_folder() / "stores"
+
+
+def store_of(path: str | Path, scheme: Scheme) -> Path:
+    """The store of the checkpoint at `path` in `scheme`, converted where it is not there yet.
+
+    A second process that asks for the same one waits until the first has made it. Raises CheckpointError for what
+    cannot be converted, MixoffError where the cache folder cannot be written.
+    """
+    from filelock import FileLock
+
+    folder = local_folder(path)
+    target = stores() / _name(folder, scheme)
+    if (target / MANIFEST).exists():
+        return target
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{target}.lock"):
+            if not (target / MANIFEST).exists():
+                conversion.convert(folder, target, scheme)
+                nbytes = sum(file.stat().st_size for file in target.iterdir())
+                size = format_nbytes(nbytes)
+                log.warning("kept %s in %s for the next time: delete that folder to free it", size, target)
+    except OSError as error:
+        raise MixoffError(
+            f"cannot keep the converted model in {target.parent} ({error.strerror or error}): name another folder in "
+            "MIXOFF_CACHE, or write a store of your own with `mixoff convert`"
+        ) from error
+    return target
+
+
+def _name(folder: Path, scheme: Scheme) -> str:
+    shards = LocalShards(folder)
+    facts = __version__, FORMAT, VERSION, scheme, str(folder.resolve()), shards.identity(), shards.side_files()
+    return f"{folder.resolve().name}-{hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}"

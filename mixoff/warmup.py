@@ -1,0 +1,89 @@
+"""Compiles the loops that a model or a conversion needs before any clock runs, and says so where that takes long.
+
+numba keeps compiled code on disk, so this takes half a minute once on each machine, and some milliseconds afterwards.
+Products of each form of weight that a model has are computed once, on matrices of no content: what is in the model's
+tiers, and its counters, stay as they are. Does not know commands.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+
+from mixoff import kernels, layers, quantize
+from mixoff.kernels import cpu
+from mixoff.quantize import QTensor, Scheme
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+WIDTH = 1024  # of the matrices: enough that several threads share a product
+ROWS = (1, 2, 4)  # that loops compute side by side
+PATIENCE_S = 1.5  # from loops on disk, all is ready long before
+LINE = "compiling kernels for this CPU, once: about half a minute"
+
+
+def compile_for(model: PreTrainedModel, say: Callable[[str], object]) -> float:
+    """Compile what `model`, served by a runtime, computes with on a CPU; returns the seconds. `say` gets LINE."""
+    if model.device.type != "cpu" or cpu.loops() is None:
+        return 0.0
+    modules = [m for m in model.modules() if isinstance(m, layers.QuantizedLinear)]
+    backbone = {(type(m.quantized), _form(m.quantized)): m.quantized for m in modules}
+    parts = (part for site in model.mixoff.source.sites for part in site.parts)
+    experts = {tuple(part.form) for part in parts if part.form and isinstance(part.form[0], int)}
+    exact = model.mixoff.exact
+    with _announced(say) as started, torch.inference_mode():
+        for w in backbone.values():
+            for rows in _rows(w, exact):
+                kernels.linear(torch.zeros(rows, w.shape[1], dtype=model.dtype), w, exact=exact)
+        for form in experts:
+            _expert(form, model.dtype, exact)
+    return time.perf_counter() - started
+
+
+def _form(w: object) -> tuple:
+    return (w.bits, w.group_size, w.metadata_bits) if isinstance(w, QTensor) else (w.form.bits,)
+
+
+def _rows(w: object, exact: bool) -> tuple[int, ...]:
+    return (*ROWS, cpu.FP32_ROWS[w.bits] + 1) if exact and isinstance(w, QTensor) else ROWS
+
+
+def _expert(form: tuple[int, int, int], dtype: torch.dtype, exact: bool) -> None:
+    """The products of one expert whose weights have this form."""
+    up, down = (QTensor.empty((n, WIDTH), *form) for n in (2 * WIDTH, WIDTH))
+    for rows in _rows(up, exact):
+        x = torch.zeros(rows, WIDTH, dtype=dtype)
+        if kernels.choose(x, up, exact) in kernels.FUSED:
+            kernels.gated_mlps(x, [(up, down)], exact)
+        else:
+            kernels.linear(x, up, exact=exact)
+
+
+def compile_solvers(scheme: Scheme, say: Callable[[str], object]) -> float:
+    """Compile what a conversion into `scheme` computes with; returns the seconds."""
+    forms = {form for role in quantize.ROLES if (form := scheme.precision(role)) is not None}
+    if not forms or quantize.loops() is None:
+        return 0.0
+    with _announced(say) as started:
+        for form in forms:
+            w = torch.linspace(-1, 1, 4 * form.group_size).view(2, -1)
+            quantize.quantize(w, form.bits, form.group_size, scheme.solver, scheme.metadata_bits)
+    return time.perf_counter() - started
+
+
+@contextmanager
+def _announced(say: Callable[[str], object]) -> Iterator[float]:
+    """Say LINE once what is inside has taken PATIENCE_S; gives the time of its start."""
+    timer = threading.Timer(PATIENCE_S, say, [LINE])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield time.perf_counter()
+    finally:
+        timer.cancel()
