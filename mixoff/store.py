@@ -140,6 +140,8 @@ def is_store(path: str | Path) -> bool:
 
 def marked(small: dict[str, bytes]) -> dict[str, bytes]:
     """The small files of a model as a store has them: with a config.json for which transformers makes no model."""
+    if "config.json" not in small:
+        return small
     config = json.loads(small["config.json"])
     for holder in (config, config.get("text_config")):
         if isinstance(holder, dict):

@@ -1,0 +1,66 @@
+"""transformers' own tests of a model pass or fail alike with and without offloading: they come with its sources."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+import transformers
+
+HERE = Path(__file__).parent
+STAND_INS = {"exporters/test_export.py": "ExportTesterMixin", "generation/test_utils.py": "GenerationTesterMixin"}
+
+
+def pip(*arguments):
+    """Whether pip could do it."""
+    command = [sys.executable, "-m", "pip", *arguments, "--quiet", "--no-deps", "--disable-pip-version-check"]
+    return subprocess.run(command, capture_output=True, timeout=300).returncode == 0
+
+
+def fetch(at):
+    """Make `at`/common of the tests in transformers' source distribution; returns whether there is one to be had."""
+    name = f"transformers-{transformers.__version__}"
+    sources = ("download", "--no-binary=:all:", "--no-build-isolation", f"--dest={at}", name.replace("-", "=="))
+    if not pip(*sources) or not pip("install", f"--target={at}", "parameterized"):
+        return False
+    common = at / "common"
+    for file, mixin in STAND_INS.items():
+        (common / file).parent.mkdir(parents=True)
+        (common / file).write_text(f"class {mixin}:\n    pass\n")
+    with tarfile.open(next(at.glob("transformers-*.tar.gz"))) as archive:
+        tests = archive.extractfile(f"{name}/tests/test_modeling_common.py").read()
+    (common / "test_modeling_common.py").write_bytes(tests)
+    shutil.copy(HERE / "model_tester.py", at / "test_families.py")
+    return True
+
+
+def start(at, offload):
+    """The process that runs them all."""
+    env = {**os.environ, "MIXOFF_OFFLOAD": offload, "PYTHONPATH": os.pathsep.join(map(str, (HERE.parent, HERE, at)))}
+    command = [sys.executable, "-m", "pytest", "-q", "-rfE", "--tb=no", "-p", "no:cacheprovider", f"--rootdir={at}", at]
+    return subprocess.Popen(command, cwd=at, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def outcome(process):
+    """Names of the tests that failed, and how many passed."""
+    out, _ = process.communicate(timeout=3600)
+    return set(re.findall(r"^(?:\w*FAILED|ERROR) (?:\S+ )?(\S+::\S+)", out, re.M)), int(
+        re.search(r"(\d+) passed", out)[1]
+    )
+
+
+@pytest.mark.slow
+def test_the_tests_of_transformers_fail_alike_with_and_without_offloading(tmp_path):
+    """ModelTesterMixin over eight families, whose experts `eval` moves behind 40 kB of fast tier."""
+    if not fetch(tmp_path):
+        pytest.skip("pip cannot fetch the sources of transformers here")
+    (failed, passed), (failed_offloaded, passed_offloaded) = map(outcome, [start(tmp_path, "0"), start(tmp_path, "1")])
+    print(
+        f"{passed} passed and {len(failed)} failed resident, {passed_offloaded} and {len(failed_offloaded)} offloaded"
+    )
+    assert failed_offloaded == failed
+    assert passed_offloaded == passed >= 8 * 100
