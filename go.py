@@ -34,7 +34,7 @@ import sys
 ROOT = pathlib.Path(__file__).resolve().parent
 VENV = ROOT / ".venv"
 STAMP = VENV / "mixoff.json"
-OLDEST, FIRST_UNTRIED = (3, 10), (3, 14)
+OLDEST, TOO_NEW = (3, 10), (3, 15)  # numba follows a new Python late
 
 JOBS = ("demo", "lab", "test", "e2e", "bench", "site", "slides", "schedule")
 EXTRAS = {
@@ -115,8 +115,8 @@ def read_stamp() -> dict:
 
 def make_venv() -> None:
     """Makes `.venv` with this Python, by venv where it is whole (Debian splits it), else by uv."""
-    if not OLDEST <= sys.version_info[:2] < FIRST_UNTRIED:
-        sys.exit(f"mixoff needs Python 3.10 to 3.13, this is {sys.version.split()[0]}: run go.py with another python3")
+    if not OLDEST <= sys.version_info[:2] < TOO_NEW:
+        sys.exit(f"mixoff needs Python 3.10 to 3.14, this is {sys.version.split()[0]}: run go.py with another python3")
     if importlib.util.find_spec("venv") and importlib.util.find_spec("ensurepip"):
         command = (sys.executable, "-m", "venv", VENV)
     elif shutil.which("uv"):

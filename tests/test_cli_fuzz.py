@@ -83,7 +83,8 @@ def option_cases():
 VALID = {("--seed", "-1"), ("--temperature", "1_000")}
 WORDS = [
     [], ["fly"], ["rum"], ["\x1b[31m"], [""], ["run"], ["run", "tiny-mixtral", "--wings"], ["doctor", "now"],
-    ["--json"],     ["doctor", "--refersh"], ["plan"], ["convert", "tiny-mixtral"], ["trace", "tiny-mixtral"], ["simulate"], ["verify"],
+    ["--json"], ["doctor", "--refersh"], ["plan"], ["convert", "tiny-mixtral"], ["trace", "tiny-mixtral"],
+    ["simulate"], ["verify"],
     ["simulate", "tiny-mixtral/novel", "--global", "--per-layer"], ["demo", "extra"], ["bench", "a", "b"], ["\udcff"],
 ]  # fmt: skip
 

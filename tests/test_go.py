@@ -166,10 +166,10 @@ def test_without_venv_and_uv_the_way_out_is_named(world, without_venv, monkeypat
     assert world == []
 
 
-@pytest.mark.parametrize("version", [(3, 9, 18), (3, 14, 0)])
+@pytest.mark.parametrize("version", [(3, 9, 18), (3, 15, 0)])
 def test_other_pythons_are_refused_by_name(world, monkeypatch, version):
     monkeypatch.setattr(go.sys, "version_info", version)
-    with pytest.raises(SystemExit, match="needs Python 3.10 to 3.13"):
+    with pytest.raises(SystemExit, match="needs Python 3.10 to 3.14"):
         go.ensure("demo")
 
 
