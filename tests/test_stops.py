@@ -4,7 +4,9 @@ import contextlib
 import faulthandler
 import functools
 import itertools
+import mmap
 import os
+import pathlib
 import random
 import signal
 import threading
@@ -22,6 +24,7 @@ import mixoff
 from mixoff import cuda, kernels, runtime
 from mixoff.arena import Arena, slot_nbytes
 from mixoff.generation import advance
+from mixoff.pages import slab
 
 PROMPTS = [torch.arange(3, 12)[None] % 128, torch.tensor([[5, 9], [77, 3]]), torch.arange(40, 100)[None]]
 SAMPLE = 14  # points of each setting in every run; all of them, about 2,000, with --run-slow
@@ -399,3 +402,20 @@ def test_a_child_of_a_process_with_a_gpu_says_what_it_cannot_do(tiny):
         code = exit_code(work)
         check(model, tiny[1], "a fork, in the parent")
         assert code() == 0
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_DONTFORK"), reason="this system copies page-locked memory into children")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork")
+def test_page_locked_memory_is_not_copied_into_children():
+    kept, given = slab(1 << 20, inherited=False), slab(1 << 20)
+
+    def work():
+        assert not mapped(kept) and mapped(given)
+
+    assert mapped(kept) and mapped(given) and exit_code(work)() == 0
+
+
+def mapped(memory):
+    """Whether this process has the memory of a tensor, as the system tells."""
+    ranges = (line.split()[0].split("-") for line in pathlib.Path("/proc/self/maps").read_text().splitlines())
+    return any(int(start, 16) <= memory.data_ptr() < int(end, 16) for start, end in ranges)
