@@ -495,8 +495,16 @@ def _plan(args: argparse.Namespace) -> int:
     sizes = args.fast, args.ram, args.disk
     how = {"context": args.context, "batch": args.batch, "scheme": args.scheme, "hardware": args.hardware}
     plan = planner.plan(source, *sizes, **how)
-    print(plan.to_json() if args.json else plan)
+    print(plan.to_json() if args.json else f"{_planned_for(args, plan)}\n{plan}")
     return 0
+
+
+def _planned_for(args: argparse.Namespace, plan: object) -> str:
+    """What is planned, and how to ask for what `run` and `convert` take by default."""
+    other = [] if args.hardware or args.fast else ["--hardware here plans for this machine"]
+    other += [] if args.scheme or plan.scheme == "none" else ["--scheme none for 16 bits, as run and convert have them"]
+    text = f"{'a plan':<12} for {plan.hardware.name}, with experts as {plan.scheme}"
+    return f"{text} ({', '.join(other)})" if other else text
 
 
 def _add_doctor(commands: argparse._SubParsersAction) -> None:

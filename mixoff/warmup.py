@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 WIDTH = 1024  # of the matrices: enough that several threads share a product
 ROWS = (1, 2, 4)  # that loops compute side by side
 PATIENCE_S = 1.5  # from loops on disk, all is ready long before
-LINE = "compiling kernels for this CPU, once: about half a minute"
+LINE = "compiling kernels for this CPU, once: about half a minute of its time"
 
 
 def compile_for(model: PreTrainedModel, say: Callable[[str], object]) -> float:
