@@ -3,8 +3,10 @@
 import io
 import json
 import os
+import re
 import subprocess
 import sys
+import time
 
 import pytest
 from rich.console import Console
@@ -274,7 +276,7 @@ EARLY = {  # argv, and what its error holds
     ),
     "size": ([*RUN, "--fast-bytes", "6 parsecs"], "as in 500MB or 6GiB"),
     "reads": ([*RUN, "--io", "direkt"], "did you mean 'direct'?"),
-    "dtype": ([*RUN, "--dtype", "fp8"], "did you mean 'fp"),
+    "dtype": ([*RUN, "--dtype", "fp8"], "no dtype 'fp8': choose one of auto, float32"),
     "scope": ([*RUN, "--scope", "Layer"], "did you mean 'layer'?"),
     "guesses": ([*RUN, "--prefetch", "next"], "choose one of auto, none, next-router"),
     "device": ([*RUN, "--device", "cuda0"], "choose auto, cpu, cuda or cuda:N"),
@@ -341,7 +343,7 @@ def test_a_name_on_the_hub_is_announced_before_any_request(capsys, monkeypatch):
     ],
 )
 def test_the_last_resort_is_one_line_too(capsys, monkeypatch, error, line):
-    def fail(*args):
+    def fail(cached):
         raise error
 
     monkeypatch.setattr("mixoff.doctor.examine", fail)
@@ -421,3 +423,14 @@ def test_a_plan_says_for_what_it_is(capsys):
     assert main(["plan", "tiny-mixtral", "--hardware", "RTX 4090", "--scheme", "none"]) == 0
     out = capsys.readouterr().out
     assert "(" not in out.splitlines()[0] and "do not offload on rtx-4090: everything fits" in out
+
+
+def test_a_conversion_without_a_terminal_tells_its_progress(capsys, tmp_path, monkeypatch):
+    from mixoff import cli, conversion
+
+    put = conversion.Making.put
+    monkeypatch.setattr(cli, "EVERY_S", 0.01)
+    monkeypatch.setattr(conversion.Making, "put", lambda *args: (time.sleep(0.01), put(*args))[1])
+    assert main(["convert", str(BUNDLED), str(tmp_path / "store")]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert lines and all(re.fullmatch(r"mixoff: converted [\d.]+ \w+ of 1[67][.\d]* MiB", line) for line in lines)
