@@ -549,6 +549,6 @@ def _doctor(args: argparse.Namespace) -> int:
         _quiet_transformers()
         from mixoff import doctor
 
-    checkup = doctor.examine(cached=not args.refresh)
+        checkup = doctor.examine(cached=not args.refresh)
     print(checkup.to_json() if args.json else checkup)
     return 0

@@ -380,7 +380,7 @@ def _advice(needs: Needs, machine: Hardware, tiers: dict[str, int], resident: bo
         advice.append(f"mixoff cannot offload this model: {of.shape.refusal}")
     if resident:
         advice.append(
-            f"do not offload on {machine.name}: everything fits into its fast memory, and resident experts are faster "
+            f"do not offload: everything fits into the fast memory of {machine.name}, and resident experts are faster "
             "than any cache; `load` keeps them all, and llama.cpp is a good choice as well"
         )
     elif not fits:

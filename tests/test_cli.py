@@ -14,7 +14,7 @@ from test_store import DAMAGE
 from tiny import BUNDLED
 
 import mixoff
-from mixoff import demo, models
+from mixoff import MixoffError, demo, models
 from mixoff.cli import main
 
 PROMPT = "And the LORD said unto Moses,"
@@ -422,7 +422,7 @@ def test_a_plan_says_for_what_it_is(capsys):
     assert "mistralai/Mixtral-8x7B-Instruct-v0.1: 46.70 B parameters" in second
     assert main(["plan", "tiny-mixtral", "--hardware", "RTX 4090", "--scheme", "none"]) == 0
     out = capsys.readouterr().out
-    assert "(" not in out.splitlines()[0] and "do not offload on rtx-4090: everything fits" in out
+    assert "(" not in out.splitlines()[0] and "do not offload: everything fits into the fast memory of rtx-4090" in out
 
 
 def test_a_conversion_without_a_terminal_tells_its_progress(capsys, tmp_path, monkeypatch):
@@ -434,3 +434,32 @@ def test_a_conversion_without_a_terminal_tells_its_progress(capsys, tmp_path, mo
     assert main(["convert", str(BUNDLED), str(tmp_path / "store")]) == 0
     lines = capsys.readouterr().err.splitlines()
     assert lines and all(re.fullmatch(r"mixoff: converted [\d.]+ \w+ of 1[67][.\d]* MiB", line) for line in lines)
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("words", [RUN, ["convert", "tiny-mixtral", "target"], ["plan", "tiny-mixtral"], ["doctor"]])
+def test_a_terminal_shows_something_before_libraries_are_imported(monkeypatch, tmp_path, words):
+    def stop():
+        raise MixoffError("libraries")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("mixoff.cli._quiet_transformers", stop)
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    assert main(words) == 2
+    text = sys.stderr.getvalue()
+    assert re.fullmatch(r"\w+ing [\w -]+ \.\.\.\r\x1b\[Kmixoff: libraries\n", text), text
+
+
+def test_a_model_s_text_cannot_drive_a_terminal(monkeypatch):
+    from mixoff import cli
+
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    cli._show("a\x1b[2J\tb\n\u202e")
+    assert sys.stdout.getvalue() == "a\\x1b[2J\tb\n\\u202e"
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    cli._show("a\x1b")
+    assert sys.stdout.getvalue() == "a\x1b", "a file gets what the model wrote"
