@@ -7,11 +7,15 @@ Functions named after a kind of value are types of argparse options. They return
 from __future__ import annotations
 
 import argparse
+import errno
 import math
 import os
 import re
+import stat
 import sys
+import tempfile
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from mixoff import hub, models
@@ -180,7 +184,13 @@ def new_folder(path: str) -> None:
 
 
 def _writable(path: str, folder: Path) -> None:
-    if not os.path.isdir(folder):
-        raise MixoffError(f"cannot write {path}: there is no folder {folder}")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise MixoffError(f"cannot write {path}: you may not write in {folder}, choose another place")
+    """Try it: permissions alone do not tell of disks that are read-only, nor of folders that are not on a disk."""
+    try:
+        with suppress(FileNotFoundError):
+            if stat.S_ISREG(os.lstat(path).st_mode) and not os.access(path, os.W_OK):
+                raise PermissionError(errno.EACCES, "the file there is read-only")
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise MixoffError(f"cannot write {path}: {reason}; choose a place in a folder that you may write in") from error

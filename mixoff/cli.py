@@ -11,10 +11,11 @@ import argparse
 import json
 import os
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import NoReturn, TextIO
 
 from mixoff import __version__, arguments
@@ -318,16 +319,46 @@ def _convert(args: argparse.Namespace) -> int:
         from mixoff.units import format_nbytes
 
     compile_s = warmup.compile_solvers(Scheme.preset(args.scheme), _say)
-    progress = False if args.json else None
-    done = conversion.run(
-        args.source, args.target, args.scheme, jobs=args.jobs, restart=args.restart, progress=progress
-    )
+    with _progress_lines(args.target, quiet=args.json):
+        done = conversion.run(
+            args.source,
+            args.target,
+            args.scheme,
+            jobs=args.jobs,
+            restart=args.restart,
+            progress=False if args.json else None,
+        )
     nbytes, rate = sum(p.stat().st_size for p in done.target.iterdir()), done.source_nbytes / done.seconds / 1e6
     report = {"target": str(done.target), "nbytes": nbytes, "source_nbytes": done.source_nbytes}
     report |= {"compile_s": compile_s, "seconds": done.seconds, "MB_per_s": rate, "peak_nbytes": done.peak_nbytes}
     took = f"{done.seconds:.1f} s, {rate:.0f} MB/s of weights, {format_nbytes(done.peak_nbytes)} of memory (measured)"
     print(json.dumps(report) if args.json else f"wrote {done.target}: {format_nbytes(nbytes)} in {took}")
     return 0
+
+
+EVERY_S = 10.0  # a line about a conversion whose progress nobody watches in a terminal
+
+
+@contextmanager
+def _progress_lines(target: str, quiet: bool) -> Iterator[None]:
+    """Where standard error is no terminal, which has a bar, a line now and then about what is on the disk."""
+    ended = threading.Event()
+    if not quiet and not sys.stderr.isatty():
+        threading.Thread(target=_tell_progress, args=(f"{target}.partial/store", ended), daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
+
+
+def _tell_progress(store: str, ended: threading.Event) -> None:
+    from mixoff.units import format_nbytes
+
+    while not ended.wait(EVERY_S):
+        with suppress(OSError):  # files come and go
+            stats = [entry.stat() for entry in os.scandir(store)]
+            written = sum(min(512 * getattr(s, "st_blocks", s.st_size // 512), s.st_size) for s in stats)
+            _say(f"converted {format_nbytes(written)} of {format_nbytes(sum(s.st_size for s in stats))}")
 
 
 def _add_verify(commands: argparse._SubParsersAction) -> None:
@@ -369,9 +400,10 @@ def _add_bench(commands: argparse._SubParsersAction) -> None:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    _quiet_transformers()
     from mixoff.bench import command
 
+    command.check(args)
+    _quiet_transformers()
     report = command.run(args)
     print(json.dumps(report.to_dict()) if args.json else report)
     return 0
@@ -495,8 +527,16 @@ def _plan(args: argparse.Namespace) -> int:
     sizes = args.fast, args.ram, args.disk
     how = {"context": args.context, "batch": args.batch, "scheme": args.scheme, "hardware": args.hardware}
     plan = planner.plan(source, *sizes, **how)
-    print(plan.to_json() if args.json else plan)
+    print(plan.to_json() if args.json else f"{_planned_for(args, plan)}\n{plan}")
     return 0
+
+
+def _planned_for(args: argparse.Namespace, plan: object) -> str:
+    """What is planned, and how to ask for what `run` and `convert` take by default."""
+    other = [] if args.hardware or args.fast else ["--hardware here plans for this machine"]
+    other += [] if args.scheme or plan.scheme == "none" else ["--scheme none for 16 bits, as run and convert have them"]
+    text = f"{'a plan':<12} for {plan.hardware.name}, with experts as {plan.scheme}"
+    return f"{text} ({', '.join(other)})" if other else text
 
 
 def _add_doctor(commands: argparse._SubParsersAction) -> None:
@@ -509,6 +549,6 @@ def _doctor(args: argparse.Namespace) -> int:
         _quiet_transformers()
         from mixoff import doctor
 
-    checkup = doctor.examine(cached=not args.refresh)
+        checkup = doctor.examine(cached=not args.refresh)
     print(checkup.to_json() if args.json else checkup)
     return 0

@@ -382,8 +382,8 @@ def _advice(needs: Needs, machine: Hardware, tiers: dict[str, int], resident: bo
         advice.append(f"mixoff cannot offload this model: {of.shape.refusal}")
     if resident:
         advice.append(
-            "do not offload: everything fits into the fast memory, and resident experts are faster than any cache; "
-            "`load` keeps them all, and llama.cpp is a good choice as well"
+            f"do not offload: everything fits into the fast memory of {machine.name}, and resident experts are faster "
+            "than any cache; `load` keeps them all, and llama.cpp is a good choice as well"
         )
     elif not fits:
         advice += ways_out(needs, machine)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mixoff import hub, model_files, models, shapes
+from mixoff.checkpoint import DTYPES
 from mixoff.errors import CheckpointError, MixoffError
 from mixoff.generation import advance
 
@@ -229,7 +230,10 @@ def from_config(config: PretrainedConfig, name: str, dtype: str | None = None) -
 
 def _dtype_name(config: PretrainedConfig) -> str:
     nested = config.get_text_config()
-    return str(config.dtype or nested.dtype or "bfloat16").removeprefix("torch.")
+    name = str(config.dtype or nested.dtype or "bfloat16").removeprefix("torch.")
+    if name not in DTYPES.values():
+        raise CheckpointError(f"config.json gives {name} as dtype: change it to one of {', '.join(DTYPES.values())}")
+    return name
 
 
 def _sites(skeleton: PreTrainedModel, dtype: str) -> tuple[tuple[shapes.Site, ...], str | None]:

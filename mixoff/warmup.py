@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 WIDTH = 1024  # of the matrices: enough that several threads share a product
 ROWS = (1, 2, 4)  # that loops compute side by side
 PATIENCE_S = 1.5  # from loops on disk, all is ready long before
-LINE = "compiling kernels for this CPU, once: about half a minute"
+LINE = "compiling kernels for this CPU, once: about half a minute of its time"
 
 
 def compile_for(model: PreTrainedModel, say: Callable[[str], object]) -> float:
@@ -36,6 +36,8 @@ def compile_for(model: PreTrainedModel, say: Callable[[str], object]) -> float:
     backbone = {(type(m.quantized), _form(m.quantized)): m.quantized for m in modules}
     parts = (part for site in model.mixoff.source.sites for part in site.parts)
     experts = {tuple(part.form) for part in parts if part.form and isinstance(part.form[0], int)}
+    if not backbone and not experts:
+        return 0.0
     exact = model.mixoff.exact
     with _announced(say) as started, torch.inference_mode():
         for w in backbone.values():

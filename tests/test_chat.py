@@ -83,3 +83,47 @@ def test_the_last_question_always_stays():
     turns = [{"role": "user", "content": str(i)} for i in range(3)]
     assert recent(turns, lambda part: 100, 1) == turns[-1:]
     assert recent(turns, len, 2) == turns[1:]
+
+
+def test_a_system_message_stays_when_turns_are_forgotten(model, tokenizer):
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
+    system = {"role": "system", "content": "Be brief."}
+    chat = Chat(model, tokenizer, [system], context=70)
+    for n in range(4):
+        chat.ask(f"Question {n}: and then, what happened?", 12)
+    assert chat.messages[0] == system and "Question 0" not in str(chat.messages) and "Question 3" in str(chat.messages)
+    assert chat.prompt(chat.messages).startswith("<system>Be brief.\n<user>")
+
+
+TEMPLATES = {
+    "strict": ("{{ raise_exception('only user and\nassistant') }}", "refuses these messages: only user and; change"),
+    "unsafe": ("{{ ''.__class__.__mro__ }}", "access to attribute '__class__' of 'str' object is unsafe"),
+    "broken": ("{% for", "unexpected 'end of template'"),
+    "wrong": ("{{ 1 + 'a' }}", "unsupported operand"),
+    "deep": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "maximum recursion depth"),
+    "endless": (
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        "runs more than 1,000,000 lines, so it may never end",
+    ),
+    "endless with output": (
+        "{% for i in range(99999) %}{% for j in range(99999) %}{{ i }}{% endfor %}{% endfor %}",
+        "so it may never end",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_templates_that_refuse_or_never_end_are_one_sentence(model, tokenizer, name):
+    import sys
+
+    tokenizer.chat_template, message = TEMPLATES[name]
+    before = sys.gettrace()
+    with pytest.raises(MixoffError, match=message) as caught:
+        Chat(model, tokenizer).ask("Who are you?", 2)
+    assert "\n" not in str(caught.value) and sys.gettrace() is before
+
+
+def test_a_template_with_many_messages_is_within_the_limit(model, tokenizer):
+    tokenizer.chat_template = INSTRUCT
+    turns = [{"role": role, "content": "a"} for _ in range(2000) for role in ("user", "assistant")]
+    assert Chat(model, tokenizer).prompt(turns).count("[INST]") == 2000

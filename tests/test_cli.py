@@ -1,15 +1,20 @@
 """The command line: JSON alone on stdout, one line and exit code 2 for what is wrong, and no network."""
 
+import io
 import json
+import os
+import re
 import subprocess
 import sys
+import time
 
 import pytest
 from rich.console import Console
 from test_store import DAMAGE
 from tiny import BUNDLED
 
-from mixoff import demo, models
+import mixoff
+from mixoff import MixoffError, demo, models
 from mixoff.cli import main
 
 PROMPT = "And the LORD said unto Moses,"
@@ -245,3 +250,216 @@ def test_what_is_wrong_with_a_command_is_one_line(arguments, message, capsys, tm
     out, err = capsys.readouterr()
     assert code == 2 and out == "" and err.startswith("mixoff: ") and message in err and err.count("\n") == 1, err
     assert not any(tmp_path.iterdir())
+
+
+# --- before torch is imported -----------------------------------------------------------------------------------------
+
+WITHOUT_TORCH = """
+import importlib.abc, json, sys
+class Refuse(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name in ("torch", "transformers", "numba"):
+            raise SystemExit(f"{name} was imported")
+sys.meta_path.insert(0, Refuse())
+from mixoff.cli import main
+for argv in json.loads(sys.argv[1]):
+    assert main(argv) == 2, argv
+"""
+RUN = ["run", "tiny-mixtral", "--prompt", "a"]
+EARLY = {  # argv, and what its error holds
+    "command": (["rnu"], "did you mean 'run'?"),
+    "option": ([*RUN, "--tempreature=1"], "did you mean '--temperature'?"),
+    "policy": ([*RUN, "--policy", "lur"], "did you mean 'lru'?"),
+    "scheme": (
+        [*RUN, "--scheme", "mixd"],
+        "no scheme 'mixd': choose one of mixed, paper, small, quality, none; did",
+    ),
+    "size": ([*RUN, "--fast-bytes", "6 parsecs"], "as in 500MB or 6GiB"),
+    "reads": ([*RUN, "--io", "direkt"], "did you mean 'direct'?"),
+    "dtype": ([*RUN, "--dtype", "fp8"], "no dtype 'fp8': choose one of auto, float32"),
+    "scope": ([*RUN, "--scope", "Layer"], "did you mean 'layer'?"),
+    "guesses": ([*RUN, "--prefetch", "next"], "choose one of auto, none, next-router"),
+    "device": ([*RUN, "--device", "cuda0"], "choose auto, cpu, cuda or cuda:N"),
+    "temperature": ([*RUN, "--temperature", "nan"], "temperature is 'nan': give 0, which is greedy"),
+    "colder": ([*RUN, "--temperature=-1"], "temperature is '-1'"),
+    "seed": ([*RUN, "--seed", str(2**64)], "at most 64 bits"),
+    "surrogate": (["run", "tiny-mixtral", "--prompt", "caf\udce9"], "character 4 is not valid UTF-8"),
+    "model": (["run", "tiny-mixtrl", "--prompt", "a"], "did you mean 'tiny-mixtral'?"),
+    "missing": (["run", "./models/x", "--prompt", "a"], "no model folder at ./models/x"),
+    "beside": (["run", "here/mistyped", "--prompt", "a"], "did you mean 'here/mistyper'?"),
+    "target": (["convert", "tiny-mixtral", "here"], "here exists already"),
+    "place": (["convert", "tiny-mixtral", "/proc/x"], "cannot write /proc/x: No such file or directory"),
+    "trace": (["simulate", "tiny-mixtral/novle"], "did you mean 'tiny-mixtral/novel'?"),
+    "simulated": (["simulate", "tiny-mixtral/novel", "--policy", "belady2"], "did you mean 'belady'?"),
+    "machine": (["plan", "tiny-mixtral", "--hardware", "rtx4091"], "did you mean 'rtx-4090'?"),
+    "plan": (["plan", "no/such/model/here"], "or one of mistralai/Mixtral-8x7B"),
+    "suffix": (["trace", "tiny-mixtral", "--prompt-file", "text", "--out", "x.txt"], "name it x.npz"),
+    "bench": (["bench", "here"], "here has no config.json"),
+}
+
+
+def test_what_is_wrong_is_said_before_torch_is_imported(tmp_path):
+    (tmp_path / "here/mistyper").mkdir(parents=True)
+    (tmp_path / "text").write_text("a")
+    argvs = json.dumps([argv for argv, _ in EARLY.values()])
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH, argvs], cwd=tmp_path, capture_output=True, text=True, timeout=100
+    )
+    lines = done.stderr.splitlines()
+    assert done.returncode == 0 and done.stdout == "", done.stderr
+    assert len(lines) == len(EARLY), done.stderr
+    wrong = {name: line for line, (name, (_, part)) in zip(lines, EARLY.items(), strict=True) if part not in line}
+    assert wrong == {}
+
+
+def test_names_that_are_checked_early_are_those_of_the_code():
+    from mixoff import arguments, loading, prefetch, quantize, readers, simulator
+
+    assert set(arguments.SCHEMES) == set(quantize.PRESETS) and ("auto", *loading.DTYPES) == arguments.DTYPES
+    assert (arguments.IO, arguments.PREFETCH, arguments.SCOPES) == (readers.IO, prefetch.MODES, simulator.SCOPES)
+
+
+def test_a_name_on_the_hub_is_announced_before_any_request(capsys, monkeypatch):
+    from mixoff import arguments
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    arguments.model("nobody/no-such-model")
+    assert "no folder at nobody/no-such-model: looking for it on the Hugging Face Hub" in capsys.readouterr().err
+
+
+# --- whatever happens, one line ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (
+            KeyError("float64\n\x1b[31m"),
+            "KeyError: 'float64\\n\\x1b[31m'; this is a fault of mixoff: please",
+        ),
+        (OSError(30, "Read-only file system", "/x"), "the system refuses: /x: Read-only file system; check that path"),
+        (MemoryError(), "memory ran out: lower --fast-bytes"),
+        (mixoff.CheckpointError("a\x1b[2Jb\nc\u202e"), "a\\x1b[2Jb c\\u202e"),
+    ],
+)
+def test_the_last_resort_is_one_line_too(capsys, monkeypatch, error, line):
+    def fail(cached):
+        raise error
+
+    monkeypatch.setattr("mixoff.doctor.examine", fail)
+    monkeypatch.delenv("MIXOFF_TRACEBACK", raising=False)
+    assert main(["doctor"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith(f"mixoff: {line}") and err.count("\n") == 1
+    monkeypatch.setenv("MIXOFF_TRACEBACK", "1")
+    assert main(["doctor"]) == 2 and "in fail" in capsys.readouterr().err
+
+
+def test_output_that_cannot_be_encoded_has_question_marks():
+    command = [sys.executable, "-m", "mixoff", "demo", "--max-new-tokens", "1"]
+    env = dict(os.environ, PYTHONIOENCODING="ascii")
+    done = subprocess.run(command, env=env, capture_output=True, timeout=200)
+    assert done.returncode == 0 and done.stderr == b"" and b"?" in done.stdout and b"equal, token for" in done.stdout
+
+
+def test_a_configuration_in_float64_is_refused_by_plan(capsys, tmp_path):
+    config = json.loads((BUNDLED / "config.json").read_text()) | {"torch_dtype": "float64", "dtype": "float64"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert main(["plan", str(tmp_path)]) == 2
+    assert "config.json gives float64 as dtype" in capsys.readouterr().err
+
+
+# --- what a run takes and tells ---------------------------------------------------------------------------------------
+
+
+def test_a_run_tells_its_times_apart(capsys):
+    report = generate(capsys, BUNDLED)
+    assert report["new_tokens"] == len(report["token_ids"]) and report["prompt_tokens"] > 5
+    assert report["prompt_tokens_per_s"] == pytest.approx(report["prompt_tokens"] / report["first_token_s"])
+    assert report["load_s"] > 0 and report["compile_s"] == 0.0
+
+
+class Piped:
+    def __init__(self, raw):
+        self.buffer = io.BytesIO(raw)
+
+    def isatty(self):
+        return False
+
+
+@pytest.mark.parametrize("words", [[], ["--prompt", "-"]])
+def test_the_prompt_may_come_from_standard_input(capsys, monkeypatch, words):
+    want = generate(capsys, BUNDLED)["token_ids"]
+    monkeypatch.setattr(sys, "stdin", Piped(f"{PROMPT}\n".encode()))
+    how = ["--max-new-tokens", "12", "--fast-bytes", "6M"]
+    assert run_json(capsys, "run", BUNDLED, *words, *how)["token_ids"] == want
+    monkeypatch.setattr(sys, "stdin", Piped(b"caf\xe9"))
+    assert main(["run", str(BUNDLED), *words]) == 2
+    assert "cannot read the prompt from standard input" in capsys.readouterr().err
+
+
+def test_options_of_sampling_and_of_the_end(capsys):
+    greedy = generate(capsys, BUNDLED)
+    warm = ["--temperature", 1.5, "--seed", 1]
+    assert generate(capsys, BUNDLED, *warm, "--top-k", 1)["token_ids"] == greedy["token_ids"]
+    assert generate(capsys, BUNDLED, *warm, "--top-p", 1e-6)["token_ids"] == greedy["token_ids"]
+    word = greedy["text"].split()[2]
+    stopped = generate(capsys, BUNDLED, "--stop", word, "--threads", 1, "--dtype", "fp32")
+    assert stopped["text"].rstrip().endswith(word) and stopped["new_tokens"] < greedy["new_tokens"]
+    assert main(["run", str(BUNDLED), "--prompt", PROMPT, "--context", "12"]) == 2
+    assert "exceed the model's context of 12" in capsys.readouterr().err
+
+
+def test_a_system_message_goes_through_the_template(capsys):
+    told = generate(capsys, BUNDLED, "--system", "Speak as a king.")
+    assert told["prompt_tokens"] > generate(capsys, BUNDLED)["prompt_tokens"]
+
+
+def test_a_plan_says_for_what_it_is(capsys):
+    assert main(["plan", "mixtral-8x7b"]) == 0
+    first, second, *_ = capsys.readouterr().out.splitlines()
+    assert "for t4, with experts as mixed (--hardware here plans for this machine, --scheme none for 16 bits" in first
+    assert "mistralai/Mixtral-8x7B-Instruct-v0.1: 46.70 B parameters" in second
+    assert main(["plan", "tiny-mixtral", "--hardware", "RTX 4090", "--scheme", "none"]) == 0
+    out = capsys.readouterr().out
+    assert "(" not in out.splitlines()[0] and "do not offload: everything fits into the fast memory of rtx-4090" in out
+
+
+def test_a_conversion_without_a_terminal_tells_its_progress(capsys, tmp_path, monkeypatch):
+    from mixoff import cli, conversion
+
+    put = conversion.Making.put
+    monkeypatch.setattr(cli, "EVERY_S", 0.01)
+    monkeypatch.setattr(conversion.Making, "put", lambda *args: (time.sleep(0.01), put(*args))[1])
+    assert main(["convert", str(BUNDLED), str(tmp_path / "store")]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert lines and all(re.fullmatch(r"mixoff: converted [\d.]+ \w+ of 1[67][.\d]* MiB", line) for line in lines)
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("words", [RUN, ["convert", "tiny-mixtral", "target"], ["plan", "tiny-mixtral"], ["doctor"]])
+def test_a_terminal_shows_something_before_libraries_are_imported(monkeypatch, tmp_path, words):
+    def stop():
+        raise MixoffError("libraries")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("mixoff.cli._quiet_transformers", stop)
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    assert main(words) == 2
+    text = sys.stderr.getvalue()
+    assert re.fullmatch(r"\w+ing [\w -]+ \.\.\.\r\x1b\[Kmixoff: libraries\n", text), text
+
+
+def test_a_model_s_text_cannot_drive_a_terminal(monkeypatch):
+    from mixoff import cli
+
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    cli._show("a\x1b[2J\tb\n\u202e")
+    assert sys.stdout.getvalue() == "a\\x1b[2J\tb\n\\u202e"
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    cli._show("a\x1b")
+    assert sys.stdout.getvalue() == "a\x1b", "a file gets what the model wrote"

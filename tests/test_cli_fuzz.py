@@ -84,8 +84,8 @@ VALID = {("--seed", "-1"), ("--temperature", "1_000")}
 WORDS = [
     [], ["fly"], ["rum"], ["\x1b[31m"], [""], ["run"], ["run", "tiny-mixtral", "--wings"], ["doctor", "now"],
     ["--json"], ["doctor", "--refersh"], ["plan"], ["convert", "tiny-mixtral"], ["trace", "tiny-mixtral"],
-    ["simulate"], ["verify"],
-    ["simulate", "tiny-mixtral/novel", "--global", "--per-layer"], ["demo", "extra"], ["bench", "a", "b"], ["\udcff"],
+    ["simulate"], ["verify"], ["simulate", "tiny-mixtral/novel", "--global", "--per-layer"], ["demo", "extra"],
+    ["bench", "a", "b"], ["\udcff"],
 ]  # fmt: skip
 
 
@@ -100,7 +100,6 @@ def path_cases():
         "no/such/folder",
         "empty/model",
         "./tiny-mixtral",
-        "/dev/null",
     ]
     unwritable = ["/proc/x", "/dev/null/x", "file/x", "no/such/x", "store", "file", "empty", "\0", "x" * 300]
     for path in nothing:
@@ -113,10 +112,11 @@ def path_cases():
         yield ["simulate", path]
         yield ["bench", path]
     for path in unwritable:
-        yield ["convert", "tiny-mixtral", path]
+        yield ["convert", "tiny-mixtral", path if path != "no/such/x" else "file/y/z"]
         if path not in ("store", "file"):
-            yield ["trace", "tiny-mixtral", "--prompt-file", "prompt.txt", "--out", f"{path}/t.npz"]
-            yield ["demo", "--svg", f"{path}/x.svg" if path == "empty/.." else path]
+            if path != "empty":
+                yield ["trace", "tiny-mixtral", "--prompt-file", "prompt.txt", "--out", f"{path}/t.npz"]
+            yield ["demo", "--svg", path]
             yield ["bench", "--record", path]
     yield ["trace", "tiny-mixtral", "--prompt-file", "prompt.txt", "--out", "x.txt"]
     yield ["trace", "tiny-mixtral", "--prompt-file", "latin1.txt", "--out", "t.npz"]
@@ -125,10 +125,7 @@ def path_cases():
     yield ["bench", "store", "--checkpoint", "none"]
     yield ["run", "store", "--scheme", "small", "--prompt", "a"]
     yield ["run", "tiny-mixtral", "--prompt", "a", "--fast-bytes", "1B"]
-    yield ["run", "tiny-mixtral", "--prompt", "a", "--fast-bytes", "8000TB"]
-    yield ["run", "tiny-mixtral", "--prompt", "a", "--ram-bytes", "8000TB"]
     yield ["run", "tiny-mixtral", "--prompt", "a", "--context", "2"]
-    yield ["run", "tiny-mixtral", "--prompt", ""]
     yield ["plan", "tiny-mixtral", "--scheme", "mixed", "--fast", "1B", "--batch", "0"]
 
 

@@ -165,3 +165,30 @@ def test_the_doctor_says_what_works_and_why(figures, capsys):
     assert cli.main(["doctor", "--refresh"]) == 0
     text = capsys.readouterr().out
     assert "17.0 GB/s (measured)" in text and "1.50 GB/s (measured" in text and len(figures) == 2
+
+
+def test_a_cache_that_cannot_be_written_only_costs_the_next_probe(tmp_path, monkeypatch, figures, capsys):
+    from mixoff import cli
+
+    (tmp_path / "file").write_text("")
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setenv("MIXOFF_CACHE", str(tmp_path / "file"))
+    monkeypatch.setattr(hardware.tempfile, "tempdir", str(tmp_path / "tmp"))
+    assert cli.main(["doctor"]) == 0 and cli.main(["plan", "tiny-mixtral", "--hardware", "here"]) == 0
+    out, err = capsys.readouterr()
+    assert err == "" and "a plan       for here" in out and set(figures) == {tmp_path / "tmp"}
+    assert not any((tmp_path / "tmp").iterdir())
+
+
+@pytest.mark.parametrize("change", [{"disk_Bps": "fast"}, {"ram_Bps": None}, {"direct": 3}, {"link_Bps": [1]}])
+def test_figures_of_another_kind_are_measured_again(figures, change):
+    hardware.probe()
+    path = hardware.cache_folder() / "hardware.json"
+    kept = json.loads(path.read_text())
+    path.write_text(json.dumps(kept | {"figures": kept["figures"] | change}))
+    assert hardware.probe().disk_Bps == 1.5e9 and len(figures) == 2
+
+
+@pytest.mark.parametrize("name", ["rtx4090", "RTX 4090", "Rtx_4090"])
+def test_names_of_machines_are_read_in_any_spelling(name):
+    assert hardware.named(name).name == "rtx-4090"

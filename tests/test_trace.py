@@ -257,3 +257,18 @@ def test_recording_nothing_is_said_in_words():
         with pytest.raises(MixoffError, match="generate within"):
             recorder.trace  # noqa: B018
         assert model.mixoff._routing == []
+
+
+def test_another_suffix_is_refused_and_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
+    with pytest.raises(MixoffError, match=r"cannot write .*x.txt: a trace is an .npz file, name it x.npz"):
+        full().save(tmp_path / "x.txt")
+
+    def fail(file, **arrays):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    kept = full().save(tmp_path / "t.npz").read_bytes()
+    monkeypatch.setattr(np, "savez_compressed", fail)
+    with pytest.raises(MixoffError, match=r"cannot write .*t.npz: No space left"):
+        full().save(tmp_path / "t.npz")
+    assert [p.name for p in tmp_path.iterdir()] == ["t.npz"] and (tmp_path / "t.npz").read_bytes() == kept

@@ -93,7 +93,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> Table | Report:
     """Measure what was asked for; progress goes to standard error."""
-    _check(args)
+    check(args)
     if args.store is None and args.shape is None and not args.record:
         from mixoff.bench import budgets
 
@@ -108,7 +108,7 @@ def run(args: argparse.Namespace) -> Table | Report:
     return report
 
 
-def _check(args: argparse.Namespace) -> None:
+def check(args: argparse.Namespace) -> None:
     """Refuse what can be seen to be wrong before anything is imported or written."""
     if args.store is not None:
         arguments.model(args.store)
