@@ -102,9 +102,11 @@ def test_a_store_generates_what_its_checkpoint_does(tmp_path, family, dtype):
 
 
 def test_a_store_is_an_ordinary_folder_beside_its_experts(converted):
-    """Tokenizer, configuration and card travel along; transformers reads all but the experts."""
-    for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
+    """Tokenizer, configuration and card travel along; only config.json says more, so that transformers refuses it."""
+    for name in ("generation_config.json", "tokenizer.json", "tokenizer_config.json"):
         assert (converted / name).read_bytes() == (BUNDLED / name).read_bytes()
+    config = json.loads((BUNDLED / "config.json").read_bytes()) | {"experts_implementation": store.FOR_MIXOFF}
+    assert (converted / "config.json").read_bytes() == (json.dumps(config, indent=2) + "\n").encode()
     from transformers import AutoTokenizer
 
     assert AutoTokenizer.from_pretrained(converted).vocab_size == 4096
