@@ -7,7 +7,6 @@ tiers, and its counters, stay as they are. Does not know commands.
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 
 WIDTH = 1024  # of the matrices: enough that several threads share a product
 ROWS = (1, 2, 4)  # that loops compute side by side
-PATIENCE_S = 1.5  # from loops on disk, all is ready long before
+PATIENCE_S = 0.5  # of compiling: a loop or two are not worth a line
 LINE = "compiling kernels for this CPU, once: about half a minute of its time"
 
 
@@ -81,11 +80,20 @@ def compile_solvers(scheme: Scheme, say: Callable[[str], object]) -> float:
 
 @contextmanager
 def _announced(say: Callable[[str], object]) -> Iterator[float]:
-    """Say LINE once what is inside has taken PATIENCE_S; gives the time of its start."""
-    timer = threading.Timer(PATIENCE_S, say, [LINE])
-    timer.daemon = True
-    timer.start()
-    try:
+    """Say LINE once numba has compiled, not only read from disk, for PATIENCE_S; gives the time of its start."""
+    from numba.core import event
+
+    class Passes(event.Listener):
+        first, said = None, False
+
+        def on_start(self, _: event.Event) -> None:
+            self.first = self.first or time.perf_counter()
+            if not self.said and time.perf_counter() - self.first > PATIENCE_S:
+                self.said = True
+                say(LINE)
+
+        def on_end(self, _: event.Event) -> None:
+            pass
+
+    with event.install_listener("numba:run_pass", Passes()):
         yield time.perf_counter()
-    finally:
-        timer.cancel()
