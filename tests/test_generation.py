@@ -140,6 +140,6 @@ def test_a_configuration_that_transformers_cannot_run_is_one_sentence(tmp_path, 
     folder = shutil.copytree(models.path(), tmp_path / "model")
     config = json.loads((folder / "config.json").read_text()) | {"sliding_window": 0}
     (folder / "config.json").write_text(json.dumps(config))
-    with mixoff.load(folder, "1GiB", prefetch="none") as loaded:
-        with pytest.raises(MixoffError, match="cannot run a model with this config.json .*size of tensor"):
-            generation.generate(loaded, tokenizer, PROMPT, 2)
+    refusal = pytest.raises(MixoffError, match="cannot run a model with this config.json .*size of tensor")
+    with mixoff.load(folder, "1GiB", prefetch="none") as loaded, refusal:
+        generation.generate(loaded, tokenizer, PROMPT, 2)
