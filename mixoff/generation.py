@@ -9,6 +9,7 @@ import functools
 import inspect
 import math
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -260,6 +261,13 @@ def _explained(model: PreTrainedModel) -> Iterator[None]:
         yield
     except MixoffError:
         raise
+    except RuntimeError as error:
+        if not _of_transformers(error):
+            raise
+        reason = str(error).strip().split("\n")[0]
+        raise MixoffError(
+            f"transformers cannot run a model with this config.json ({reason}): copy it again from its source"
+        ) from error
     except (ValueError, TypeError, AttributeError, ImportError) as error:
         if begun:
             raise
@@ -267,6 +275,12 @@ def _explained(model: PreTrainedModel) -> Iterator[None]:
         raise MixoffError(f"transformers refuses this model's generation_config.json ({reason}): mend it") from error
     finally:
         hook.remove()
+
+
+def _of_transformers(error: BaseException) -> bool:
+    """Whether an error was raised in the code of a model in transformers, rather than in ours or a listener's."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return "transformers" in frame.f_globals.get("__name__", "").split(".")[:1]
 
 
 def _check_room(prompt_tokens: int, new_tokens: int, context: int | None) -> None:

@@ -131,3 +131,15 @@ def test_numbers_of_an_expert_that_are_not_finite_are_named_too(tmp_path, tokeni
     with mixoff.load(folder, "1GiB", prefetch="none") as loaded, torch.no_grad():
         found = generation.first_not_finite(loaded, torch.tensor([[1, 5, 9]]))
     assert found.startswith("model.layers.1.mlp.experts")
+
+
+def test_a_configuration_that_transformers_cannot_run_is_one_sentence(tmp_path, tokenizer):
+    import json
+    import shutil
+
+    folder = shutil.copytree(models.path(), tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text()) | {"sliding_window": 0}
+    (folder / "config.json").write_text(json.dumps(config))
+    refusal = pytest.raises(MixoffError, match="cannot run a model with this config.json .*size of tensor")
+    with mixoff.load(folder, "1GiB", prefetch="none") as loaded, refusal:
+        generation.generate(loaded, tokenizer, PROMPT, 2)
