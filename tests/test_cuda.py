@@ -22,7 +22,7 @@ from simulated import Device
 from tiny import BUNDLED, budget, decode, resident, save_random
 
 import mixoff
-from mixoff import cuda, doctor, hardware, kernels, loading, planner, rescue, runtime, streams
+from mixoff import cuda, doctor, hardware, kernels, loading, planner, refusals, rescue, runtime, streams
 from mixoff.arena import Arena, slot_nbytes
 from mixoff.generation import advance
 from mixoff.hardware import GIB
@@ -280,7 +280,8 @@ def to_gpu(model):
     runtime = model.mixoff
     torch.__future__.set_overwrite_module_params_on_conversion(True)
     try:
-        model.to("cuda")
+        with mock.patch.object(refusals.Served, "_apply", torch.nn.Module._apply):  # what users may not do
+            model.to("cuda")
     finally:
         torch.__future__.set_overwrite_module_params_on_conversion(False)
     for module in model.modules():

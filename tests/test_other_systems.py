@@ -21,7 +21,7 @@ def test_commands(system, tmp_path):
     store = str(tmp_path / "store")
     commands = [["convert", str(BUNDLED), store], ["verify", store, "--full"], ["run", store, *how]]
     converted, verified, ran, doctor = run(system, [*commands, ["doctor", "--refresh"]], tmp_path / "cache")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", "store"]
+    assert [p.name for p in tmp_path.iterdir() if p.name != "cache"] == ["store"]
     assert converted["target"] == store and verified["ok"] and doctor["machine"]["disk_Bps"] > 0
     assert len(ran["token_ids"]) == 4 and "nor a way to drop a file" in ran["io"]
 
@@ -29,7 +29,7 @@ def test_commands(system, tmp_path):
 def run(system, commands, cache):
     """What commands say on that system, in a console of western Europe: the JSON of each."""
     environment = {**os.environ, "PYTHONPATH": str(TESTS.parent), "PYTHONIOENCODING": "cp1252"}
-    environment |= {"XDG_CACHE_HOME": str(cache), "PYTHONWARNINGS": "error::EncodingWarning:mixoff"}
+    environment |= {"MIXOFF_CACHE": str(cache), "PYTHONWARNINGS": "error::EncodingWarning:mixoff"}
     listed = json.dumps([[*command, "--json"] for command in commands])
     command = [sys.executable, "-X", "warn_default_encoding", str(TESTS / "foreign.py"), system, listed]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, encoding="cp1252")
