@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from mixoff import shapes
 from mixoff.errors import BudgetError, MixoffError
 from mixoff.transfer import PREFETCH, Key, Landing, Transfer
 from mixoff.units import format_nbytes
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 MODES = ("auto", "none", "next-router")
-TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts")
 WINDOW = 32  # guesses after which `auto` looks at what came of them
 PAYS_FROM = 0.5  # share of right guesses: a wrong one costs a read, a right one saves no more than a read
 # what a router that takes other arguments than its neighbour raises
@@ -37,9 +37,8 @@ SHARE = 8  # `auto` sets aside at most one slot of so many: the cache needs them
 
 def top_k(config: PretrainedConfig) -> int:
     """Experts that the router chooses for a token, K; 2 where the configuration has no name for it that we know."""
-    text = config.get_text_config()
-    found = (value for name in TOP_K if isinstance(value := getattr(text, name, None), int))
-    return next(found, 2)
+    found = shapes.top_k(config)
+    return 2 if found is None else found
 
 
 def set_aside(
