@@ -133,14 +133,10 @@ def words(text: str) -> str:
 
 
 def model(path: str) -> None:
-    """Refuse what cannot be a model's folder, and say what is going to be looked up on the Hub. Raises MixoffError.
-
-    A name without a revision whose first part is a folder here is a path: a mistyped one is not sent to the Hub.
-    """
+    """Refuse what cannot be a model's folder, and say what is going to be looked up on the Hub. Raises MixoffError."""
     if path in models.names():
         return
-    found = hub.parse(path)
-    if found is not None and (found.revision or not os.path.isdir(path.split("/")[0])):
+    if (found := hub.parse(path)) is not None:
         if os.environ.get("HF_HUB_OFFLINE", "").upper() not in ("1", "ON", "YES", "TRUE"):
             print(f"mixoff: no folder at {found}: looking for it on the Hugging Face Hub", file=sys.stderr, flush=True)
         return

@@ -162,9 +162,9 @@ class Checkpoint:
     ) -> None:
         self.folder = Path(folder)
         if not self.folder.is_dir():
-            raise CheckpointError(
-                f"no model folder at {folder}: give the folder that holds config.json and *.safetensors"
-            )
+            from mixoff import hub
+
+            raise CheckpointError(hub.missing(folder))
         if not (self.folder / "config.json").exists():
             model_files.refuse_adapter([p.name for p in self.folder.iterdir()], self.folder, self.folder)
         _refuse_quantized(read_json(self.folder / "config.json"), self.folder, self.method)

@@ -46,7 +46,9 @@ class HubId:
 
 
 def parse(path: str | Path, revision: str | None = None) -> HubId | None:
-    """The model on the Hub that `path` names; None for a folder that is there, a bundled model, or any other path.
+    """The model on the Hub that `path` names; None for an existing folder, a bundled model, or any other path.
+
+    `a/b` without a revision is a path where a folder `a` exists: a mistyped path is never looked up on the Hub.
 
     >>> parse("org/model@v1.0"), parse("./org/model"), parse("org/model", revision="refs/pr/1").revision
     (HubId(repo='org/model', revision='v1.0'), None, 'refs/pr/1')
@@ -54,7 +56,8 @@ def parse(path: str | Path, revision: str | None = None) -> HubId | None:
     m = NAME.match(str(path))
     if not m or str(path) in models.names() or os.path.exists(path):  # which raises nothing, whatever the name
         return None
-    return HubId(m["repo"], revision or m["revision"])
+    revision = revision or m["revision"]
+    return HubId(m["repo"], revision) if revision or not os.path.isdir(m["repo"].split("/")[0]) else None
 
 
 def missing(path: str | Path) -> str:
