@@ -1,6 +1,6 @@
 """Another system, as far as Python can pretend: what Windows or macOS lack is taken away before the package is loaded.
 
-    python tests/foreign.py windows '[["doctor", "--json"], ["plan", "tiny-mixtral"]]'    commands of mixoff, one by one
+python tests/foreign.py windows '[["doctor", "--json"], ["plan", "tiny-mixtral"]]'    commands of mixoff, one by one
 """
 
 import builtins

@@ -95,7 +95,5 @@ def test_two_threads_that_want_the_same_store_make_it_once(cache, monkeypatch):
 def test_a_cache_that_cannot_be_written_is_one_sentence(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("MIXOFF_CACHE", str(tmp_path / "file"))
-    with pytest.raises(
-        mixoff.MixoffError, match="cannot keep .* another folder in MIXOFF_CACHE"
-    ):
+    with pytest.raises(mixoff.MixoffError, match="cannot keep .* another folder in MIXOFF_CACHE"):
         mixoff.load(BUNDLED, scheme="mixed")
