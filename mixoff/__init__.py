@@ -7,15 +7,21 @@ from importlib import import_module
 
 __version__ = "0.1.0"
 
-_HOMES = {"load": "loading", "Runtime": "runtime", "CacheInfo": "events", "Event": "events", "convert": "conversion"}
-_HOMES |= {"MixoffError": "errors", "CheckpointError": "errors", "BudgetError": "errors", "ExpertCache": "cache"}
+_HOMES = {
+    "load": "loading",
+    "Runtime": "runtime",
+    "CacheInfo": "cache.events",
+    "Event": "cache.events",
+    "convert": "conversion",
+}
+_HOMES |= {"MixoffError": "errors", "CheckpointError": "errors", "BudgetError": "errors", "ExpertCache": "cache.cache"}
 _HOMES |= {"Scheme": "quantize", "QTensor": "quantize", "verify": "store"}
 _HOMES |= {"offload": "memory", "restore": "memory"}
 _HOMES |= {"Trace": "trace", "Simulation": "simulator", "simulate": "simulator"}
 _HOMES |= {"plan": "planner", "Plan": "planner"}
 _MODULES = (
-    "arena", "bench", "cache", "checkpoint", "conversion", "cuda", "errors", "events", "generation", "hardware", "keys",
-    "loading", "lossy", "memory", "models", "planner", "policies", "prefetch", "presets", "quality", "quantize",
+    "arena", "bench", "cache", "checkpoint", "conversion", "cuda", "errors", "generation", "hardware", "keys",
+    "loading", "lossy", "memory", "models", "planner", "prefetch", "presets", "quality", "quantize",
     "readers", "rescue", "routers", "runtime", "shapes", "simulator", "sizes", "store", "streams", "synthetic",
     "tiers", "timeline", "trace", "transfer", "units",
 )  # fmt: skip

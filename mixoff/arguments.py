@@ -48,7 +48,7 @@ def choice(what: str, names: Iterable[str], short: dict[str, str] | None = None)
 
 def policy(text: str) -> str:
     """A policy of the runtime."""
-    from mixoff.policies import POLICIES
+    from mixoff.cache.policies import POLICIES
 
     return choice("unknown policy", [*sorted(POLICIES), "none"])(text)
 

@@ -29,9 +29,9 @@ from mixoff import (
     store,
     streams,
 )
+from mixoff.cache.policies import Policy
 from mixoff.errors import BudgetError, CheckpointError, MixoffError
 from mixoff.kernels import reference, threads
-from mixoff.policies import Policy
 from mixoff.prefetch import NextRouter, top_k
 from mixoff.quantize import Scheme
 from mixoff.readers import goes_direct, past_page_cache

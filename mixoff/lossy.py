@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from mixoff.cache import ExpertCache
+from mixoff.cache.cache import ExpertCache
 from mixoff.errors import MixoffError
 from mixoff.trace import MAX_EXPERTS
 

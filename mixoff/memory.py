@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from mixoff import layers, refusals, shapes, store
+from mixoff.cache.policies import Policy
 from mixoff.checkpoint import Extent
 from mixoff.errors import CheckpointError, MixoffError
 from mixoff.loading import bind, choose_io
-from mixoff.policies import Policy
 from mixoff.prefetch import top_k
 from mixoff.quantize import Scheme
 from mixoff.readers import ExpertReader

@@ -20,8 +20,9 @@ import torch
 from torch import nn
 
 from mixoff import shapes
+from mixoff.cache.events import PREFETCH, Key, Landing
 from mixoff.errors import BudgetError, MixoffError
-from mixoff.transfer import PREFETCH, Key, Landing, Transfer
+from mixoff.transfer import Transfer
 from mixoff.units import format_nbytes
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from mixoff.policies import FADES, MASK, TRUST, scramble
+from mixoff.cache.policies import FADES, MASK, TRUST, scramble
 from mixoff.trace import Requests, compiled
 
 LRU, FIFO, LFU, LFUDA, LFRU, RANDOM, LEAST_STALE, STATIC, BELADY, HALF_LIFE = range(10)

@@ -32,13 +32,13 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from mixoff import shapes
 from mixoff.arena import Arena, Weight, least_slots, out_of_memory, plan_slots, slot_nbytes
-from mixoff.cache import BYPASS, HIT, RESTORE, ExpertCache, Grant
+from mixoff.cache.cache import ExpertCache, Grant
+from mixoff.cache.events import BYPASS, HIT, RESTORE, CacheInfo, Event
+from mixoff.cache.policies import Key, Policy
 from mixoff.errors import BudgetError, MixoffError
-from mixoff.events import CacheInfo, Event
 from mixoff.experts import by_expert, expert_mlp, expert_mlps
 from mixoff.kernels import reference
 from mixoff.pages import slab
-from mixoff.policies import Key, Policy
 from mixoff.prefetch import Guesses, set_aside
 from mixoff.quantize import Scheme
 from mixoff.readers import Reader

@@ -23,11 +23,11 @@ from typing import Protocol
 
 import torch
 
-from mixoff.cache import BYPASS, MISS
+from mixoff.cache.events import BYPASS, MISS, PREFETCH, Key, Landing
 from mixoff.errors import CheckpointError
 from mixoff.readers import Reader
 from mixoff.tiers import Copies, open_transfer
-from mixoff.transfer import PREFETCH, Key, Landing, Transfer
+from mixoff.transfer import Transfer
 
 STAGING = 3  # places that reads always find: one is read into while another is copied on, and one for a guess
 WAITING, READING, SENT, FAILED = "waiting", "reading", "sent", "failed"

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mixoff.cache.events import Event
 from mixoff.errors import MixoffError
-from mixoff.events import Event
 from mixoff.shapes import dtype_nbytes
 
 if TYPE_CHECKING:

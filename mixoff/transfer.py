@@ -18,22 +18,10 @@ from collections import Counter, deque
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from queue import SimpleQueue
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
-from mixoff.cache import MISS
+from mixoff.cache.events import MISS, PREFETCH, Key, Landing
 from mixoff.readers import Reader
-
-Key = tuple[int, int]  # site, expert
-PREFETCH = "prefetch"  # a fetch that nobody asked for yet: what is asked for is read before it
-
-
-class Landing(NamedTuple):
-    """Bytes that arrived in a slot: `nbytes` of them, between t0 and t1 (seconds of `time.perf_counter`)."""
-
-    slot: int
-    nbytes: int
-    t0: float
-    t1: float
 
 
 class Transfer(Protocol):

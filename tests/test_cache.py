@@ -5,7 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mixoff import BudgetError, MixoffError
-from mixoff.cache import BYPASS, HIT, MISS, POLICIES, RESTORE, ExpertCache
+from mixoff.cache.cache import ExpertCache
+from mixoff.cache.events import BYPASS, HIT, MISS, RESTORE
+from mixoff.cache.policies import POLICIES
 
 TRACES = st.lists(st.lists(st.integers(0, 7), min_size=1, max_size=4, unique=True), min_size=1, max_size=60)
 

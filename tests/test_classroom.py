@@ -67,7 +67,8 @@ def test_other_kinds_of_answers(answer, expected):
 
 def test_chapter_00_lru_hits_are_those_of_the_package():
     """The cases' answers against the package's own cache, one request at a time."""
-    from mixoff.cache import HIT, ExpertCache
+    from mixoff.cache.cache import ExpertCache
+    from mixoff.cache.events import HIT
 
     def hits(wanted, slots):
         cache = ExpertCache([slots], "lru")

@@ -12,8 +12,8 @@ matplotlib.use("Agg")
 
 import mixoff
 from mixoff import models
+from mixoff.cache.events import Event
 from mixoff.classroom.widgets import CacheView, EvictionStepper, cache_view
-from mixoff.events import Event
 
 LAYERS, EXPERTS = 2, 4
 

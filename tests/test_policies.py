@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mixoff import Trace, simulate, simulator
-from mixoff.cache import ExpertCache
-from mixoff.policies import HALF_LIVES, HalfLife
+from mixoff.cache.cache import ExpertCache
+from mixoff.cache.policies import HALF_LIVES, HalfLife
 from mixoff.routers import Router, preset
 
 

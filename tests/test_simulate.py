@@ -13,7 +13,8 @@ from tiny import BUNDLED
 
 import mixoff
 from mixoff import BudgetError, MixoffError, Trace, simulate, simulator
-from mixoff.cache import POLICIES, ExpertCache
+from mixoff.cache.cache import ExpertCache
+from mixoff.cache.policies import POLICIES
 from mixoff.cli import main
 
 ALL = sorted(simulator.CODES)

@@ -120,7 +120,7 @@ def test_modelled_and_measured_lie_in_one_chart():
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    from mixoff.events import Event
+    from mixoff.cache.events import Event
 
     ax = timeline.gantt(STEP.events())
     before = len(ax.collections)

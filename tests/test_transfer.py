@@ -278,7 +278,7 @@ def without(module, site):
     tree.body = [node for node in tree.body if not isinstance(node, ast.Expr)]  # registers nothing
     space = {"__name__": f"{module.__name__}.mutated", "__file__": module.__file__}
     exec(compile(ast.fix_missing_locations(Remove().visit(tree)), module.__file__, "exec"), space)
-    space["Landing"] = mixoff.transfer.Landing
+    space["Landing"] = mixoff.cache.events.Landing
     return space
 
 

@@ -11,8 +11,8 @@ import time
 
 import numpy as np
 
+from mixoff.cache.events import Event
 from mixoff.classroom.widgets import CacheView
-from mixoff.events import Event
 
 LAYERS, EXPERTS, TOP_K, TOKENS = 48, 128, 8, 400
 HIT_RATE = 0.8

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mixoff import hub, models
+from mixoff.cache.events import Event
 from mixoff.errors import MixoffError
-from mixoff.events import Event
 
 if TYPE_CHECKING:
     from mixoff.bench.report import Report

@@ -17,8 +17,8 @@ import anywidget
 import numpy as np
 import traitlets
 
-from mixoff.cache import HIT as GRANTED
-from mixoff.cache import ExpertCache
+from mixoff.cache.cache import ExpertCache
+from mixoff.cache.events import HIT as GRANTED
 from mixoff.classroom import plots
 from mixoff.errors import MixoffError
 from mixoff.units import format_nbytes

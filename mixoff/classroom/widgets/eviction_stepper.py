@@ -16,11 +16,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from mixoff.cache import HIT as GRANTED
-from mixoff.cache import ExpertCache
+from mixoff.cache.cache import ExpertCache
+from mixoff.cache.events import HIT as GRANTED
+from mixoff.cache.policies import POLICIES
 from mixoff.classroom import plots
 from mixoff.errors import BudgetError, MixoffError
-from mixoff.policies import POLICIES
 
 HERE = Path(__file__).parent
 NEVER = 2**31

@@ -12,10 +12,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from mixoff.cache.events import BYPASS, HIT, MISS, RESTORE
+from mixoff.cache.policies import LRU, POLICIES, Key, Policy
 from mixoff.errors import BudgetError, MixoffError
-from mixoff.policies import LRU, POLICIES, Key, Policy
 
-HIT, MISS, BYPASS, RESTORE = "hit", "miss", "bypass", "restore"
 NONE = "none"  # the policy that keeps nothing from one call to the next: what a cache is measured against
 
 

@@ -6,8 +6,11 @@ Does not know caches, tensors or files.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 from mixoff.units import format_nbytes
+
+HIT, MISS, BYPASS, RESTORE = "hit", "miss", "bypass", "restore"
 
 
 @dataclass(frozen=True)
@@ -108,3 +111,16 @@ class CacheInfo:
         }  # fmt: skip
         head, row = ("".join(f"<{tag}>{x}</{tag}>" for x in xs) for tag, xs in (("th", cells), ("td", cells.values())))
         return f"<table><tr>{head}</tr><tr>{row}</tr></table>"
+
+
+Key = tuple[int, int]  # site, expert
+PREFETCH = "prefetch"  # a fetch that nobody asked for yet: what is asked for is read before it
+
+
+class Landing(NamedTuple):
+    """Bytes that arrived in a slot: `nbytes` of them, between t0 and t1 (seconds of `time.perf_counter`)."""
+
+    slot: int
+    nbytes: int
+    t0: float
+    t1: float
