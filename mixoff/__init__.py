@@ -15,16 +15,46 @@ _HOMES = {
     "convert": "conversion",
 }
 _HOMES |= {"MixoffError": "errors", "CheckpointError": "errors", "BudgetError": "errors", "ExpertCache": "cache.cache"}
-_HOMES |= {"Scheme": "quantize", "QTensor": "quantize", "verify": "store"}
+_HOMES |= {"Scheme": "quantize.scheme", "QTensor": "quantize.tensor", "verify": "store"}
 _HOMES |= {"offload": "memory", "restore": "memory"}
 _HOMES |= {"Trace": "trace", "Simulation": "simulator", "simulate": "simulator"}
 _HOMES |= {"plan": "planner", "Plan": "planner"}
 _MODULES = (
-    "arena", "bench", "cache", "checkpoint", "conversion", "cuda", "errors", "generation", "hardware", "keys",
-    "loading", "lossy", "memory", "models", "planner", "prefetch", "presets", "quality", "quantize",
-    "readers", "rescue", "routers", "runtime", "shapes", "simulator", "sizes", "store", "streams", "synthetic",
-    "tiers", "timeline", "trace", "transfer", "units",
-)  # fmt: skip
+    "arena",
+    "bench",
+    "cache",
+    "checkpoint",
+    "conversion",
+    "cuda",
+    "errors",
+    "generation",
+    "hardware",
+    "keys",
+    "loading",
+    "lossy",
+    "memory",
+    "models",
+    "planner",
+    "prefetch",
+    "presets",
+    "quality",
+    "quantize",
+    "readers",
+    "rescue",
+    "routers",
+    "runtime",
+    "shapes",
+    "simulator",
+    "sizes",
+    "store",
+    "streams",
+    "synthetic",
+    "tiers",
+    "timeline",
+    "trace",
+    "transfer",
+    "units",
+)
 __all__ = [*_HOMES, *_MODULES]
 
 

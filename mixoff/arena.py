@@ -11,10 +11,11 @@ from collections.abc import Callable
 
 import torch
 
-from mixoff import shapes, store, strided
+from mixoff import shapes, store
 from mixoff.errors import BudgetError, MixoffError
 from mixoff.pages import slab
-from mixoff.quantize import QTensor
+from mixoff.quantize import strided
+from mixoff.quantize.tensor import QTensor
 from mixoff.units import format_nbytes
 
 ALLOCATORS = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDA out of memory")  # in RuntimeErrors of torch

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from mixoff import shapes
 from mixoff.checkpoint import TensorRange
 from mixoff.errors import CheckpointError
-from mixoff.quantize import is_finite
+from mixoff.quantize.solve import is_finite
 
 if TYPE_CHECKING:
     import torch

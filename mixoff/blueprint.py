@@ -16,7 +16,8 @@ import torch
 from mixoff import shapes, store
 from mixoff.checkpoint import DTYPES, ITEM_BITS, Checkpoint, Extent
 from mixoff.errors import CheckpointError
-from mixoff.quantize import QTensor, Scheme
+from mixoff.quantize.scheme import Scheme
+from mixoff.quantize.tensor import QTensor
 from mixoff.shapes import PART_ALIGN, Part, Site
 from mixoff.store import FORMAT, QUANTIZED, VERSION, expert_file, stride
 

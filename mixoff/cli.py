@@ -315,7 +315,7 @@ def _convert(args: argparse.Namespace) -> int:
     with _starting(f"converting {printable(args.source)}"):
         _quiet_transformers()
         from mixoff import conversion, warmup
-        from mixoff.quantize import Scheme
+        from mixoff.quantize.scheme import Scheme
         from mixoff.units import format_nbytes
 
     compile_s = warmup.compile_solvers(Scheme.preset(args.scheme), _say)

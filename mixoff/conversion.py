@@ -33,7 +33,8 @@ from mixoff.blueprint import Blueprint, Weight, index, lay_out, manifest, to_jso
 from mixoff.errors import CheckpointError, MixoffError
 from mixoff.journal import Journal, sync
 from mixoff.model_files import INDEX, WHOLE
-from mixoff.quantize import Scheme, is_finite, loops
+from mixoff.quantize.scheme import Scheme
+from mixoff.quantize.solve import is_finite, loops
 from mixoff.shards import Range, Ranges, Shards, kept_nbytes, open_shards, walk
 from mixoff.store import FORMAT, MANIFEST, VERSION
 from mixoff.units import format_nbytes

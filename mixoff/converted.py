@@ -18,7 +18,7 @@ from mixoff.store import FORMAT, MANIFEST, VERSION
 from mixoff.units import format_nbytes
 
 if TYPE_CHECKING:
-    from mixoff.quantize import Scheme
+    from mixoff.quantize.scheme import Scheme
 
 log = logging.getLogger("mixoff")
 

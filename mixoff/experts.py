@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 
 from mixoff import kernels
-from mixoff.quantize import QTensor
+from mixoff.quantize.tensor import QTensor
 
 SILU = ("SiLU", "SiLUActivation")  # torch's and transformers' own class for it
 LANES = 64  # ATen computes that many elements at a time at most: two vectors of bf16 with AVX-512

@@ -18,7 +18,7 @@ from mixoff.errors import CheckpointError
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-    from mixoff.quantize import QTensor
+    from mixoff.quantize.tensor import QTensor
 
 
 CPU = torch.device("cpu")

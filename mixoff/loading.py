@@ -33,7 +33,7 @@ from mixoff.cache.policies import Policy
 from mixoff.errors import BudgetError, CheckpointError, MixoffError
 from mixoff.kernels import reference, threads
 from mixoff.prefetch import NextRouter, top_k
-from mixoff.quantize import Scheme
+from mixoff.quantize.scheme import Scheme
 from mixoff.readers import goes_direct, past_page_cache
 from mixoff.rescue import guard
 from mixoff.runtime import Runtime

@@ -22,7 +22,7 @@ from mixoff.checkpoint import Extent
 from mixoff.errors import CheckpointError, MixoffError
 from mixoff.loading import bind, choose_io
 from mixoff.prefetch import top_k
-from mixoff.quantize import Scheme
+from mixoff.quantize.scheme import Scheme
 from mixoff.readers import ExpertReader
 from mixoff.runtime import Runtime
 from mixoff.shapes import Site

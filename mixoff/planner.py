@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from mixoff.hardware import Hardware
-    from mixoff.quantize import Scheme
+    from mixoff.quantize.scheme import Scheme
 
 DEFAULT = "t4"  # the machine that anybody can have for an hour
 PROMPT_SHARE = 0.5  # of the context that arrives in one pass: the workspace is sized for it
@@ -168,7 +168,7 @@ def _as_stored(
 def _as_store(shape: ModelShape, folder: Path, scheme: str | Scheme | None) -> tuple[ModelShape, Scheme]:
     from mixoff import store
     from mixoff.checkpoint import read_header
-    from mixoff.quantize import Scheme
+    from mixoff.quantize.scheme import Scheme
 
     store.open_source(folder).close()  # refuses what could not be loaded
     manifest = store.read_manifest(folder)

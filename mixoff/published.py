@@ -17,12 +17,13 @@ from pathlib import Path
 
 import torch
 
-from mixoff import encoded, model_files, shapes, strided
+from mixoff import encoded, model_files, shapes
 from mixoff.checkpoint import Checkpoint, Extent, TensorRange
 from mixoff.errors import CheckpointError
 from mixoff.model_files import ModelFiles
+from mixoff.quantize import strided
+from mixoff.quantize.strided import FP16_PARTS, U8_PARTS, Form, StridedTensor
 from mixoff.shapes import Part, Site
-from mixoff.strided import FP16_PARTS, U8_PARTS, Form, StridedTensor
 
 EXPERT = re.compile(r"^(?:.*\.)?layers\.(\d+)\..*\bexperts\.(\d+)\.")  # up to the name of the matrix
 PARTS = U8_PARTS + FP16_PARTS

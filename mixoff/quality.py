@@ -29,7 +29,7 @@ from mixoff.lossy import (  # noqa: F401 (their home for users: mixoff.quality.d
     skip_light,
     skip_misses,
 )
-from mixoff.quantize import ROLES, Scheme
+from mixoff.quantize.scheme import ROLES, Scheme
 from mixoff.units import format_nbytes
 
 LENGTH = 256  # tokens of a window

@@ -40,7 +40,7 @@ from mixoff.experts import by_expert, expert_mlp, expert_mlps
 from mixoff.kernels import reference
 from mixoff.pages import slab
 from mixoff.prefetch import Guesses, set_aside
-from mixoff.quantize import Scheme
+from mixoff.quantize.scheme import Scheme
 from mixoff.readers import Reader
 from mixoff.streams import Device, open_device_transfer
 from mixoff.tiers import open_transfer

@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from mixoff import published, shapes, store, strided
+from mixoff import published, shapes, store
 from mixoff.errors import MixoffError
 from mixoff.presets import DEMO, ModelShape, Tensor
-from mixoff.quantize import PRESETS, Scheme, packed_nbytes
+from mixoff.quantize import strided
+from mixoff.quantize.layout import packed_nbytes
+from mixoff.quantize.scheme import PRESETS, Scheme
 
 if TYPE_CHECKING:
     from mixoff.shapes import Part, Site

@@ -24,11 +24,13 @@ from mixoff.checkpoint import Checkpoint, Extent, TensorRange, read_header
 from mixoff.errors import CheckpointError
 from mixoff.model_files import read_json
 from mixoff.pages import LINE, slab
-from mixoff.quantize import QTensor, Scheme, layout, packed_nbytes
+from mixoff.quantize.layout import layout, packed_nbytes
+from mixoff.quantize.scheme import Scheme
+from mixoff.quantize.strided import StridedTensor
+from mixoff.quantize.tensor import QTensor
 from mixoff.readers import ExpertReader
 from mixoff.shapes import Part, Site
 from mixoff.shards import local_folder
-from mixoff.strided import StridedTensor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -28,7 +28,9 @@ import torch
 from mixoff import hardware, presets, shapes, store
 from mixoff.errors import CheckpointError, MixoffError
 from mixoff.pages import slab
-from mixoff.quantize import BLOCK, QTensor, Scheme, packed_nbytes
+from mixoff.quantize.layout import BLOCK, packed_nbytes
+from mixoff.quantize.scheme import Scheme
+from mixoff.quantize.tensor import QTensor
 from mixoff.shapes import Part, Site
 from mixoff.units import format_nbytes
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from mixoff.hardware import Hardware
     from mixoff.presets import ModelShape
-    from mixoff.quantize import Scheme
+    from mixoff.quantize.scheme import Scheme
     from mixoff.sizes import Sizes
 
 BACKGROUND_FROM = 1 << 20  # bytes; smaller experts are fetched by the thread that computes (mixoff.tiers)

@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from mixoff import kernels, layers, quantize
+from mixoff import kernels, layers
 from mixoff.kernels import cpu
-from mixoff.quantize import QTensor, Scheme
+from mixoff.quantize import solve
+from mixoff.quantize.scheme import ROLES, Scheme
+from mixoff.quantize.tensor import QTensor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -68,13 +70,13 @@ def _expert(form: tuple[int, int, int], dtype: torch.dtype, exact: bool) -> None
 
 def compile_solvers(scheme: Scheme, say: Callable[[str], object]) -> float:
     """Compile what a conversion into `scheme` computes with; returns the seconds."""
-    forms = {form for role in quantize.ROLES if (form := scheme.precision(role)) is not None}
-    if not forms or quantize.loops() is None:
+    forms = {form for role in ROLES if (form := scheme.precision(role)) is not None}
+    if not forms or solve.loops() is None:
         return 0.0
     with _announced(say) as started:
         for form in forms:
             w = torch.linspace(-1, 1, 4 * form.group_size).view(2, -1)
-            quantize.quantize(w, form.bits, form.group_size, scheme.solver, scheme.metadata_bits)
+            solve.quantize(w, form.bits, form.group_size, scheme.solver, scheme.metadata_bits)
     return time.perf_counter() - started
 
 

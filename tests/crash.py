@@ -19,7 +19,8 @@ from transformers import MixtralForCausalLM  # noqa: F401  once, so that no fork
 from mixoff import conversion
 from mixoff.checkpoint import Checkpoint
 from mixoff.journal import Journal
-from mixoff.quantize import Scheme, quantize
+from mixoff.quantize.scheme import Scheme
+from mixoff.quantize.solve import quantize
 from mixoff.shards import LocalShards
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -11,8 +11,8 @@ from tolerances import product_bound
 
 from mixoff import experts, kernels
 from mixoff.kernels import triton_products, triton_strided, triton_tiles
-from mixoff.quantize import QTensor
-from mixoff.strided import Form, StridedTensor, packed_nbytes
+from mixoff.quantize.strided import Form, StridedTensor, packed_nbytes
+from mixoff.quantize.tensor import QTensor
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 ONE_PROGRAM = triton_tiles.Tile(128, 16, 1, 4)  # a whole block: the interpreter's time goes by programs

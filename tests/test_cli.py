@@ -313,9 +313,10 @@ def test_what_is_wrong_is_said_before_torch_is_imported(tmp_path):
 
 
 def test_names_that_are_checked_early_are_those_of_the_code():
-    from mixoff import arguments, loading, prefetch, quantize, readers, simulator
+    from mixoff import arguments, loading, prefetch, readers, simulator
+    from mixoff.quantize import scheme
 
-    assert set(arguments.SCHEMES) == set(quantize.PRESETS) and ("auto", *loading.DTYPES) == arguments.DTYPES
+    assert set(arguments.SCHEMES) == set(scheme.PRESETS) and ("auto", *loading.DTYPES) == arguments.DTYPES
     assert (arguments.IO, arguments.PREFETCH, arguments.SCOPES) == (readers.IO, prefetch.MODES, simulator.SCOPES)
 
 

@@ -29,7 +29,8 @@ from mixoff.checkpoint import Checkpoint
 from mixoff.cli import main
 from mixoff.journal import Journal
 from mixoff.model_files import INDEX
-from mixoff.quantize import Precision, is_finite
+from mixoff.quantize.scheme import Precision
+from mixoff.quantize.solve import is_finite
 from mixoff.shards import kept_nbytes, walk
 
 # one role each of what is quantized and what is copied, in widths of the random model

@@ -20,7 +20,7 @@ from transformers.integrations.moe import use_experts_implementation
 
 import mixoff
 from mixoff import BudgetError, CheckpointError, MixoffError, shapes
-from mixoff.quantize import Precision, Scheme
+from mixoff.quantize.scheme import Precision, Scheme
 
 T, K, E = 7, 3, 6  # tokens, experts a token, experts
 IDS = torch.arange(3, 21)[None]

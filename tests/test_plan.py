@@ -15,7 +15,7 @@ import mixoff
 from mixoff import BudgetError, CheckpointError, MixoffError, cli, hardware, planner, presets, sizes
 from mixoff.checkpoint import read_header
 from mixoff.generation import advance
-from mixoff.quantize import Precision, Scheme
+from mixoff.quantize.scheme import Precision, Scheme
 from mixoff.store import MANIFEST, stride
 
 GIB = 2**30

@@ -13,10 +13,11 @@ from tolerances import product_bound, within_rounding
 from transformers import AutoModelForCausalLM
 
 import mixoff
-from mixoff import CheckpointError, kernels, store, strided
+from mixoff import CheckpointError, kernels, store
 from mixoff.kernels import reference
 from mixoff.model_files import INDEX
-from mixoff.strided import Form, StridedTensor
+from mixoff.quantize import strided
+from mixoff.quantize.strided import Form, StridedTensor
 
 pytest.importorskip("hqq", reason="hqq is not installed")
 IDS = torch.arange(5, 14)[None]

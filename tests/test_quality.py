@@ -14,7 +14,7 @@ from mixoff import MixoffError, models, quality
 from mixoff.generation import load_tokenizer
 from mixoff.lossy import NOBODY, heaviest, leave_out
 from mixoff.quality import Comparison, Estimate, Scores, Shadow, Windows, estimate
-from mixoff.quantize import Precision, Scheme
+from mixoff.quantize.scheme import Precision, Scheme
 
 pytestmark = pytest.mark.filterwarnings("ignore:all experts .* stay in memory")
 FOUR, TWO = Scheme(experts=Precision(4, 16)), Scheme(experts=Precision(2, 16))

@@ -13,11 +13,24 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import mixoff
-from mixoff import quantize as qz
 from mixoff.errors import CheckpointError, MixoffError
-from mixoff.quantize import PRESETS, SOLVERS, Precision, QTensor, Scheme, layout, packed_nbytes, quantize
+from mixoff.quantize import solve as qz
+from mixoff.quantize.layout import (
+    BETA,
+    BITS,
+    LP_NORM,
+    METADATA_BITS,
+    SHRINK_ABOVE,
+    SLICE,
+    SOLVERS,
+    layout,
+    packed_nbytes,
+)
+from mixoff.quantize.scheme import PRESETS, Precision, Scheme
+from mixoff.quantize.solve import quantize
+from mixoff.quantize.tensor import QTensor
 
-FORMS = [(bits, size, metadata) for bits in qz.BITS for size in (16, 32) for metadata in qz.METADATA_BITS]
+FORMS = [(bits, size, metadata) for bits in BITS for size in (16, 32) for metadata in METADATA_BITS]
 
 
 def weights(kind, rows, columns, seed=0):
@@ -59,8 +72,8 @@ def without_numba(monkeypatch):
     with monkeypatch.context() as patched:
         patched.setitem(sys.modules, "numba", None)
         patched.setitem(sys.modules, "numba.extending", None)
-        patched.delitem(sys.modules, "mixoff.solvers", raising=False)
-        patched.delattr(mixoff, "solvers", raising=False)
+        patched.delitem(sys.modules, "mixoff.quantize.solve_numba", raising=False)
+        patched.delattr(mixoff.quantize, "solve_numba", raising=False)
         assert qz.loops.__wrapped__() is None
     return remove
 
@@ -120,7 +133,7 @@ def test_the_documented_layout_is_the_real_one(bits, size, metadata, shape):
 
 
 @settings(max_examples=60, deadline=None)
-@given(bits=st.sampled_from(qz.BITS), rows=st.integers(1, 300), sixteens=st.integers(1, 9), seed=st.integers(0, 2**20))
+@given(bits=st.sampled_from(BITS), rows=st.integers(1, 300), sixteens=st.integers(1, 9), seed=st.integers(0, 2**20))
 def test_codes_survive_packing(bits, rows, sixteens, seed):
     torch.manual_seed(seed)
     q = QTensor.empty((rows, 16 * sixteens), bits, 16)
@@ -154,7 +167,7 @@ def test_dequantize_rounds_once_and_into_a_given_buffer():
 
 @settings(max_examples=80, deadline=None)
 @given(
-    bits=st.sampled_from(qz.BITS),
+    bits=st.sampled_from(BITS),
     size=st.sampled_from((16, 32)),
     rows=st.integers(1, 6),
     scale=st.floats(1e-4, 100),
@@ -171,8 +184,8 @@ def test_rounding_errs_by_half_a_step(bits, size, rows, scale, shift, seed):
     assert (worst <= q.scale / 2 + largest * 3 * 2**-11 + 2**bits * 2**-24).all()
 
 
-@pytest.mark.parametrize("metadata", qz.METADATA_BITS)
-@pytest.mark.parametrize("bits", qz.BITS)
+@pytest.mark.parametrize("metadata", METADATA_BITS)
+@pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("solver", ["rtn", "hqq"])
 def test_no_other_code_is_nearer(solver, bits, metadata):
     w = weights("rows", 130, 48)
@@ -242,9 +255,9 @@ def test_small_weights_keep_their_precision():
         assert small <= 1.01 * usual
 
 
-@pytest.mark.parametrize("metadata", qz.METADATA_BITS)
+@pytest.mark.parametrize("metadata", METADATA_BITS)
 @pytest.mark.parametrize("solver", SOLVERS)
-@pytest.mark.parametrize("bits", qz.BITS)
+@pytest.mark.parametrize("bits", BITS)
 def test_zeros_stay_zero_and_constants_constant(bits, solver, metadata):
     w = weights("gauss", 140, 64)
     w[::7], w[3, 32:], w[138:] = 0, 0, 0
@@ -260,8 +273,8 @@ def test_zeros_stay_zero_and_constants_constant(bits, solver, metadata):
     assert torch.equal(kept[:2], mixed[:2]), "exact among other groups as well where metadata have 16 bits"
 
 
-@pytest.mark.parametrize("metadata", qz.METADATA_BITS)
-@pytest.mark.parametrize("bits", qz.BITS)
+@pytest.mark.parametrize("metadata", METADATA_BITS)
+@pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_nearly_constant_groups_do_not_collapse(solver, bits, metadata):
     torch.manual_seed(0)
@@ -307,11 +320,11 @@ def test_one_step_is_that_of_the_hqq_package(hqq_package, kind, monkeypatch):
     low, high = w.amin(-1, keepdim=True), w.amax(-1, keepdim=True)
     inverse = 3 / (high - low)
     step = hqq_package[1].optimize_weights_proximal_legacy_step
-    expected = step(w, inverse, -low * inverse, [0, 3], qz.BETA, qz.LP_NORM, -1)[2]
-    plain = step(w, inverse, -low * inverse, [0, 3], 1e-9, qz.LP_NORM, -1)[2]
+    expected = step(w, inverse, -low * inverse, [0, 3], BETA, LP_NORM, -1)[2]
+    plain = step(w, inverse, -low * inverse, [0, 3], 1e-9, LP_NORM, -1)[2]
     zero = (-low * inverse)[..., 0].clone()
     monkeypatch.setattr(qz, "ITERATIONS", 1)
-    qz.refine_torch(w, inverse[..., 0], (high - low)[..., 0] > qz.SHRINK_ABOVE, 3, zero)
+    qz.refine_torch(w, inverse[..., 0], (high - low)[..., 0] > SHRINK_ABOVE, 3, zero)
     torch.testing.assert_close(zero, expected[..., 0], rtol=1e-5, atol=1e-5)
     assert torch.allclose(expected, plain) == (kind == "gauss")
 
@@ -335,7 +348,7 @@ def test_engines_threads_and_slices_give_the_same_bits(
     finally:
         torch.set_num_threads(1)
     without_numba()
-    for weights_at_a_time in (qz.SLICE, 1, 5000, 10**9):
+    for weights_at_a_time in (SLICE, 1, 5000, 10**9):
         monkeypatch.setattr(qz, "SLICE", weights_at_a_time)
         assert torch.equal(quantize(w, bits, size, solver).to_buffer(), image)
 
@@ -512,7 +525,7 @@ def test_a_foreign_description_is_refused(meta):
         QTensor.from_tensors({}, meta)
 
 
-@pytest.mark.parametrize("metadata", qz.METADATA_BITS)
+@pytest.mark.parametrize("metadata", METADATA_BITS)
 def test_damaged_parts_are_refused(metadata):
     parts, meta = quantize(weights("gauss", 32, 64), 3, metadata_bits=metadata).to_tensors()
     for name, part in parts.items():

@@ -13,7 +13,8 @@ from tolerances import RANDOM_4BIT_COSINE, within_rounding
 import mixoff
 from mixoff import CheckpointError, MixoffError, Scheme, runtime, store
 from mixoff.cli import main
-from mixoff.quantize import PRESETS, Precision, quantize
+from mixoff.quantize.scheme import PRESETS, Precision
+from mixoff.quantize.solve import quantize
 from mixoff.store import MANIFEST, QUANTIZED
 
 QUANTIZING = sorted(set(PRESETS) - {"none"})

@@ -12,7 +12,7 @@ import mixoff
 from mixoff import store, synthetic
 from mixoff.arena import view
 from mixoff.pages import slab
-from mixoff.quantize import Scheme
+from mixoff.quantize.scheme import Scheme
 
 WIDE = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4}
 WIDE |= {"num_key_value_heads": 2, "vocab_size": 96}

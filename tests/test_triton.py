@@ -14,8 +14,8 @@ import triton_table
 from mixoff import kernels
 from mixoff.errors import MixoffError
 from mixoff.kernels import triton_products, triton_strided, triton_tiles
-from mixoff.quantize import QTensor
-from mixoff.strided import Form, StridedTensor, packed_nbytes
+from mixoff.quantize.strided import Form, StridedTensor, packed_nbytes
+from mixoff.quantize.tensor import QTensor
 
 needs_triton = pytest.mark.skipif(triton_products.loops() is None, reason="triton is not installed")
 

@@ -18,7 +18,9 @@ import torch
 
 from mixoff import kernels
 from mixoff.hardware import read_bandwidth
-from mixoff.quantize import QTensor, packed_nbytes, quantize
+from mixoff.quantize.layout import packed_nbytes
+from mixoff.quantize.solve import quantize
+from mixoff.quantize.tensor import QTensor
 
 SHAPES = ((14336, 4096), (4096, 14336))
 FORMS = ((2, 16), (2, 32), (2, 64), (3, 64), (4, 64), (8, 64))

@@ -25,7 +25,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import mixoff
 from mixoff import models, quality
 from mixoff.quality import Comparison, Scores, Windows, estimate, measure, predictions, quantized, windows
-from mixoff.quantize import BITS, DEFAULT_SOLVER, GROUP_SIZES, PRESETS, SOLVERS, Precision, Scheme, packed_nbytes
+from mixoff.quantize.layout import BITS, DEFAULT_SOLVER, GROUP_SIZES, SOLVERS, packed_nbytes
+from mixoff.quantize.scheme import PRESETS, Precision, Scheme
 
 OTHERS = [solver for solver in SOLVERS if solver != DEFAULT_SOLVER]
 BASE = "16 bits"

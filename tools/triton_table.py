@@ -30,7 +30,8 @@ from kernel_table import cold_weights
 from mixoff.hardware import device_seconds
 from mixoff.kernels import triton_products, triton_strided
 from mixoff.kernels.triton_tiles import ROWS, Tile, tile
-from mixoff.quantize import QTensor, packed_nbytes
+from mixoff.quantize.layout import packed_nbytes
+from mixoff.quantize.tensor import QTensor
 
 SHAPES = {"linear": (4096, 14336), "gated": (28672, 4096), "dequantize": (4096, 14336)}  # Mixtral-8x7B
 STRIDED = ("strided", "strided_weights")  # kernels for the published checkpoint's layout

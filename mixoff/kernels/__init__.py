@@ -13,8 +13,8 @@ import torch
 from mixoff.errors import MixoffError
 from mixoff.kernels import cpu, reference, strided, triton_products, triton_strided
 from mixoff.kernels.triton_tiles import MOST_ROWS
-from mixoff.quantize import QTensor
-from mixoff.strided import StridedTensor
+from mixoff.quantize.strided import StridedTensor
+from mixoff.quantize.tensor import QTensor
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

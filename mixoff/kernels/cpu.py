@@ -20,7 +20,8 @@ import torch
 
 from mixoff.kernels import threads
 from mixoff.pages import LINE
-from mixoff.quantize import BLOCK, QTensor
+from mixoff.quantize.layout import BLOCK
+from mixoff.quantize.tensor import QTensor
 
 ROOM = 1 << 20  # bytes that a thread keeps for what lies between products, enough for one token of an expert
 SHARED_ABOVE = 1 << 20  # weights times rows; less is done in the time that it takes to hand it over

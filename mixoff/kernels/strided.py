@@ -18,7 +18,7 @@ import torch
 
 from mixoff.compiled import jit
 from mixoff.kernels.cpu import share
-from mixoff.strided import StridedTensor
+from mixoff.quantize.strided import StridedTensor
 
 BITS = (2, 4)
 MOST_ROWS = 4  # more rows share the cost of dequantizing once

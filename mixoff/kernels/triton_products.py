@@ -18,7 +18,8 @@ import torch
 
 from mixoff.kernels.reference import DEQUANTIZED
 from mixoff.kernels.triton_tiles import OLDEST, ROWS, Tile, tile
-from mixoff.quantize import BLOCK, QTensor, places
+from mixoff.quantize.layout import BLOCK, places
+from mixoff.quantize.tensor import QTensor
 
 KINDS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 DEVICES = ("cuda",)  # where the kernels run; Triton's interpreter runs them on a CPU

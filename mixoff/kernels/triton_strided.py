@@ -17,7 +17,7 @@ from mixoff.kernels import triton_products
 from mixoff.kernels.reference import DEQUANTIZED
 from mixoff.kernels.triton_products import KINDS, MAGIC
 from mixoff.kernels.triton_tiles import OLDEST
-from mixoff.strided import BLOCK, StridedTensor
+from mixoff.quantize.strided import BLOCK, StridedTensor
 
 ROWS = 2  # of activations, in a program
 SUMS = 16  # of a program, outputs times rows; for each of a thread's four words they are 64 registers

@@ -21,7 +21,8 @@ from mixoff import hardware as machines
 from mixoff import planner, presets, sizes, timeline
 from mixoff.classroom import plots
 from mixoff.errors import MixoffError
-from mixoff.quantize import BITS, GROUP_SIZES, Precision, Scheme
+from mixoff.quantize.layout import BITS, GROUP_SIZES
+from mixoff.quantize.scheme import Precision, Scheme
 from mixoff.units import format_nbytes
 
 if TYPE_CHECKING:

@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 from numba.extending import register_jitable
 
-from mixoff import quantize
 from mixoff.compiled import jit
-from mixoff.quantize import (
+from mixoff.quantize import layout
+from mixoff.quantize.layout import (
     BETA,
     ITERATIONS,
     LARGEST,
@@ -32,7 +32,7 @@ from mixoff.quantize import (
     SUPER,
 )
 
-STAMP = zlib.crc32(Path(quantize.__file__).read_bytes())  # of what numba's cache doesn't look at
+STAMP = zlib.crc32(Path(layout.__file__).read_bytes())  # of what numba's cache doesn't look at
 ABREAST = 2**11  # weights whose groups are fitted side by side: with their products they stay in the first cache
 HQQ, LSQ = SOLVERS.index("hqq"), SOLVERS.index("lsq")
 ZERO, ONE, TWO = np.float32(0), np.float32(1), np.float32(2)
