@@ -12,10 +12,10 @@ _HOMES = {
     "Runtime": "runtime",
     "CacheInfo": "cache.events",
     "Event": "cache.events",
-    "convert": "conversion",
+    "convert": "store.convert",
 }
 _HOMES |= {"MixoffError": "errors", "CheckpointError": "errors", "BudgetError": "errors", "ExpertCache": "cache.cache"}
-_HOMES |= {"Scheme": "quantize.scheme", "QTensor": "quantize.tensor", "verify": "store"}
+_HOMES |= {"Scheme": "quantize.scheme", "QTensor": "quantize.tensor", "verify": "store.verify"}
 _HOMES |= {"offload": "memory", "restore": "memory"}
 _HOMES |= {"Trace": "trace", "Simulation": "simulator", "simulate": "simulator"}
 _HOMES |= {"plan": "planner", "Plan": "planner"}
@@ -23,29 +23,23 @@ _MODULES = (
     "arena",
     "bench",
     "cache",
-    "checkpoint",
-    "conversion",
     "cuda",
     "errors",
     "generation",
     "hardware",
-    "keys",
     "loading",
     "lossy",
     "memory",
     "models",
     "planner",
     "prefetch",
-    "presets",
     "quality",
     "quantize",
-    "readers",
     "rescue",
     "routers",
     "runtime",
     "shapes",
     "simulator",
-    "sizes",
     "store",
     "streams",
     "synthetic",

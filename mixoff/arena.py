@@ -11,11 +11,11 @@ from collections.abc import Callable
 
 import torch
 
-from mixoff import shapes, store
 from mixoff.errors import BudgetError, MixoffError
 from mixoff.pages import slab
 from mixoff.quantize import strided
 from mixoff.quantize.tensor import QTensor
+from mixoff.shapes.sites import Part, Site, slot_nbytes, torch_dtype
 from mixoff.units import format_nbytes
 
 ALLOCATORS = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDA out of memory")  # in RuntimeErrors of torch
@@ -30,9 +30,7 @@ class Arena:
     the allocator raises: `out_of_memory` tells which errors are about that.
     """
 
-    def __init__(
-        self, slots: int, sites: tuple[shapes.Site, ...], empty: Callable[[int], torch.Tensor] | None = None
-    ) -> None:
+    def __init__(self, slots: int, sites: tuple[Site, ...], empty: Callable[[int], torch.Tensor] | None = None) -> None:
         self.sites, self.slot_nbytes = sites, slot_nbytes(sites)
         self.slots = (empty or slab)(slots * self.slot_nbytes).view(slots, -1)  # (S, slot_nbytes)
         self.images = [] if empty else [memoryview(slot.numpy()) for slot in self.slots]
@@ -66,19 +64,14 @@ def out_of_memory(error: Exception) -> str | None:
     return None
 
 
-def slot_nbytes(sites: tuple[shapes.Site, ...]) -> int:
-    """Bytes of a slot: the largest expert in whole pages, as the store keeps it and direct I/O asks for."""
-    return max(map(store.stride, sites))
-
-
-def least_slots(sites: tuple[shapes.Site, ...], scope: str) -> int:
+def least_slots(sites: tuple[Site, ...], scope: str) -> int:
     """Slots without which nothing runs: one a layer, or one in all."""
     if scope not in SCOPES:
         raise MixoffError(f"unknown scope {scope!r}: choose one of {', '.join(SCOPES)}")
     return len(sites) if scope == "layer" else 1
 
 
-def plan_slots(sites: tuple[shapes.Site, ...], fast_bytes: int, scratch: int, scope: str) -> list[int]:
+def plan_slots(sites: tuple[Site, ...], fast_bytes: int, scratch: int, scope: str) -> list[int]:
     """Slots of each pool within `fast_bytes`: one pool a layer, or a single one. Raises BudgetError below the minimum.
 
     Slots that do not divide evenly go to the first layers.
@@ -97,10 +90,10 @@ def plan_slots(sites: tuple[shapes.Site, ...], fast_bytes: int, scratch: int, sc
     return [min(slots // len(sites) + (i < slots % len(sites)), site.num_experts) for i, site in enumerate(sites)]
 
 
-def view(image: torch.Tensor, part: shapes.Part) -> Weight:
+def view(image: torch.Tensor, part: Part) -> Weight:
     """A part of an expert's image (nbytes,), as the weight that it is, without a copy."""
     if part.form is not None and part.form[0] == strided.KIND:
         return strided.StridedTensor.from_buffer(image, part.offset, part.shape, strided.Form(*part.form[1:]))
     if part.form is not None:
         return QTensor.from_buffer(image, part.offset, part.shape, *part.form)
-    return image[part.offset : part.offset + part.nbytes].view(shapes.torch_dtype(part.dtype)).view(part.shape)
+    return image[part.offset : part.offset + part.nbytes].view(torch_dtype(part.dtype)).view(part.shape)

@@ -18,8 +18,9 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 
-from mixoff import hub, models
+from mixoff import models
 from mixoff.errors import CheckpointError, MixoffError, suggestion
+from mixoff.store.names import missing, parse
 from mixoff.units import parse_nbytes
 
 # names that are defined where torch is imported; tests/test_cli.py holds them to the code
@@ -136,7 +137,7 @@ def model(path: str) -> None:
     """Refuse what cannot be a model's folder, and say what is going to be looked up on the Hub. Raises MixoffError."""
     if path in models.names():
         return
-    if (found := hub.parse(path)) is not None:
+    if (found := parse(path)) is not None:
         if os.environ.get("HF_HUB_OFFLINE", "").upper() not in ("1", "ON", "YES", "TRUE"):
             print(f"mixoff: no folder at {found}: looking for it on the Hugging Face Hub", file=sys.stderr, flush=True)
         return
@@ -144,21 +145,21 @@ def model(path: str) -> None:
     if os.path.isfile(folder):
         raise CheckpointError(f"{path} is a file: give the folder that holds config.json and *.safetensors")
     if not os.path.isdir(folder):
-        raise CheckpointError(hub.missing(path))
+        raise CheckpointError(missing(path))
     if not os.path.isfile(folder / "config.json"):
         raise CheckpointError(f"{path} has no config.json: a model folder holds config.json and *.safetensors")
 
 
 def plan_source(path: str) -> str:
     """A model to plan: what `model` takes, a configuration's file, or the name of a well-known model, made full."""
-    from mixoff import presets
+    from mixoff.shapes.known import PRESETS, named_as
 
-    if os.path.isfile(path) or (path := presets.named_as(path)) in presets.PRESETS:
+    if os.path.isfile(path) or (path := named_as(path)) in PRESETS:
         return path
     try:
         model(path)
     except CheckpointError as error:
-        raise CheckpointError(f"{error}; or one of {', '.join(presets.PRESETS)}") from None
+        raise CheckpointError(f"{error}; or one of {', '.join(PRESETS)}") from None
     return path
 
 

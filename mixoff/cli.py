@@ -314,13 +314,14 @@ def _convert(args: argparse.Namespace) -> int:
     arguments.model(args.source)
     with _starting(f"converting {printable(args.source)}"):
         _quiet_transformers()
-        from mixoff import conversion, warmup
+        from mixoff import warmup
         from mixoff.quantize.scheme import Scheme
+        from mixoff.store import convert
         from mixoff.units import format_nbytes
 
     compile_s = warmup.compile_solvers(Scheme.preset(args.scheme), _say)
     with _progress_lines(args.target, quiet=args.json):
-        done = conversion.run(
+        done = convert.run(
             args.source,
             args.target,
             args.scheme,
@@ -371,13 +372,14 @@ def _verify(args: argparse.Namespace) -> int:
     """Exit code 0 for a sound store, 1 for a damaged one, 2 for what is no store at all."""
     arguments.model(args.path)
     _quiet_transformers()
-    from mixoff import store
+    from mixoff.store import verify
+    from mixoff.store.source import is_store
     from mixoff.units import format_nbytes
 
-    if not store.is_store(args.path):
+    if not is_store(args.path):
         raise CheckpointError(f"{args.path} is no store: make one with `mixoff convert`")
     try:
-        report = {"ok": True} | store.verify(args.path, args.full)
+        report = {"ok": True} | verify.verify(args.path, args.full)
     except CheckpointError as error:
         report = {"ok": False, "error": str(error)}
     if args.json:

@@ -18,9 +18,9 @@ import torch
 
 from mixoff import hardware
 from mixoff.errors import MixoffError
-from mixoff.hardware import MIB, Hardware
+from mixoff.hardware import Hardware
 from mixoff.pages import slab
-from mixoff.units import format_nbytes
+from mixoff.units import MIB, format_nbytes
 
 LEAST_SM = (7, 0)  # what Triton compiles for
 BF16_SM = (8, 0)  # older cards only emulate it, slowly, and call it supported

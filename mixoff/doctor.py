@@ -14,8 +14,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from mixoff import cuda, hardware
-from mixoff.hardware import GB, Hardware
-from mixoff.units import format_nbytes
+from mixoff.hardware import Hardware
+from mixoff.units import GB, format_nbytes
 
 PACKAGES = (
     "mixoff", "torch", "transformers", "huggingface_hub", "accelerate", "safetensors", "numpy", "numba", "triton",

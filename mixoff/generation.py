@@ -5,8 +5,6 @@ Does not know where the experts are: it times any transformers model.
 
 from __future__ import annotations
 
-import functools
-import inspect
 import math
 import time
 import traceback
@@ -21,8 +19,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import torch
-    from transformers import BatchEncoding, Cache, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
     from transformers.generation.streamers import BaseStreamer
+
 
 CUT = "\ufffd"  # what decoding puts for bytes that are no character, or not yet one
 # what a model's generation_config.json may ask for that has no place where one text is written token by token
@@ -167,25 +166,6 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     except Exception as error:  # transformers raises many kinds here; to the user all of them are one
         reason = str(error).strip().split("\n")[0]
         raise CheckpointError(f"{folder} has no tokenizer that transformers can load: {reason}") from error
-
-
-def advance(
-    model: PreTrainedModel, ids: torch.Tensor, cache: Cache | None = None, **how: object
-) -> tuple[torch.Tensor, Cache]:
-    """One pass over ids (B, T), after what `cache` holds: logits (B, T, V), and the cache, which holds them too now.
-
-    how: what else `model` takes. Written for every transformers, which has two names for that cache.
-    """
-    name = _cache_name(type(model))
-    out = model(ids, use_cache=True, **{name: cache}, **how)
-    return out.logits, out[name]
-
-
-@functools.cache
-def _cache_name(model: type[PreTrainedModel]) -> str:
-    from mixoff.rescue import CACHE_NAMES  # which imports torch
-
-    return next(name for name in CACHE_NAMES if name in inspect.signature(model.forward).parameters)
 
 
 def generate(

@@ -27,9 +27,9 @@ import numpy as np
 import psutil
 
 from mixoff.errors import MixoffError, suggestion
-from mixoff.units import format_nbytes
+from mixoff.folders import cache_folder
+from mixoff.units import GB, GIB, MIB, format_nbytes
 
-GB, GIB, MIB = 10**9, 2**30, 2**20
 PAGE = 4096  # bytes; what direct I/O asks of offsets, sizes and addresses
 SECTIONS = 8  # of the file that is read: at least so many requests a round
 
@@ -375,14 +375,6 @@ def device_seconds(work: Callable[[], object]) -> float:
 
 
 BANDWIDTHS = ("ram_Bps", "device_Bps", "link_Bps", "disk_Bps")  # of the figures that are kept
-
-
-def cache_folder() -> Path:
-    """Where figures of this machine and converted models are kept: `MIXOFF_CACHE`, or `mixoff` in the user's cache."""
-    if own := os.environ.get("MIXOFF_CACHE"):
-        return Path(own)
-    user = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA") or os.path.expanduser("~/.cache")
-    return Path(user) / "mixoff"
 
 
 def _measured_in() -> Path:

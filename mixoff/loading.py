@@ -15,28 +15,20 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-from mixoff import (
-    backbone,
-    converted,
-    cuda,
-    hardware,
-    hub,
-    layers,
-    planner,
-    published,
-    refusals,
-    shapes,
-    store,
-    streams,
-)
+from mixoff import cuda, hardware, layers, planner, refusals, streams
 from mixoff.cache.policies import Policy
 from mixoff.errors import BudgetError, CheckpointError, MixoffError
 from mixoff.kernels import reference, threads
 from mixoff.prefetch import NextRouter, top_k
 from mixoff.quantize.scheme import Scheme
-from mixoff.readers import goes_direct, past_page_cache
 from mixoff.rescue import guard
 from mixoff.runtime import Runtime
+from mixoff.shapes import sites
+from mixoff.shapes.config import expert_modules, model_class, read_config
+from mixoff.store import backbone, kept, published
+from mixoff.store.names import pinned
+from mixoff.store.readers import goes_direct, past_page_cache
+from mixoff.store.source import EncodedError, Source, open_backbone, open_source
 from mixoff.tiers import WORKERS
 from mixoff.units import format_nbytes, parse_nbytes
 
@@ -84,9 +76,9 @@ def load(
     """
     gpu = cuda.pick(device)
     with ExitStack() as undo:
-        source = _open(hub.pinned(path, revision), scheme)
+        source = _open(pinned(path, revision), scheme)
         undo.callback(source.close)
-        compute, k = _compute_dtype(dtype, source.dtype, gpu), top_k(shapes.read_config(source.folder))
+        compute, k = _compute_dtype(dtype, source.dtype, gpu), top_k(read_config(source.folder))
         budget, ram = budgets(source, fast_bytes, ram_bytes, gpu, compute, context)
         choose_io(source, io, budget, limited=ram_bytes is not None or gpu is not None)
         model = _load_backbone(source, compute, exact, gpu) if gpu else None  # first: slots take what it leaves
@@ -101,7 +93,7 @@ def load(
 
 
 def budgets(
-    source: store.Source,
+    source: Source,
     fast_bytes: int | str,
     ram_bytes: int | str | None,
     gpu: streams.Device | None,
@@ -120,18 +112,18 @@ def budgets(
     if fast is None:
         fast = planner.fast_nbytes(source.folder, machine, context, scheme_asked(source))
     if ram is None:
-        experts = sum(site.num_experts * store.stride(site) for site in source.sites)
+        experts = sum(site.num_experts * sites.stride(site) for site in source.sites)
         resident = fast >= experts + reference.scratch_nbytes(source.sites, compute)
         ram = 0 if resident else planner.pinned_nbytes(experts, machine)
     return fast, ram
 
 
-def scheme_asked(source: store.Source) -> Scheme | None:
+def scheme_asked(source: Source) -> Scheme | None:
     """The scheme to plan `source` in: None where its files say it."""
     return None if source.is_store or published.is_published(source.folder) else source.scheme
 
 
-def choose_io(source: store.Source, io: str, fast_bytes: int, limited: bool) -> None:
+def choose_io(source: Source, io: str, fast_bytes: int, limited: bool) -> None:
     """Give `source` a reader that goes past the page cache, if it should."""
     experts = sum(site.num_experts * site.expert_nbytes for site in source.sites)
     if goes_direct(io, experts + min(fast_bytes, experts), hardware.memory_nbytes()[1], limited):
@@ -147,12 +139,12 @@ def _check_memory(nbytes: int) -> None:
         )
 
 
-def _open(path: str | Path, scheme: str | Scheme | None) -> store.Source:
+def _open(path: str | Path, scheme: str | Scheme | None) -> Source:
     """The source at `path`, in the precision of `scheme` if one is given."""
     scheme = Scheme.preset(scheme) if isinstance(scheme, str) else scheme
     try:
-        source = store.open_source(path)
-    except store.EncodedError:
+        source = open_source(path)
+    except EncodedError:
         if scheme is None:
             raise
     else:
@@ -163,7 +155,7 @@ def _open(path: str | Path, scheme: str | Scheme | None) -> store.Source:
             raise MixoffError(
                 f"{path} is a store in another scheme: load it without one, or convert the original again"
             )
-    return store.open_source(converted.store_of(path, scheme))
+    return open_source(kept.store_of(path, scheme))
 
 
 def _compute_dtype(dtype: str | torch.dtype, stored: str, gpu: streams.Device | None = None) -> torch.dtype:
@@ -177,16 +169,16 @@ def _compute_dtype(dtype: str | torch.dtype, stored: str, gpu: streams.Device | 
         raise MixoffError(f"cannot compute in {dtype}: choose one of auto, {', '.join(DTYPES)}")
     if own == "float16" and name == "bfloat16":
         warnings.warn("this GPU only emulates bfloat16, which is slow: float16 is its own format", stacklevel=3)
-    return shapes.torch_dtype(name)
+    return sites.torch_dtype(name)
 
 
 def _load_backbone(
-    source: store.Source, compute: torch.dtype, exact: bool, gpu: streams.Device | None = None
+    source: Source, compute: torch.dtype, exact: bool, gpu: streams.Device | None = None
 ) -> PreTrainedModel:
     """`from_pretrained` of everything but the experts: their parameters are removed before weights are looked for."""
-    config = shapes.read_config(source.folder)
-    base = shapes.model_class(config)
-    with store.open_backbone(source) as (quantized, tensors):
+    config = read_config(source.folder)
+    base = model_class(config)
+    with open_backbone(source) as (quantized, tensors):
         layers.untie(config, quantized)
         try:
             model, report = _shell(base, list(quantized)).from_pretrained(
@@ -225,7 +217,7 @@ def _shell(base: type[PreTrainedModel], quantized: list[str]) -> type[PreTrained
 
     def __init__(self: PreTrainedModel, config: object, *args: object, **kwargs: object) -> None:
         base.__init__(self, config, *args, **kwargs)
-        for module in shapes.expert_modules(self).values():
+        for module in expert_modules(self).values():
             for name in [name for name, _ in module.named_parameters(recurse=False)]:
                 del module._parameters[name]
             module._is_hf_initialized = True  # or transformers would initialize what is no longer there
@@ -264,7 +256,7 @@ def bind(model: PreTrainedModel, runtime: Runtime, loaded: bool = True) -> ExitS
         if any(isinstance(module, layers.QuantizedLinear) for module in model.modules()):
             undo.callback(threads.lend(model.base_model))
         if runtime.guesses.active:
-            names = list(shapes.expert_modules(model))
+            names = list(expert_modules(model))
             undo.push(NextRouter(model, names, runtime.expect, runtime.wants_guesses, runtime.guesses.stop).attach())
         undo.push(guard(model, runtime))
         model.mixoff = runtime

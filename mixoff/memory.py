@@ -16,16 +16,17 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import Tensor, nn
 
-from mixoff import layers, refusals, shapes, store
+from mixoff import layers, refusals
 from mixoff.cache.policies import Policy
-from mixoff.checkpoint import Extent
 from mixoff.errors import CheckpointError, MixoffError
 from mixoff.loading import bind, choose_io
 from mixoff.prefetch import top_k
 from mixoff.quantize.scheme import Scheme
-from mixoff.readers import ExpertReader
 from mixoff.runtime import Runtime
-from mixoff.shapes import Site
+from mixoff.shapes.config import backbone_roles, expert_modules, expert_sites
+from mixoff.shapes.sites import Site, quantized_sites, stride, torch_dtype
+from mixoff.store.checkpoint import Extent
+from mixoff.store.readers import ExpertReader
 from mixoff.units import format_nbytes, parse_nbytes
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -102,7 +103,7 @@ def offload(
             choose_io(source, io, budget, limited=False)
         _strip(modules, undo)
         _quantize_backbone(model, scheme, dtype, exact, undo)
-        compute, k = shapes.torch_dtype(dtype), top_k(model.config)
+        compute, k = torch_dtype(dtype), top_k(model.config)
         runtime = Runtime(source, budget, policy, scope, compute, prefetch=prefetch, top_k=k, exact=exact)
         undo.callback(runtime.close)
         _switch(model, modules, undo)
@@ -136,7 +137,7 @@ def _experts_in_memory(model: nn.Module) -> tuple[list[nn.Module], str]:
     if "mixoff" in vars(model):
         raise MixoffError("this model's experts are offloaded already: mixoff.restore it, or close it, first")
     refusals.check_adapters(model)
-    modules = list(shapes.expert_modules(model).values())
+    modules = list(expert_modules(model).values())
     weights = [weight for module in modules for weight in module.parameters(recurse=False)]
     if devices := sorted({weight.device.type for weight in weights} - {"cpu"}):
         raise MixoffError(
@@ -161,8 +162,8 @@ def _source(
     undo: ExitStack,
 ) -> MemorySource:
     """The experts of `model` as a runtime reads them; with a folder, written there and gone from memory."""
-    plain = shapes.expert_sites(model, dtype)
-    sites = store.quantized_sites(plain, scheme)
+    plain = expert_sites(model, dtype)
+    sites = quantized_sites(plain, scheme)
     reader = TensorReader(
         [
             [(part.offset, module.get_parameter(part.name).detach()) for part in site.parts]
@@ -209,7 +210,7 @@ def _spill(sites: tuple[Site, ...], reader: TensorReader, path: Path) -> dict[tu
         with path.open("wb") as f:
             for i, site in enumerate(sites):
                 for e in range(site.num_experts):
-                    image = bytearray(store.stride(site))
+                    image = bytearray(stride(site))
                     reader.read_into(i, e, memoryview(image))
                     extents[i, e] = [Extent(path.name, f.tell(), 0, site.expert_nbytes)]
                     f.write(image)
@@ -253,7 +254,7 @@ def _strip(modules: list[nn.Module], undo: ExitStack) -> None:
 def _quantize_backbone(model: nn.Module, scheme: Scheme, dtype: str, exact: bool, undo: ExitStack) -> None:
     """Put quantized layers in place of those that `scheme` quantizes; a tied head goes with its embedding."""
     modules, by_weight = dict(model.named_modules()), {}
-    for name, role in shapes.backbone_roles(model).items():
+    for name, role in backbone_roles(model).items():
         weight = modules[name.removesuffix(".weight")].weight
         if id(weight) not in by_weight:
             by_weight[id(weight)] = ([], scheme.quantize(weight.detach(), role))
@@ -263,7 +264,7 @@ def _quantize_backbone(model: nn.Module, scheme: Scheme, dtype: str, exact: bool
         parent, _, child = name.removesuffix(".weight").rpartition(".")
         undo.callback(setattr, modules[parent], child, modules[name.removesuffix(".weight")])
     layers.hollow(model, list(quantized))
-    layers.fill(model, quantized, shapes.torch_dtype(dtype), exact)
+    layers.fill(model, quantized, torch_dtype(dtype), exact)
 
 
 def _switch(model: nn.Module, modules: list[nn.Module], undo: ExitStack) -> None:

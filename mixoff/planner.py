@@ -14,9 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mixoff import hardware as machines
-from mixoff import presets, shapes, sizes, timeline
+from mixoff import timeline
 from mixoff.errors import BudgetError, CheckpointError, MixoffError
-from mixoff.presets import ModelShape
+from mixoff.shapes import sites, sizes
+from mixoff.shapes.shape import ModelShape
+from mixoff.store import describe
+from mixoff.store.describe import as_stored
 from mixoff.units import format_nbytes, parse_nbytes
 
 if TYPE_CHECKING:
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
 
     from mixoff.hardware import Hardware
     from mixoff.quantize.scheme import Scheme
+
 
 DEFAULT = "t4"  # the machine that anybody can have for an hour
 PROMPT_SHARE = 0.5  # of the context that arrives in one pass: the workspace is sized for it
@@ -128,10 +132,10 @@ def pinned_nbytes(experts: int, machine: Hardware) -> int:
 
 
 def _needs(source: object, scheme: str | Scheme | None, machine: Hardware, context: int, batch: int) -> Needs:
-    shape = presets.shape_of(source)
+    shape = describe.shape_of(source)
     if not shape.parameters["experts"]:
         raise CheckpointError(shape.refusal)
-    shape, scheme = _as_stored(shape, source, scheme)
+    shape, scheme = as_stored(shape, source, scheme)
     return Needs.of(sizes.sizes_of(shape, scheme), machine, context, batch)
 
 
@@ -143,47 +147,6 @@ def _machine(hardware: str | Hardware | None, *given: int | str | None) -> Hardw
                 machine, **{key: parse_nbytes(size)}, sources=machine.sources | {key: "given by the user"}
             )
     return machine
-
-
-def _as_stored(
-    shape: ModelShape, source: object, scheme: str | Scheme | None
-) -> tuple[ModelShape, str | Scheme | None]:
-    """The shape and scheme as the files say where there are files: those of a store, or of a checkpoint.
-
-    Raises MixoffError where a store, or a checkpoint that is quantized already, is asked for in another scheme.
-    """
-    from mixoff import model_files, published, store
-
-    folder = presets.folder_of(source)
-    if folder is None:
-        return shape, scheme
-    if (folder / store.MANIFEST).is_file():
-        return _as_store(shape, folder, scheme)
-    if published.is_published(folder):
-        store.survey(published.open_checkpoint(folder))
-        return shape, _only(source, scheme, sizes.PUBLISHED)
-    return (shape.in_files(folder) if model_files.begun(folder) else shape), scheme
-
-
-def _as_store(shape: ModelShape, folder: Path, scheme: str | Scheme | None) -> tuple[ModelShape, Scheme]:
-    from mixoff import store
-    from mixoff.checkpoint import read_header
-    from mixoff.quantize.scheme import Scheme
-
-    store.open_source(folder).close()  # refuses what could not be loaded
-    manifest = store.read_manifest(folder)
-    own = Scheme.from_json(json.dumps(manifest["scheme"]))
-    wanted = Scheme.preset(scheme) if isinstance(scheme, str) else scheme
-    tensors = {n: t for entry in manifest["backbone"] for n, t in read_header(folder / entry["file"]).items()}
-    files = tuple(presets.Stored(tuple(t.shape), t.nbytes, None) for t in tensors.values())
-    quantized = {name.rpartition(".")[0] for name in tensors}  # NAME.codes and other parts
-    return replace(shape, files=files).quantized_only(quantized), _only(folder, wanted, own)
-
-
-def _only(source: object, wanted: object, own: object) -> object:
-    if wanted not in (None, own):
-        raise MixoffError(f"{source} is quantized in another scheme: plan it without one, or plan the original model")
-    return own
 
 
 # Bytes ----------------------------------------------------------------------------------------------------------------
@@ -221,7 +184,7 @@ class Needs:
         """Bytes beside the slots that count against `fast_bytes`, as the runtime says."""
         from mixoff.kernels import reference
 
-        return reference.scratch_nbytes(self.sizes.sites, shapes.torch_dtype(self.compute))
+        return reference.scratch_nbytes(self.sizes.sites, sites.torch_dtype(self.compute))
 
     def experts_in_fast(self, slots: int) -> int:
         """Bytes of `slots` slots a layer and scratch."""
@@ -241,7 +204,7 @@ class Needs:
     def spare(self, fast_bytes: int) -> int:
         """Slots that the runtime sets aside for prefetching, which it does where misses come past the page cache."""
         from mixoff.prefetch import set_aside
-        from mixoff.readers import goes_direct
+        from mixoff.store.readers import goes_direct
 
         of = self.sizes
         slots, experts = max(fast_bytes - self.scratch, 0) // of.slot_nbytes, sum(s.num_experts for s in of.sites)
@@ -257,7 +220,7 @@ def workspace_nbytes(of: sizes.Sizes, compute: str, rows: int) -> int:
     WIDE vectors of the model's width a token, the outputs of its K experts twice, one expert's inner activations (gate,
     up and their product), and the last token's logits.
     """
-    text, item = of.shape.config.get_text_config(), shapes.dtype_nbytes(compute)
+    text, item = of.shape.config.get_text_config(), sites.dtype_nbytes(compute)
     inner = [max(part.shape) for site in of.shape.sites for part in site.parts if part.name.startswith("down_proj")]
     dense = getattr(text, "intermediate_size", 0)
     widest = max([*inner, dense if isinstance(dense, int) else 0])
@@ -322,7 +285,7 @@ def _tiers(needs: Needs, machine: Hardware, slots: list[int], resident: bool) ->
 
 def _held(needs: Needs, slots: list[int]) -> int:
     """Bytes of experts, as stored, that so many slots of each layer hold."""
-    from mixoff.store import stride
+    from mixoff.shapes.sites import stride
 
     return sum(n * stride(site) for n, site in zip(slots, needs.sizes.sites, strict=True))
 

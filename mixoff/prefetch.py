@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from mixoff import shapes
 from mixoff.cache.events import PREFETCH, Key, Landing
 from mixoff.errors import BudgetError, MixoffError
+from mixoff.shapes.config import top_k as configured_top_k
 from mixoff.transfer import Transfer
 from mixoff.units import format_nbytes
 
@@ -38,7 +38,7 @@ SHARE = 8  # `auto` sets aside at most one slot of so many: the cache needs them
 
 def top_k(config: PretrainedConfig) -> int:
     """Experts that the router chooses for a token, K; 2 where the configuration has no name for it that we know."""
-    found = shapes.top_k(config)
+    found = configured_top_k(config)
     return 2 if found is None else found
 
 

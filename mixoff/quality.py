@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mixoff import shapes
 from mixoff.errors import MixoffError
 from mixoff.lossy import (  # noqa: F401 (their home for users: mixoff.quality.dynamic_top_k)
     Shadow,
@@ -30,6 +29,7 @@ from mixoff.lossy import (  # noqa: F401 (their home for users: mixoff.quality.d
     skip_misses,
 )
 from mixoff.quantize.scheme import ROLES, Scheme
+from mixoff.shapes import config
 from mixoff.units import format_nbytes
 
 LENGTH = 256  # tokens of a window
@@ -286,12 +286,12 @@ def compare(
 
 def matrices(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Role and a view (N, K) of every weight that a scheme may quantize, gate and up as one matrix as in a store."""
-    for module in shapes.expert_modules(model).values():
+    for module in config.expert_modules(model).values():
         for weight in module.parameters(recurse=False):
             if weight.dim() == 3:
                 yield from (("experts", w.t() if module.is_transposed else w) for w in weight.data)
     modules = dict(model.named_modules())
-    for name, role in shapes.backbone_roles(model).items():
+    for name, role in config.backbone_roles(model).items():
         yield role, modules[name.removesuffix(".weight")].weight.data
 
 
@@ -323,7 +323,7 @@ def quantized(model: nn.Module, schemes: Scheme | Mapping[str, Scheme]) -> Itera
 @contextmanager
 def with_twins(model: nn.Module, coarse: Scheme) -> Iterator[nn.Module]:
     """Within `with`, every expert has a twin, number + E, that went through `coarse`: for `coarse_misses`."""
-    modules = list(shapes.expert_modules(model).values())
+    modules = list(config.expert_modules(model).values())
     kept = [dict(module.named_parameters(recurse=False)) for module in modules]
     with quantized(model, {"experts": coarse}):
         twins = [{name: w.data.clone() for name, w in weights.items()} for weights in kept]

@@ -21,10 +21,11 @@ import torch
 from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from mixoff import shapes
 from mixoff.errors import MixoffError
-from mixoff.keys import MATRICES
 from mixoff.runtime import Runtime, experts_forward
+from mixoff.shapes import sites
+from mixoff.shapes.config import expert_modules
+from mixoff.store.keys import MATRICES
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -121,7 +122,7 @@ def serve(model: nn.Module, runtime: Runtime, loaded: bool) -> ExitStack:
 
     Raises MixoffError, and changes nothing, where an adapter of the model has experts.
     """
-    modules = shapes.expert_modules(model)
+    modules = expert_modules(model)
     adapters = Adapters(model, modules, loaded)
     adapters.update(own := vars(model).get("peft_config", {}))
     with ExitStack() as undo:
@@ -216,9 +217,9 @@ TELLS |= {_T.__len__, *(getattr(_T, name).__get__ for name in ("shape", "dtype",
 TELLS |= {getattr(_T, name).__get__ for name in ("ndim", "nbytes", "itemsize", "is_meta", "is_sparse", "is_quantized")}
 
 
-def _mark(module: nn.Module, place: Place, site: shapes.Site) -> ExitStack:
+def _mark(module: nn.Module, place: Place, site: sites.Site) -> ExitStack:
     """Give experts their place, and their names to a `state_dict`; those go unread where it is loaded again."""
-    kept = {p.name: Elsewhere((site.num_experts, *p.shape), shapes.torch_dtype(p.dtype)) for p in site.parts}
+    kept = {p.name: Elsewhere((site.num_experts, *p.shape), sites.torch_dtype(p.dtype)) for p in site.parts}
 
     def named(_: nn.Module, state: dict, prefix: str, *rest: object) -> None:
         state.update({prefix + name: weight for name, weight in kept.items()})
@@ -255,7 +256,7 @@ def within(model: nn.Module) -> nn.Module:
 
 def check_adapters(model: nn.Module) -> None:
     """Refuse a model in memory one of whose adapters is around experts already."""
-    if any(name.endswith(("base_layer", "original_module")) for name in shapes.expert_modules(model)):
+    if any(name.endswith(("base_layer", "original_module")) for name in expert_modules(model)):
         why, _, _ = WAYS_OUT["adapter"]
         raise MixoffError(f"an adapter of this model has experts, and {why} once they are offloaded: {MERGE} first")
 

@@ -15,14 +15,13 @@ from typing import TYPE_CHECKING, Any
 from mixoff.arena import out_of_memory
 from mixoff.errors import BudgetError
 from mixoff.passes import wrap
+from mixoff.shapes.kv_cache import CACHE_NAMES
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
     from mixoff.runtime import Runtime
-
-CACHE_NAMES = ("cache", "past_key_values")  # what transformers calls a pass's keys and values: since 5.24, and before
 
 
 def guard(model: PreTrainedModel, runtime: Runtime) -> ExitStack:

@@ -30,8 +30,7 @@ from typing import Protocol
 import torch
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from mixoff import shapes
-from mixoff.arena import Arena, Weight, least_slots, out_of_memory, plan_slots, slot_nbytes
+from mixoff.arena import Arena, Weight, least_slots, out_of_memory, plan_slots
 from mixoff.cache.cache import ExpertCache, Grant
 from mixoff.cache.events import BYPASS, HIT, RESTORE, CacheInfo, Event
 from mixoff.cache.policies import Key, Policy
@@ -41,7 +40,8 @@ from mixoff.kernels import reference
 from mixoff.pages import slab
 from mixoff.prefetch import Guesses, set_aside
 from mixoff.quantize.scheme import Scheme
-from mixoff.readers import Reader
+from mixoff.shapes.sites import Site, slot_nbytes
+from mixoff.store.readers import Reader
 from mixoff.streams import Device, open_device_transfer
 from mixoff.tiers import open_transfer
 from mixoff.trace import Recorder
@@ -58,7 +58,7 @@ _alive: weakref.WeakSet[Runtime] = weakref.WeakSet()
 class Source(Protocol):
     """Where experts come from: a model folder (`store.Source`), or a model in memory."""
 
-    sites: tuple[shapes.Site, ...]
+    sites: tuple[Site, ...]
     scheme: Scheme
     reader: Reader
 

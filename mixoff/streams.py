@@ -25,7 +25,7 @@ import torch
 
 from mixoff.cache.events import BYPASS, MISS, PREFETCH, Key, Landing
 from mixoff.errors import CheckpointError
-from mixoff.readers import Reader
+from mixoff.store.readers import Reader
 from mixoff.tiers import Copies, open_transfer
 from mixoff.transfer import Transfer
 

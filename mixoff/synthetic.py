@@ -25,13 +25,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from mixoff import hardware, presets, shapes, store
+from mixoff import hardware
 from mixoff.errors import CheckpointError, MixoffError
 from mixoff.pages import slab
 from mixoff.quantize.layout import BLOCK, packed_nbytes
 from mixoff.quantize.scheme import Scheme
 from mixoff.quantize.tensor import QTensor
-from mixoff.shapes import Part, Site
+from mixoff.shapes.config import backbone_roles, expert_modules, expert_sites, skeleton
+from mixoff.shapes.sites import Part, Site, quantized_sites, stride, torch_dtype
+from mixoff.store import describe
+from mixoff.store.manifest import FORMAT, MANIFEST, QUANTIZED, VERSION, expert_file
+from mixoff.store.source import open_source
 from mixoff.units import format_nbytes
 
 if TYPE_CHECKING:
@@ -65,7 +69,7 @@ def config_of(shape: str | PretrainedConfig, dtype: str = "bfloat16") -> Pretrai
     elif shape in SHAPES:
         config = MixtralConfig(**SHAPES[shape])
     else:
-        config = presets.read(shape)
+        config = describe.read(shape)
     config.dtype = dtype
     return config
 
@@ -76,7 +80,7 @@ def config_of(shape: str | PretrainedConfig, dtype: str = "bfloat16") -> Pretrai
 def store_nbytes(shape: str | PretrainedConfig, scheme: str | Scheme) -> int:
     """Bytes that `write_store` will write, manifest and configuration aside."""
     model, sites, scheme = _described(config_of(shape), scheme)
-    experts = sum(site.num_experts * store.stride(site) for site in sites)
+    experts = sum(site.num_experts * stride(site) for site in sites)
     return experts + sum(_backbone_nbytes(tensor, scheme, role) for _, tensor, role in _backbone(model))
 
 
@@ -95,9 +99,9 @@ def write_store(shape: str | PretrainedConfig, scheme: str | Scheme, folder: str
     entries = [_write_site(partial, i, site, scheme, seed) for i, site in enumerate(sites)]
     backbone = _write_backbone(partial, model, scheme, seed)
     _save_config(config, model, partial)
-    manifest = {"format": store.FORMAT, "version": store.VERSION, "scheme": json.loads(scheme.to_json())}
+    manifest = {"format": FORMAT, "version": VERSION, "scheme": json.loads(scheme.to_json())}
     manifest |= {"dtype": _dtype(config), "backbone": backbone, "sites": entries}
-    (partial / store.MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     os.replace(partial, folder)
     return folder
 
@@ -105,8 +109,8 @@ def write_store(shape: str | PretrainedConfig, scheme: str | Scheme, folder: str
 def _described(config: PretrainedConfig, scheme: str | Scheme) -> tuple[torch.nn.Module, tuple[Site, ...], Scheme]:
     """The model without memory, its sites as they are stored, the scheme itself."""
     scheme = Scheme.preset(scheme) if isinstance(scheme, str) else scheme
-    model = shapes.skeleton(config)
-    return model, store.quantized_sites(shapes.expert_sites(model, _dtype(config)), scheme), scheme
+    model = skeleton(config)
+    return model, quantized_sites(expert_sites(model, _dtype(config)), scheme), scheme
 
 
 def _dtype(config: PretrainedConfig) -> str:
@@ -114,7 +118,7 @@ def _dtype(config: PretrainedConfig) -> str:
 
 
 def _reuse(folder: Path, sites: tuple[Site, ...], scheme: Scheme) -> Path:
-    source = store.open_source(folder)
+    source = open_source(folder)
     same = source.is_store and source.sites == sites and source.scheme == scheme
     source.close()
     if not same:
@@ -145,12 +149,12 @@ def _save_config(config: PretrainedConfig, model: torch.nn.Module, folder: Path)
 
 def _write_site(folder: Path, i: int, site: Site, scheme: Scheme, seed: int) -> dict:
     """Write the experts of one site; returns its entry in the manifest."""
-    path, hashes, image = folder / store.expert_file(i), [], slab(store.stride(site))
+    path, hashes, image = folder / expert_file(i), [], slab(stride(site))
     with _open(path) as f:
         for expert in range(site.num_experts):
             hashes.append([_fill(image, part, scheme, (seed, i, expert, j)) for j, part in enumerate(site.parts)])
             f.write(image.numpy().data)
-    return {"file": path.name, "stride": store.stride(site), **asdict(site), "sha256": hashes}
+    return {"file": path.name, "stride": stride(site), **asdict(site), "sha256": hashes}
 
 
 def _open(path: Path) -> FileIO:
@@ -180,7 +184,7 @@ def plain(shape: tuple[int, ...], dtype: str, rng: np.random.Generator) -> torch
 @functools.lru_cache(maxsize=2)
 def _values(dtype: str) -> torch.Tensor:
     values = torch.randn(POOL_VALUES, generator=torch.Generator().manual_seed(SEED)) * SIGMA
-    return values.to(shapes.torch_dtype(dtype))
+    return values.to(torch_dtype(dtype))
 
 
 def pick(q: QTensor, scheme: Scheme, role: str, rng: np.random.Generator) -> QTensor:
@@ -212,8 +216,8 @@ def _pool(width: int, end: int, scheme: Scheme, role: str) -> tuple[list[QTensor
 
 def _backbone(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor, str | None]]:
     """Name, shape-only tensor and role of each weight that is not an expert's; a tied head is the embedding."""
-    roles = shapes.backbone_roles(model)
-    experts = tuple(f"{name}." for name in shapes.expert_modules(model))
+    roles = backbone_roles(model)
+    experts = tuple(f"{name}." for name in expert_modules(model))
     tied = ("lm_head.weight",) if model.config.tie_word_embeddings else ()
     for name, tensor in model.state_dict().items():
         if not name.startswith(experts) and name not in tied:
@@ -243,7 +247,7 @@ def _write_backbone(folder: Path, model: torch.nn.Module, scheme: Scheme, seed: 
             kept[name] = _kept(name, tensor, rng)
     entries = [_save(kept, folder / "model.safetensors", {"format": "pt"})]
     if packed:
-        entries.append(_save(packed, folder / store.QUANTIZED, {"mixoff": json.dumps(described)}))
+        entries.append(_save(packed, folder / QUANTIZED, {"mixoff": json.dumps(described)}))
     return entries
 
 
@@ -274,7 +278,7 @@ def write_checkpoint(shape: str | PretrainedConfig, folder: str | Path, seed: in
     config, folder = config_of(shape), Path(folder)
     if (folder / "config.json").exists():
         return folder
-    model = shapes.skeleton(config)
+    model = skeleton(config)
     partial = _make_partial(folder, sum(t.nbytes for t in model.state_dict().values()))
     model = model.to_empty(device="cpu")
     with torch.no_grad():

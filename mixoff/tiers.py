@@ -19,7 +19,7 @@ import numpy as np
 
 from mixoff.cache.events import BYPASS, MISS, Key, Landing
 from mixoff.pages import slab
-from mixoff.readers import Reader
+from mixoff.store.readers import Reader
 from mixoff.transfer import ThreadTransfer, Transfer
 
 WORKERS = 4  # requests in flight; more of them read no faster: tools/transfer_table.py

@@ -21,16 +21,16 @@ import numpy as np
 
 from mixoff.cache.events import Event
 from mixoff.errors import MixoffError
-from mixoff.shapes import dtype_nbytes
+from mixoff.shapes.sites import dtype_nbytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from transformers import PretrainedConfig
 
     from mixoff.hardware import Hardware
-    from mixoff.presets import ModelShape
     from mixoff.quantize.scheme import Scheme
-    from mixoff.sizes import Sizes
+    from mixoff.shapes.shape import ModelShape
+    from mixoff.shapes.sizes import Sizes
 
 BACKGROUND_FROM = 1 << 20  # bytes; smaller experts are fetched by the thread that computes (mixoff.tiers)
 
@@ -182,8 +182,8 @@ def predict(
     are computed while its misses come (default: as the runtime does it, for experts of a MiB and more; copies within
     RAM never are). Raises MixoffError for rates beyond 0 and 1.
     """
-    from mixoff.presets import shape_of
-    from mixoff.sizes import sizes_of
+    from mixoff.shapes.sizes import sizes_of
+    from mixoff.store.describe import shape_of
 
     rates = {"hit_rate": hit_rate, "recall": recall, "ram_share": ram_share}
     if any(rate is not None and not 0 <= rate <= 1 for rate in rates.values()):

@@ -21,7 +21,7 @@ from queue import SimpleQueue
 from typing import Any, Protocol
 
 from mixoff.cache.events import MISS, PREFETCH, Key, Landing
-from mixoff.readers import Reader
+from mixoff.store.readers import Reader
 
 
 class Transfer(Protocol):

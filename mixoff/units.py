@@ -51,3 +51,6 @@ def format_nbytes(nbytes: int | float) -> str:
         value /= 1024
     digits = 0 if unit == "B" or abs(value) >= 100 else 1 if abs(value) >= 10 else 2
     return f"{value:.{digits}f} {unit}"
+
+
+GB, GIB, MIB = 10**9, 2**30, 2**20

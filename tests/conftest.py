@@ -27,9 +27,9 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     """A cache folder of these tests alone; what is known of this machine's bandwidths is not measured again."""
-    from mixoff import hardware
+    from mixoff import folders
 
-    known, config.mixoff_cache = hardware.cache_folder() / "hardware.json", tempfile.mkdtemp(prefix="mixoff-tests-")
+    known, config.mixoff_cache = folders.cache_folder() / "hardware.json", tempfile.mkdtemp(prefix="mixoff-tests-")
     if known.is_file():
         shutil.copy(known, config.mixoff_cache)
     os.environ["MIXOFF_CACHE"] = config.mixoff_cache

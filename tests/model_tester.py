@@ -18,8 +18,9 @@ from tiny import config_of
 from transformers import PreTrainedModel
 
 import mixoff
-from mixoff import BudgetError, shapes
+from mixoff import BudgetError
 from mixoff.refusals import Served
+from mixoff.shapes import config
 
 TESTED = ("deepseek_v3", "ernie4_5_moe", "glm4_moe", "granitemoe", "mixtral", "olmoe", "phimoe", "qwen3_moe")
 FAST = 40_000  # bytes
@@ -38,8 +39,8 @@ def offload(model):
 def evaluated(self):
     """`eval`, after which experts are served."""
     global offloads
-    if isinstance(self, PreTrainedModel) and "mixoff" not in vars(self) and shapes.expert_modules(self):
-        weights = [w for m in shapes.expert_modules(self).values() for w in m.parameters(recurse=False)]
+    if isinstance(self, PreTrainedModel) and "mixoff" not in vars(self) and config.expert_modules(self):
+        weights = [w for m in config.expert_modules(self).values() for w in m.parameters(recurse=False)]
         if weights and all(w.device.type == "cpu" and w.dtype != torch.float64 for w in weights):
             with warnings.catch_warnings(action="ignore"):
                 offload(self)
@@ -87,7 +88,7 @@ class Tester:
 
 def case(family):
     """A test case of ModelTesterMixin for one family."""
-    name = shapes.model_class(config_of(family)).__name__.removesuffix("ForCausalLM")
+    name = config.model_class(config_of(family)).__name__.removesuffix("ForCausalLM")
     classes = tuple(getattr(transformers, f"{name}{kind}") for kind in ("Model", "ForCausalLM"))
 
     def set_up(self):

@@ -20,11 +20,13 @@ import torch
 from tiny import save_random
 
 import mixoff
-from mixoff import doctor, hardware, presets, sizes, synthetic, timeline
+from mixoff import doctor, hardware, synthetic, timeline
 from mixoff.bench import command, compare, contender, limits, record, report, routing
 from mixoff.bench.spec import Spec, repeat_rate
-from mixoff.generation import advance
 from mixoff.pages import pages
+from mixoff.shapes import sizes
+from mixoff.shapes.kv_cache import advance
+from mixoff.store import describe
 
 KEYS = (
     "decode_tokens_per_s", "prompt_tokens_per_s", "bytes_touched_per_token", "bytes_moved_per_token",
@@ -114,10 +116,11 @@ def test_contenders_report_alike_and_touch_the_same_bytes(checkpoint):
 
 
 def test_touched_bytes_are_the_plan_s(tiny_store):
-    from mixoff import presets, sizes
+    from mixoff.shapes import sizes
+    from mixoff.store import describe
 
     ours = run("mixoff", tiny_store, load={"fast_bytes": "2MB"})
-    of = sizes.sizes_of(presets.shape_of(str(tiny_store)), "mixed")
+    of = sizes.sizes_of(describe.shape_of(str(tiny_store)), "mixed")
     planned = sum(of.touched_experts().values()) + sum(of.touched_backbone("bfloat16").values())
     assert ours["touched_bytes"] == planned
 
@@ -297,7 +300,7 @@ def test_the_published_layout_is_predicted_as_it_is_stored(tmp_path, monkeypatch
     plan = mixoff.plan(folder, hardware=machine, context=8)
     figures = made(cached_rate=0.5, base_bytes=0, info={"fast_bytes_peak": 0})
     row = compare._row(Spec("mixoff", "mixoff", folder), [figures], machine, plan)
-    expected = timeline.predict(presets.shape_of(folder), sizes.PUBLISHED, machine, 0.5)
+    expected = timeline.predict(describe.shape_of(folder), sizes.PUBLISHED, machine, 0.5)
     assert row.predicted_tokens_per_s == expected.tokens_per_s
 
 

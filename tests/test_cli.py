@@ -313,8 +313,9 @@ def test_what_is_wrong_is_said_before_torch_is_imported(tmp_path):
 
 
 def test_names_that_are_checked_early_are_those_of_the_code():
-    from mixoff import arguments, loading, prefetch, readers, simulator
+    from mixoff import arguments, loading, prefetch, simulator
     from mixoff.quantize import scheme
+    from mixoff.store import readers
 
     assert set(arguments.SCHEMES) == set(scheme.PRESETS) and ("auto", *loading.DTYPES) == arguments.DTYPES
     assert (arguments.IO, arguments.PREFETCH, arguments.SCOPES) == (readers.IO, prefetch.MODES, simulator.SCOPES)
@@ -427,11 +428,12 @@ def test_a_plan_says_for_what_it_is(capsys):
 
 
 def test_a_conversion_without_a_terminal_tells_its_progress(capsys, tmp_path, monkeypatch):
-    from mixoff import cli, conversion
+    from mixoff import cli
+    from mixoff.store import convert
 
-    put = conversion.Making.put
+    put = convert.Making.put
     monkeypatch.setattr(cli, "EVERY_S", 0.01)
-    monkeypatch.setattr(conversion.Making, "put", lambda *args: (time.sleep(0.01), put(*args))[1])
+    monkeypatch.setattr(convert.Making, "put", lambda *args: (time.sleep(0.01), put(*args))[1])
     assert main(["convert", str(BUNDLED), str(tmp_path / "store")]) == 0
     lines = capsys.readouterr().err.splitlines()
     assert lines and all(re.fullmatch(r"mixoff: converted [\d.]+ \w+ of 1[67][.\d]* MiB", line) for line in lines)

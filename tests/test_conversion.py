@@ -20,18 +20,19 @@ from crash import Fetched, attempt, open_source, tree
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from tiny import BUNDLED, save_random
+from tiny import save_random
 
 import mixoff
-from mixoff import CheckpointError, MixoffError, Scheme, conversion, shards
-from mixoff.blueprint import lay_out
-from mixoff.checkpoint import Checkpoint
+from mixoff import CheckpointError, MixoffError, Scheme
 from mixoff.cli import main
-from mixoff.journal import Journal
-from mixoff.model_files import INDEX
 from mixoff.quantize.scheme import Precision
 from mixoff.quantize.solve import is_finite
-from mixoff.shards import kept_nbytes, walk
+from mixoff.store import convert, shards
+from mixoff.store.blueprint import lay_out
+from mixoff.store.checkpoint import Checkpoint
+from mixoff.store.journal import Journal
+from mixoff.store.model_files import INDEX
+from mixoff.store.shards import kept_nbytes, walk
 
 # one role each of what is quantized and what is copied, in widths of the random model
 SCHEME = Scheme(attention=Precision(4, 16), experts=Precision(2, 32))
@@ -125,7 +126,7 @@ def test_what_is_in_the_making_is_no_store(small, tmp_path):
 
 def test_the_journal_names_only_what_is_synced(small, tmp_path, monkeypatch):
     """SIGKILL leaves what was written to the system; that a loss of power does no harm follows from the order."""
-    dirty, fsync, write, commit = set(), os.fsync, conversion.Making._write, Journal.commit
+    dirty, fsync, write, commit = set(), os.fsync, convert.Making._write, Journal.commit
 
     def synced(fd):
         dirty.discard(os.fstat(fd).st_ino)
@@ -140,9 +141,9 @@ def test_the_journal_names_only_what_is_synced(small, tmp_path, monkeypatch):
         commit(journal)
 
     monkeypatch.setattr(os, "fsync", synced)
-    monkeypatch.setattr(conversion.Making, "_write", written)
+    monkeypatch.setattr(convert.Making, "_write", written)
     monkeypatch.setattr(Journal, "commit", committed)
-    monkeypatch.setattr(conversion, "COMMIT", 10_000)
+    monkeypatch.setattr(convert, "COMMIT", 10_000)
     mixoff.convert(small, tmp_path / "store", SCHEME)
     assert not dirty
 
@@ -169,7 +170,7 @@ def test_a_torn_line_of_the_journal_is_forgotten(tmp_path):
 
 def interrupted(source, target, monkeypatch, after=20, error=KeyboardInterrupt):
     """Convert until `after` weights have been written."""
-    put, count = conversion.Making.put, []
+    put, count = convert.Making.put, []
 
     def counted(making, weight, image):
         count.append(weight.name)
@@ -178,7 +179,7 @@ def interrupted(source, target, monkeypatch, after=20, error=KeyboardInterrupt):
         return put(making, weight, image)
 
     with monkeypatch.context() as patched:
-        patched.setattr(conversion.Making, "put", counted)
+        patched.setattr(convert.Making, "put", counted)
         mixoff.convert(source, target, SCHEME)
 
 
@@ -189,7 +190,7 @@ def test_an_interrupt_leaves_a_resumable_state(small, stores, tmp_path, monkeypa
     done = Journal(tmp_path / "store.partial" / "journal").done
     assert len(done) == 20 and not target.exists()
     rest = [w.part.nbytes for w in blueprint(small).weights if w.name not in done]
-    assert conversion.run(small, target, SCHEME).source_nbytes == sum(rest), "nothing is done twice"
+    assert convert.run(small, target, SCHEME).source_nbytes == sum(rest), "nothing is done twice"
     assert tree(target) == stores[small]
 
 
@@ -200,7 +201,7 @@ def blueprint(folder, scheme=SCHEME):
 def test_restart_begins_anew(small, stores, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         interrupted(small, tmp_path / "store", monkeypatch)
-    report = conversion.run(small, tmp_path / "store", SCHEME, restart=True)
+    report = convert.run(small, tmp_path / "store", SCHEME, restart=True)
     assert report.source_nbytes == crash.nbytes(small) and tree(tmp_path / "store") == stores[small]
 
 
@@ -217,21 +218,21 @@ def test_what_was_changed_meanwhile_is_begun_anew(small, tmp_path, monkeypatch, 
     with pytest.raises(KeyboardInterrupt):
         interrupted(source, tmp_path / "store", monkeypatch)
     CHANGES[what](source)
-    report = conversion.run(source, tmp_path / "store", "none" if what == "the scheme" else SCHEME)
+    report = convert.run(source, tmp_path / "store", "none" if what == "the scheme" else SCHEME)
     assert report.source_nbytes == crash.nbytes(source) and "beginning anew" in caplog.text
     mixoff.verify(tmp_path / "store", full=True)
 
 
 def test_a_shard_that_changes_under_the_conversion_is_noticed(small, tmp_path, monkeypatch):
     source = shutil.copytree(small, tmp_path / "model")
-    write = conversion._write
+    write = convert._write
 
     def written(*args):
         nbytes = write(*args)
         CHANGES["a shard"](source)
         return nbytes
 
-    monkeypatch.setattr(conversion, "_write", written)
+    monkeypatch.setattr(convert, "_write", written)
     with pytest.raises(CheckpointError, match="was changed while it was converted"):
         mixoff.convert(source, tmp_path / "store", SCHEME)
     assert not (tmp_path / "store").exists()
@@ -287,7 +288,7 @@ def mount(*args):
 @contextlib.contextmanager
 def full_after(nbytes, monkeypatch):
     """A disk that has room for so many bytes, for where none can be mounted."""
-    write, total = conversion.Making._write, []
+    write, total = convert.Making._write, []
 
     def written(making, file, offset, piece):
         total.append(len(piece))
@@ -296,13 +297,13 @@ def full_after(nbytes, monkeypatch):
         write(making, file, offset, piece)
 
     with monkeypatch.context() as patched:
-        patched.setattr(conversion.Making, "_write", written)
+        patched.setattr(convert.Making, "_write", written)
         yield
 
 
 def test_a_full_disk_is_an_error_that_can_be_continued(fifty, stores, small_disk, monkeypatch):
     folder, mounted = small_disk
-    monkeypatch.setattr(conversion, "COMMIT", 100_000)
+    monkeypatch.setattr(convert, "COMMIT", 100_000)
     usage = shutil.disk_usage(folder)._replace(free=1 << 40)
     with (
         contextlib.nullcontext() if mounted else full_after(1 << 20, monkeypatch),
@@ -314,7 +315,7 @@ def test_a_full_disk_is_an_error_that_can_be_continued(fifty, stores, small_disk
     assert not (folder / "store").exists() and Journal(folder / "store.partial" / "journal").done
     if mounted:
         assert mount("-o", "remount,size=20m", str(folder))
-    report = conversion.run(fifty, folder / "store", "mixed")
+    report = convert.run(fifty, folder / "store", "mixed")
     assert report.source_nbytes < crash.nbytes(fifty) and tree(folder / "store") == stores[fifty]
 
 
@@ -414,37 +415,15 @@ def test_the_bytes_are_the_solvers(small, stores, tmp_path):
     """An expert and a weight of attention as `quantize` makes them from tensors that safetensors reads."""
     weights = {k: v for f in small.glob("*.safetensors") for k, v in load_file(f).items()}
     target = mixoff.convert(small, tmp_path / "store", SCHEME)
-    source, buffer = mixoff.store.open_source(target), bytearray(1 << 20)
+    source, buffer = mixoff.store.source.open_source(target), bytearray(1 << 20)
     source.reader.read_into(2, 3, memoryview(buffer))
     down = source.sites[2].parts[1]
     want = SCHEME.quantize(weights["model.layers.2.block_sparse_moe.experts.3.w2.weight"], "experts")
     assert bytes(buffer[down.offset : down.offset + down.nbytes]) == want.to_buffer().numpy().tobytes()
     name = "model.layers.1.self_attn.o_proj.weight"
-    stored, want = mixoff.store.read_quantized(target)[name], SCHEME.quantize(weights[name], "attention")
+    stored, want = mixoff.store.manifest.read_quantized(target)[name], SCHEME.quantize(weights[name], "attention")
     assert all(torch.equal(part, want.parts[key]) for key, part in stored.parts.items())
     source.close()
-
-
-@pytest.mark.parametrize("scheme", ["none", "mixed", Scheme(*[Precision(4, 32)] * 5)], ids=["none", "mixed", "all"])
-@pytest.mark.parametrize("path", [BUNDLED, "small"], ids=["bundled", "small"])
-def test_planned_bytes_are_the_stores(small, tmp_path, path, scheme):
-    """From shapes alone, to the byte; headers and small files apart."""
-    folder = small if path == "small" else path
-    scheme = Scheme.preset(scheme) if isinstance(scheme, str) else scheme
-    opened, checkpoint = mixoff.store.open_source(folder), Checkpoint(folder)
-    model = mixoff.shapes.skeleton(mixoff.shapes.read_config(folder))
-    backbone = {name: t.shape for name, (t, _) in checkpoint.backbone().items()}
-    planned = mixoff.store.tensor_nbytes(
-        opened.sites, backbone, mixoff.shapes.backbone_roles(model), opened.dtype, scheme
-    )
-    opened.close()
-    target = mixoff.convert(folder, tmp_path / "store", scheme)
-    assert planned.experts == sum(p.stat().st_size for p in target.glob("experts-*.bin"))
-    stored = Checkpoint(target)
-    quantized = target / mixoff.store.QUANTIZED
-    assert planned.copied == sum(t.nbytes for t in stored.tensors.values() if t.file != quantized.name)
-    found = sum(t.nbytes for t in load_file(quantized).values()) if quantized.exists() else 0
-    assert planned.quantized == found and planned.total == planned.experts + planned.copied + found
 
 
 def test_nothing_is_written_elsewhere(small, tmp_path):
@@ -497,7 +476,7 @@ def test_a_bar_shows_bytes_on_request(small, tmp_path, capfd):
 def test_the_command_line(small, stores, tmp_path, capsys, monkeypatch):
     target = tmp_path / "store"
     with monkeypatch.context() as patched:
-        patched.setattr(conversion, "_write", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr(convert, "_write", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
         assert main(["convert", str(small), str(target)]) == 130
     assert (
         capsys.readouterr().err == "mixoff: interrupted: run the same command again, and it goes on where it stopped\n"
@@ -611,7 +590,7 @@ def test_a_disk_that_is_full_at_the_end_needs_nothing_below_zero(small, tmp_path
     def full(making, shards):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(conversion.Making, "finish", full)
+    monkeypatch.setattr(convert.Making, "finish", full)
     with pytest.raises(CheckpointError, match=r"the disk is full \(.*\): .*store is nearly complete; make room, then"):
         mixoff.convert(small, tmp_path / "store")
 

@@ -23,9 +23,10 @@ from tiny import BUNDLED, budget, decode, resident, save_random
 
 import mixoff
 from mixoff import cuda, doctor, hardware, kernels, loading, planner, refusals, rescue, runtime, streams
-from mixoff.arena import Arena, slot_nbytes
-from mixoff.generation import advance
-from mixoff.hardware import GIB
+from mixoff.arena import Arena
+from mixoff.shapes.kv_cache import advance
+from mixoff.shapes.sites import slot_nbytes
+from mixoff.units import GIB
 
 PROMPTS = [torch.arange(3, 12)[None] % 128, torch.tensor([[5, 9], [77, 3]])]
 
@@ -36,7 +37,7 @@ def tiny(tmp_path_factory):
     folder = save_random(tmp_path_factory.mktemp("tiny") / "model", "phimoe")
     store = mixoff.convert(folder, folder.parent / "store")
     want = [decode(resident(folder), ids, 6) for ids in PROMPTS]
-    return store, want, budget(store, 0), slot_nbytes(mixoff.store.open_source(store).sites)
+    return store, want, budget(store, 0), slot_nbytes(mixoff.store.source.open_source(store).sites)
 
 
 def same(got, want):
@@ -73,7 +74,7 @@ def on_device(tiny, device, slots, ram=None, late=False, prompts=PROMPTS, **how)
         mock.patch.object(Arena, "weights", products_of(device)),
         mixoff.load(store, fast, device="cuda", dtype="float32", **how) as model,
     ):
-        device.transfer, device.reader = model.mixoff.transfer, mixoff.store.open_source(store).reader
+        device.transfer, device.reader = model.mixoff.transfer, mixoff.store.source.open_source(store).reader
         got = [decode(model, ids, 6) for ids in prompts]
         info, tiers = model.mixoff.info(), model.mixoff.transfer.counts()
     device.synchronize()
@@ -131,7 +132,7 @@ def test_threads_on_streams_of_their_own(tiny):
         mock.patch.object(Arena, "weights", products_of(device)),
         mixoff.load(store, "1MB", device="cuda", dtype="float32") as model,
     ):
-        device.transfer, device.reader = model.mixoff.transfer, mixoff.store.open_source(store).reader
+        device.transfer, device.reader = model.mixoff.transfer, mixoff.store.source.open_source(store).reader
         for turn in range(6):
             device.thread = turn % 2
             assert same([decode(model, PROMPTS[0], 6)], tiny[1][:1])

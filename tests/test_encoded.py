@@ -12,9 +12,10 @@ from tiny import decode, resident
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 import mixoff
-from mixoff import CheckpointError, store
-from mixoff.encoded import decode_mxfp4
-from mixoff.published import open_checkpoint
+from mixoff import CheckpointError
+from mixoff.store import source
+from mixoff.store.encoded import decode_mxfp4
+from mixoff.store.published import open_checkpoint
 
 IDS = torch.arange(5, 14)[None]
 
@@ -51,7 +52,7 @@ def test_mxfp4_becomes_the_store_of_the_decoded_model(mxfp4, tmp_path):
 def same_store(folder, original, tmp_path):
     """Every byte of experts and of the backbone's tensors, and the tokens of the resident model."""
     ours, plain = (mixoff.convert(path, tmp_path / path.name) for path in (folder, original))
-    a, b = store.open_source(ours), store.open_source(plain)
+    a, b = source.open_source(ours), source.open_source(plain)
     assert a.sites == b.sites and a.dtype == "bfloat16"
     for site in range(len(a.sites)):
         file = f"experts-{site:03d}.bin"

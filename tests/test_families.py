@@ -19,8 +19,9 @@ from transformers.activations import ACT2FN
 from transformers.integrations.moe import use_experts_implementation
 
 import mixoff
-from mixoff import BudgetError, CheckpointError, MixoffError, shapes
+from mixoff import BudgetError, CheckpointError, MixoffError
 from mixoff.quantize.scheme import Precision, Scheme
+from mixoff.shapes import config as config_
 
 T, K, E = 7, 3, 6  # tokens, experts a token, experts
 IDS = torch.arange(3, 21)[None]
@@ -144,7 +145,7 @@ FLAGS = set(inspect.signature(use_experts_implementation).parameters) - {"expert
 
 def test_every_flag_of_the_decorator_is_known():
     """Fails when a new transformers can say something about experts that mixoff has not heard of."""
-    assert FLAGS <= shapes.FLAGS
+    assert FLAGS <= config_.FLAGS
 
 
 class Plain(nn.Module):
@@ -245,7 +246,7 @@ LAYOUTS["nemotron_h"] = [f"backbone.layers.N.mixer.experts.N.{name}" for name in
 def expert_patterns(folder):
     """Names of the expert tensors in a folder's files, their numbers as N."""
     names = [name for file in folder.glob("*.safetensors") for name in safe_open(file, "pt").keys()]
-    return sorted({re.sub(r"\.\d+\.", ".N.", name) for name in names if mixoff.keys.parse(name)})
+    return sorted({re.sub(r"\.\d+\.", ".N.", name) for name in names if mixoff.store.keys.parse(name)})
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
@@ -255,7 +256,7 @@ def test_every_family(tmp_path, family):
     assert expert_patterns(folder) == LAYOUTS[family]
     want_tokens, want_logits = decode(resident(folder), IDS)
     for path in (folder, mixoff.convert(folder, tmp_path / "store")):
-        sites = len(mixoff.store.open_source(path).sites)
+        sites = len(mixoff.store.source.open_source(path).sites)
         for slots, scope in ((sites, "layer"), (5, "global")):
             with mixoff.load(path, fast_bytes=budget(path, slots), scope=scope) as model:
                 tokens, logits = decode(model, IDS)
@@ -267,7 +268,7 @@ def test_every_family(tmp_path, family):
 def served_equally(folder, tmp_path):
     """Assert that folder and store give plain transformers' logits with one slot, and return their sites."""
     oracle = resident_any(folder)
-    for module in shapes.expert_modules(oracle).values():
+    for module in config_.expert_modules(oracle).values():
         for weight in module.parameters(recurse=False):
             weight.data = weight.data.clone()  # aligned: as views of the file their products have other last bits
     want = decode(oracle, IDS)[1]
@@ -280,7 +281,7 @@ def served_equally(folder, tmp_path):
 
 
 def resident_any(folder):
-    base = shapes.model_class(shapes.read_config(folder))
+    base = config_.model_class(config_.read_config(folder))
     return base.from_pretrained(folder, dtype=torch.float32, experts_implementation="grouped_mm").eval()
 
 
@@ -303,7 +304,7 @@ def test_two_sets_of_experts_in_a_layer(tmp_path):
     """Ernie 4.5 VL: experts for text and narrower ones for images, in one list of the published file."""
     torch.manual_seed(0)
     config = transformers.Ernie4_5_VLMoeConfig(text_config=TWO_SETS, vision_config=IMAGES)
-    shapes.model_class(config)(config).save_pretrained(tmp_path / "model")
+    config_.model_class(config)(config).save_pretrained(tmp_path / "model")
     assert expert_patterns(tmp_path / "model") == LAYOUTS["qwen3_moe"]
     sites = served_equally(tmp_path / "model", tmp_path)
     assert [site.name.split(".")[-2] for site in sites] == ["text_moe", "vision_moe"]
@@ -347,7 +348,7 @@ def test_names_that_are_unknown_or_missing(tmp_path, change, message):
     folder = save_random(tmp_path / "model", "qwen3_moe")
     renamed(folder, change)
     if message is None:  # one set of experts in the layer: whatever the path, it is this one
-        assert mixoff.store.open_source(folder).sites
+        assert mixoff.store.source.open_source(folder).sites
         return
     with pytest.raises(CheckpointError, match=message):
         mixoff.load(folder)
@@ -359,8 +360,8 @@ def test_transposed_experts_are_refused_by_name(tmp_path):
     vision = {"depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 32, "out_hidden_size": 64}
     text |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}}
     config = transformers.Qwen3VLMoeConfig(text_config=text, vision_config=vision | {"deepstack_visual_indexes": [0]})
-    shapes.model_class(config)(config).save_pretrained(tmp_path / "model")
-    assert mixoff.store.open_source(tmp_path / "model").sites
+    config_.model_class(config)(config).save_pretrained(tmp_path / "model")
+    assert mixoff.store.source.open_source(tmp_path / "model").sites
     file = tmp_path / "model" / "model.safetensors"
     tensors = {n: t.mT.contiguous() if ".mlp.experts." in n else t for n, t in load_file(file).items()}
     save_file(tensors, file, metadata={"format": "pt"})
@@ -380,12 +381,12 @@ def test_interleaved_experts_are_refused_by_name(tmp_path):
 def test_two_sets_for_one_site_are_told_apart_or_refused(tmp_path):
     folder = save_random(tmp_path / "model", "mixtral")
     tensors = load_file(folder / "model.safetensors")
-    other = {n.replace("model.", "twin."): t + 1 for n, t in tensors.items() if mixoff.keys.parse(n)}
+    other = {n.replace("model.", "twin."): t + 1 for n, t in tensors.items() if mixoff.store.keys.parse(n)}
     save_file(tensors | other, folder / "model.safetensors", metadata={"format": "pt"})
     want = decode(resident(folder), IDS)[1]
     with mixoff.load(folder, fast_bytes=budget(folder, 3)) as model:
         assert torch.equal(decode(model, IDS)[1], want)
-    renamed(folder, lambda n: n.replace("model.layers", "twins.layers") if mixoff.keys.parse(n) else n)
+    renamed(folder, lambda n: n.replace("model.layers", "twins.layers") if mixoff.store.keys.parse(n) else n)
     with pytest.raises(CheckpointError, match="cannot tell these experts apart"):
         mixoff.load(folder)
 
@@ -414,11 +415,11 @@ def anatomy(model):
 @pytest.mark.parametrize("family", IN_MEMORY)
 def test_offload_computes_the_same_and_restore_leaves_no_trace(family, dtype):
     model = in_memory(family, dtype)
-    next(iter(shapes.expert_modules(model).values())).down_proj.requires_grad_(False)
+    next(iter(config_.expert_modules(model).values())).down_proj.requires_grad_(False)
     want, before = decode(model, IDS), anatomy(model)
     assert offload_few(model, 3) is model
     got, info = decode(model, IDS), model.mixoff.info()
-    assert not any(p.numel() for m in shapes.expert_modules(model).values() for p in m.parameters(recurse=False))
+    assert not any(p.numel() for m in config_.expert_modules(model).values() for p in m.parameters(recurse=False))
     assert mixoff.restore(model) is model
     assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
     assert info.misses > 0 and info.evictions > 0
@@ -460,7 +461,7 @@ def test_a_restored_model_saves_and_trains(tmp_path):
     files = [(tmp_path / at / "model.safetensors").read_bytes() for at in ("before", "after")]
     assert files[0] == files[1] and not (tmp_path / "x").exists()
     model(IDS).logits.sum().backward()
-    assert all(m.down_proj.grad.abs().sum() > 0 for m in shapes.expert_modules(model).values())
+    assert all(m.down_proj.grad.abs().sum() > 0 for m in config_.expert_modules(model).values())
 
 
 @pytest.mark.parametrize("family", ["gpt_oss", "nemotron_h", "qwen2_moe"])

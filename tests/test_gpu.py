@@ -13,7 +13,7 @@ from tiny import BUNDLED, decode
 
 import mixoff
 from mixoff import cuda
-from mixoff.generation import advance
+from mixoff.shapes.kv_cache import advance
 
 pytestmark = pytest.mark.gpu
 IDS = torch.arange(5, 29)[None]

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from mixoff import MixoffError, hardware
+from mixoff import MixoffError, folders, hardware
 
 KINDS = ("measured", "reported", "assumed", "not known", "none")
 
@@ -135,7 +135,7 @@ def test_another_machine_or_a_damaged_cache_is_measured_again(figures, monkeypat
     hardware.probe()
     monkeypatch.setattr(hardware, "threads_here", lambda: 128)
     hardware.probe()
-    (hardware.cache_folder() / "hardware.json").write_text("{")
+    (folders.cache_folder() / "hardware.json").write_text("{")
     hardware.probe()
     assert len(figures) == 3
 
@@ -183,7 +183,7 @@ def test_a_cache_that_cannot_be_written_only_costs_the_next_probe(tmp_path, monk
 @pytest.mark.parametrize("change", [{"disk_Bps": "fast"}, {"ram_Bps": None}, {"direct": 3}, {"link_Bps": [1]}])
 def test_figures_of_another_kind_are_measured_again(figures, change):
     hardware.probe()
-    path = hardware.cache_folder() / "hardware.json"
+    path = folders.cache_folder() / "hardware.json"
     kept = json.loads(path.read_text())
     path.write_text(json.dumps(kept | {"figures": kept["figures"] | change}))
     assert hardware.probe().disk_Bps == 1.5e9 and len(figures) == 2

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from tiny import BUNDLED, save_random
 
 import mixoff
-from mixoff import CheckpointError, MixoffError, hub
+from mixoff import CheckpointError, MixoffError
+from mixoff.store import names
 
 SHARDS = sorted(p.name for p in BUNDLED.glob("*.safetensors"))
 
@@ -329,19 +330,19 @@ def test_offline_says_how_to_get_what_is_not_there(offline):
 
 @pytest.mark.parametrize("path", ["tiny", "a/b/c", "./org/model", "~/model", "/org/model", "..", "org/", "org/mo del"])
 def test_paths_that_name_no_model_on_the_hub(path):
-    assert hub.parse(path) is None
+    assert names.parse(path) is None
 
 
 def test_a_folder_comes_before_the_hub(tmp_path, monkeypatch):
     (tmp_path / "org/model").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    assert hub.parse("org/model") is None and hub.parse("team/model") is not None
-    assert hub.parse("org/other") is None  # a mistyped path, unless a revision says otherwise
-    assert hub.parse("org/other@main") is not None and hub.parse("org/other", "v1") is not None
+    assert names.parse("org/model") is None and names.parse("team/model") is not None
+    assert names.parse("org/other") is None  # a mistyped path, unless a revision says otherwise
+    assert names.parse("org/other@main") is not None and names.parse("org/other", "v1") is not None
     with pytest.raises(MixoffError, match="no config.json in org/other: give a model folder"):
         mixoff.plan("org/other")
     for use in (mixoff.load, lambda path: mixoff.convert(path, tmp_path / "store")):
         with pytest.raises(CheckpointError, match="no model folder at org/other.*org/other@main is the model"):
             use("org/other")
     with pytest.raises(CheckpointError, match="is no model on the Hub, so it has no revision 'v1'"):
-        hub.pinned("org/model", "v1")
+        names.pinned("org/model", "v1")

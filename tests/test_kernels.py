@@ -35,7 +35,7 @@ from mixoff.kernels.reference import linear, scratch_nbytes
 from mixoff.kernels.relay import FIELDS
 from mixoff.kernels.threads import Crew
 from mixoff.quantize.solve import quantize
-from mixoff.shapes import Part, Site
+from mixoff.shapes.sites import Part, Site
 
 SHAPES = [(384, 192), (192, 192), (72, 64), (31, 96), (33, 96), (1408, 2048)]
 

@@ -9,9 +9,11 @@ from safetensors.torch import load_file, save_file
 from tiny import VARIED, decode, resident, save_random
 
 import mixoff
-from mixoff import CheckpointError, backbone, model_files, published, shapes, store
-from mixoff.model_files import INDEX, WHOLE
-from mixoff.store import MANIFEST
+from mixoff import CheckpointError
+from mixoff.shapes.config import read_config
+from mixoff.store import backbone, model_files, published, survey
+from mixoff.store.manifest import MANIFEST
+from mixoff.store.model_files import INDEX, WHOLE
 
 IDS = torch.arange(5, 14)[None]
 EXPERT, NORM = "model.layers.1.block_sparse_moe.experts.2.w1.weight", "model.norm.weight"
@@ -250,7 +252,7 @@ def test_no_weight_of_a_backbone_may_be_missing(tmp_path, family, drop):
     """Whatever transformers renames on the way: the weight that it would make up is named."""
     folder = save_random(tmp_path / "model", family)
     checkpoint = published.open_checkpoint(folder)
-    assert store.survey(checkpoint).unused == set()
+    assert survey.survey(checkpoint).unused == set()
     names = [name for name in checkpoint.backbone() if drop in name]
     sizes = {name: t.shape for name, (t, _) in checkpoint.backbone().items()}
     for name in names[:2]:
@@ -270,7 +272,7 @@ def test_what_is_asked_of_transformers_leaves_its_settings_alone(one, capsys, mo
 
     monkeypatch.setattr(logging, "_tqdm_active", True)
     before = logging.get_verbosity()
-    config = shapes.read_config(one)
+    config = read_config(one)
     assert backbone.rehearse(config, {})[0]
     assert logging.get_verbosity() == before and logging.is_progress_bar_enabled()
     assert capsys.readouterr().err == ""

@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, MixtralConfig
 
 import mixoff
 from mixoff import BudgetError, MixoffError
-from mixoff.generation import advance, load_tokenizer
+from mixoff.generation import load_tokenizer
+from mixoff.shapes.kv_cache import advance
 
 SLOT = 221_184  # bytes of one expert of the bundled model in fp16
 SCRATCH = {torch.float32: 32 * 192 * 4, torch.bfloat16: 32 * 192 * 2}
@@ -211,7 +212,7 @@ def test_six_megabytes_hold_27_experts(scope):
         assert runtime.arena.numel() == 27 * SLOT
         assert runtime.scratch.numel() == SCRATCH[torch.float32]
         assert runtime.info().fast_bytes_peak == runtime.arena.numel() + runtime.scratch.numel() <= 6_000_000
-        assert not any(p.numel() for m in mixoff.shapes.expert_modules(model).values() for p in m.parameters())
+        assert not any(p.numel() for m in mixoff.shapes.config.expert_modules(model).values() for p in m.parameters())
 
 
 def test_the_arena_is_never_larger_than_the_experts():

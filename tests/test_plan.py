@@ -12,11 +12,15 @@ import transformers
 from transformers import AutoConfig, MixtralConfig
 
 import mixoff
-from mixoff import BudgetError, CheckpointError, MixoffError, cli, hardware, planner, presets, sizes
-from mixoff.checkpoint import read_header
-from mixoff.generation import advance
+from mixoff import BudgetError, CheckpointError, MixoffError, cli, hardware, planner
 from mixoff.quantize.scheme import Precision, Scheme
-from mixoff.store import MANIFEST, stride
+from mixoff.shapes import known, kv_cache, sizes
+from mixoff.shapes.kv_cache import advance
+from mixoff.shapes.shape import PARTS, from_config
+from mixoff.shapes.sites import stride
+from mixoff.store import describe
+from mixoff.store.checkpoint import read_header
+from mixoff.store.manifest import MANIFEST
 
 GIB = 2**30
 MIXTRAL = "mistralai/Mixtral-8x7B-Instruct-v0.1"
@@ -40,12 +44,12 @@ KNOWN = {
 @pytest.fixture(scope="module")
 def mixtral():
     """The shape of Mixtral-8x7B."""
-    return presets.shape_of(MIXTRAL)
+    return describe.shape_of(MIXTRAL)
 
 
-@pytest.mark.parametrize("name", presets.PRESETS)
+@pytest.mark.parametrize("name", known.PRESETS)
 def test_well_known_models_have_the_published_parameters(name):
-    shape = presets.shape_of(name)
+    shape = describe.shape_of(name)
     assert shape.refusal is None and shape.total == sum(shape.parameters.values())
     if name in KNOWN:
         one = shape.parameters["experts"] / sum(site.num_experts for site in shape.sites)
@@ -64,8 +68,8 @@ def test_mixtral_by_part_to_the_digit(mixtral):
 
 
 def test_tied_weights_count_once():
-    untied = presets.from_config(replace_config(tie_word_embeddings=False), "untied")
-    tied = presets.from_config(replace_config(tie_word_embeddings=True), "tied")
+    untied = from_config(replace_config(tie_word_embeddings=False), "untied")
+    tied = from_config(replace_config(tie_word_embeddings=True), "tied")
     assert untied.total - tied.total == 128 * 64 and sizes.sizes_of(tied, "none").tied
 
 
@@ -76,7 +80,7 @@ def replace_config(**own):
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_parts_of_every_family_add_up(family):
     """The oracle is the model itself, and what transformers marks as experts."""
-    shape = presets.from_config(tiny.config_of(family), family)
+    shape = from_config(tiny.config_of(family), family)
     model = transformers.AutoModelForCausalLM.from_config(tiny.config_of(family))
     assert shape.total == sum(p.numel() for p in model.parameters())
     experts = [m for m in model.modules() if hasattr(m, "_apply_gate") or type(m).__name__.endswith("Experts")]
@@ -109,14 +113,14 @@ def test_the_kv_cache_is_what_transformers_allocates(family, context):
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         _, cache = advance(model, torch.ones(2, context, dtype=torch.long))
-    shape = presets.from_config(config, family, "float32")
+    shape = from_config(config, family, "float32")
     scalars = 16 * len(cache.layers)  # counters of tokens, the same for any batch
-    assert abs(shape.kv_nbytes(context, 2) - presets.cache_nbytes(cache)) <= scalars
+    assert abs(shape.kv_nbytes(context, 2) - kv_cache.cache_nbytes(cache)) <= scalars
 
 
 def test_a_sliding_window_bounds_the_cache():
-    window = presets.from_config(replace_config(sliding_window=64), "window")
-    whole = presets.from_config(replace_config(sliding_window=None), "whole")
+    window = from_config(replace_config(sliding_window=64), "window")
+    whole = from_config(replace_config(sliding_window=None), "whole")
     assert window.kv_nbytes(64_000) == window.kv_nbytes(63)
     assert whole.kv_nbytes(64_000) == 64_000 * whole.kv_nbytes(1)
 
@@ -162,18 +166,18 @@ def test_most_families_are_converted_in_that_test():
     possible = 0
     for family in tiny.FAMILIES:
         with contextlib.suppress(MixoffError):
-            possible += sizes.sizes_of(presets.from_config(tiny.config_of(family), family), NARROW["mixed"]).stored > 0
+            possible += sizes.sizes_of(from_config(tiny.config_of(family), family), NARROW["mixed"]).stored > 0
     assert possible >= 12
 
 
 def test_the_published_checkpoint_has_its_published_bytes():
     """18,240,378,024 bytes in files; our figure pads experts to pages and leaves 118,440 bytes of header out."""
-    of = sizes.sizes_of(presets.shape_of(presets.DEMO))
+    of = sizes.sizes_of(describe.shape_of(known.DEMO))
     padding = 256 * (stride(of.sites[0]) - 66_404_420)
     assert of.sites[0].expert_nbytes == 66_404_420  # the file's 66,406,180 less its header
     assert of.stored - padding == 18_240_378_024 - 256 * (66_406_180 - 66_404_420) - 118_440
     with pytest.raises(MixoffError, match="quantized already"):
-        mixoff.plan(presets.DEMO, scheme="mixed")
+        mixoff.plan(known.DEMO, scheme="mixed")
 
 
 # ---------------------------------------------------------------- bytes of a loaded model
@@ -183,7 +187,7 @@ def test_the_published_checkpoint_has_its_published_bytes():
 def test_the_fast_tier_is_what_load_allocates(scheme, slots):
     """And the backbone's bytes are those of the loaded model's tensors."""
     machine = replace(CPU, fast_bytes=1 << 40)
-    needs = planner.Needs.of(sizes.sizes_of(presets.shape_of("tiny-mixtral"), scheme or "none"), machine, 512, 1)
+    needs = planner.Needs.of(sizes.sizes_of(describe.shape_of("tiny-mixtral"), scheme or "none"), machine, 512, 1)
     fast = needs.fixed + needs.experts_in_fast(slots)
     plan = mixoff.plan("tiny-mixtral", fast, context=512, scheme=scheme or "none", hardware=machine)
     assert (plan.slots_per_layer, plan.tiers["fast"], plan.resident) == (slots, fast, slots == 8)
@@ -214,7 +218,7 @@ def loaded_nbytes(model):
 
 
 def test_a_byte_less_is_a_slot_less():
-    needs = planner.Needs.of(sizes.sizes_of(presets.shape_of("tiny-mixtral"), "none"), CPU, 512, 1)
+    needs = planner.Needs.of(sizes.sizes_of(describe.shape_of("tiny-mixtral"), "none"), CPU, 512, 1)
     fast = needs.fixed + needs.experts_in_fast(3)
     assert mixoff.plan("tiny-mixtral", fast - 1, context=512, scheme="none", hardware=CPU).slots_per_layer == 2
 
@@ -226,7 +230,7 @@ def test_a_byte_less_is_a_slot_less():
 def on_t4(mixtral):
     """Plans of Mixtral on a T4, by scheme."""
     plans = {name: mixoff.plan(mixtral, scheme=name, hardware="t4") for name in ("mixed", "quality", "small")}
-    return plans | {"published": mixoff.plan(presets.DEMO, hardware="t4")}
+    return plans | {"published": mixoff.plan(known.DEMO, hardware="t4")}
 
 
 @pytest.mark.parametrize("scheme", ["mixed", "published"])
@@ -259,9 +263,9 @@ def test_speed_is_a_band_between_floors_and_the_paper(on_t4):
     plan = on_t4["published"]
     low, expected, high = (plan.tokens_per_s[name] for name in ("low", "expected", "high"))
     assert 2.09 < low < expected < high < 1000 / max(plan.floors_ms.values())
-    no_cache = mixoff.plan(presets.DEMO, hardware="t4", hit_rate=0.0)
+    no_cache = mixoff.plan(known.DEMO, hardware="t4", hit_rate=0.0)
     assert no_cache.floors_ms["transfer"] == pytest.approx(354, abs=0.5)  # 64 experts of 66.4 MB at 12 GB/s
-    assert mixoff.plan(presets.DEMO, hit_rate=0.6).floors_ms["transfer"] == pytest.approx(142, abs=0.5)
+    assert mixoff.plan(known.DEMO, hit_rate=0.6).floors_ms["transfer"] == pytest.approx(142, abs=0.5)
 
 
 def row(name, plan):
@@ -381,7 +385,7 @@ def test_the_command_prints_json(capsys):
     code, out, err = run(capsys, "tiny-mixtral", "--json", "--context", "512", "--fast", "1GiB", "--ram", "1GB")
     plan = json.loads(out)
     assert (code, err) == (0, "")
-    assert set(plan["parameters"]) == {"total", "active", *presets.PARTS}
+    assert set(plan["parameters"]) == {"total", "active", *PARTS}
     assert set(plan["bytes"]) == {"experts", "backbone", "kv_cache", "workspace", "store"}
     assert set(plan["tiers"]) == {"fast", "ram", "disk"} and set(plan["tokens_per_s"]) == {"low", "expected", "high"}
     assert isinstance(plan["fits"], bool) and isinstance(plan["slots_per_layer"], int)

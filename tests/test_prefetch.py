@@ -6,8 +6,8 @@ from tiny import BUNDLED, FAMILIES, budget, decode, resident, save_random
 
 import mixoff
 from mixoff import BudgetError, MixoffError, simulate
-from mixoff.generation import advance
 from mixoff.prefetch import WINDOW, set_aside, top_k
+from mixoff.shapes.kv_cache import advance
 
 IDS = torch.arange(5, 14)[None]
 ROOM = {"slots": 64, "least": 8, "experts": 256, "wanted": 2, "direct": True, "slot_nbytes": 1 << 20}
@@ -55,7 +55,7 @@ def run(store, **how):
 def test_guesses_change_neither_output_nor_what_is_cached(store, scope):
     """Beside a cache of the same slots without guesses: the same tokens, residents, evictions and sum of requests; and
     what the cache itself counted is what the simulator counts."""
-    size = mixoff.arena.slot_nbytes(mixoff.store.open_source(store).sites)
+    size = mixoff.shapes.sites.slot_nbytes(mixoff.store.source.open_source(store).sites)
     fast = budget(store, 24)
     plain, counted, cached, _ = run(store, scope=scope, prefetch="none", fast_bytes=fast)
     out, info, here, trace = run(store, scope=scope, prefetch="next-router", fast_bytes=fast + 2 * size)

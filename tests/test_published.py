@@ -13,11 +13,12 @@ from tolerances import product_bound, within_rounding
 from transformers import AutoModelForCausalLM
 
 import mixoff
-from mixoff import CheckpointError, kernels, store
+from mixoff import CheckpointError, kernels
 from mixoff.kernels import reference
-from mixoff.model_files import INDEX
 from mixoff.quantize import strided
 from mixoff.quantize.strided import Form, StridedTensor
+from mixoff.store.model_files import INDEX
+from mixoff.store.source import open_source
 
 pytest.importorskip("hqq", reason="hqq is not installed")
 IDS = torch.arange(5, 14)[None]
@@ -156,7 +157,7 @@ def test_offloaded_is_resident_bit_for_bit(folders):
 
 def test_repacking_loses_nothing(folders, tmp_path):
     target = mixoff.convert(folders[0], tmp_path / "store")
-    plain, stored = store.open_source(folders[0]), store.open_source(target)
+    plain, stored = open_source(folders[0]), open_source(target)
     assert plain.sites == stored.sites and stored.is_store and mixoff.verify(target, full=True)["experts"] == 16
     for key in plain.reader.extents:
         images = [bytearray(plain.expert_nbytes) for _ in range(2)]
@@ -168,7 +169,7 @@ def test_repacking_loses_nothing(folders, tmp_path):
 
 
 def test_an_expert_is_few_reads(folders):
-    extents = store.open_source(folders[0]).reader.extents
+    extents = open_source(folders[0]).reader.extents
     assert {len(x) for x in extents.values()} == {6}
 
 
@@ -263,4 +264,4 @@ def test_files_are_found_through_the_index(folders):
     weight_map = json.loads((folders[0] / INDEX).read_text())["weight_map"]
     files = list(dict.fromkeys(file for name, file in weight_map.items() if ".experts." in name))
     assert files != sorted(files) and random.Random(0).sample(sorted(files), 16) == files
-    assert store.open_source(folders[0]).sites[0].parts[0].form[0] == strided.KIND
+    assert open_source(folders[0]).sites[0].parts[0].form[0] == strided.KIND

@@ -159,7 +159,7 @@ def test_weights_come_back_after_an_error(random_model):
     with pytest.raises(KeyboardInterrupt), quality.quantized(random_model, FOUR), quality.with_twins(random_model, TWO):
         raise KeyboardInterrupt
     assert all(torch.equal(p, before[n]) for n, p in random_model.named_parameters())
-    assert {m.num_experts for m in mixoff.shapes.expert_modules(random_model).values()} == {8}
+    assert {m.num_experts for m in mixoff.shapes.config.expert_modules(random_model).values()} == {8}
 
 
 # --- knobs -----------------------------------------------------------------------------------------------------------

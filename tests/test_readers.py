@@ -16,9 +16,9 @@ from tiny import BUNDLED, decode
 
 import mixoff
 from mixoff import CheckpointError, MixoffError
-from mixoff.checkpoint import Extent
 from mixoff.pages import pages
-from mixoff.readers import BLOCK, DirectReader, DroppingReader, ExpertReader, goes_direct, past_page_cache
+from mixoff.store.checkpoint import Extent
+from mixoff.store.readers import BLOCK, DirectReader, DroppingReader, ExpertReader, goes_direct, past_page_cache
 
 LENGTH = 5 * BLOCK + 1234
 
@@ -154,7 +154,7 @@ def test_direct_reads_leave_nothing_in_the_page_cache(store, disk, path):
         folder.mkdir(exist_ok=True)
         for file in BUNDLED.iterdir():
             (folder / file.name).write_bytes(file.read_bytes())
-    source = mixoff.store.open_source(folder)
+    source = mixoff.store.source.open_source(folder)
     drop(folder)
     direct = past_page_cache(ExpertReader(source.reader.folder, source.reader.extents), 1)
     image, keys = memoryview(pages(1 << 20)), [(0, e) for e in range(8)]

@@ -11,11 +11,11 @@ from tiny import BUNDLED, VARIED, budget, decode, resident, save_random
 from tolerances import RANDOM_4BIT_COSINE, within_rounding
 
 import mixoff
-from mixoff import CheckpointError, MixoffError, Scheme, runtime, store
+from mixoff import CheckpointError, MixoffError, Scheme, runtime
 from mixoff.cli import main
 from mixoff.quantize.scheme import PRESETS, Precision
 from mixoff.quantize.solve import quantize
-from mixoff.store import MANIFEST, QUANTIZED
+from mixoff.store.manifest import MANIFEST, QUANTIZED, read_quantized
 
 QUANTIZING = sorted(set(PRESETS) - {"none"})
 IDS = torch.tensor([[1, 40, 300, 77, 9, 1200, 5, 64]])
@@ -127,7 +127,7 @@ def test_every_role_can_be_quantized(tmp_path, family):
     folder = save_random(tmp_path / "model", family, torch.bfloat16)
     scheme = Scheme(*[None if family == "qwen3_moe" and i == 1 else Precision(4, 16) for i in range(5)])
     target = mixoff.convert(folder, tmp_path / "store", scheme)
-    quantized = store.read_quantized(target)
+    quantized = read_quantized(target)
     assert "lm_head.weight" in quantized and any(".q_proj." in name for name in quantized) == (family != "nemotron_h")
     ids = IDS % 128
     with (
@@ -146,7 +146,7 @@ def test_every_role_can_be_quantized(tmp_path, family):
 def test_a_tied_head_follows_its_embedding(tmp_path):
     """The bundled model has one matrix for both: quantized once, used twice."""
     target = mixoff.convert(BUNDLED, tmp_path / "store", Scheme(embeddings=Precision(8, 64)))
-    assert list(store.read_quantized(target)) == ["model.embed_tokens.weight"]
+    assert list(read_quantized(target)) == ["model.embed_tokens.weight"]
     plain = resident(BUNDLED)
     plain.model.embed_tokens.weight.data = quantize(plain.model.embed_tokens.weight.data.half(), 8, 64).dequantize()
     with torch.no_grad(), mixoff.load(target, fast_bytes="1GiB", exact=True) as model:

@@ -25,8 +25,9 @@ from transformers import (
 )
 
 import mixoff
-from mixoff import BudgetError, MixoffError, shapes
+from mixoff import BudgetError, MixoffError
 from mixoff.refusals import Elsewhere, Served
+from mixoff.shapes.config import read_config
 
 pytestmark = pytest.mark.filterwarnings("ignore:all experts .* stay in memory")
 IDS = torch.arange(3, 12)[None]
@@ -241,7 +242,7 @@ def test_transformers_refuses_a_store(folder, want, tmp_path):
         with pytest.raises(ValueError, match=r"a mixoff store: load this folder with mixoff\.load"):
             auto.from_pretrained(store)
     assert AutoTokenizer.from_pretrained(store)("a").input_ids == AutoTokenizer.from_pretrained(BUNDLED)("a").input_ids
-    assert shapes.read_config(store)._experts_implementation is None
+    assert read_config(store)._experts_implementation is None
     with mixoff.load(store, "3MB") as model:
         assert torch.equal(logits(model), logits(resident(BUNDLED)))
 

@@ -22,9 +22,10 @@ from tiny import LOCAL, SHAPE, budget, resident, save_random
 
 import mixoff
 from mixoff import cuda, kernels, runtime
-from mixoff.arena import Arena, slot_nbytes
-from mixoff.generation import advance
+from mixoff.arena import Arena
 from mixoff.pages import slab
+from mixoff.shapes.kv_cache import advance
+from mixoff.shapes.sites import slot_nbytes
 
 PROMPTS = [torch.arange(3, 12)[None] % 128, torch.tensor([[5, 9], [77, 3]]), torch.arange(40, 100)[None]]
 SAMPLE = 14  # points of each setting in every run; all of them, about 2,000, with --run-slow
@@ -52,7 +53,7 @@ def tiny(tmp_path_factory):
         folder = save_random(tmp_path_factory.mktemp("tiny") / "model", "phimoe")
     store = mixoff.convert(folder, folder.parent / "store")
     want = [steps(resident(folder), ids) for ids in PROMPTS]
-    return store, want, budget(store, 0), slot_nbytes(mixoff.store.open_source(store).sites)
+    return store, want, budget(store, 0), slot_nbytes(mixoff.store.source.open_source(store).sites)
 
 
 @torch.no_grad()
@@ -81,7 +82,7 @@ def on_device(tiny, ram, **how):
         mock.patch.object(Arena, "weights", products_of(device)),
         load(tiny, ram=ram, device="cuda", dtype="float32", **how) as model,
     ):
-        device.transfer, device.reader = model.mixoff.transfer, mixoff.store.open_source(tiny[0]).reader
+        device.transfer, device.reader = model.mixoff.transfer, mixoff.store.source.open_source(tiny[0]).reader
         yield model
     assert device.violations == []
 

@@ -13,10 +13,11 @@ from safetensors.torch import load_file, save_file
 from tiny import BUNDLED, VARIED, budget, decode, resident, save_random
 
 import mixoff
-from mixoff import CheckpointError, MixoffError, store
-from mixoff.checkpoint import Checkpoint, read_header
-from mixoff.model_files import INDEX
-from mixoff.store import MANIFEST
+from mixoff import CheckpointError, MixoffError
+from mixoff.store.checkpoint import Checkpoint, read_header
+from mixoff.store.manifest import FOR_MIXOFF, MANIFEST
+from mixoff.store.model_files import INDEX
+from mixoff.store.source import open_source
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +41,7 @@ def image(source, site, expert):
 
 
 def test_every_expert_of_a_store_is_the_checkpoints(converted):
-    plain, stored = store.open_source(BUNDLED), store.open_source(converted)
+    plain, stored = open_source(BUNDLED), open_source(converted)
     assert plain.sites == stored.sites and plain.dtype == stored.dtype == "float16"
     for site in range(8):
         for expert in range(8):
@@ -54,7 +55,7 @@ def test_an_image_is_gate_up_then_down(converted):
         weights |= load_file(file)
     name = "model.layers.5.block_sparse_moe.experts.3.{}.weight"
     parts = torch.cat([weights[name.format(w)] for w in ("w1", "w3")]), weights[name.format("w2")]
-    assert image(store.open_source(converted), 5, 3) == b"".join(p.numpy().tobytes() for p in parts)
+    assert image(open_source(converted), 5, 3) == b"".join(p.numpy().tobytes() for p in parts)
 
 
 def test_the_manifest_tells_the_truth(converted):
@@ -105,7 +106,7 @@ def test_a_store_is_an_ordinary_folder_beside_its_experts(converted):
     """Tokenizer, configuration and card travel along; only config.json says more, so that transformers refuses it."""
     for name in ("generation_config.json", "tokenizer.json", "tokenizer_config.json"):
         assert (converted / name).read_bytes() == (BUNDLED / name).read_bytes()
-    config = json.loads((BUNDLED / "config.json").read_bytes()) | {"experts_implementation": store.FOR_MIXOFF}
+    config = json.loads((BUNDLED / "config.json").read_bytes()) | {"experts_implementation": FOR_MIXOFF}
     assert (converted / "config.json").read_bytes() == (json.dumps(config, indent=2) + "\n").encode()
     from transformers import AutoTokenizer
 
@@ -123,14 +124,14 @@ def test_fused_checkpoints_are_read_expert_by_expert(tmp_path):
         weights[f"{new}.down_proj"] = take["w2"]
     fused = shutil.copytree(folder, tmp_path / "fused")
     save_file(weights, fused / "model.safetensors", metadata={"format": "pt"})
-    a, b = store.open_source(folder), store.open_source(fused)
+    a, b = open_source(folder), open_source(fused)
     assert all(image(a, *key) == image(b, *key) for key in a.reader.extents)
 
 
 def test_one_file_or_many_are_the_same(tmp_path):
     one, many = save_random(tmp_path / "one"), save_random(tmp_path / "many", max_shard_size="100KB")
     assert len(list(many.glob("*.safetensors"))) > 3
-    a, b = store.open_source(one), store.open_source(many)
+    a, b = open_source(one), open_source(many)
     assert all(image(a, *key) == image(b, *key) for key in a.reader.extents)
 
 

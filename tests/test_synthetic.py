@@ -9,10 +9,13 @@ import torch
 from tiny import config_of
 
 import mixoff
-from mixoff import store, synthetic
+from mixoff import synthetic
 from mixoff.arena import view
 from mixoff.pages import slab
 from mixoff.quantize.scheme import Scheme
+from mixoff.shapes import sites
+from mixoff.store import manifest, verify
+from mixoff.store.source import open_source
 
 WIDE = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4}
 WIDE |= {"num_key_value_heads": 2, "vocab_size": 96}
@@ -33,7 +36,7 @@ def stores(tmp_path_factory):
 
 @pytest.mark.parametrize("scheme", ["mixed", "paper", "none"])
 def test_every_byte_is_the_manifest_s(stores, scheme):
-    report = store.verify(stores[scheme], full=True)
+    report = verify.verify(stores[scheme], full=True)
     assert report["experts"] == 2 * 8
     files = [p for p in stores[scheme].iterdir() if p.suffix in (".bin", ".safetensors")]
     headers = sum(8 + int.from_bytes(p.read_bytes()[:8], "little") for p in files if p.suffix == ".safetensors")
@@ -43,10 +46,10 @@ def test_every_byte_is_the_manifest_s(stores, scheme):
 @pytest.mark.parametrize("scheme", ["mixed", "paper", "none"])
 def test_weights_look_like_a_trained_model_s(stores, scheme):
     """Standard deviation 0.02 within a tenth, mean zero; with 10 ** 4 weights chance moves neither by a hundredth."""
-    source = store.open_source(stores[scheme])
+    source = open_source(stores[scheme])
     seen = []
     for key in [(0, 0), (0, 1), (1, 0)]:
-        image = slab(store.stride(source.sites[0]))
+        image = slab(sites.stride(source.sites[0]))
         source.reader.read_into(*key, memoryview(image.numpy())[: source.expert_nbytes])
         w = view(image, source.sites[key[0]].parts[0])
         seen.append(w.float() if isinstance(w, torch.Tensor) else w.dequantize())
@@ -59,7 +62,7 @@ def test_weights_look_like_a_trained_model_s(stores, scheme):
 def test_the_same_seed_gives_the_same_bytes(stores, tmp_path):
     again = synthetic.write_store(wide_mixtral(), "mixed", tmp_path / "again")
     other = synthetic.write_store(wide_mixtral(), "mixed", tmp_path / "other", seed=1)
-    read = lambda folder: json.loads((folder / store.MANIFEST).read_text())["sites"]  # noqa: E731
+    read = lambda folder: json.loads((folder / manifest.MANIFEST).read_text())["sites"]  # noqa: E731
     assert read(again) == read(stores["mixed"]) != read(other)
 
 
@@ -78,9 +81,9 @@ def test_another_family_is_written_too(tmp_path):
 
 
 def test_a_store_that_is_there_is_kept_or_refused(stores):
-    before = (stores["mixed"] / store.MANIFEST).stat().st_mtime_ns
+    before = (stores["mixed"] / manifest.MANIFEST).stat().st_mtime_ns
     assert synthetic.write_store(wide_mixtral(), "mixed", stores["mixed"]) == stores["mixed"]
-    assert (stores["mixed"] / store.MANIFEST).stat().st_mtime_ns == before
+    assert (stores["mixed"] / manifest.MANIFEST).stat().st_mtime_ns == before
     with pytest.raises(mixoff.CheckpointError, match="another model or scheme"):
         synthetic.write_store(wide_mixtral(), "paper", stores["mixed"])
 

@@ -5,7 +5,8 @@ from itertools import pairwise
 
 import pytest
 
-from mixoff import MixoffError, hardware, models, presets, timeline
+from mixoff import MixoffError, hardware, models, timeline
+from mixoff.store import describe
 from mixoff.timeline import MODES, TABLE_2, Efficiency, Step, predict
 
 CELLS = [(chip, mode) for chip in TABLE_2 for mode in MODES]
@@ -136,7 +137,7 @@ def test_modelled_and_measured_lie_in_one_chart():
 @pytest.fixture(scope="module")
 def mixtral():
     """The shape of Mixtral-8x7B."""
-    return presets.shape_of("mistralai/Mixtral-8x7B-Instruct-v0.1")
+    return describe.shape_of("mistralai/Mixtral-8x7B-Instruct-v0.1")
 
 
 T4, LAPTOP = hardware.named("t4"), hardware.named("laptop")
@@ -203,7 +204,7 @@ def test_work_in_python_takes_as_long_as_the_core_is_slow(mixtral):
 
 def test_a_layer_of_many_bytes_costs_the_rest_its_caches(mixtral):
     """In full where its weights fill a core's cache, in part where they are fewer, by bytes alone."""
-    bundled, warm = presets.shape_of(models.path()), replace(timeline.HERE, cold_s=0.0)
+    bundled, warm = describe.shape_of(models.path()), replace(timeline.HERE, cold_s=0.0)
     for shape, scheme in ((mixtral, "mixed"), (mixtral, "none"), (bundled, "mixed"), (bundled, "none")):
         cold, other = (predict(shape, scheme, LAPTOP, efficiency=e).terms for e in (None, warm))
         touched = predict(shape, scheme, LAPTOP).floors["memory"] * LAPTOP.fast_Bps
@@ -215,7 +216,7 @@ def test_a_layer_of_many_bytes_costs_the_rest_its_caches(mixtral):
 
 def test_what_is_stored_narrower_than_it_is_computed_is_widened():
     """fp16 on a CPU; under a scheme there is nothing to widen."""
-    shape = presets.shape_of(models.path())
+    shape = describe.shape_of(models.path())
     plain = predict(shape, "none", LAPTOP).terms["experts"]
     only = replace(timeline.HERE, shares={**timeline.HERE.shares, timeline.WIDENED: 1e9})
     assert predict(shape, "none", LAPTOP, efficiency=only).terms["experts"] == pytest.approx(

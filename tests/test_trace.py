@@ -11,7 +11,7 @@ from tiny import BUNDLED
 
 import mixoff
 from mixoff import MixoffError, Trace
-from mixoff.generation import advance
+from mixoff.shapes.kv_cache import advance
 
 SMALL = [[[0, 3], [1, 2]], [[3, 1], [1, 0]], [[2, 3], [3, 2]]]  # (T, L, K)
 

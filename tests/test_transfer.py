@@ -207,7 +207,7 @@ def tiny(tmp_path_factory):
     folder = save_random(tmp_path_factory.mktemp("tiny") / "model", "phimoe")
     store = mixoff.convert(folder, folder.parent / "store")
     want = [decode(resident(folder), ids, 6) for ids in PROMPTS]
-    return store, want, budget(store, 0), mixoff.arena.slot_nbytes(mixoff.store.open_source(store).sites)
+    return store, want, budget(store, 0), mixoff.shapes.sites.slot_nbytes(mixoff.store.source.open_source(store).sites)
 
 
 PROMPTS = [torch.arange(3, 12)[None] % 128, torch.tensor([[5, 9], [77, 3]])]

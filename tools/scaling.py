@@ -14,12 +14,12 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-from mixoff import store, synthetic
-from mixoff.arena import slot_nbytes
+from mixoff import synthetic
 from mixoff.bench import compare
 from mixoff.classroom import plots
 from mixoff.kernels import reference
-from mixoff.shapes import torch_dtype
+from mixoff.shapes.sites import slot_nbytes, torch_dtype
+from mixoff.store.source import open_source
 
 SHAPES = ("mixtral-700m", "mixtral-3b", "mixtral-8x7b")
 SLOTS = (2, 4, 6, 8)
@@ -30,7 +30,7 @@ MARKS = {"mixtral-700m": "o", "mixtral-3b": "s", "mixtral-8x7b": "D"}
 
 def budget(path, slots):
     """`fast_bytes` for so many slots a layer, and not one more."""
-    source = store.open_source(path)
+    source = open_source(path)
     source.close()
     scratch = reference.scratch_nbytes(source.sites, torch_dtype(source.dtype))
     return slots * len(source.sites) * slot_nbytes(source.sites) + scratch

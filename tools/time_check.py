@@ -26,16 +26,19 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mixoff import arena, hardware, models, presets, store, synthetic, timeline
+from mixoff import hardware, models, synthetic, timeline
 from mixoff.bench import limits, routing
 from mixoff.bench.compare import PASSIVE, environment
 from mixoff.bench.spec import Spec
-from mixoff.generation import advance
 from mixoff.kernels import reference
 from mixoff.kernels.threads import crew
-from mixoff.readers import BLOCK, PIECE
-from mixoff.shapes import torch_dtype
+from mixoff.shapes.kv_cache import advance
+from mixoff.shapes.shape import ModelShape
+from mixoff.shapes.sites import slot_nbytes, torch_dtype
 from mixoff.simulator import simulate
+from mixoff.store import describe
+from mixoff.store.readers import BLOCK, PIECE
+from mixoff.store.source import open_source
 from mixoff.tiers import WORKERS
 from mixoff.timeline import WIDENED, Efficiency
 from mixoff.trace import Trace
@@ -131,7 +134,7 @@ def config_of(model):
 
 def sites_of(path):
     """Where the store's experts are, and the dtype of its files."""
-    source = store.open_source(path)
+    source = open_source(path)
     source.close()
     return source.sites, source.dtype
 
@@ -143,7 +146,7 @@ def spec_of(setting, path):
     slots += 2 if setting.prefetch != "none" else 0  # spare ones
     torch.set_num_threads(setting.threads)  # on which it depends what scratch a BLAS leaves to fp16 weights
     scratch = reference.scratch_nbytes(sites, torch_dtype("float32" if dtype == "float16" else dtype))
-    load = {"fast_bytes": slots * arena.slot_nbytes(sites) + scratch + BLOCK}
+    load = {"fast_bytes": slots * slot_nbytes(sites) + scratch + BLOCK}
     load |= {"io": setting.io, "prefetch": setting.prefetch} | ({"ram_bytes": 2 * GIB} if setting.ram else {})
     own = {"threads": setting.threads, "prompt_tokens": setting.prompt, "tokens": TOKENS, "warmup": WARMUP}
     return Spec(setting.key, "mixoff", str(path), runs=RUNS + 1, load=load, **own)
@@ -152,7 +155,7 @@ def spec_of(setting, path):
 def routed(spec):
     """Choices (T, L, K) that the run will follow, and guesses: every expert once, then a synthetic router's."""
     from mixoff.prefetch import top_k
-    from mixoff.shapes import read_config
+    from mixoff.shapes.config import read_config
 
     sites, K = sites_of(spec.path)[0], top_k(read_config(Path(spec.path)))
     E, L = sites[0].num_experts, len(sites)
@@ -296,7 +299,7 @@ class Row:
     """A setting, its runs' tokens/s and their seconds a token without hiccups, and what goes into a prediction."""
 
     setting: Setting
-    shape: presets.ModelShape
+    shape: ModelShape
     expected: dict
     counted: float
     speeds: list[float]
@@ -322,7 +325,7 @@ def rows_of(folder, files):
         record = json.loads(Path(file).read_text(encoding="utf-8"))
         for row in record["rows"]:
             setting = Setting(**{f.name: row["setting"][f.name] for f in fields(Setting)})
-            shape = presets.shape_of(str(path_of(folder, setting)))
+            shape = describe.shape_of(str(path_of(folder, setting)))
             machines = [machine(record["probes"], setting.threads, run) for run in row["runs"]]
             speeds = [len(run["token_s"]) / sum(run["token_s"]) for run in row["runs"]]
             usual = [np.array(run["token_s"]) for run in row["runs"]]

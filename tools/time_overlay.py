@@ -16,7 +16,8 @@ from pathlib import Path
 import matplotlib
 import torch
 
-from mixoff import presets, timeline
+from mixoff import timeline
+from mixoff.store import describe
 from time_check import PROMPT, SETTINGS, Runner, machine, path_of, probe, spec_of
 
 LAYERS = 4  # that are drawn
@@ -76,7 +77,7 @@ def main(argv=None):
         events, loops = measured(runner)
     here = machine([probe(args.folder, {1})], 1, {"python_s": loops})
     cached = runner.model.mixoff.info().hit_rate
-    step = timeline.predict(presets.shape_of(str(path)), setting.scheme, here, cached).step
+    step = timeline.predict(describe.shape_of(str(path)), setting.scheme, here, cached).step
     draw(events, modelled(step), args.svg)
     ms = [1000 * max(e.t1 for e in line) for line in (events, modelled(step))]
     print(f"{LAYERS} layers, {MISSES} misses, prompt of {PROMPT}: measured {ms[0]:.1f} ms, modelled {ms[1]:.1f} ms")

@@ -17,7 +17,7 @@ import torch
 
 import mixoff
 from mixoff import models
-from mixoff.generation import advance
+from mixoff.shapes.kv_cache import advance
 
 CONTEXT = 240  # tokens, then a new text begins
 DRAWS = 2000  # of the bootstrap

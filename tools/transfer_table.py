@@ -16,9 +16,9 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from mixoff.checkpoint import Extent
 from mixoff.pages import pages
-from mixoff.readers import DirectReader, ExpertReader, past_page_cache
+from mixoff.store.checkpoint import Extent
+from mixoff.store.readers import DirectReader, ExpertReader, past_page_cache
 from mixoff.tiers import WORKERS, open_transfer
 
 LARGE = 64 << 20  # bytes of a plain read

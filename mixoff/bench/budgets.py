@@ -13,9 +13,10 @@ from dataclasses import asdict, dataclass
 import torch
 from transformers import PreTrainedModel
 
-from mixoff import demo, generation, loading, models, store
+from mixoff import demo, generation, loading, models
 from mixoff.kernels import reference
 from mixoff.pages import slab
+from mixoff.store.source import open_source
 
 PROMPTS = (
     "It was a fine morning in the spring, and Elizabeth",
@@ -102,7 +103,7 @@ def run(runs: int = 5, max_new_tokens: int = 64, threads: int = 1) -> Table:
 
 def link_bandwidth(rounds: int = 5) -> float:
     """Bytes a second from the slow tier into a slot, every expert once a round; the best round."""
-    source = store.open_source(models.path())
+    source = open_source(models.path())
     image = memoryview(slab(source.expert_nbytes).numpy())
     best = 0.0
     for _ in range(rounds):
@@ -115,7 +116,7 @@ def link_bandwidth(rounds: int = 5) -> float:
 
 def budgets() -> list[int]:
     """`fast_bytes` that give each layer of the bundled model the numbers of slots in SLOTS."""
-    source = store.open_source(models.path())
+    source = open_source(models.path())
     source.close()
     scratch = reference.scratch_nbytes(source.sites, torch.float32)
     return [n * len(source.sites) * source.expert_nbytes + scratch for n in SLOTS]

@@ -159,11 +159,11 @@ def _settings(args: argparse.Namespace) -> Settings:
 
 def _named(model: str) -> dict[str, str | None]:
     """Folder and name of a model; one that is on the Hub is fetched. A folder of the user's own has no name."""
-    from mixoff import hub
+    from mixoff.store import hub, names
 
     if model in models.names():
         return {"store": str(models.path(model)), "name": model}
-    if (found := hub.parse(model)) is not None:
+    if (found := names.parse(model)) is not None:
         return {"store": str(hub.snapshot(found)), "name": model}
     return {"store": model, "name": None}
 
@@ -173,9 +173,9 @@ def _named(model: str) -> dict[str, str | None]:
 
 def _written(args: argparse.Namespace, peers: tuple[str, ...]) -> dict[str, str | None]:
     """The store of the shape, and what its peers need beside it, written where they are missing."""
-    from mixoff import hardware, synthetic
+    from mixoff import folders, synthetic
 
-    folder = Path(args.folder) if args.folder else hardware.cache_folder() / "bench"
+    folder = Path(args.folder) if args.folder else folders.cache_folder() / "bench"
     name = Path(args.shape).name.lower()
     paths = {"store": folder / f"{name}-{args.scheme}"}
     paths |= {"checkpoint": folder / f"{name}-16bit"} if {"transformers", "accelerate"} & set(peers) else {}

@@ -19,14 +19,17 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mixoff import hardware, planner, presets, published, sizes, store, timeline
+from mixoff import hardware, planner, timeline
 from mixoff.bench import limits
 from mixoff.bench.report import Report, Row, row
 from mixoff.bench.spec import Spec
 from mixoff.errors import MixoffError
 from mixoff.hardware import Hardware
 from mixoff.planner import Plan
-from mixoff.readers import PIECE
+from mixoff.shapes import sizes
+from mixoff.store import describe, manifest, published
+from mixoff.store.readers import PIECE
+from mixoff.store.source import open_source
 from mixoff.tiers import WORKERS
 
 # As in Table 2 of Eliseev and Mazur (arXiv 2312.17238); the last fetches every expert of a layer, as accelerate does.
@@ -108,7 +111,7 @@ def compare(settings: Settings, on_line: Callable[[str], None] = lambda line: No
 
 def scheme_of(folder: str) -> str | None:
     """As a plan takes it: None for what is quantized already and for a store, `none` for a plain checkpoint."""
-    as_it_is = (Path(folder) / store.MANIFEST).is_file() or published.is_published(Path(folder))
+    as_it_is = (Path(folder) / manifest.MANIFEST).is_file() or published.is_published(Path(folder))
     return None if as_it_is else "none"
 
 
@@ -182,11 +185,10 @@ def _given(path: str | None, peer: str, option: str) -> str:
 
 def _least(settings: Settings) -> int:
     """The least budget with which the store's experts load: the mapped contender uses no slot of it."""
-    from mixoff.arena import slot_nbytes
     from mixoff.kernels import reference
-    from mixoff.shapes import torch_dtype
+    from mixoff.shapes.sites import slot_nbytes, torch_dtype
 
-    source = store.open_source(settings.store)
+    source = open_source(settings.store)
     source.close()
     scratch = reference.scratch_nbytes(source.sites, torch_dtype(source.dtype))
     return len(source.sites) * slot_nbytes(source.sites) + scratch + (64 << 20)
@@ -248,17 +250,17 @@ def _row(spec: Spec, reports: list[dict], machine: Hardware, plan: Plan) -> Row:
     made = row(spec.name, reports, machine.fast_Bps)
     if spec.kind != "mixoff" or made.failure:
         return made
-    source = store.open_source(spec.path)
+    source = open_source(spec.path)
     source.close()
     scheme = sizes.PUBLISHED if published.is_published(source.folder) else source.scheme
     here = replace(machine, threads=spec.threads, python_s=_python_s(reports))
     rates = _rates(made, reports)
     speed = None  # the time model knows fetches of single experts, not of whole layers
     if spec.load.get("fetch") != "layer":
-        speed = timeline.predict(presets.shape_of(spec.path), scheme, here, made.cached_rate, **rates).tokens_per_s
+        speed = timeline.predict(describe.shape_of(spec.path), scheme, here, made.cached_rate, **rates).tokens_per_s
     if machine.device == "cuda":  # its memory is planned apart, and another process's RAM is not
         return replace(made, predicted_tokens_per_s=speed)
-    packed = source.folder / store.QUANTIZED  # the rest of the backbone stays in its files, mapped
+    packed = source.folder / manifest.QUANTIZED  # the rest of the backbone stays in its files, mapped
     fixed = plan.bytes["kv_cache"] + plan.bytes["workspace"] + (packed.stat().st_size if packed.exists() else 0)
     planned = reports[0]["base_bytes"] + fixed + reports[0]["info"]["fast_bytes_peak"]
     return replace(made, predicted_tokens_per_s=speed, planned_bytes=planned)

@@ -19,13 +19,16 @@ import numpy as np
 import torch
 from torch import nn
 
-from mixoff import hardware, loading, shapes, store, warmup
+from mixoff import hardware, loading, warmup
 from mixoff.arena import view
 from mixoff.bench import limits, routing
 from mixoff.bench.spec import Spec, repeat_rate
 from mixoff.errors import MixoffError
-from mixoff.generation import advance
 from mixoff.prefetch import top_k
+from mixoff.shapes.config import expert_modules, read_config
+from mixoff.shapes.config import skeleton as skeleton_of
+from mixoff.shapes.kv_cache import advance
+from mixoff.store.source import Source
 
 COUNTED = (
     "hits", "misses", "evictions", "bytes_moved", "prefetches", "prefetch_hits", "prefetch_wasted_bytes", "ram_hits",
@@ -75,7 +78,7 @@ def _routing(model: nn.Module, spec: Spec) -> routing.Routing:
     """
     if spec.routing == "model":
         return routing.Routing(model, None)
-    modules = list(shapes.expert_modules(model).values())
+    modules = list(expert_modules(model).values())
     tokens = 2 * (spec.prompt_tokens + spec.tokens) * spec.runs + spec.warmup
     E, K, L = modules[0].num_experts, top_k(model.config), len(modules)
     trace = routing.synthetic(spec.routing, spec.repeat, E, K, L, tokens)
@@ -162,7 +165,7 @@ def _served(model: nn.Module, counts: Counter, spec: Spec) -> dict:
     return report
 
 
-def touched_nbytes(model: nn.Module, source: store.Source) -> int:
+def touched_nbytes(model: nn.Module, source: Source) -> int:
     """Bytes of weights that one token of decoding reads: the backbone but the embedding's table, and K experts a layer.
 
     The KV cache and activations, small beside them at batch 1, are not counted.
@@ -174,14 +177,14 @@ def touched_nbytes(model: nn.Module, source: store.Source) -> int:
 def resident_touched_nbytes(model: nn.Module) -> int:
     """The same for a model of plain transformers."""
     experts = 0
-    for module in shapes.expert_modules(model).values():
+    for module in expert_modules(model).values():
         weights = [p for _, p in module.named_parameters(recurse=False)]
         experts += sum(p.numel() // module.num_experts * p.itemsize for p in weights) * top_k(model.config)
     return experts + _backbone_nbytes(model)
 
 
 def _backbone_nbytes(model: nn.Module) -> int:
-    inside = {id(p) for module in shapes.expert_modules(model).values() for p in module.parameters()}
+    inside = {id(p) for module in expert_modules(model).values() for p in module.parameters()}
     table = model.get_input_embeddings()
     tied = table.weight is getattr(model.get_output_embeddings(), "weight", None) if hasattr(table, "weight") else False
     if not tied:
@@ -216,7 +219,7 @@ class Phases:
 
     @property
     def experts(self) -> dict[str, nn.Module]:
-        return shapes.expert_modules(self.model)
+        return expert_modules(self.model)
 
     def __exit__(self, *exc: object) -> None:
         for handle in self.handles:
@@ -311,8 +314,8 @@ def _load_accelerate(spec: Spec) -> nn.Module:
     """The backbone in memory, all experts on disk: accelerate's own way to run what does not fit."""
     from transformers import AutoModelForCausalLM
 
-    skeleton = shapes.skeleton(shapes.read_config(Path(spec.path)))
-    experts = shapes.expert_modules(skeleton)
+    skeleton = skeleton_of(read_config(Path(spec.path)))
+    experts = expert_modules(skeleton)
     places = dict.fromkeys(experts, "disk")
     for name, _ in skeleton.named_modules():
         held = any(e == name or e.startswith(f"{name}.") for e in experts)

@@ -15,9 +15,10 @@ from dataclasses import asdict, astuple, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mixoff import hub, models
+from mixoff import models
 from mixoff.cache.events import Event
 from mixoff.errors import MixoffError
+from mixoff.store import names
 
 if TYPE_CHECKING:
     from mixoff.bench.report import Report
@@ -89,7 +90,7 @@ def public_name(source: str) -> str:
     >>> public_name("tiny-mixtral"), public_name("org/model"), public_name("./here/store")
     ('tiny-mixtral', 'org/model', 'a local folder')
     """
-    return source if source in models.names() or hub.parse(source) else UNNAMED
+    return source if source in models.names() or names.parse(source) else UNNAMED
 
 
 def _figures(run: Mapping) -> dict:

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from mixoff import shapes
 from mixoff.bench.spec import SEED, repeat_rate
 from mixoff.errors import MixoffError
+from mixoff.shapes import config
 
 if TYPE_CHECKING:
     from mixoff.prefetch import Guesses
@@ -33,7 +33,7 @@ class Routing:
     """
 
     def __init__(self, model: nn.Module, trace: np.ndarray | None, guesses: np.ndarray | None = None) -> None:
-        modules = shapes.expert_modules(model).values()
+        modules = config.expert_modules(model).values()
         if trace is not None and trace.shape[1] != len(modules):
             raise MixoffError(f"the trace has {trace.shape[1]} layers, the model {len(modules)}: they must agree")
         self.trace, self.guesses, self.layers = trace, guesses, len(modules)

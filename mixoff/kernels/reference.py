@@ -20,7 +20,7 @@ import torch
 from mixoff.quantize.layout import BLOCK
 from mixoff.quantize.strided import StridedTensor
 from mixoff.quantize.tensor import QTensor
-from mixoff.shapes import Part, Site, torch_dtype
+from mixoff.shapes.sites import Part, Site, torch_dtype
 
 BLOCK_ROWS = 32  # rows of a weight widened at a time; at K = 4096 in fp32 a block is 512 KiB and stays in the L2 cache
 EVEN_ROWS = 8  # BLAS sums the odd rows at the end of a matrix in another order: such a weight is one block

@@ -18,11 +18,13 @@ import traitlets
 
 import mixoff
 from mixoff import hardware as machines
-from mixoff import planner, presets, sizes, timeline
+from mixoff import planner, timeline, units
 from mixoff.classroom import plots
 from mixoff.errors import MixoffError
 from mixoff.quantize.layout import BITS, GROUP_SIZES
 from mixoff.quantize.scheme import Precision, Scheme
+from mixoff.shapes import sizes
+from mixoff.store import describe
 from mixoff.units import format_nbytes
 
 if TYPE_CHECKING:
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
 
     from mixoff.hardware import Hardware
     from mixoff.planner import Needs, Plan
-    from mixoff.presets import ModelShape
+    from mixoff.shapes.shape import ModelShape
 
 HERE = Path(__file__).parent
 MODELS = (
@@ -78,7 +80,7 @@ def _precision(bits: int, group: int) -> Precision | None:
 @functools.lru_cache(maxsize=32)
 def _shape(model: str, compute: str | None = None) -> ModelShape:
     """The shape of a model, in the dtype that a card computes in: reading it takes seconds, and a plan ten ms."""
-    return presets.shape_of(model) if compute is None else _shape(model).with_dtype(compute)
+    return describe.shape_of(model) if compute is None else _shape(model).with_dtype(compute)
 
 
 def _needs(choice: Choice, machine: Hardware) -> Needs:
@@ -317,10 +319,10 @@ def _draw(ax: Axes, row: int, tier: Tier) -> None:
     start = 0.0
     for name, nbytes in tier.parts.items():
         look = {"color": COLOURS[name], "hatch": PARTS[name], "edgecolor": "white", "label": name}
-        ax.barh(row, nbytes / machines.GIB, left=start, height=0.6, **look)
-        start += nbytes / machines.GIB
+        ax.barh(row, nbytes / units.GIB, left=start, height=0.6, **look)
+        start += nbytes / units.GIB
     if tier.limit is not None:
-        limit = tier.limit / machines.GIB
+        limit = tier.limit / units.GIB
         ax.plot([limit, limit], [row - 0.4, row + 0.4], "k--")
         ax.annotate(f"has {limit:.1f}", (limit, row - 0.42), ha="center", va="bottom", fontsize=8)
     if start == 0:

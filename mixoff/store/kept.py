@@ -11,21 +11,24 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mixoff import __version__, conversion, hardware
+from mixoff import __version__, folders
 from mixoff.errors import MixoffError
-from mixoff.shards import LocalShards, local_folder
-from mixoff.store import FORMAT, MANIFEST, VERSION
+from mixoff.store import convert
+from mixoff.store.find import local_folder
+from mixoff.store.manifest import FORMAT, MANIFEST, VERSION
+from mixoff.store.shards import LocalShards
 from mixoff.units import format_nbytes
 
 if TYPE_CHECKING:
     from mixoff.quantize.scheme import Scheme
+
 
 log = logging.getLogger("mixoff")
 
 
 def stores() -> Path:
     """Where they are kept: `stores` in the cache folder, which `MIXOFF_CACHE` names."""
-    return hardware.cache_folder() / "stores"
+    return folders.cache_folder() / "stores"
 
 
 def store_of(path: str | Path, scheme: Scheme) -> Path:
@@ -44,7 +47,7 @@ def store_of(path: str | Path, scheme: Scheme) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{target}.lock"):
             if not (target / MANIFEST).exists():
-                conversion.convert(folder, target, scheme)
+                convert.convert(folder, target, scheme)
                 nbytes = sum(file.stat().st_size for file in target.iterdir())
                 size = format_nbytes(nbytes)
                 log.warning("kept %s in %s for the next time: delete that folder to free it", size, target)

@@ -11,15 +11,17 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from mixoff import published, shapes, store
 from mixoff.errors import MixoffError
-from mixoff.presets import DEMO, ModelShape, Tensor
 from mixoff.quantize import strided
 from mixoff.quantize.layout import packed_nbytes
 from mixoff.quantize.scheme import PRESETS, Scheme
+from mixoff.shapes.known import DEMO
+from mixoff.shapes.shape import ModelShape, Tensor
+from mixoff.shapes.sites import dtype_nbytes, quantized_sites, stride, strided_sites
 
 if TYPE_CHECKING:
-    from mixoff.shapes import Part, Site
+    from mixoff.shapes.sites import Part, Site
+
 
 PUBLISHED = "published"  # the scheme of the checkpoint that came with the paper, and of no other
 EXPERT_FORM, ATTENTION_FORM = (2, 16, 128), (4, 64, 256)  # bits, group size, groups on one grid of scales
@@ -37,20 +39,20 @@ class Sizes:
     def sites(self) -> tuple[Site, ...]:
         """Where experts are, in the form that they are stored in. Raises MixoffError for a group that fits no width."""
         if self.scheme is None:
-            return tuple(published.strided_sites(self.shape.sites, _published_form))
-        return store.quantized_sites(self.shape.sites, self.scheme)
+            return tuple(strided_sites(self.shape.sites, _published_form))
+        return quantized_sites(self.shape.sites, self.scheme)
 
     @property
     def experts(self) -> int:
         """Bytes of all experts in the store, the padding of each to whole pages included."""
         if self.shape.sites:
-            return sum(site.num_experts * store.stride(site) for site in self.sites)
-        return self.shape.parameters["experts"] * shapes.dtype_nbytes(self.shape.dtype)
+            return sum(site.num_experts * stride(site) for site in self.sites)
+        return self.shape.parameters["experts"] * dtype_nbytes(self.shape.dtype)
 
     @property
     def slot_nbytes(self) -> int:
         """Bytes of the largest expert, in whole pages."""
-        return max(map(store.stride, self.sites))
+        return max(map(stride, self.sites))
 
     @property
     def stored_backbone(self) -> int:
@@ -111,7 +113,7 @@ class Sizes:
         if self.scheme is None and tensor.role == "attention":
             return ATTENTION_FORM[0]
         precision = self.scheme and tensor.role and self.scheme.precision(tensor.role)
-        return precision.bits if precision else 8 * shapes.dtype_nbytes(compute)
+        return precision.bits if precision else 8 * dtype_nbytes(compute)
 
 
 def sizes_of(shape: ModelShape, scheme: str | Scheme | None = None) -> Sizes:
@@ -134,7 +136,7 @@ def _plain(tensor: Tensor, compute: str | None) -> int:
     if not floating:
         return tensor.numel * {"int64": 8, "int32": 4, "uint8": 1, "bool": 1}[tensor.dtype]
     dtype = tensor.dtype if compute is None else "float32" if compute in tensor.wide else compute
-    return tensor.numel * shapes.dtype_nbytes(dtype)
+    return tensor.numel * dtype_nbytes(dtype)
 
 
 def _published_form(_: Site, part: Part) -> strided.Form:
@@ -144,5 +146,5 @@ def _published_form(_: Site, part: Part) -> strided.Form:
 def _part_bits(part: Part) -> int:
     """Bits of a weight of an expert, metadata apart."""
     if part.form is None:
-        return 8 * shapes.dtype_nbytes(part.dtype)
+        return 8 * dtype_nbytes(part.dtype)
     return part.form[1] if part.form[0] == strided.KIND else part.form[0]

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from mixoff.errors import CheckpointError
-from mixoff.shapes import Site
+from mixoff.shapes.sites import Site
 
 LAYER = r"(?P<path>(?:^|.*\.)layers\.(?P<layer>\d+)\.(?:.*\.)?"
 # an expert has tensors of its own: Mixtral, Phi, MiniMax, LFM2 (w1, w2, w3), and nearly all others

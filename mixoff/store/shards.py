@@ -6,7 +6,6 @@ the store will be, and which shard completes which expert. Does not know stores,
 
 from __future__ import annotations
 
-import os
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable
@@ -15,10 +14,10 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Protocol
 
-from mixoff import models
-from mixoff.checkpoint import Checkpoint
 from mixoff.errors import CheckpointError
-from mixoff.journal import sync
+from mixoff.store.checkpoint import Checkpoint
+from mixoff.store.journal import sync
+from mixoff.store.published import open_checkpoint
 
 CHUNK = 1 << 22  # bytes copied at a time
 Range = tuple[str, int, int]  # file, offset, size
@@ -60,9 +59,7 @@ class LocalShards:
     transient = False
 
     def __init__(self, folder: str | Path) -> None:
-        from mixoff import published  # which imports torch
-
-        self.checkpoint = published.open_checkpoint(folder)
+        self.checkpoint = open_checkpoint(folder)
 
     def identity(self) -> str:
         stats = {file: (self.checkpoint.folder / file).stat() for file in self.checkpoint.files}
@@ -85,27 +82,6 @@ def read_side_files(folder: Path) -> dict[str, bytes]:
     """The small files of a model folder, without the index of its shards, which a store writes anew."""
     found = {p.name: p for pattern in SIDE_FILES for p in folder.glob(pattern) if p.is_file()}
     return {name: path.read_bytes() for name, path in sorted(found.items()) if not name.endswith(".index.json")}
-
-
-def open_shards(source: str | Path, downloads: Path) -> Shards:
-    """The shards of a checkpoint: a folder, a bundled model, or a model on the Hub.
-
-    downloads: the folder for shards that have to be fetched, made when the first one is.
-    """
-    from mixoff import hub
-
-    model = hub.parse(source)
-    return LocalShards(local_folder(source)) if model is None else hub.open_shards(model, downloads)
-
-
-def local_folder(path: str | Path) -> Path:
-    """The folder of a model: itself, a bundled model's, or in the Hub's cache that of a model on the Hub, fetched."""
-    from mixoff import hub
-
-    if str(path) in models.names():
-        return models.path(str(path))
-    model = hub.parse(path)
-    return Path(os.path.expanduser(path)) if model is None else hub.snapshot(model)
 
 
 # One shard at a time --------------------------------------------------------------------------------------------------

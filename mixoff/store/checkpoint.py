@@ -11,12 +11,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mixoff import keys, model_files
 from mixoff.errors import CheckpointError
-from mixoff.model_files import MAX_HEADER, ModelFiles, parse_json, read_json
-from mixoff.shapes import Part, Site, dtype_nbytes, torch_dtype
+from mixoff.shapes.sites import DTYPES, Part, Site, dtype_nbytes, torch_dtype
+from mixoff.store import keys, model_files
+from mixoff.store.model_files import MAX_HEADER, ModelFiles, parse_json, read_json
 
-DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}  # of experts that we serve unquantized
 ITEM_BITS = {
     "F64": 64,
     "I64": 64,
@@ -162,9 +161,9 @@ class Checkpoint:
     ) -> None:
         self.folder = Path(folder)
         if not self.folder.is_dir():
-            from mixoff import hub
+            from mixoff.store import names
 
-            raise CheckpointError(hub.missing(folder))
+            raise CheckpointError(names.missing(folder))
         if not (self.folder / "config.json").exists():
             model_files.refuse_adapter([p.name for p in self.folder.iterdir()], self.folder, self.folder)
         _refuse_quantized(read_json(self.folder / "config.json"), self.folder, self.method)

@@ -13,14 +13,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mixoff import shapes
-from mixoff.checkpoint import TensorRange
 from mixoff.errors import CheckpointError
 from mixoff.quantize.solve import is_finite
+from mixoff.shapes.config import expert_modules, model_class, read_config
+from mixoff.store.checkpoint import TensorRange
 
 if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel
+
 
 INCOMPLETE = "the download is incomplete, fetch it again"
 
@@ -31,7 +32,7 @@ def check(folder: Path, sizes: Mapping[str, tuple[int, ...]]) -> set[str]:
     sizes: shapes of all its tensors by name. Returns the names of those that the model does not use, which
     transformers leaves out. Raises CheckpointError, which names the tensor.
     """
-    config = shapes.read_config(folder)
+    config = read_config(folder)
     missing, unused, misshapen = rehearse(config, sizes)
     if misshapen:
         name, found, wanted = misshapen[0]
@@ -55,7 +56,7 @@ def rehearse(
     state = {name: torch.empty(shape, device="meta") for name, shape in sizes.items()}
     try:
         with _quietly():
-            model, report = shapes.model_class(config).from_pretrained(
+            model, report = model_class(config).from_pretrained(
                 None,
                 config=config,
                 state_dict=state,
@@ -67,7 +68,7 @@ def rehearse(
     except Exception as error:  # transformers raises many kinds here; to the user all of them are one
         reason = str(error).strip().split("\n")[0]
         raise CheckpointError(f"transformers cannot load this model's backbone: {reason}") from error
-    modules = shapes.expert_modules(model).items()
+    modules = expert_modules(model).items()
     experts = {f"{name}.{key}" for name, module in modules for key, _ in module.named_parameters(recurse=False)}
     misshapen = [(name, tuple(found), tuple(wanted)) for name, found, wanted in sorted(report["mismatched_keys"])]
     return sorted(set(report["missing_keys"]) - experts), set(report["unexpected_keys"]), misshapen

@@ -28,19 +28,24 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from mixoff import __version__, hub, shapes, store
-from mixoff.blueprint import Blueprint, Weight, index, lay_out, manifest, to_json
+from mixoff import __version__
 from mixoff.errors import CheckpointError, MixoffError
-from mixoff.journal import Journal, sync
-from mixoff.model_files import INDEX, WHOLE
 from mixoff.quantize.scheme import Scheme
 from mixoff.quantize.solve import is_finite, loops
-from mixoff.shards import Range, Ranges, Shards, kept_nbytes, open_shards, walk
-from mixoff.store import FORMAT, MANIFEST, VERSION
+from mixoff.shapes import sites
+from mixoff.store.blueprint import Blueprint, Weight, index, lay_out, manifest, to_json
+from mixoff.store.find import open_shards
+from mixoff.store.journal import Journal, sync
+from mixoff.store.manifest import FORMAT, MANIFEST, VERSION, marked
+from mixoff.store.model_files import INDEX, WHOLE
+from mixoff.store.names import pinned
+from mixoff.store.shards import Range, Ranges, Shards, kept_nbytes, walk
+from mixoff.store.source import is_store
 from mixoff.units import format_nbytes
 
 if TYPE_CHECKING:
     from tqdm import tqdm
+
 
 COMMIT = 64 << 20  # bytes written between two entries of the journal: what a crash can cost
 AGAIN = "run the same command again, and it goes on where it stopped"
@@ -135,8 +140,8 @@ def run(
 def _open(source: str | Path | Shards, revision: str | None, downloads: Path) -> Shards:
     if not isinstance(source, (str, Path)):
         return source
-    source = hub.pinned(source, revision)
-    if store.is_store(source):
+    source = pinned(source, revision)
+    if is_store(source):
         raise CheckpointError(f"{source} is a store already: load it as it is, or copy the folder")
     return open_shards(source, downloads)
 
@@ -430,7 +435,7 @@ def _image(weight: Weight, raw: np.ndarray, scheme: Scheme, each: Callable) -> n
     dtype = weight.part.dtype
     if dtype not in FLOATING or weight.part.form is not None:
         return raw
-    w = torch.from_numpy(raw).view(shapes.torch_dtype(dtype)).view(weight.part.shape)
+    w = torch.from_numpy(raw).view(sites.torch_dtype(dtype)).view(weight.part.shape)
     if weight.used and not is_finite(w):
         raise WeightError(f"{weight.where} holds NaN or infinity: {MEND}")
     if weight.role is None:
@@ -491,7 +496,7 @@ class Making:
 
     def finish(self, shards: Shards) -> None:
         """Add the small files, the manifest last, and nothing else."""
-        small = store.marked(shards.side_files()) | {MANIFEST: to_json(manifest(self.plan, self.journal.done))}
+        small = marked(shards.side_files()) | {MANIFEST: to_json(manifest(self.plan, self.journal.done))}
         if shards.checkpoint.files != [WHOLE]:
             small[INDEX] = to_json(index(self.plan))
         for path in self.folder.iterdir():

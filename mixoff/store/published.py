@@ -17,13 +17,14 @@ from pathlib import Path
 
 import torch
 
-from mixoff import encoded, model_files, shapes
-from mixoff.checkpoint import Checkpoint, Extent, TensorRange
 from mixoff.errors import CheckpointError
-from mixoff.model_files import ModelFiles
 from mixoff.quantize import strided
 from mixoff.quantize.strided import FP16_PARTS, U8_PARTS, Form, StridedTensor
-from mixoff.shapes import Part, Site
+from mixoff.shapes import config
+from mixoff.shapes.sites import Part, Site, strided_sites
+from mixoff.store import encoded, model_files
+from mixoff.store.checkpoint import Checkpoint, Extent, TensorRange
+from mixoff.store.model_files import ModelFiles
 
 EXPERT = re.compile(r"^(?:.*\.)?layers\.(\d+)\..*\bexperts\.(\d+)\.")  # up to the name of the matrix
 PARTS = U8_PARTS + FP16_PARTS
@@ -123,16 +124,6 @@ def stored_sites(sites: tuple[Site, ...], entries: list[dict]) -> tuple[Site, ..
     return tuple(strided_sites(sites, lambda _, part: Form(*forms[part.name][1:])))
 
 
-def strided_sites(sites: Iterable[Site], form_of: Callable[[Site, Part], Form]) -> Iterable[Site]:
-    """The sites with every part in the form `form_of(site, part)`."""
-    for site in sites:
-        parts = []
-        for part in site.parts:
-            form = form_of(site, part)
-            parts.append(replace(part, nbytes=strided.packed_nbytes(part.shape, form), form=form.to_tuple()))
-        yield replace(site, parts=shapes.place(parts))
-
-
 def merge(extents: Iterable[Extent]) -> list[Extent]:
     """Neighbours in file and image as one: an expert of the published files is six reads, not 21."""
     merged: list[Extent] = []
@@ -165,7 +156,7 @@ def form_of(folder: Path, shape: tuple[int, int], parts: Mapping[str, TensorRang
 def matrices(folder: Path, ranges: Mapping[str, TensorRange]) -> dict[str, tuple[tuple[int, int], Form]]:
     """Shape and form of the backbone's quantized weights by name (`….q_proj.weight`). `ranges`: its tensors."""
     layers = [name.removesuffix(CODES) for name in ranges if name.endswith(CODES)]
-    weights = dict(shapes.skeleton(shapes.read_config(folder)).named_parameters()) if layers else {}
+    weights = dict(config.skeleton(config.read_config(folder)).named_parameters()) if layers else {}
     found = {}
     for layer in layers:
         if (name := f"{layer}.weight") not in weights:

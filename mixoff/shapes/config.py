@@ -1,8 +1,4 @@
-"""Where a model keeps its experts, and what one expert looks like.
-
-Letters: **E** experts, **D** model width, **F** expert width.
-Read off a skeleton on the meta device, so a 47 B-parameter model costs no memory. Does not know files or caches.
-"""
+"""From a configuration to a skeleton without memory, and to the experts that transformers finds in it."""
 
 from __future__ import annotations
 
@@ -10,71 +6,15 @@ import json
 import math
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from mixoff.errors import CheckpointError
+from mixoff.errors import CheckpointError, MixoffError
+from mixoff.shapes.sites import DTYPES, Part, Site, dtype_nbytes, place
 
 if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel
-
-PART_ALIGN = 64  # bytes; a cache line, and the widest SIMD load
-
-
-@dataclass(frozen=True)
-class Part:
-    """One weight of an expert: its shape, and its place and size in the expert's image in bytes.
-
-    dtype: as in the checkpoint. form: of a quantized weight, `(bits, group size, bits of metadata)`.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    offset: int
-    nbytes: int
-    form: tuple[int, int, int] | None = None
-
-
-def place(parts: Iterable[Part]) -> tuple[Part, ...]:
-    """The parts one behind the other in an image, each aligned."""
-    placed, offset = [], 0
-    for part in parts:
-        placed.append(replace(part, offset=-(-offset // PART_ALIGN) * PART_ALIGN))
-        offset = placed[-1].offset + part.nbytes
-    return tuple(placed)
-
-
-@dataclass(frozen=True)
-class Site:
-    """One set of experts in the model: a module's name, its layer, E, and the parts that each expert has.
-
-    transposed: weights are (inputs, outputs), as in gpt-oss, rather than (outputs, inputs).
-    """
-
-    name: str
-    layer: int
-    num_experts: int
-    parts: tuple[Part, ...]
-    transposed: bool = False
-
-    @property
-    def expert_nbytes(self) -> int:
-        return self.parts[-1].offset + self.parts[-1].nbytes
-
-
-def dtype_nbytes(dtype: str) -> int:
-    """Bytes of one element of `"float16"`, `"bfloat16"` or `"float32"`."""
-    return {"float16": 2, "bfloat16": 2, "float32": 4}[dtype]
-
-
-def torch_dtype(name: str) -> torch.dtype:
-    """torch's dtype of that name."""
-    import torch
-
-    return getattr(torch, name)
 
 
 def read_config(folder: Path) -> PretrainedConfig:
@@ -239,3 +179,17 @@ def backbone_roles(model: PreTrainedModel) -> dict[str, str]:
         if role and isinstance(module, nn.Embedding if role == "embeddings" else nn.Linear):
             roles[f"{name}.weight"] = role
     return roles
+
+
+def dtype_name(config: PretrainedConfig) -> str:
+    nested = config.get_text_config()
+    name = str(config.dtype or nested.dtype or "bfloat16").removeprefix("torch.")
+    if name not in DTYPES.values():
+        raise CheckpointError(f"config.json gives {name} as dtype: change it to one of {', '.join(DTYPES.values())}")
+    return name
+
+
+def configured_top_k(config: PretrainedConfig) -> int:
+    if (k := top_k(config)) is None:
+        raise MixoffError(f"the configuration of {config.model_type} does not say how many experts a token is sent to")
+    return k

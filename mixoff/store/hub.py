@@ -7,77 +7,29 @@ fetched, verified, and deleted once it is consumed. Does not know stores or sche
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import fnmatch
 import hashlib
-import os
 import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
-from mixoff import model_files, models
-from mixoff.checkpoint import TensorRange, parse_header
-from mixoff.errors import CheckpointError, suggestion
-from mixoff.model_files import MAX_HEADER, WHOLE
-from mixoff.shards import SIDE_FILES, LocalShards, Shards, read_side_files
+from mixoff.errors import CheckpointError
+from mixoff.store import model_files
+from mixoff.store.checkpoint import TensorRange, parse_header
+from mixoff.store.model_files import MAX_HEADER, WHOLE
+from mixoff.store.names import HubId
+from mixoff.store.published import open_checkpoint
+from mixoff.store.shards import SIDE_FILES, read_side_files
 
-NAME = re.compile(r"^(?P<repo>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>[\w./-]+))?$")
 # at first, of a model that is loaded: what chooses its other files; a store may be on the Hub too
 WANTED = (*SIDE_FILES, WHOLE, "quantized.safetensors", "experts-*.bin")
 STRAY = re.compile(r"\.[0-9a-f]{8}\.incomplete$")  # named at random by huggingface_hub 2, which never goes on with one
 FIRST = 100_000  # bytes asked for at first: nearly every header ends before
 CONNECTIONS = 8  # headers that are fetched at a time
 AGAIN = "run the same command again, and it goes on where it stopped"
-
-
-@dataclass(frozen=True)
-class HubId:
-    """A model on the Hub; revision None is its default branch."""
-
-    repo: str
-    revision: str | None = None
-
-    def __str__(self) -> str:
-        return f"{self.repo}@{self.revision}" if self.revision else self.repo
-
-
-def parse(path: str | Path, revision: str | None = None) -> HubId | None:
-    """The model on the Hub that `path` names; None for an existing folder, a bundled model, or any other path.
-
-    `a/b` without a revision is a path where a folder `a` exists: a mistyped path is never looked up on the Hub.
-
-    >>> parse("org/model@v1.0"), parse("./org/model"), parse("org/model", revision="refs/pr/1").revision
-    (HubId(repo='org/model', revision='v1.0'), None, 'refs/pr/1')
-    """
-    m = NAME.match(str(path))
-    if not m or str(path) in models.names() or os.path.exists(path):  # which raises nothing, whatever the name
-        return None
-    revision = revision or m["revision"]
-    return HubId(m["repo"], revision) if revision or not os.path.isdir(m["repo"].split("/")[0]) else None
-
-
-def missing(path: str | Path) -> str:
-    """What to say of a path that is no folder, with what may have been meant."""
-    parent, known = Path(os.path.expanduser(path)).parent, models.names()
-    with contextlib.suppress(OSError, ValueError):
-        known = [*known, *(str(p) for p in parent.iterdir() if p.is_dir())]
-    text = f"no model folder at {path}: give the folder that holds config.json and *.safetensors"
-    m = NAME.match(str(path))
-    hub = f"; {m['repo']}@main is the model of that name on the Hub" if m else ""
-    return text + hub + suggestion(str(path), known)
-
-
-def pinned(path: str | Path, revision: str | None) -> str | Path:
-    """`path` with the revision that an argument gives. Raises CheckpointError where there is nothing to pin."""
-    if revision is None:
-        return path
-    if (model := parse(path, revision)) is None:
-        raise CheckpointError(f"{path} is no model on the Hub, so it has no revision {revision!r}: leave revision out")
-    return str(model)
 
 
 # Whole models, for loading --------------------------------------------------------------------------------------------
@@ -103,16 +55,6 @@ def config_folder(model: HubId) -> Path:
         return Path(hf_hub_download(model.repo, "config.json", revision=model.revision)).parent
 
 
-# One shard at a time, for conversion ----------------------------------------------------------------------------------
-
-
-def open_shards(model: HubId, downloads: Path) -> Shards:
-    """The shards of a model, fetched into the folder `downloads`; without a connection, those in the Hub's cache."""
-    from huggingface_hub import constants
-
-    return LocalShards(snapshot(model)) if constants.HF_HUB_OFFLINE else HubShards(model, downloads)
-
-
 class HubShards:
     """A model on the Hub at one commit: opening it reads small files, and of each shard the header."""
 
@@ -120,8 +62,6 @@ class HubShards:
 
     def __init__(self, model: HubId, downloads: Path) -> None:
         from huggingface_hub import HfApi, constants
-
-        from mixoff import published
 
         with advice(model):
             how = {"files_metadata": True, "timeout": constants.HF_HUB_ETAG_TIMEOUT}
@@ -132,7 +72,7 @@ class HubShards:
         found = model_files.find(folder, self.listed, self.model)
         with ThreadPoolExecutor(CONNECTIONS) as pool:
             headers = dict(zip(found.names, pool.map(self._header, found.names), strict=True))
-        self.checkpoint = published.open_checkpoint(folder, found, headers)
+        self.checkpoint = open_checkpoint(folder, found, headers)
 
     def identity(self) -> str:
         return f"{self.model} {[(file, self.listed[file].size) for file in self.checkpoint.files]}"

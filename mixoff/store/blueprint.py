@@ -13,13 +13,14 @@ from pathlib import Path
 
 import torch
 
-from mixoff import shapes, store
-from mixoff.checkpoint import DTYPES, ITEM_BITS, Checkpoint, Extent
 from mixoff.errors import CheckpointError
 from mixoff.quantize.scheme import Scheme
 from mixoff.quantize.tensor import QTensor
-from mixoff.shapes import PART_ALIGN, Part, Site
-from mixoff.store import FORMAT, QUANTIZED, VERSION, expert_file, stride
+from mixoff.shapes import config
+from mixoff.shapes.sites import DTYPES, PART_ALIGN, Part, Site, quantized_sites, stride
+from mixoff.store import survey
+from mixoff.store.checkpoint import ITEM_BITS, Checkpoint, Extent
+from mixoff.store.manifest import FORMAT, QUANTIZED, VERSION, expert_file
 
 log = logging.getLogger("mixoff")
 
@@ -71,12 +72,12 @@ class Blueprint:
 
 def lay_out(checkpoint: Checkpoint, scheme: Scheme) -> Blueprint:
     """The store that `scheme` makes of `checkpoint`. Raises CheckpointError or MixoffError for what cannot be made."""
-    found = store.survey(checkpoint)
-    plan = Blueprint(scheme, found.dtype, store.quantized_sites(found.sites, scheme), [], {}, {})
+    found = survey.survey(checkpoint)
+    plan = Blueprint(scheme, found.dtype, quantized_sites(found.sites, scheme), [], {}, {})
     _place_experts(plan, found.sites, found.extents)
     _warn_of_unused(checkpoint, found.unused)
     backbone = checkpoint.backbone()
-    roles = {name: role for name, role in shapes.backbone_roles(found.model).items() if name in backbone}
+    roles = {name: role for name, role in config.backbone_roles(found.model).items() if name in backbone}
     quantized = {name: role for name, role in roles.items() if scheme.precision(role) is not None}
     copied = {name: entry for name, entry in backbone.items() if name not in quantized}
     _place_copied(plan, copied, checkpoint.files, found.unused)

@@ -1,0 +1,196 @@
+"""Shapes of models: parameters by part, experts a token, and what the KV cache grows by, for any configuration.
+
+Everything is read off a skeleton on the meta device, which has shapes and no memory; experts a token and the cache come
+from a rehearsal, one forward pass of that skeleton with experts that compute nothing. `PRESETS` holds configurations
+of well-known models, so that their Hub ids mean something without a network.
+
+Does not know bytes of a store, budgets or speeds.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+from collections import Counter
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from mixoff.errors import CheckpointError
+from mixoff.shapes.config import backbone_roles, configured_top_k, dtype_name, expert_modules, expert_sites
+from mixoff.shapes.config import skeleton as skeleton_of
+from mixoff.shapes.kv_cache import CacheLayer, rehearse
+from mixoff.shapes.sites import Site
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig, PreTrainedModel
+
+
+PARTS = ("experts", "attention", "embeddings", "router", "norms", "shared", "other")
+PATTERNS = (  # of parameters' names, the first that fits; layers named like these are told apart by it in all families
+    ("shared", re.compile(r"shared_(expert|mlp)")),
+    ("experts", re.compile(r"\.experts?\.|\.experts\b|\bexperts?\.(in|out)put")),
+    ("attention", re.compile(r"(^|\.)(self_attn|attention|attn|self_attention|linear_attn)\.")),
+    ("embeddings", re.compile(r"(^|\.)(embed_tokens|lm_head|wte|embeddings?|embed_out|word_embeddings)\b")),
+    ("router", re.compile(r"\.(gate|router|gating)(\.|$)|e_score_correction_bias")),
+)
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One parameter or stored buffer of the backbone: all but the experts.
+
+    role: as in `quantize.ROLES`, or None. wide: 16-bit dtypes of the model in which transformers keeps it in fp32.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    part: str
+    role: str | None
+    wide: tuple[str, ...] = ()
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor of the backbone in a model's files: its shape, bytes, and role as in `Tensor`."""
+
+    shape: tuple[int, ...]
+    nbytes: int
+    role: str | None
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What a configuration says of a model, in plain numbers. dtype: of the weights as published, by torch's name.
+
+    parameters: numbers by part, each weight counted once, also where two layers share it. active: parameters of one
+    token: all but the experts, and the experts it is sent to. backbone: every tensor that is not an expert's, and
+    buffers_nbytes: bytes of what no file holds, such as rotary frequencies. sites: where experts are, empty for a
+    family that mixoff does not serve; then `refusal` says why. top_k: experts a token of each site. cache: the KV cache
+    in `dtype`. files: the backbone as a folder's files have it, None where there are none: then `backbone` is it.
+    """
+
+    name: str
+    config: PretrainedConfig
+    dtype: str
+    parameters: dict[str, int]
+    active: int
+    backbone: tuple[Tensor, ...]
+    buffers_nbytes: int
+    sites: tuple[Site, ...]
+    top_k: tuple[int, ...]
+    cache: tuple[CacheLayer, ...]
+    refusal: str | None = None
+    files: tuple[Stored, ...] | None = None
+
+    @property
+    def total(self) -> int:
+        """Parameters in all."""
+        return sum(self.parameters.values())
+
+    def kv_nbytes(self, context: int, batch: int = 1) -> int:
+        """Bytes of the KV cache, in `dtype`, of `batch` sequences of `context` tokens."""
+        return batch * sum(layer.nbytes(context) for layer in self.cache)
+
+    def with_dtype(self, dtype: str) -> ModelShape:
+        """The same model with weights and cache in another dtype."""
+        return self if dtype == self.dtype else from_config(self.config, self.name, dtype)
+
+    def quantized_only(self, names: Collection[str]) -> ModelShape:
+        """The same model where a scheme reaches the tensors of these names alone; others stay in 16 bits.
+
+        Tables of embeddings and heads are known as such under any name.
+        """
+        roles = [t.role if t.name in names or t.role in ("embeddings", "head") else None for t in self.backbone]
+        return replace(self, backbone=tuple(replace(t, role=r) for t, r in zip(self.backbone, roles, strict=True)))
+
+    def __str__(self) -> str:
+        experts = f"{self.sites[0].num_experts} experts in {len(self.sites)} layers" if self.sites else "no experts"
+        return f"{self.name}: {self.total / 1e9:.3f} B parameters, {self.active / 1e9:.2f} B active, {experts}"
+
+
+def from_config(config: PretrainedConfig, name: str, dtype: str | None = None) -> ModelShape:
+    """The shape of a configuration. dtype: of its weights; None takes the configuration's, bf16 where it has none."""
+    config = copy.deepcopy(config)
+    config.dtype = dtype = dtype or dtype_name(config)
+    skeleton = skeleton_of(config)
+    parts = parts_by_name(skeleton)
+    sites, refusal = _sites(skeleton, dtype)
+    chosen, cache = rehearse(skeleton)
+    sizes = {id(p): (parts[n], p.numel()) for n, p in skeleton.named_parameters()}
+    counts = Counter(dict.fromkeys(PARTS, 0))
+    for part, numel in sizes.values():
+        counts[part] += numel
+    top_k = tuple(chosen.get(site.name, configured_top_k(config)) for site in sites)
+    idle = sum(_idle(site, k) for site, k in zip(sites, top_k, strict=True))
+    stored = skeleton.state_dict()
+    buffers = sum(b.nbytes for n, b in skeleton.named_buffers() if n not in stored)
+    figures = dict(counts), sum(counts.values()) - idle, tuple(_backbone(skeleton, parts)), buffers
+    return ModelShape(name, config, dtype, *figures, sites, top_k, cache, refusal)
+
+
+def _sites(skeleton: PreTrainedModel, dtype: str) -> tuple[tuple[Site, ...], str | None]:
+    try:
+        return expert_sites(skeleton, dtype), None
+    except CheckpointError as error:
+        return (), str(error)
+
+
+def _idle(site: Site, top_k: int) -> int:
+    """Parameters of a site that one token leaves alone."""
+    return (site.num_experts - min(top_k, site.num_experts)) * sum(math.prod(part.shape) for part in site.parts)
+
+
+def parts_by_name(skeleton: PreTrainedModel) -> dict[str, str]:
+    """The part, one of PARTS, of every parameter and buffer by its name.
+
+    Experts are what lies directly in a module that transformers marks as such; the others go by names, then by the
+    class of what they lie in. Norms are known by their class, wherever they stand.
+    """
+    owners = dict(skeleton.named_modules())
+    marked = set(expert_modules(skeleton))
+    return {name: _part(name, owners, marked) for name, _ in (*skeleton.named_parameters(), *skeleton.named_buffers())}
+
+
+def _part(name: str, owners: dict[str, torch.nn.Module], marked: set[str]) -> str:
+    owner = name.rpartition(".")[0]
+    if owner in marked or type(owners[owner]).__name__.endswith("Experts"):
+        return "experts"
+    if "norm" in type(owners[owner]).__name__.lower():
+        return "norms"
+    found = next((part for part, pattern in PATTERNS if pattern.search(name)), "other")
+    return "attention" if found == "other" and _in_attention(owner, owners) else found
+
+
+def _in_attention(owner: str, owners: dict[str, torch.nn.Module]) -> bool:
+    """Whether a module lies in one whose class is an attention, where its name does not say so (`mixer`)."""
+    steps = owner.split(".")
+    return any("Attention" in type(owners[".".join(steps[: i + 1])]).__name__ for i in range(len(steps)))
+
+
+def _backbone(skeleton: PreTrainedModel, parts: dict[str, str]) -> Iterator[Tensor]:
+    """Every tensor but the experts' that a checkpoint stores, tied ones once."""
+    roles, seen = backbone_roles(skeleton), set()
+    for name, tensor in skeleton.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen and parts[name] != "experts":
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            yield Tensor(name, tuple(tensor.shape), dtype, parts[name], roles.get(name), _wide(skeleton, name))
+        seen.add(id(tensor))
+
+
+def _wide(skeleton: PreTrainedModel, name: str) -> tuple[str, ...]:
+    """`_keep_in_fp32_modules` of transformers: the strict ones in both 16-bit dtypes, others in fp16 only."""
+
+    def listed(modules: set[str] | None) -> bool:
+        return any(re.search(rf"(^|\.){module}(\.|$)", name) for module in modules or ())
+
+    if listed(skeleton._keep_in_fp32_modules_strict):
+        return ("float16", "bfloat16")
+    return ("float16",) if listed(skeleton._keep_in_fp32_modules) else ()

@@ -1,0 +1,130 @@
+"""Where a model keeps its experts, and what one expert looks like.
+
+Letters: **E** experts, **D** model width, **F** expert width.
+Read off a skeleton on the meta device, so a 47 B-parameter model costs no memory. Does not know files or caches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from mixoff.errors import CheckpointError
+from mixoff.quantize import strided
+from mixoff.quantize.layout import packed_nbytes
+from mixoff.quantize.scheme import Scheme
+from mixoff.quantize.strided import Form
+
+if TYPE_CHECKING:
+    import torch
+
+
+DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}  # of experts that we serve unquantized
+
+PART_ALIGN = 64  # bytes; a cache line, and the widest SIMD load
+
+
+@dataclass(frozen=True)
+class Part:
+    """One weight of an expert: its shape, and its place and size in the expert's image in bytes.
+
+    dtype: as in the checkpoint. form: of a quantized weight, `(bits, group size, bits of metadata)`.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    offset: int
+    nbytes: int
+    form: tuple[int, int, int] | None = None
+
+
+def place(parts: Iterable[Part]) -> tuple[Part, ...]:
+    """The parts one behind the other in an image, each aligned."""
+    placed, offset = [], 0
+    for part in parts:
+        placed.append(replace(part, offset=-(-offset // PART_ALIGN) * PART_ALIGN))
+        offset = placed[-1].offset + part.nbytes
+    return tuple(placed)
+
+
+@dataclass(frozen=True)
+class Site:
+    """One set of experts in the model: a module's name, its layer, E, and the parts that each expert has.
+
+    transposed: weights are (inputs, outputs), as in gpt-oss, rather than (outputs, inputs).
+    """
+
+    name: str
+    layer: int
+    num_experts: int
+    parts: tuple[Part, ...]
+    transposed: bool = False
+
+    @property
+    def expert_nbytes(self) -> int:
+        return self.parts[-1].offset + self.parts[-1].nbytes
+
+
+def dtype_nbytes(dtype: str) -> int:
+    """Bytes of one element of `"float16"`, `"bfloat16"` or `"float32"`."""
+    return {"float16": 2, "bfloat16": 2, "float32": 4}[dtype]
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """torch's dtype of that name."""
+    import torch
+
+    return getattr(torch, name)
+
+
+ALIGN = 4096  # bytes; what direct I/O asks for, and a page
+
+
+def stride(site: Site) -> int:
+    """Bytes from one expert to the next in a store's file."""
+    return -(-site.expert_nbytes // ALIGN) * ALIGN
+
+
+def quantized_sites(sites: tuple[Site, ...], scheme: Scheme) -> tuple[Site, ...]:
+    """The sites as they are stored under `scheme`; biases stay as they are.
+
+    Raises MixoffError when a group does not divide a width.
+    """
+    precision = scheme.precision("experts")
+    if precision is None:
+        return sites
+    if any(part.form is not None for site in sites for part in site.parts):
+        raise CheckpointError(
+            "these experts are quantized already: convert them with scheme 'none', which keeps them, "
+            "or give mixoff the 16-bit original of this model"
+        )
+    form = (precision.bits, precision.group_size, scheme.metadata_bits)
+
+    def quantized(site: Site) -> Site:
+        parts = [_quantized(part, site.transposed, form) if len(part.shape) == 2 else part for part in site.parts]
+        return replace(site, parts=place(parts), transposed=False)
+
+    return tuple(map(quantized, sites))
+
+
+def _quantized(part: Part, transposed: bool, form: tuple[int, int, int]) -> Part:
+    """The part as (outputs, inputs), which is how quantized weights are kept in any family."""
+    shape = part.shape[::-1] if transposed else part.shape
+    return replace(part, shape=shape, form=form, nbytes=packed_nbytes(shape, *form))
+
+
+def strided_sites(sites: Iterable[Site], form_of: Callable[[Site, Part], Form]) -> Iterable[Site]:
+    """The sites with every part in the form `form_of(site, part)`."""
+    for site in sites:
+        parts = []
+        for part in site.parts:
+            form = form_of(site, part)
+            parts.append(replace(part, nbytes=strided.packed_nbytes(part.shape, form), form=form.to_tuple()))
+        yield replace(site, parts=place(parts))
+
+
+def slot_nbytes(sites: tuple[Site, ...]) -> int:
+    """Bytes of a slot: the largest expert in whole pages, as the store keeps it and direct I/O asks for."""
+    return max(map(stride, sites))

@@ -1,0 +1,121 @@
+"""The shape and scheme of a model as its files have them."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mixoff import models
+from mixoff.errors import CheckpointError, MixoffError
+from mixoff.quantize.scheme import Scheme
+from mixoff.shapes import config, sizes
+from mixoff.shapes.known import PRESETS, named_as
+from mixoff.shapes.shape import ModelShape, Stored, from_config
+from mixoff.store import hub, model_files, names
+from mixoff.store.checkpoint import read_header
+from mixoff.store.manifest import MANIFEST, read_manifest
+from mixoff.store.published import is_published, open_checkpoint
+from mixoff.store.source import open_source
+from mixoff.store.survey import survey
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+
+def shape_of(source: ModelShape | PretrainedConfig | str | Path) -> ModelShape:
+    """The shape of a configuration, a model folder, its `config.json`, a bundled model, or a Hub id.
+
+    A Hub id that is not in PRESETS is looked up in the local Hub cache, then on the Hub (one small file). Raises
+    CheckpointError, also for a model that transformers cannot build.
+    """
+    from transformers import PretrainedConfig
+
+    if isinstance(source, ModelShape):
+        return source
+    if isinstance(source, PretrainedConfig):
+        return from_config(source, source.model_type)
+    return from_config(read(source), named_as(source))
+
+
+def read(source: str | Path) -> PretrainedConfig:
+    """The configuration that `source` names; see `shape_of`."""
+    from transformers import AutoConfig
+
+    if (name := named_as(source)) in PRESETS:
+        values = dict(PRESETS[name])
+        return AutoConfig.for_model(values.pop("model_type"), **values)
+    path = folder_of(source)
+    if path is None and (model := names.parse(source)) is not None:
+        path = _from_hub(model)
+    if path is None or not (path / "config.json").exists():
+        if path is not None:
+            model_files.refuse_adapter([p.name for p in path.iterdir()], path, path)
+        raise CheckpointError(f"no config.json in {source}: give a model folder, or one of {', '.join(PRESETS)}")
+    return config.read_config(path)
+
+
+def folder_of(source: object) -> Path | None:
+    """The local folder that `source` names, a bundled model's for its name; None for anything else."""
+    if not isinstance(source, (str, Path)) or str(source) in PRESETS:
+        return None
+    if str(source) in models.names():
+        return models.path(str(source))
+    path = Path(os.path.expanduser(source))
+    return path.parent if path.is_file() else path if path.is_dir() else None
+
+
+def _from_hub(model: names.HubId) -> Path:
+    try:
+        return hub.config_folder(model)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{model} is not built in, and its config.json could not be fetched ({error}): give a local folder, "
+            f"or one of {', '.join(PRESETS)}"
+        ) from error
+
+
+def as_stored(shape: ModelShape, source: object, scheme: str | Scheme | None) -> tuple[ModelShape, str | Scheme | None]:
+    """The shape and scheme as the files say where there are files: those of a store, or of a checkpoint.
+
+    Raises MixoffError where a store, or a checkpoint that is quantized already, is asked for in another scheme.
+    """
+    folder = folder_of(source)
+    if folder is None:
+        return shape, scheme
+    if (folder / MANIFEST).is_file():
+        return _as_store(shape, folder, scheme)
+    if is_published(folder):
+        survey(open_checkpoint(folder))
+        return shape, _only(source, scheme, sizes.PUBLISHED)
+    return (_in_files(shape, folder) if model_files.begun(folder) else shape), scheme
+
+
+def _in_files(shape: ModelShape, folder: Path) -> ModelShape:
+    """The shape as the safetensors files of `folder` have it, in whichever names and dtypes.
+
+    Raises CheckpointError for what could not be loaded either.
+    """
+    backbone = survey(open_checkpoint(folder)).backbone
+    roles = {tensor.name: tensor.role for tensor in shape.backbone}
+    files = tuple(Stored(tuple(t.shape), t.nbytes, roles.get(name)) for name, t in backbone.items())
+    return replace(shape, files=files).quantized_only(backbone)
+
+
+def _as_store(shape: ModelShape, folder: Path, scheme: str | Scheme | None) -> tuple[ModelShape, Scheme]:
+    open_source(folder).close()  # refuses what could not be loaded
+    manifest = read_manifest(folder)
+    own = Scheme.from_json(json.dumps(manifest["scheme"]))
+    wanted = Scheme.preset(scheme) if isinstance(scheme, str) else scheme
+    tensors = {n: t for entry in manifest["backbone"] for n, t in read_header(folder / entry["file"]).items()}
+    files = tuple(Stored(tuple(t.shape), t.nbytes, None) for t in tensors.values())
+    quantized = {name.rpartition(".")[0] for name in tensors}  # NAME.codes and other parts
+    return replace(shape, files=files).quantized_only(quantized), _only(folder, wanted, own)
+
+
+def _only(source: object, wanted: object, own: object) -> object:
+    if wanted not in (None, own):
+        raise MixoffError(f"{source} is quantized in another scheme: plan it without one, or plan the original model")
+    return own

@@ -1,0 +1,60 @@
+"""Names of models: a folder, a bundled model, or a Hub id."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from mixoff import models
+from mixoff.errors import CheckpointError, suggestion
+
+NAME = re.compile(r"^(?P<repo>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>[\w./-]+))?$")
+
+
+@dataclass(frozen=True)
+class HubId:
+    """A model on the Hub; revision None is its default branch."""
+
+    repo: str
+    revision: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.repo}@{self.revision}" if self.revision else self.repo
+
+
+def parse(path: str | Path, revision: str | None = None) -> HubId | None:
+    """The model on the Hub that `path` names; None for an existing folder, a bundled model, or any other path.
+
+    `a/b` without a revision is a path where a folder `a` exists: a mistyped path is never looked up on the Hub.
+
+    >>> parse("org/model@v1.0"), parse("./org/model"), parse("org/model", revision="refs/pr/1").revision
+    (HubId(repo='org/model', revision='v1.0'), None, 'refs/pr/1')
+    """
+    m = NAME.match(str(path))
+    if not m or str(path) in models.names() or os.path.exists(path):  # which raises nothing, whatever the name
+        return None
+    revision = revision or m["revision"]
+    return HubId(m["repo"], revision) if revision or not os.path.isdir(m["repo"].split("/")[0]) else None
+
+
+def missing(path: str | Path) -> str:
+    """What to say of a path that is no folder, with what may have been meant."""
+    parent, known = Path(os.path.expanduser(path)).parent, models.names()
+    with contextlib.suppress(OSError, ValueError):
+        known = [*known, *(str(p) for p in parent.iterdir() if p.is_dir())]
+    text = f"no model folder at {path}: give the folder that holds config.json and *.safetensors"
+    m = NAME.match(str(path))
+    hub = f"; {m['repo']}@main is the model of that name on the Hub" if m else ""
+    return text + hub + suggestion(str(path), known)
+
+
+def pinned(path: str | Path, revision: str | None) -> str | Path:
+    """`path` with the revision that an argument gives. Raises CheckpointError where there is nothing to pin."""
+    if revision is None:
+        return path
+    if (model := parse(path, revision)) is None:
+        raise CheckpointError(f"{path} is no model on the Hub, so it has no revision {revision!r}: leave revision out")
+    return str(model)

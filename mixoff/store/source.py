@@ -1,0 +1,127 @@
+"""Opens a store or a plain checkpoint for reading.
+
+Must not know caches or policies.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from mixoff.errors import CheckpointError
+from mixoff.quantize.scheme import Scheme
+from mixoff.quantize.strided import StridedTensor
+from mixoff.quantize.tensor import QTensor
+from mixoff.shapes import config
+from mixoff.shapes.sites import Site, dtype_nbytes, quantized_sites, stride
+from mixoff.store import backbone, names, published
+from mixoff.store.checkpoint import Extent, TensorRange, read_header
+from mixoff.store.find import local_folder
+from mixoff.store.manifest import MANIFEST, QUANTIZED, damaged, described_quantized, read_manifest, read_quantized
+from mixoff.store.readers import ExpertReader
+from mixoff.store.survey import backbone_shapes, survey
+
+
+class EncodedError(CheckpointError):
+    """A checkpoint that has to be converted before it can be used."""
+
+
+@dataclass
+class Source:
+    """A model folder that experts are served from: a store or a plain checkpoint.
+
+    dtype: of the weights before any quantization, by torch's name. scheme: how they are stored. backbone: the tensors
+    that are no expert's, by name, in the same files.
+    """
+
+    folder: Path
+    sites: tuple[Site, ...]
+    dtype: str
+    scheme: Scheme
+    reader: ExpertReader
+    backbone: Mapping[str, TensorRange]
+
+    @property
+    def is_store(self) -> bool:
+        """Whether the folder is a store, rather than a plain checkpoint."""
+        return (self.folder / MANIFEST).exists()
+
+    @property
+    def expert_nbytes(self) -> int:
+        """Bytes of the largest expert image: the size of a slot."""
+        return max(site.expert_nbytes for site in self.sites)
+
+    def close(self) -> None:
+        """Close the files."""
+        self.reader.close()
+
+
+def open_source(path: str | Path) -> Source:
+    """Open a store or a plain checkpoint for reading: a folder, a bundled model, or a Hub id in the local Hub cache."""
+    folder = local_folder(path)
+    if (folder / MANIFEST).exists():
+        return _open_store(folder)
+    checkpoint = published.open_checkpoint(folder)
+    if reason := checkpoint.not_in_place:
+        raise EncodedError(f"{reason}: convert it first (`mixoff convert {path} TARGET`), or load it with a scheme")
+    found = survey(checkpoint)
+    return Source(
+        folder, found.sites, found.dtype, Scheme(), ExpertReader(folder, found.extents), backbone=found.backbone
+    )
+
+
+# Stores ---------------------------------------------------------------------------------------------------------------
+
+
+def is_store(path: str | Path) -> bool:
+    """Whether `path` is the folder of a store, sound or not."""
+    return names.parse(path) is None and (local_folder(path) / MANIFEST).exists()
+
+
+def _open_store(folder: Path) -> Source:
+    return _described(folder, read_manifest(folder))
+
+
+def _described(folder: Path, manifest: dict) -> Source:
+    """Sites follow from configuration and scheme; the manifest has to say the same of them, and files hold the rest."""
+    try:
+        scheme, dtype = Scheme.from_json(json.dumps(manifest["scheme"])), manifest["dtype"]
+        dtype_nbytes(dtype)
+        plain = config.expert_sites(config.skeleton(config.read_config(folder)), dtype)
+        built = quantized_sites(published.stored_sites(plain, manifest["sites"]), scheme)
+        stored = [{key: entry[key] for key in ("stride", *asdict(built[0]))} for entry in manifest["sites"]]
+        files = [entry["file"] for entry in manifest["sites"]]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise damaged(folder, error) from None
+    if json.dumps(stored) != json.dumps([{"stride": stride(site), **asdict(site)} for site in built]):
+        raise CheckpointError(
+            f"{folder}: mixoff.json and config.json describe different experts: convert the original again"
+        )
+    extents = {
+        (i, e): [Extent(file, e * stride(site), 0, site.expert_nbytes)]
+        for i, (site, file) in enumerate(zip(built, files, strict=True))
+        for e in range(site.num_experts)
+    }
+    tensors = _stored_backbone(folder, manifest)
+    quantized = {name: tuple(meta["shape"]) for name, meta in described_quantized(folder).items()}
+    backbone.check(folder, backbone_shapes(folder, tensors) | quantized)
+    return Source(folder, built, dtype, scheme, ExpertReader(folder, extents), backbone=tensors)
+
+
+def _stored_backbone(folder: Path, manifest: dict) -> dict[str, TensorRange]:
+    """The tensors that a store keeps as they were, in the files of its manifest."""
+    files = [entry["file"] for entry in manifest["backbone"] if entry["file"] != QUANTIZED]
+    return {name: t for file in files for name, t in read_header(folder / file).items()}
+
+
+@contextmanager
+def open_backbone(source: Source) -> Iterator[tuple[dict[str, QTensor | StridedTensor], dict[str, object]]]:
+    """The backbone's quantized weights by name, and its other tensors as slices of the files that `source` reads."""
+    with backbone.opened(source.folder, source.backbone) as slices:
+        quantized = published.read_matrices(source.folder, source.backbone, lambda name: slices[name][...])
+        if source.is_store:
+            quantized |= read_quantized(source.folder)
+        yield quantized, {name: slices[name] for name in published.plain_names(slices)}
