@@ -27,6 +27,7 @@ _MODULES = (
     "errors",
     "generation",
     "hardware",
+    "kernels",
     "loading",
     "lossy",
     "memory",

@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-from mixoff import cuda, hardware, layers, planner, refusals, streams
+from mixoff import cuda, hardware, layers, planner, refusals, runtime_hooks, streams
 from mixoff.cache.policies import Policy
 from mixoff.errors import BudgetError, CheckpointError, MixoffError
-from mixoff.kernels import reference, threads
+from mixoff.kernels import reference
 from mixoff.prefetch import NextRouter, top_k
 from mixoff.quantize.scheme import Scheme
 from mixoff.rescue import guard
@@ -246,7 +246,7 @@ def bind(model: PreTrainedModel, runtime: Runtime, loaded: bool = True) -> ExitS
     dtype = refusals.dtype_of(model.base_model)
 
     def before(backbone: torch.nn.Module, args: tuple, kwargs: dict) -> None:
-        ids = threads.read_by(args, kwargs)
+        ids = runtime_hooks.read_by(args, kwargs)
         if ids is not None:
             refusals.check(backbone, dtype, ids.device.type, loaded)
             _note_pass(runtime, ids, kwargs)
@@ -254,7 +254,7 @@ def bind(model: PreTrainedModel, runtime: Runtime, loaded: bool = True) -> ExitS
     with refusals.serve(model, runtime, loaded) as undo:
         undo.callback(model.base_model.register_forward_pre_hook(before, with_kwargs=True).remove)
         if any(isinstance(module, layers.QuantizedLinear) for module in model.modules()):
-            undo.callback(threads.lend(model.base_model))
+            undo.callback(runtime_hooks.lend(model.base_model))
         if runtime.guesses.active:
             names = list(expert_modules(model))
             undo.push(NextRouter(model, names, runtime.expect, runtime.wants_guesses, runtime.guesses.stop).attach())

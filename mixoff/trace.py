@@ -26,8 +26,8 @@ from typing import Any
 import numpy as np
 
 from mixoff import models
-from mixoff.compiled import jit
 from mixoff.errors import MixoffError, suggestion
+from mixoff.jit import jit
 
 VERSION = 1
 OPTIONAL = ("weights", "times_s", "predicted", "scores")  # by token; what a trace may or may not know

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from mixoff import kernels, layers
-from mixoff.kernels import cpu
+from mixoff.kernels.cpu import products
 from mixoff.quantize import solve
 from mixoff.quantize.scheme import ROLES, Scheme
 from mixoff.quantize.tensor import QTensor
@@ -31,7 +31,7 @@ LINE = "compiling kernels for this CPU, once: about half a minute of its time"
 
 def compile_for(model: PreTrainedModel, say: Callable[[str], object]) -> float:
     """Compile what `model`, served by a runtime, computes with on a CPU; returns the seconds. `say` gets LINE."""
-    if model.device.type != "cpu" or cpu.loops() is None:
+    if model.device.type != "cpu" or products.loops() is None:
         return 0.0
     modules = [m for m in model.modules() if isinstance(m, layers.QuantizedLinear)]
     backbone = {(type(m.quantized), _form(m.quantized)): m.quantized for m in modules}
@@ -54,7 +54,7 @@ def _form(w: object) -> tuple:
 
 
 def _rows(w: object, exact: bool) -> tuple[int, ...]:
-    return (*ROWS, cpu.FP32_ROWS[w.bits] + 1) if exact and isinstance(w, QTensor) else ROWS
+    return (*ROWS, products.FP32_ROWS[w.bits] + 1) if exact and isinstance(w, QTensor) else ROWS
 
 
 def _expert(form: tuple[int, int, int], dtype: torch.dtype, exact: bool) -> None:

@@ -10,14 +10,15 @@ import torch
 from tolerances import product_bound
 
 from mixoff import experts, kernels
-from mixoff.kernels import triton_products, triton_strided, triton_tiles
+from mixoff.kernels.triton import products, tiles
+from mixoff.kernels.triton import strided as triton_strided
 from mixoff.quantize.strided import Form, StridedTensor, packed_nbytes
 from mixoff.quantize.tensor import QTensor
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-ONE_PROGRAM = triton_tiles.Tile(128, 16, 1, 4)  # a whole block: the interpreter's time goes by programs
-TABLE = triton_products.tile
-triton_products.DEVICES = ("cpu",)
+ONE_PROGRAM = tiles.Tile(128, 16, 1, 4)  # a whole block: the interpreter's time goes by programs
+TABLE = products.tile
+products.DEVICES = ("cpu",)
 
 
 def random_weight(n, k, bits, group):
@@ -53,8 +54,8 @@ def worst(out, true, bound):
 def linear(w, x):
     """fp32 sums against fp64 on the dequantized weights; other dtypes are the fp32 result, rounded."""
     weights = w.dequantize()
-    out = triton_products.linear(x, w, torch.float32)
-    assert torch.equal(triton_products.linear(x, w), out.to(x.dtype)), "rounded otherwise"
+    out = products.linear(x, w, torch.float32)
+    assert torch.equal(products.linear(x, w), out.to(x.dtype)), "rounded otherwise"
     return worst(out, x.double() @ weights.double().t(), product_bound(x.float(), weights))
 
 
@@ -65,10 +66,10 @@ def gated(w, x):
     gate_bound, up_bound = product_bound(x.float(), weights).chunk(2, 1)
     true = torch.nn.functional.silu(gate) * up
     allowed = 1.1 * gate_bound * up.abs() + up_bound * gate.abs() + 8 * 2.0**-24 * true.abs()
-    return worst(triton_products.gated(x, w), true, allowed)
+    return worst(products.gated(x, w), true, allowed)
 
 
-def dense(w, x, module=triton_products):
+def dense(w, x, module=products):
     """Weights rounded once to x's dtype, as those of the reference, and results once more."""
     weights, step = w.dequantize(), torch.finfo(x.dtype).eps
     size = x.double().abs() @ weights.double().abs().t()
@@ -81,7 +82,7 @@ def unfinished(w, x):
     for bad in (torch.inf, -torch.inf, torch.nan):
         spoilt = x.clone()
         spoilt[0, -1] = bad
-        out = triton_products.linear(spoilt, w)
+        out = products.linear(spoilt, w)
         if out[0].isfinite().any() or not out[1:].isfinite().all():
             return torch.inf
     return 0.0
@@ -97,7 +98,7 @@ def expert(w, x):
     weights = {"gate_up_proj": w, "down_proj": random_weight(D, F, w.bits, w.group_size)}
     module = MixtralExperts(config)
     assert kernels.choose(x, w) == "triton" and experts.fuses(module, x, weights, False)
-    many = x[:1].expand(triton_tiles.MOST_ROWS + 1, -1)
+    many = x[:1].expand(tiles.MOST_ROWS + 1, -1)
     assert kernels.choose(many, w) == "triton-dense" and not experts.fuses(module, many, weights, False)
     gate, up = (x.double() @ w.dequantize().double().t()).chunk(2, 1)
     true = (torch.nn.functional.silu(gate) * up) @ weights["down_proj"].dequantize().double().t()
@@ -127,7 +128,7 @@ def tiny(w, x):
 
     ids, logits = torch.tensor([[1, 2, 3]]), []
     for devices in ((), ("cpu",)):
-        triton_products.DEVICES = devices
+        products.DEVICES = devices
         with torch.no_grad():
             model = mixoff.load("tiny-mixtral", fast_bytes="1GiB", scheme="mixed", exact=True)
             logits.append(model(ids).logits.double())
@@ -141,7 +142,7 @@ def answer(case):
     make = random_strided if case["what"].startswith("strided") else random_weight
     w = make(case["n"], case["k"], case["bits"], case["group"], *case.get("grids", ()))
     x = torch.randn(case["rows"], case["k"]).to(DTYPES[case["dtype"]])
-    triton_products.tile = TABLE if case.get("table") else lambda *_: ONE_PROGRAM
+    products.tile = TABLE if case.get("table") else lambda *_: ONE_PROGRAM
     return globals()[case["what"]](w, x)
 
 

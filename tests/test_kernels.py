@@ -28,12 +28,13 @@ from transformers import GptOssConfig, MixtralConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
-from mixoff import compiled, experts, kernels
+from mixoff import experts, jit, kernels, runtime_hooks
 from mixoff.errors import MixoffError
-from mixoff.kernels import cpu, loops, reference, simd, threads
+from mixoff.kernels import reference
+from mixoff.kernels.cpu import loops, products, simd, threads
+from mixoff.kernels.cpu.relay import FIELDS
+from mixoff.kernels.cpu.threads import Crew
 from mixoff.kernels.reference import linear, scratch_nbytes
-from mixoff.kernels.relay import FIELDS
-from mixoff.kernels.threads import Crew
 from mixoff.quantize.solve import quantize
 from mixoff.shapes.sites import Part, Site
 
@@ -127,18 +128,18 @@ def test_packed_codes_give_the_product_with_their_weights(bits, group, n, k):
 @pytest.mark.parametrize(("bits", "group"), [(2, 32), (3, 128), (4, 64), (8, 64)])
 def test_every_cpu_gets_the_same_bits(bits, group, monkeypatch):
     """Plain vectors, pairs of bytes, and sums of four, 8 outputs wide or 16; emulated where the CPU has none."""
-    native, wide = cpu.integer_way(), cpu.wide()
+    native, wide = products.integer_way(), products.wide()
     kinds = {("any", simd.LANES), (native, wide), (native, simd.LANES)} | ({("any", simd.WIDE)} if bits == 2 else set())
     if native != "vnni":
         monkeypatch.setattr(simd.Emitter, "dot4", lambda self, total, *four: self.b.add(total, self.madd_wide(*four)))
-        monkeypatch.setattr(compiled, "_kept", lambda compiler, loop: compiler()(loop))  # nobody else is to find it
+        monkeypatch.setattr(jit, "_kept", lambda compiler, loop: compiler()(loop))  # nobody else is to find it
         kinds.add(("vnni", simd.LANES))
     weights, outs = [random_weight(n, k, bits, group) for n, k in ((384, 256), (131, 128), (3, 128))], {}
     for kind in kinds:
-        monkeypatch.setattr(cpu, "integer_way", lambda kind=kind: kind[0])
-        monkeypatch.setattr(cpu, "wide", lambda kind=kind: kind[1])
+        monkeypatch.setattr(products, "integer_way", lambda kind=kind: kind[0])
+        monkeypatch.setattr(products, "wide", lambda kind=kind: kind[1])
         xs = [torch.randn(1, w.shape[1], generator=torch.manual_seed(1)) for w in weights]
-        outs[kind] = [cpu.linear(x, w) for x, w in zip(xs, weights, strict=True)]
+        outs[kind] = [products.linear(x, w) for x, w in zip(xs, weights, strict=True)]
     if native != "vnni":
         loops.linear.cache_clear()
     for found in zip(*outs.values(), strict=True):
@@ -215,7 +216,7 @@ def test_rows_do_not_see_each_other():
         alone = torch.cat([kernels.linear(row[None], w, kernel=kernel) for row in x])
         for rows in (2, 3, 4, 5, 11):
             assert torch.equal(kernels.linear(x[:rows], w, kernel=kernel), alone[:rows])
-    most = cpu.FP32_ROWS[2]
+    most = products.FP32_ROWS[2]
     few, many = torch.randn(most, 128), torch.randn(most + 1, 128)
     assert (kernels.choose(few, w, True), kernels.choose(many, w, True)) == ("fp32", "dense")
     assert kernels.choose(few, w) == kernels.choose(many, w) == "int8"
@@ -230,12 +231,12 @@ def test_weights_are_dequantized_to_the_bits_of_the_reference():
 def test_threads_do_not_change_a_bit(monkeypatch):
     torch.manual_seed(0)
     w, x = quantize(torch.randn(1000, 256) * 0.02, 4, 64), torch.randn(2, 256)
-    alone = cpu.linear(x, w)
-    monkeypatch.setattr(cpu, "SHARED_ABOVE", 0)
+    alone = products.linear(x, w)
+    monkeypatch.setattr(products, "SHARED_ABOVE", 0)
     for number in (2, 3):
         torch.set_num_threads(number)
         try:
-            assert torch.equal(cpu.linear(x, w), alone)
+            assert torch.equal(products.linear(x, w), alone)
         finally:
             torch.set_num_threads(1)
 
@@ -272,24 +273,24 @@ def test_a_relay_computes_every_piece_once_whoever_comes_late(monkeypatch, patie
 def test_what_is_planned_once_serves_every_call_and_thread():
     """Rows of several calls and of threads at once keep apart; plans do not pile up with rows or with threads."""
     gate_up, down, xs = random_weight(512, 256, 2, 32), random_weight(192, 256, 4, 64), torch.randn(40, 3, 256)
-    outs = torch.stack([cpu.gated_mlps(x, [(gate_up, down)])[0] for x in xs])
+    outs = torch.stack([products.gated_mlps(x, [(gate_up, down)])[0] for x in xs])
     assert len(gate_up.plans) == 1 and outs.shape == (40, 3, 192)
-    assert torch.equal(cpu.gated_mlps(xs, [(gate_up, down)])[0], outs) and len(gate_up.plans) == 1
+    assert torch.equal(products.gated_mlps(xs, [(gate_up, down)])[0], outs) and len(gate_up.plans) == 1
     assert torch.equal(
-        cpu.gated_mlps(xs.bfloat16(), [(gate_up, down)]),
-        cpu.gated_mlps(xs.bfloat16().float(), [(gate_up, down)]).bfloat16(),
+        products.gated_mlps(xs.bfloat16(), [(gate_up, down)]),
+        products.gated_mlps(xs.bfloat16().float(), [(gate_up, down)]).bfloat16(),
     )
 
     def call(i):
-        return [cpu.gated_mlps(xs[i], [(gate_up, down)])[0] for _ in range(50)]
+        return [products.gated_mlps(xs[i], [(gate_up, down)])[0] for _ in range(50)]
 
     with ThreadPoolExecutor(4) as pool:
         assert all(torch.equal(found, outs[i]) for i, many in enumerate(pool.map(call, range(40))) for found in many)
-    for _ in range(2 * cpu.PLANS):
+    for _ in range(2 * products.PLANS):
         thread = threading.Thread(target=call, args=(0,))
         thread.start()
         thread.join()
-    assert len(gate_up.plans) <= cpu.PLANS
+    assert len(gate_up.plans) <= products.PLANS
 
 
 def test_two_callers_share_a_crew():
@@ -487,7 +488,7 @@ def two_threads():
 
 def test_a_pass_over_one_token_lends_its_threads_to_kernels(two_threads):
     model = Pass()
-    end = threads.lend(model)
+    end = runtime_hooks.lend(model)
     assert model(torch.zeros(1, 1)) == (1, 2) and torch.get_num_threads() == 2
     assert model(torch.zeros(1, 5)) == (2, 2)  # a prompt's products are worth waking threads
     with pytest.raises(RuntimeError, match="on the way"):

@@ -13,11 +13,11 @@ import torch
 import triton_table
 from mixoff import kernels
 from mixoff.errors import MixoffError
-from mixoff.kernels import triton_products, triton_strided, triton_tiles
+from mixoff.kernels.triton import products, strided, tiles
 from mixoff.quantize.strided import Form, StridedTensor, packed_nbytes
 from mixoff.quantize.tensor import QTensor
 
-needs_triton = pytest.mark.skipif(triton_products.loops() is None, reason="triton is not installed")
+needs_triton = pytest.mark.skipif(products.loops() is None, reason="triton is not installed")
 
 
 class Interpreter:
@@ -218,30 +218,30 @@ def test_measuring_is_rehearsed(root):
 
 def test_a_cpu_keeps_its_kernels():
     w, x = QTensor.empty((64, 64), 2, 32), torch.ones(1, 64)
-    assert not triton_products.serves(x, w) and kernels.choose(x, w) != "triton"
+    assert not products.serves(x, w) and kernels.choose(x, w) != "triton"
 
 
 def test_tiles_are_chosen_by_chip_rows_and_outputs():
-    for sm in triton_tiles.TILES:
-        for rows in triton_tiles.ROWS:
+    for sm in tiles.TILES:
+        for rows in tiles.ROWS:
             for outputs in (64, 4096, 14336):
-                tile = triton_tiles.tile(sm, rows, outputs)
+                tile = tiles.tile(sm, rows, outputs)
                 assert 128 % tile.BN == 0 and 128 * tile.warps == tile.BN * tile.BG, "four outputs a thread"
-    assert triton_tiles.tile(87, 1, 4096) == triton_tiles.tile(86, 1, 4096)
+    assert tiles.tile(87, 1, 4096) == tiles.tile(86, 1, 4096)
 
 
 def test_old_chips_and_other_forms_are_left_to_the_reference(monkeypatch):
-    monkeypatch.setattr(triton_products, "DEVICES", ("cpu",))
-    monkeypatch.setattr(triton_products, "loops", lambda: triton_products)
+    monkeypatch.setattr(products, "DEVICES", ("cpu",))
+    monkeypatch.setattr(products, "loops", lambda: products)
     x = torch.ones(1, 64)
-    assert triton_products.serves(x, QTensor.empty((64, 64), 2, 32))
-    assert not triton_products.serves(x, QTensor.empty((64, 64), 2, 32, 16))
-    assert not triton_products.serves(x.double(), QTensor.empty((64, 64), 2, 32))
-    monkeypatch.setattr(triton_products, "chip", lambda _: 70)
-    assert not triton_products.serves(x, QTensor.empty((64, 64), 2, 32))
-    monkeypatch.setattr(triton_products, "loops", lambda: None)
-    monkeypatch.setattr(triton_products, "chip", lambda _: 75)
-    assert not triton_products.serves(x, QTensor.empty((64, 64), 2, 32))
+    assert products.serves(x, QTensor.empty((64, 64), 2, 32))
+    assert not products.serves(x, QTensor.empty((64, 64), 2, 32, 16))
+    assert not products.serves(x.double(), QTensor.empty((64, 64), 2, 32))
+    monkeypatch.setattr(products, "chip", lambda _: 70)
+    assert not products.serves(x, QTensor.empty((64, 64), 2, 32))
+    monkeypatch.setattr(products, "loops", lambda: None)
+    monkeypatch.setattr(products, "chip", lambda _: 75)
+    assert not products.serves(x, QTensor.empty((64, 64), 2, 32))
 
 
 def test_groups_across_outputs_are_served_by_whole_words(monkeypatch):
@@ -249,14 +249,14 @@ def test_groups_across_outputs_are_served_by_whole_words(monkeypatch):
     x, form = torch.ones(1, 256), Form(2, 16, 128)
     w = strided_weight((32, 256), form)
     assert kernels.choose(x, w) != "triton"
-    monkeypatch.setattr(triton_products, "DEVICES", ("cpu",))
-    monkeypatch.setattr(triton_products, "loops", lambda: triton_products)
+    monkeypatch.setattr(products, "DEVICES", ("cpu",))
+    monkeypatch.setattr(products, "loops", lambda: products)
     assert kernels.choose(x, w) == "triton" and kernels.choose(x.expand(33, -1), w) == "triton-dense"
-    assert not triton_strided.serves(x.double(), w)
-    assert not triton_strided.serves(x, strided_weight((32, 256), Form(2, 16, 256)))  # two grids
-    assert not triton_strided.serves(torch.ones(1, 254), strided_weight((64, 254), Form(2, 16, 127)))
-    monkeypatch.setattr(triton_products, "chip", lambda _: 70)
-    assert not triton_strided.serves(x, w)
+    assert not strided.serves(x.double(), w)
+    assert not strided.serves(x, strided_weight((32, 256), Form(2, 16, 256)))  # two grids
+    assert not strided.serves(torch.ones(1, 254), strided_weight((64, 254), Form(2, 16, 127)))
+    monkeypatch.setattr(products, "chip", lambda _: 70)
+    assert not strided.serves(x, w)
 
 
 def strided_weight(shape, form):

@@ -8,13 +8,13 @@ from tiny import BUNDLED
 
 import mixoff
 from mixoff import Scheme, generation, warmup
-from mixoff.kernels import cpu
+from mixoff.kernels.cpu import products
 
 
 @pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.parametrize("scheme", ["mixed", "quality"])
 def test_nothing_is_left_to_compile_and_no_counter_moves(scheme, exact):
-    loops, said = cpu.loops(), []
+    loops, said = products.loops(), []
     with mixoff.load(BUNDLED, "4MB", scheme=scheme, exact=exact) as model:
         if loops is None:  # without numba
             assert warmup.compile_for(model, said.append) == 0.0

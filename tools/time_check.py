@@ -31,7 +31,7 @@ from mixoff.bench import limits, routing
 from mixoff.bench.compare import PASSIVE, environment
 from mixoff.bench.spec import Spec
 from mixoff.kernels import reference
-from mixoff.kernels.threads import crew
+from mixoff.kernels.cpu.threads import crew
 from mixoff.shapes.kv_cache import advance
 from mixoff.shapes.shape import ModelShape
 from mixoff.shapes.sites import slot_nbytes, torch_dtype

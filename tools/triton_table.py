@@ -2,7 +2,7 @@
 
     python tools/triton_table.py                      compiles for sm_75 to sm_90, no GPU needed
     python tools/triton_table.py --measure            times products on this machine's card beside its bandwidth
-    python tools/triton_table.py --measure --tiles    other tiles too, for mixoff/kernels/triton_tiles.py
+    python tools/triton_table.py --measure --tiles    other tiles too, for mixoff/kernels/triton/tiles.py
 
 `--json` prints one object, `--all` compiles every combination (minutes), `--few` some. With TRITON_INTERPRET=1,
 `--measure` runs small shapes in Triton's interpreter on the CPU: a rehearsal, whose times mean nothing.
@@ -28,8 +28,8 @@ import torch
 
 from kernel_table import cold_weights
 from mixoff.hardware import device_seconds
-from mixoff.kernels import triton_products, triton_strided
-from mixoff.kernels.triton_tiles import ROWS, Tile, tile
+from mixoff.kernels.triton import products, strided
+from mixoff.kernels.triton.tiles import ROWS, Tile, tile
 from mixoff.quantize.layout import packed_nbytes
 from mixoff.quantize.tensor import QTensor
 
@@ -141,14 +141,14 @@ def strided_cases() -> Iterator[Case]:
 def constants(case: Case) -> tuple[dict, dict]:
     """Constants and options of a launch, as `triton_products` and `triton_strided` pass them."""
     if case.kernel in STRIDED:
-        given = triton_strided.settings(case.bits, case.group, case.rows)
+        given = strided.settings(case.bits, case.group, case.rows)
         if case.kernel == "strided_weights":
-            given |= {"BW": triton_strided.WEIGHT_WORDS, "num_warps": triton_strided.WEIGHT_WARPS}
+            given |= {"BW": strided.WEIGHT_WORDS, "num_warps": strided.WEIGHT_WARPS}
     else:
         given = block_constants(case)
     options = {name: given.pop(name) for name in ("num_warps", "enable_fp_fusion")}
     given |= {"ROWS": case.rows, "KIND": case.dtype, "OUT": case.dtype, "WIDE": case.wide}
-    wanted = getattr(triton_products.loops(), case.kernel).arg_names
+    wanted = getattr(products.loops(), case.kernel).arg_names
     return {name: value for name, value in given.items() if name in wanted}, options
 
 
@@ -156,9 +156,9 @@ def block_constants(case: Case) -> dict:
     """Tile, bits, group and options of a kernel for the store's own layout."""
     outputs = SHAPES[case.kernel][0] // (2 if case.kernel == "gated" else 1)
     chosen = tile(case.sm, case.rows, outputs)
-    given = triton_products.settings(QTensor.empty((1, case.group), case.bits, case.group), chosen)
+    given = products.settings(QTensor.empty((1, case.group), case.bits, case.group), chosen)
     if case.kernel == "dequantize":
-        given |= {"BG": triton_products.DEQUANTIZED_GROUPS, "num_warps": triton_products.DEQUANTIZED_WARPS}
+        given |= {"BG": products.DEQUANTIZED_GROUPS, "num_warps": products.DEQUANTIZED_WARPS}
     return given | {"BN": chosen.BN}
 
 
@@ -168,7 +168,7 @@ def compile_case(case: Case) -> Cubin:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    function, (given, options) = getattr(triton_products.loops(), case.kernel), constants(case)
+    function, (given, options) = getattr(products.loops(), case.kernel), constants(case)
     kinds = dict.fromkeys(PARTS, "*i32") | {"image": "*u8"}
     kinds |= {"x": "*fp32" if case.dtype == "fp32" else "*i32", "out": POINTERS[case.dtype]}
     odd = ("T", "count", "numbers", *(() if case.wide else PARTS))
@@ -320,10 +320,10 @@ class Bench:
 def bench() -> Bench:
     """This machine's card, or the rehearsal under TRITON_INTERPRET=1; exits with the way out where there is neither."""
     if os.environ.get("TRITON_INTERPRET") == "1":
-        triton_products.DEVICES = ("cpu",)
+        products.DEVICES = ("cpu",)
         shapes = (("linear", (16, 64)), ("gated", (256, 64)))
         return Bench(torch.device("cpu"), "Triton's interpreter, a rehearsal", shapes, 1, 1 << 20, (1,), 0, 1)
-    if triton_products.loops() is None:
+    if products.loops() is None:
         sys.exit("triton is not installed: pip install 'mixoff[triton]'")
     if not torch.cuda.is_available():
         sys.exit("no CUDA card here: run this where one is, or with TRITON_INTERPRET=1 as a rehearsal on the CPU")
@@ -340,7 +340,7 @@ def random_weights(on: Bench, shape: tuple[int, int], bits: int, group: int) -> 
 def measure(every_tile: bool) -> dict:
     """Times products, prints a table, and returns all of it."""
     on = bench()
-    read, nominal, chip = on.read_Bps(), on.nominal_Bps(), triton_products.chip(on.device)
+    read, nominal, chip = on.read_Bps(), on.nominal_Bps(), products.chip(on.device)
     dtype = torch.bfloat16 if chip >= 80 else torch.float16
     told = f", {nominal / GB:.0f} on its data sheet" if nominal else ""
     print(f"{on.name}, sm_{chip}: a sum reads {read / GB:.0f} GB/s (measured){told}\n")
@@ -351,8 +351,8 @@ def measure(every_tile: bool) -> dict:
         weights = random_weights(on, shape, bits, group)
         x = torch.randn(count, shape[1], device=on.device).to(dtype)
         for chosen in tiles(kernel, shape, chip, count, every_tile):
-            run = getattr(triton_products, kernel)
-            triton_products.tile = lambda *_, chosen=chosen: chosen
+            run = getattr(products, kernel)
+            products.tile = lambda *_, chosen=chosen: chosen
             took = on.seconds(lambda i, run=run, x=x, ws=weights: run(x, ws[i % len(ws)]))
             row = {"product": kernel, "shape": shape, "bits": bits, "group": group, "rows": count}
             row |= {"tile": asdict(chosen), "measured_s": took, "nbytes": weights[0].nbytes}
@@ -366,7 +366,7 @@ def measure(every_tile: bool) -> dict:
 
 def tiles(kernel: str, shape: tuple[int, int], chip: int, count: int, every: bool) -> list[Tile]:
     """The table's tile, and its neighbours where they are asked for."""
-    own = tile(chip, triton_products.rows_together(count), shape[0] // (2 if kernel == "gated" else 1))
+    own = tile(chip, products.rows_together(count), shape[0] // (2 if kernel == "gated" else 1))
     if not every:
         return [own]
     shapes = [(16, 32, 4), (32, 16, 4), (64, 8, 4), (32, 32, 8), (16, 16, 2)]

@@ -11,8 +11,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from mixoff.errors import MixoffError
-from mixoff.kernels import cpu, reference, strided, triton_products, triton_strided
-from mixoff.kernels.triton_tiles import MOST_ROWS
+from mixoff.kernels import reference
+from mixoff.kernels.cpu import products, strided
+from mixoff.kernels.triton import products as triton_products
+from mixoff.kernels.triton import strided as triton_strided
+from mixoff.kernels.triton.tiles import MOST_ROWS
 from mixoff.quantize.strided import StridedTensor
 from mixoff.quantize.tensor import QTensor
 
@@ -37,11 +40,11 @@ def choose(x: torch.Tensor, w: torch.Tensor | QTensor | StridedTensor, exact: bo
         return "triton" if _rows(x) <= MOST_ROWS else "triton-dense"
     if isinstance(w, StridedTensor):
         return "fp32" if strided.serves(x, w) else "reference"
-    if not cpu.serves(x, w):
+    if not products.serves(x, w):
         return "reference"
     if not exact:
         return "int8"
-    return "fp32" if _rows(x) <= cpu.FP32_ROWS[w.bits] else "dense"
+    return "fp32" if _rows(x) <= products.FP32_ROWS[w.bits] else "dense"
 
 
 def linear(
@@ -60,7 +63,7 @@ def linear(
     """
     chosen = kernel or choose(x, w, exact)
     if chosen in ("int8", "fp32") and isinstance(w, QTensor):
-        return cpu.linear(x, w, exact=chosen == "fp32")
+        return products.linear(x, w, exact=chosen == "fp32")
     if x.dim() != 2:
         return linear(x.reshape(-1, x.shape[-1]), w, scratch, transposed, exact, chosen).unflatten(0, x.shape[:-1])
     if chosen == "triton":
@@ -70,7 +73,7 @@ def linear(
     if chosen != "reference" and isinstance(w, StridedTensor):
         return strided.linear(x, w)
     if chosen == "dense":
-        return cpu.dense(x, w)
+        return products.dense(x, w)
     if chosen != "reference":
         raise MixoffError(f"no kernel {chosen!r}: choose one of {', '.join(KERNELS)}")
     return reference.linear(x, w, scratch, transposed)
@@ -95,4 +98,4 @@ def gated_mlps(x: torch.Tensor, experts: Sequence[tuple[QTensor, QTensor]], exac
         return torch.stack(
             [triton_products.linear(triton_products.gated(x, gate_up), down, x.dtype) for gate_up, down in experts]
         )
-    return cpu.gated_mlps(x, experts, exact)
+    return products.gated_mlps(x, experts, exact)

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from numba.extending import register_jitable
 
-from mixoff.compiled import jit
+from mixoff.jit import jit
 from mixoff.quantize import layout
 from mixoff.quantize.layout import (
     BETA,

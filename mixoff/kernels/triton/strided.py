@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import torch
 
-from mixoff.kernels import triton_products
 from mixoff.kernels.reference import DEQUANTIZED
-from mixoff.kernels.triton_products import KINDS, MAGIC
-from mixoff.kernels.triton_tiles import OLDEST
+from mixoff.kernels.triton import products
+from mixoff.kernels.triton.products import KINDS, MAGIC
+from mixoff.kernels.triton.tiles import OLDEST
 from mixoff.quantize.strided import BLOCK, StridedTensor
 
 ROWS = 2  # of activations, in a program
@@ -29,24 +29,22 @@ def serves(x: torch.Tensor, w: StridedTensor) -> bool:
     """Whether this module can compute `x @ w.T`: decided by form, dtype, device, chip and triton's presence alone."""
     columns = w.matrices[0]["meta.scale_q"].shape[1]  # C
     fitting = w.shape[1] % 4 == 0 and columns % 4 == 0 and x.dtype in KINDS
-    here = fitting and x.device.type in triton_products.DEVICES and triton_products.loops() is not None
-    return here and triton_products.chip(x.device) >= OLDEST
+    here = fitting and x.device.type in products.DEVICES and products.loops() is not None
+    return here and products.chip(x.device) >= OLDEST
 
 
 def linear(x: torch.Tensor, w: StridedTensor, dtype: torch.dtype | None = None) -> torch.Tensor:
     """`x @ w.T` for x (T, K) and w (N, K), in x's dtype or the one given -> (T, N); `serves(x, w)` must hold."""
     T, (N, K) = x.shape[0], w.shape
     out = x.new_empty(T, N, dtype=dtype or x.dtype)
-    rows, packed, stored = ROWS if T > 1 else 1, triton_products.activations(x), triton_products.storage(out)
+    rows, packed, stored = ROWS if T > 1 else 1, products.activations(x), products.storage(out)
     named = {"KIND": KINDS[x.dtype], "OUT": KINDS[out.dtype]} | settings(w.form.bits, w.form.group_size, rows)
-    with triton_products.on(x.device):
+    with products.on(x.device):
         for i, parts in enumerate(w.matrices):
             grid = (-(-T // rows), w.step, named["HEIGHT"] // named["P"])
             found, first = arguments(parts), i * (N // len(w.matrices))
             columns = parts["meta.scale_q"].shape[1]
-            triton_products.loops().strided[grid](
-                packed, *found, stored, T, N, K, w.step, columns, first, MAGIC, **named
-            )
+            products.loops().strided[grid](packed, *found, stored, T, N, K, w.step, columns, first, MAGIC, **named)
     return out
 
 
@@ -67,9 +65,9 @@ def dequantize(w: StridedTensor, matrix: int, first: int, out: torch.Tensor) -> 
     """Weights of some outputs of one of the weight's matrices, from `first` on, into out (outputs, K)."""
     parts, (outputs, K) = w.matrices[matrix], out.shape
     grid = (outputs, -(-K // (4 * WEIGHT_WORDS)))
-    with triton_products.on(out.device):
-        triton_products.loops().strided_weights[grid](
-            *arguments(parts), triton_products.storage(out), K, w.step, parts["meta.scale_q"].shape[1], first, MAGIC,
+    with products.on(out.device):
+        products.loops().strided_weights[grid](
+            *arguments(parts), products.storage(out), K, w.step, parts["meta.scale_q"].shape[1], first, MAGIC,
             BITS=w.form.bits, HEIGHT=len(parts["W_q"]), OUT=KINDS[out.dtype], BW=WEIGHT_WORDS, num_warps=WEIGHT_WARPS,
             enable_fp_fusion=True,
         )  # fmt: skip

@@ -19,10 +19,11 @@ from numba import carray
 from numba.core.ccallback import CFunc
 from numba.extending import overload, register_jitable
 
-from mixoff.compiled import function, jit
-from mixoff.kernels import simd
-from mixoff.kernels.relay import FIELDS
-from mixoff.kernels.simd import BLOCK, LANES, LINE, TOP, WIDTH, group, pointer
+from mixoff.jit import function, jit
+from mixoff.kernels.cpu import simd
+from mixoff.kernels.cpu.relay import FIELDS
+from mixoff.kernels.cpu.simd import BLOCK, LANES, TOP, WIDTH, group, pointer
+from mixoff.pages import LINE
 
 STAMP = hashlib.sha256(Path(simd.__file__).read_bytes()).hexdigest()  # of what numba's cache on disk doesn't look at
 SUPER = 128  # groups on one grid of metadata

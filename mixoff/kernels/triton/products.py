@@ -17,7 +17,7 @@ from types import ModuleType
 import torch
 
 from mixoff.kernels.reference import DEQUANTIZED
-from mixoff.kernels.triton_tiles import OLDEST, ROWS, Tile, tile
+from mixoff.kernels.triton.tiles import OLDEST, ROWS, Tile, tile
 from mixoff.quantize.layout import BLOCK, places
 from mixoff.quantize.tensor import QTensor
 
@@ -31,7 +31,7 @@ DEQUANTIZED_GROUPS, DEQUANTIZED_WARPS = 8, 8  # of a block that a program dequan
 def loops() -> ModuleType | None:
     """The kernels; None where triton is not installed."""
     try:
-        from mixoff.kernels import triton_loops
+        from mixoff.kernels.triton import loops as triton_loops
     except ImportError:
         return None
     return triton_loops

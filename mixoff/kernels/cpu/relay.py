@@ -19,8 +19,8 @@ from llvmlite import ir
 from numba import carray, types
 from numba.extending import intrinsic, register_jitable
 
-from mixoff.compiled import jit
-from mixoff.kernels.simd import pointer
+from mixoff.jit import jit
+from mixoff.kernels.cpu.simd import pointer
 
 STEP = 8  # numbers of 64 bits from cell to cell: a cache line
 TICKET, LEFT, ACTIVE, FUNCTION, JOB, COUNT, PIECES, ASLEEP = (STEP * i for i in range(8))

@@ -16,12 +16,9 @@ import threading
 from collections.abc import Callable
 from queue import SimpleQueue
 from types import ModuleType
-from typing import Any
 
 import numpy as np
 import torch
-
-from mixoff.passes import wrap
 
 PIECES = 16  # of a job for each thread: one that comes late takes fewer
 PATIENCE = 100_000  # looks of a helper that watches for the next job before it sleeps
@@ -49,32 +46,6 @@ def give_back() -> None:
         del _loans[threading.get_ident()]  # last: whoever is interrupted before it gives back once more
 
 
-def lend(backbone: torch.nn.Module) -> Callable[[], None]:
-    """`borrow` while `backbone` passes over one token on a CPU; returns a function that ends it.
-
-    For quantized backbones: PyTorch's last bits may depend on its number of threads, and a backbone in 16 bits is to
-    equal plain transformers' bit for bit.
-    """
-
-    def around(forward: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
-        give_back()  # what an interrupt in `finally` has left
-        ids = read_by(args, kwargs)
-        if ids is None or ids.shape[1] != 1 or ids.device.type != "cpu":
-            return forward(*args, **kwargs)
-        try:
-            borrow()
-            return forward(*args, **kwargs)
-        finally:
-            give_back()
-
-    return wrap(backbone, around)
-
-
-def read_by(args: tuple, kwargs: dict) -> torch.Tensor | None:
-    """What a pass with these arguments reads: ids (B, T), or embeddings (B, T, D)."""
-    return next((x for x in (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if x is not None), None)
-
-
 def compute(stages: int, number: int, jobs: int, threads: int) -> None:
     """Call compiled functions in so many `threads`: as `relay` says, `number` stages and their jobs at addresses."""
     if threads == 1:
@@ -86,7 +57,7 @@ def compute(stages: int, number: int, jobs: int, threads: int) -> None:
 @functools.cache
 def _relay() -> ModuleType:
     """What needs numba, loaded when the first product is computed."""
-    from mixoff.kernels import relay
+    from mixoff.kernels.cpu import relay
 
     return relay
 

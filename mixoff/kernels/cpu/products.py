@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import torch
 
-from mixoff.kernels import threads
+from mixoff.kernels.cpu import threads
 from mixoff.pages import LINE
 from mixoff.quantize.layout import BLOCK
 from mixoff.quantize.tensor import QTensor
@@ -36,7 +36,7 @@ FP32_ROWS = {2: 128, 3: 64, 4: 128, 8: 128}  # fp32 activations: for more rows d
 def loops() -> ModuleType | None:
     """The compiled loops; None where numba is not installed, or the CPU has no fused multiply-add."""
     try:
-        from mixoff.kernels import loops
+        from mixoff.kernels.cpu import loops
     except ImportError:
         return None
     return loops if integer_way() else None

@@ -16,8 +16,8 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from mixoff.compiled import jit
-from mixoff.kernels.cpu import share
+from mixoff.jit import jit
+from mixoff.kernels.cpu.products import share
 from mixoff.quantize.strided import StridedTensor
 
 BITS = (2, 4)
