@@ -17,7 +17,7 @@ _HOMES = {
 _HOMES |= {"MixoffError": "errors", "CheckpointError": "errors", "BudgetError": "errors", "ExpertCache": "cache.cache"}
 _HOMES |= {"Scheme": "quantize.scheme", "QTensor": "quantize.tensor", "verify": "store.verify"}
 _HOMES |= {"offload": "memory", "restore": "memory"}
-_HOMES |= {"Trace": "trace", "Simulation": "simulator", "simulate": "simulator"}
+_HOMES |= {"Trace": "trace.trace", "Simulation": "trace.simulate", "simulate": "trace.simulate"}
 _HOMES |= {"plan": "planner", "Plan": "planner"}
 _MODULES = (
     "arena",
@@ -37,10 +37,8 @@ _MODULES = (
     "quality",
     "quantize",
     "rescue",
-    "routers",
     "runtime",
     "shapes",
-    "simulator",
     "store",
     "streams",
     "synthetic",

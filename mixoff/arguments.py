@@ -56,7 +56,7 @@ def policy(text: str) -> str:
 
 def simulated_policy(text: str) -> str:
     """A policy of the simulator, or all of them."""
-    from mixoff.replay import CODES
+    from mixoff.trace.replay import CODES
 
     return choice("unknown policy", [*sorted(CODES), "all"])(text)
 

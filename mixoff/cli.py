@@ -480,17 +480,17 @@ def _add_simulate(commands: argparse._SubParsersAction) -> None:
 
 
 def _simulate(args: argparse.Namespace) -> int:
-    from mixoff import simulator
-    from mixoff.trace import Trace
+    from mixoff.trace import simulate
+    from mixoff.trace.trace import Trace
     from mixoff.units import parse_nbytes
 
     nbytes, ahead = (x if x is None else parse_nbytes(x) for x in (args.expert_nbytes, args.prefetch_nbytes))
     trace, how = Trace.load(args.trace), {"prefetch": args.prefetch, "prefetch_nbytes": ahead}
     if args.policy == "all":
-        table = simulator.compare(trace, args.slots, args.scope, nbytes, **how)
+        table = simulate.compare(trace, args.slots, args.scope, nbytes, **how)
         print(json.dumps(table.to_dict()) if args.json else table)
         return 0
-    result = simulator.simulate(trace, args.policy, args.slots, args.scope, nbytes, **how)
+    result = simulate.simulate(trace, args.policy, args.slots, args.scope, nbytes, **how)
     print(json.dumps(result.to_dict()) if args.json else f"{result} (modelled)")
     return 0
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mixoff.cache.cache import ExpertCache
 from mixoff.errors import MixoffError
-from mixoff.trace import MAX_EXPERTS
+from mixoff.trace.trace import MAX_EXPERTS
 
 NOBODY = MAX_EXPERTS  # no model has an expert of this number: transformers' mark for "no expert" is any from E on
 

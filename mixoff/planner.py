@@ -303,7 +303,7 @@ def _hit_rate(shape: ModelShape, slots: list[int], resident: bool, given: float 
     name = ROUTERS.get((site.num_experts, top_k))
     if name is None:
         return sum(slots) / sum(site.num_experts for site in shape.sites), UNIFORM
-    from mixoff import routers
+    from mixoff.trace import routers
 
     router = routers.preset(name)
     return sum(router.hit_rate(n) for n in slots) / len(slots), LOCALITY.format(name)

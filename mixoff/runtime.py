@@ -40,11 +40,11 @@ from mixoff.kernels import reference
 from mixoff.pages import slab
 from mixoff.prefetch import Guesses, set_aside
 from mixoff.quantize.scheme import Scheme
+from mixoff.runtime_recorder import Recorder
 from mixoff.shapes.sites import Site, slot_nbytes
 from mixoff.store.readers import Reader
 from mixoff.streams import Device, open_device_transfer
 from mixoff.tiers import open_transfer
-from mixoff.trace import Recorder
 from mixoff.transfer import Transfer
 from mixoff.units import format_nbytes
 

@@ -5,10 +5,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mixoff import Trace, simulate, simulator
+from mixoff import Trace, simulate
 from mixoff.cache.cache import ExpertCache
 from mixoff.cache.policies import HALF_LIVES, HalfLife
-from mixoff.routers import Router, preset
+from mixoff.trace.routers import Router, preset
+from mixoff.trace.simulate import OFFLINE, SCOPES, compare
 
 
 def asked(policy, calls):
@@ -59,7 +60,7 @@ def test_scores_of_those_not_chosen_are_heard():
 @given(
     seed=st.integers(0, 2**32),
     slots=st.integers(2, 5),
-    scope=st.sampled_from(simulator.SCOPES),
+    scope=st.sampled_from(SCOPES),
     scored=st.booleans(),
 )
 def test_runtime_and_simulator_come_to_the_same_counts(seed, slots, scope, scored):
@@ -78,8 +79,8 @@ def test_runtime_and_simulator_come_to_the_same_counts(seed, slots, scope, score
 @pytest.mark.parametrize("domain", ["novel", "code"])
 def test_it_closes_more_of_the_gap_than_any_other_online_policy(domain):
     """Held-out text, nothing tuned on it; the best published online figure known to us is 24 %."""
-    table = simulator.compare(Trace.load(f"tiny-mixtral/{domain}").select(slice(0, 1_000)), slots=4)
-    shares = {r.policy: table.gap_closed(r.policy) for r in table.results if r.policy not in simulator.OFFLINE}
+    table = compare(Trace.load(f"tiny-mixtral/{domain}").select(slice(0, 1_000)), slots=4)
+    shares = {r.policy: table.gap_closed(r.policy) for r in table.results if r.policy not in OFFLINE}
     assert max(shares, key=shares.get) == "half-life" and shares["half-life"] > 0.4
 
 

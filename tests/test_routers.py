@@ -3,17 +3,9 @@
 import numpy as np
 import pytest
 
-from mixoff import MixoffError, Trace, simulator
-from mixoff.routers import (
-    GLM_5_2_RATES,
-    MIXTRAL_REPEATS,
-    PRESETS,
-    QWEN3_235B_RATES,
-    SAMPLE,
-    WARM,
-    Router,
-    preset,
-)
+from mixoff import MixoffError, Trace
+from mixoff.trace import simulate
+from mixoff.trace.routers import GLM_5_2_RATES, MIXTRAL_REPEATS, PRESETS, QWEN3_235B_RATES, SAMPLE, WARM, Router, preset
 
 SHARES = {"qwen3-235b": QWEN3_235B_RATES, "glm-5.2": GLM_5_2_RATES}
 
@@ -65,7 +57,7 @@ def test_hit_rates_are_those_of_the_simulator():
     trace = router.trace(SAMPLE)
     warm = trace.select(slice(0, WARM))
     for slots in (2, 5, 8):
-        whole, start = simulator.simulate(trace, slots=slots), simulator.simulate(warm, slots=slots)
+        whole, start = simulate.simulate(trace, slots=slots), simulate.simulate(warm, slots=slots)
         hits, asked = whole.hits - start.hits, (SAMPLE - WARM) * 3 * 2
         assert router.hit_rate(slots) == pytest.approx(hits / asked, abs=1e-12)
 

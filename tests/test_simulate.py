@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 from tiny import BUNDLED
 
 import mixoff
-from mixoff import BudgetError, MixoffError, Trace, simulate, simulator
+from mixoff import BudgetError, MixoffError, Trace, simulate
 from mixoff.cache.cache import ExpertCache
 from mixoff.cache.policies import POLICIES
 from mixoff.cli import main
+from mixoff.trace.simulate import CODES, COUNTERS, SCOPES, curve
 
-ALL = sorted(simulator.CODES)
+ALL = sorted(CODES)
 SLOT, SCRATCH = 221_184, 32 * 192 * 4
 
 
@@ -41,16 +42,16 @@ def replay_in_cache(trace, policy, slots, scope):
         keys = [(site, key) for key in r.keys[r.starts[c] : r.starts[c + 1]].tolist()]
         for _ in cache.access(site if scope == "layer" else 0, keys, prompt):
             pass
-    return {name: getattr(cache, name) for name in simulator.COUNTERS}
+    return {name: getattr(cache, name) for name in COUNTERS}
 
 
-@pytest.mark.parametrize("scope", simulator.SCOPES)
+@pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("policy", sorted(POLICIES))
 @settings(max_examples=15, deadline=None)
 @given(trace=traces(), slots=st.integers(2, 6))
 def test_counts_what_the_cache_counts(policy, scope, trace, slots):
     got = simulate(trace, policy, slots, scope)
-    assert {name: getattr(got, name) for name in simulator.COUNTERS} == replay_in_cache(trace, policy, slots, scope)
+    assert {name: getattr(got, name) for name in COUNTERS} == replay_in_cache(trace, policy, slots, scope)
     assert [sum(getattr(x, n) for x in got.per_layer) for n in ("hits", "misses")] == [got.hits, got.misses]
 
 
@@ -71,9 +72,7 @@ def fewest_misses(calls, slots):
 
 
 @settings(max_examples=25, deadline=None)
-@given(
-    trace=traces(tokens=12, prompts=False, layers=2), slots=st.integers(2, 4), scope=st.sampled_from(simulator.SCOPES)
-)
+@given(trace=traces(tokens=12, prompts=False, layers=2), slots=st.integers(2, 4), scope=st.sampled_from(SCOPES))
 def test_belady_equals_brute_force(trace, slots, scope):
     r, L = trace.requests(), len(trace.layers)
     calls = [r.keys[r.starts[c] : r.starts[c + 1]].tolist() for c in range(len(r.site))]
@@ -85,17 +84,17 @@ def test_belady_equals_brute_force(trace, slots, scope):
 
 
 @settings(max_examples=15, deadline=None)
-@given(trace=traces(), slots=st.integers(2, 6), scope=st.sampled_from(simulator.SCOPES))
+@given(trace=traces(), slots=st.integers(2, 6), scope=st.sampled_from(SCOPES))
 def test_belady_is_never_beaten(trace, slots, scope):
     fewest = simulate(trace, "belady", slots, scope).misses
     assert all(simulate(trace, policy, slots, scope).misses >= fewest for policy in ALL)
 
 
 @settings(max_examples=15, deadline=None)
-@given(trace=traces(prompts=False), scope=st.sampled_from(simulator.SCOPES))
+@given(trace=traces(prompts=False), scope=st.sampled_from(SCOPES))
 def test_more_slots_never_hurt_lru_and_one_pass_gives_them_all(trace, scope):
     rates = [simulate(trace, "lru", slots, scope).hit_rate for slots in range(2, 7)]
-    assert rates == sorted(rates) == list(simulator.curve(trace, "lru", scope).values())
+    assert rates == sorted(rates) == list(curve(trace, "lru", scope).values())
 
 
 def test_more_slots_may_hurt_fifo():
@@ -117,11 +116,11 @@ def test_compiled_and_plain_python_agree(trace):
     """The compiled twin is taken for long traces only; here it is made to run on short ones."""
     for policy in ALL:
         plain = simulate(trace, policy, 3, "global")
-        threshold, mixoff.trace.COMPILE_FROM = mixoff.trace.COMPILE_FROM, 0
+        threshold, mixoff.jit.COMPILE_FROM = mixoff.jit.COMPILE_FROM, 0
         try:
             assert simulate(trace, policy, 3, "global") == plain
         finally:
-            mixoff.trace.COMPILE_FROM = threshold
+            mixoff.jit.COMPILE_FROM = threshold
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +138,7 @@ def generate(model):
 
 @pytest.mark.parametrize("policy", ["lru", "lfru"])
 @pytest.mark.parametrize("slots", [2, 5])
-@pytest.mark.parametrize("scope", simulator.SCOPES)
+@pytest.mark.parametrize("scope", SCOPES)
 def test_counts_what_the_runtime_counts(live, scope, slots, policy):
     budget = 8 * slots * SLOT + SCRATCH
     events = []
@@ -149,13 +148,13 @@ def test_counts_what_the_runtime_counts(live, scope, slots, policy):
         info = model.mixoff.info()
     got = simulate(live, policy, slots, scope)
     assert got.evictions > 0
-    assert {n: getattr(got, n) for n in simulator.COUNTERS} == {n: getattr(info, n) for n in simulator.COUNTERS}
+    assert {n: getattr(got, n) for n in COUNTERS} == {n: getattr(info, n) for n in COUNTERS}
     assert got.bytes_moved + got.prompt_bytes_moved == info.bytes_moved
     by_layer = [(x.layer, x.hits, x.misses) for x in got.per_layer]
     assert by_layer == [(i, events.count((i, "hit")), events.count((i, "miss"))) for i in range(8)]
 
 
-@pytest.mark.parametrize("scope", simulator.SCOPES)
+@pytest.mark.parametrize("scope", SCOPES)
 def test_prefetch_counts_what_the_runtime_counts(scope):
     """Guesses of the next router, recorded from a run that fetches on them: every count and every byte."""
     budget = (8 * 3 + 2) * SLOT + SCRATCH
@@ -167,7 +166,7 @@ def test_prefetch_counts_what_the_runtime_counts(scope):
     got = simulate(recorder.trace, "half-life", 3, scope, prefetch="next-router")
     same = ("prefetches", "prefetch_hits", "prefetch_wasted_bytes", "predictions", "predictions_right")
     assert {n: getattr(got, n) for n in same} == {n: getattr(info, n) for n in same}
-    assert {n: getattr(got, n) for n in simulator.COUNTERS} == {n: getattr(info, n) for n in simulator.COUNTERS}
+    assert {n: getattr(got, n) for n in COUNTERS} == {n: getattr(info, n) for n in COUNTERS}
     assert got.bytes_moved + got.prompt_bytes_moved == info.bytes_moved
 
 
@@ -187,7 +186,7 @@ def guessed_by_hand(trace, slots, scope, spare, guesses):
 
 
 @settings(max_examples=25, deadline=None)
-@given(trace=traces(), slots=st.integers(2, 5), spare=st.integers(0, 3), scope=st.sampled_from(simulator.SCOPES))
+@given(trace=traces(), slots=st.integers(2, 5), spare=st.integers(0, 3), scope=st.sampled_from(SCOPES))
 def test_guesses_are_counted_as_by_hand(trace, slots, spare, scope):
     E = trace.num_experts
     named = np.argsort(np.random.default_rng(1).random((*trace.experts.shape[:2], E)), axis=2)[:, :, :3]
@@ -206,7 +205,7 @@ def test_guesses_are_counted_as_by_hand(trace, slots, spare, scope):
 
 def test_predictors_are_what_they_say():
     """16,000 named experts: sigma of the share 0.003, and the seed is fixed."""
-    trace = mixoff.routers.preset("mixtral-8x7b").trace(1_000, layers=9)
+    trace = mixoff.trace.routers.preset("mixtral-8x7b").trace(1_000, layers=9)
     guessed = simulate(trace, slots=2, prefetch="recall=0.8", expert_nbytes=10)
     assert guessed.predictions_right / guessed.predictions == pytest.approx(0.8, abs=0.015)
     assert guessed.prefetch_used_bytes + guessed.prefetch_wasted_bytes == 10 * guessed.prefetches

@@ -15,7 +15,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from mixoff import models, simulate, trace
+from mixoff import jit, models, simulate
 from policy_table import SHAPES, domains_of_tiny, table
 
 HALF_LIVES = 2.0 ** np.arange(9)
@@ -285,7 +285,7 @@ def pooled_rate(t, slots, ahead=None):
 
 def by_scores(slots=4):
     """Share of the gap that `half-life` closes on the bundled model's held-out text when routers' scores are known."""
-    trace.COMPILE_FROM, domains = 0, domains_of_tiny()
+    jit.COMPILE_FROM, domains = 0, domains_of_tiny()
     found = {name: [] for name in ("requests alone", "own router's scores as well", "next router's scores as well")}
     rates = {scope: {name: [] for name in ("lru", "belady", *found)} for scope in ("layer", "global")}
     spared = "requests alone, what the next router expects is spared"

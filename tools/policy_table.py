@@ -11,11 +11,13 @@ import time
 
 import numpy as np
 
-from mixoff import models, routers, simulate, simulator, trace
-from mixoff.routers import Router, preset
+from mixoff import jit, models, simulate
+from mixoff.trace import routers, trace
+from mixoff.trace.routers import Router, preset
+from mixoff.trace.simulate import CODES, OFFLINE, SCOPES, curve
 
 SLOTS = (2, 3, 4, 5, 6)
-ONLINE = [name for name in simulator.CODES if name not in simulator.OFFLINE]
+ONLINE = [name for name in CODES if name not in OFFLINE]
 SHAPES = {  # router, slots, seed; none of the seeds was used while `half-life` was made
     "8/2, Mixtral, 4 slots": (preset("mixtral-8x7b"), 4, 101),
     "8/2, more local, 4 slots": (Router(8, 2, 1.0, 0.97), 4, 102),
@@ -56,7 +58,7 @@ def by_policy(traces, scope):
     """Policies, then LRU on routing without order and without preference; the share of the gap closed at 4 slots."""
     lru, best = mean_rates(traces, "lru", scope), mean_rates(traces, "belady", scope)
     rows = []
-    for name in [*ONLINE, *simulator.OFFLINE]:
+    for name in [*ONLINE, *OFFLINE]:
         rates = mean_rates(traces, name, scope)
         share = (rates[2] - lru[2]) / (best[2] - lru[2])
         rows.append((f"`{name}`", [*rates, f"{100 * share:.0f} %"]))
@@ -81,7 +83,7 @@ def by_shape(tokens=2_000, layers=4):
     for shape, (router, slots, seed) in SHAPES.items():
         scored = router.trace(tokens, layers, seed, scores=True)
         plain = trace.Trace.from_array(scored.experts, scored.num_experts)
-        rates = {f"`{name}`": simulate(plain, name, slots).hit_rate for name in simulator.CODES}
+        rates = {f"`{name}`": simulate(plain, name, slots).hit_rate for name in CODES}
         lru, best = rates["`lru`"], rates["`belady`"]
         rates["`half-life`, with scores"] = simulate(scored, "half-life", slots).hit_rate
         shares = {name: f"{100 * (rate - lru) / (best - lru):.0f} %" for name, rate in rates.items()}
@@ -130,9 +132,9 @@ def speed(tokens, layers=32):
     columns = {}
     for E, K, slots in ((8, 2, 4), (128, 8, 32)):
         short, long = (Router(E, K, 0.0, 0.0, layers=layers).trace(n) for n in (50, tokens))
-        jobs = {f"LRU, all sizes, {scope}": (simulator.curve, "lru", scope) for scope in simulator.SCOPES}
-        scopes = simulator.SCOPES if E == 8 else ("layer",)
-        jobs |= {f"`{p}`, {scope}": (simulate, p, slots, scope) for p in simulator.CODES for scope in scopes}
+        jobs = {f"LRU, all sizes, {scope}": (curve, "lru", scope) for scope in SCOPES}
+        scopes = SCOPES if E == 8 else ("layer",)
+        jobs |= {f"`{p}`, {scope}": (simulate, p, slots, scope) for p in CODES for scope in scopes}
         for job, *args in jobs.values():
             job(short, *args)
         columns[f"{E}/{K}"] = {name: f"{cpu_s(job, long, *args):.1f}" for name, (job, *args) in jobs.items()}
@@ -147,7 +149,7 @@ def main(argv=None):
     parser.add_argument("--speed", type=int, metavar="TOKENS", help="print only how long replays take")
     args = parser.parse_args(argv)
     domains = trace.load_domains(args.traces) if args.traces else domains_of_tiny()
-    trace.COMPILE_FROM = 0  # many replays of one size: compiling pays
+    jit.COMPILE_FROM = 0  # many replays of one size: compiling pays
     if args.speed:
         print(speed(args.speed))
         return 0

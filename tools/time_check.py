@@ -35,13 +35,13 @@ from mixoff.kernels.cpu.threads import crew
 from mixoff.shapes.kv_cache import advance
 from mixoff.shapes.shape import ModelShape
 from mixoff.shapes.sites import slot_nbytes, torch_dtype
-from mixoff.simulator import simulate
 from mixoff.store import describe
 from mixoff.store.readers import BLOCK, PIECE
 from mixoff.store.source import open_source
 from mixoff.tiers import WORKERS
 from mixoff.timeline import WIDENED, Efficiency
-from mixoff.trace import Trace
+from mixoff.trace.simulate import simulate
+from mixoff.trace.trace import Trace
 
 RUNS, TOKENS, PROMPT, WARMUP = 5, 12, 4, 24  # a first run of each setting is not counted
 HICCUP = 3.0  # times the median of its run: tokens and loops so long say nothing of the core's usual speed

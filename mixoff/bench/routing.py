@@ -107,7 +107,7 @@ def synthetic(preset: str, repeat: float | None, num_experts: int, top_k: int, l
 
     repeat: share of the previous token's experts asked for again, reached within a point; None keeps the preset's.
     """
-    from mixoff import routers
+    from mixoff.trace import routers
 
     router = replace(routers.preset(preset), num_experts=num_experts, top_k=top_k, layers=layers)
 

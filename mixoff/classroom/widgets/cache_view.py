@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from mixoff.runtime import Event, Runtime
-    from mixoff.trace import Trace
+    from mixoff.trace.trace import Trace
 
 HERE = Path(__file__).parent
 STATES = ("in the slow tier", "resident", "hit", "miss", "prefetched", "evicted")

@@ -13,7 +13,8 @@ from __future__ import annotations
 import numpy as np
 
 from mixoff.cache.policies import FADES, MASK, TRUST, scramble
-from mixoff.trace import Requests, compiled
+from mixoff.jit import compiled
+from mixoff.trace.requests import Requests
 
 LRU, FIFO, LFU, LFUDA, LFRU, RANDOM, LEAST_STALE, STATIC, BELADY, HALF_LIFE = range(10)
 CODES = {"lru": LRU, "fifo": FIFO, "lfu": LFU, "lfuda": LFUDA, "lfru": LFRU, "random": RANDOM}

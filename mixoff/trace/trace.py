@@ -10,51 +10,35 @@ Does not know caches, nor models beyond the runtime's hook.
 from __future__ import annotations
 
 import csv
-import functools
 import json
 import math
 import os
-import time
-import zipfile
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from mixoff import models
 from mixoff.errors import MixoffError, suggestion
-from mixoff.jit import jit
+from mixoff.trace.files import (
+    FORMATS,
+    NO_EXPERT,
+    OPTIONAL,
+    PHASES,
+    VERSION,
+    _from_rows,
+    _json_rows,
+    _load_npz,
+    _naming,
+    _readable,
+    read_arrays,
+)
+from mixoff.trace.requests import Requests, depths
 
-VERSION = 1
-OPTIONAL = ("weights", "times_s", "predicted", "scores")  # by token; what a trace may or may not know
 BESIDE = ("weights", "predicted")  # what `load_domains` reads beside a trace
-FORMATS = (".npz", ".csv", ".jsonl", ".ndjson")
-NO_EXPERT = -1  # a place in a token's choice that names nobody
 MAX_EXPERTS = 2**15 - 1  # experts are stored as int16 at most
-PHASES = ("decode", "prompt")
-# what zipfile and numpy raise for a file that is none, is damaged, or lies about its size
-UNREADABLE = (zipfile.BadZipFile, zlib.error, OSError, ValueError, EOFError, KeyError, RuntimeError, MemoryError)
-
-
-@dataclass(frozen=True, eq=False)
-class Requests:
-    """Calls of MoE layers in the order in which a model makes them.
-
-    keys: int (R,), layer * E + expert; call c asks for `keys[starts[c]:starts[c + 1]]`. starts: int (P * L + 1,).
-    site: int (P * L,), which of the L layers calls. is_prompt: bool (P * L,). named: int (P * L, M), keys that a
-    predictor named before each call, -1 for none, or None. scores: float32 (P * L, E), the router's, or None.
-    """
-
-    keys: np.ndarray
-    starts: np.ndarray
-    site: np.ndarray
-    is_prompt: np.ndarray
-    named: np.ndarray | None = None
-    scores: np.ndarray | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -421,58 +405,6 @@ def _check_passes(passes: np.ndarray, is_prompt: np.ndarray) -> None:
         raise MixoffError(f"pass {passes[np.argmax(mixed)]} is prompt and decode at once: give each its own pass")
 
 
-# --- files -----------------------------------------------------------------------------------------------------------
-
-
-def _load_npz(path: Path) -> Trace:
-    arrays = read_arrays(path)
-    if "version" not in arrays:
-        raise MixoffError(
-            f"{path} holds the arrays {', '.join(arrays) or 'none'} and no version: it is no trace of mixoff; "
-            "build one with mixoff.Trace.from_array"
-        )
-    if arrays["version"].shape != () or arrays["version"] != VERSION:
-        raise MixoffError(f"{path} has version {arrays['version']}, this mixoff reads {VERSION}: update mixoff")
-    scalars = {name: arrays.pop(name) for name in ("version", "num_experts", "expert_nbytes") if name in arrays}
-    known = {"experts", "is_prompt", "passes", "layers", *OPTIONAL}
-    if lacking := {"experts", "is_prompt", "passes", "layers", "num_experts"} - arrays.keys() - scalars.keys():
-        raise MixoffError(f"{path} lacks {', '.join(sorted(lacking))}: record or convert the trace again")
-    if unknown := arrays.keys() - known:
-        raise MixoffError(f"{path} holds {', '.join(sorted(unknown))}, which no trace has: it is damaged or not ours")
-    for name, value in scalars.items():
-        if value.shape != () or value.dtype.kind not in "iu":
-            raise MixoffError(f"{path}: {name} is {value.dtype} {value.shape}, not one integer")
-    numbers = {name: int(value) for name, value in scalars.items() if name != "version"}
-    with _naming(path):
-        return Trace.from_array(arrays.pop("experts"), **arrays, **numbers)
-
-
-def read_arrays(path: str | Path) -> dict[str, np.ndarray]:
-    """Every array of a `.npz`, each header checked against the bytes that are there; never unpickles."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return {info.filename.removesuffix(".npy"): _read_member(archive, info) for info in archive.infolist()}
-    except UNREADABLE as error:
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise MixoffError(f"cannot read {path} as .npz: {reason}") from error
-
-
-def _read_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
-    with archive.open(info) as file:
-        version = np.lib.format.read_magic(file)
-        read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}.get(version)
-        if read is None:
-            raise ValueError(f"{info.filename} has .npy version {version}")
-        shape, fortran, dtype = read(file)
-        if dtype.kind not in "biuf":
-            raise ValueError(f"{info.filename} holds {dtype}, not numbers")
-        count, left = int(np.prod(shape, dtype=object)), info.file_size - file.tell()
-        if count * dtype.itemsize != left:
-            raise ValueError(f"{info.filename} says {shape} {dtype} and has {left:,} bytes of it")
-        flat = np.frombuffer(file.read(left), dtype, count)
-    return flat.reshape(shape, order="F" if fortran else "C")
-
-
 def load_domains(path: str | Path, num_experts: int = 8) -> dict[str, Trace]:
     """Traces by name from a `.npz` of plain arrays (L, T, K), as the bundled model has for its five domains.
 
@@ -502,303 +434,3 @@ def _bundled(path: Path) -> Trace:
         raise MixoffError(f"{path} is not a bundled trace: {way_out}")
     matrices, nbytes = 3 * config["hidden_size"] * config["intermediate_size"], 2  # fp16
     return replace(domains[domain], expert_nbytes=matrices * nbytes)
-
-
-def _readable(path: str | Path) -> Any:
-    try:
-        return open(path, newline="", encoding="utf-8-sig")
-    except OSError as error:
-        raise MixoffError(f"cannot read {path}: {error.strerror or error}") from error
-
-
-@contextmanager
-def _naming(path: str | Path) -> Iterator[None]:
-    """Put the file's name before every error of its content."""
-    try:
-        yield
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise MixoffError(f"cannot read {path} as text: {error}") from error
-    except MixoffError as error:
-        raise MixoffError(f"{path}: {error}") from error
-
-
-def _json_rows(file: Iterable[str]) -> Iterator[tuple[int, dict]]:
-    """(line, row with one expert) of each expert of each line."""
-    for number, line in enumerate(file, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise MixoffError(f"line {number}: not JSON: {error.msg}") from error
-        if not isinstance(row, dict):
-            raise MixoffError(f"line {number}: give an object with token, layer and experts")
-        experts, weights = row.pop("experts", None), row.pop("weights", None)
-        if experts is None:
-            yield number, row
-            continue
-        if not isinstance(experts, list) or (weights is not None and len(weights) != len(experts)):
-            raise MixoffError(f"line {number}: experts is a list, and weights are as many")
-        for k, expert in enumerate(experts):
-            yield number, row | {"expert": expert} | ({} if weights is None else {"weight": weights[k]})
-
-
-def _from_rows(rows: Iterable[tuple[int, dict]], num_experts: int | None) -> Trace:
-    """A trace of rows with `token`, `layer`, `expert` and what else is known."""
-    table = [_parsed(number, row) for number, row in rows]
-    if not table:
-        raise MixoffError("no rows: a trace has at least one token")
-    token, T = _numbered([row["token"] for row in table])
-    layer, L = _numbered([row["layer"] for row in table])
-    place = _places(token * L + layer)
-    experts = np.full((T, L, int(place.max()) + 1), NO_EXPERT, np.int64)
-    experts[token, layer, place] = [row["expert"] for row in table]
-    if (experts[:, :, 0] < 0).any():
-        t, at = np.argwhere(experts[:, :, 0] < 0)[0]
-        names = np.unique([row["token"] for row in table])[t], np.unique([row["layer"] for row in table])[at]
-        raise MixoffError(f"token {names[0]} has no expert in layer {names[1]}")
-    highest = int(experts.max()) + 1
-    known = {name: _by_token(name, table, token, T) for name in ("pass", "phase", "time_s")}
-    weights = None
-    if all(row["weight"] is not None for row in table):
-        weights = np.zeros(experts.shape)
-        weights[token, layer, place] = [row["weight"] for row in table]
-    return Trace.from_array(
-        experts,
-        highest if num_experts is None else num_experts,
-        is_prompt=None if known["phase"] is None else known["phase"] == "prompt",
-        passes=known["pass"],
-        layers=np.unique([row["layer"] for row in table]),
-        weights=weights,
-        times_s=known["time_s"],
-    )
-
-
-NUMBERS = {"token": int, "layer": int, "expert": int, "weight": float, "pass": int, "time_s": float}
-
-
-def _parsed(number: int, row: dict) -> dict:
-    """A row's values as numbers; None for what is not there."""
-    row = {name: value for name, value in row.items() if value not in (None, "")}
-    if lacking := [name for name in ("token", "layer", "expert") if name not in row]:
-        raise MixoffError(f"line {number}: {' and '.join(lacking)} missing")
-    out = {name: _number(number, name, row[name], kind) if name in row else None for name, kind in NUMBERS.items()}
-    if row.get("phase") not in (None, *PHASES):
-        raise MixoffError(f"line {number}: phase is {row['phase']!r}, not one of {', '.join(PHASES)}")
-    return out | {"phase": row.get("phase")}
-
-
-def _number(line: int, name: str, value: Any, kind: type) -> int | float:
-    """`value` as a whole number from 0, or as a float. Raises MixoffError."""
-    try:
-        parsed = kind(value)
-        right = isinstance(value, str) or (not isinstance(value, bool) and parsed == value)
-    except (TypeError, ValueError, OverflowError):
-        right = False
-    if not right or (kind is int and not 0 <= parsed < 2**31):
-        raise MixoffError(
-            f"line {line}: {name} is {value!r}, not a {'whole number from 0' if kind is int else 'number'}"
-        )
-    return parsed
-
-
-def _numbered(values: list[int]) -> tuple[np.ndarray, int]:
-    """Each value's rank among the distinct ones, and how many there are."""
-    distinct, rank = np.unique(values, return_inverse=True)
-    return rank, len(distinct)
-
-
-def _places(group: np.ndarray) -> np.ndarray:
-    """Each row's place within its group, in order of appearance."""
-    order = np.argsort(group, kind="stable")
-    starts = np.searchsorted(group[order], group[order])
-    place = np.empty_like(order)
-    place[order] = np.arange(len(group)) - starts
-    return place
-
-
-def _by_token(name: str, table: list[dict], token: np.ndarray, T: int) -> np.ndarray | None:
-    """One value a token, or None when no row has it; rows of a token must agree."""
-    given = [row[name] for row in table]
-    if all(value is None for value in given):
-        return None
-    if any(value is None for value in given):
-        raise MixoffError(f"some rows have no {name}: give it in every row or in none")
-    given, column = np.asarray(given), np.empty(T, np.asarray(given).dtype)
-    column[token] = given
-    if (column[token] != given).any() and name != "time_s":
-        raise MixoffError(f"rows of one token differ in {name}")
-    return column
-
-
-# --- recording -------------------------------------------------------------------------------------------------------
-
-
-class Recorder:
-    """Collects what the router chooses, between `with` and its end; then `recorder.trace` is the `Trace`.
-
-    A pass that began before the recording, or did not end, is left out.
-    """
-
-    def __init__(self, runtime: Any) -> None:
-        self.runtime, self.calls = runtime, {}
-        self._stop: Callable[[], None] | None = None
-
-    def __enter__(self) -> Recorder:
-        self._start, self._stop = time.perf_counter(), self.runtime.on_routing(self._note)
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._stop()
-
-    def _note(self, token: int, is_prompt: bool, site: int, experts: Any, weights: Any) -> None:
-        """One call of a layer: tensors (T, K), copied at once, made arrays later. `token` tells passes apart."""
-        now = time.perf_counter() - self._start
-        calls = self.calls.setdefault(token, (is_prompt, now, {}))[2]
-        named = self.runtime.guesses.expected.get(site, ())
-        calls[site] = experts.detach().clone(), weights.detach().clone(), named
-
-    @property
-    def trace(self) -> Trace:
-        """All complete passes so far. Raises MixoffError when there is none."""
-        sites = self.runtime.source.sites
-        whole = [self.calls[token] for token in sorted(self.calls) if len(self.calls[token][2]) == len(sites)]
-        if not whole:
-            raise MixoffError("nothing was recorded: generate within `with model.mixoff.trace() as recorder:`")
-        stacked = [
-            [np.stack([_array(calls[i][part], kind) for i in range(len(sites))], 1) for _, _, calls in whole]
-            for part, kind in enumerate((np.int16, np.float32))
-        ]
-        rows = [len(part) for part in stacked[0]]
-        named = [[calls[i][2] for i in range(len(sites))] for _, _, calls in whole]
-        E = max(site.num_experts for site in sites)
-        experts = np.concatenate(stacked[0])  # (T, L, K)
-        return Trace.from_array(
-            np.where(experts < E, experts, NO_EXPERT),
-            E,
-            is_prompt=np.repeat([is_prompt for is_prompt, _, _ in whole], rows),
-            passes=np.repeat(np.arange(len(whole)), rows),
-            layers=[site.layer for site in sites],
-            weights=np.nan_to_num(np.concatenate(stacked[1])),  # padding may be routed by NaN
-            times_s=np.repeat([now for _, now, _ in whole], rows),
-            expert_nbytes=self.runtime.source.expert_nbytes,
-            predicted=_padded(named, rows),
-        )
-
-
-def _array(values: Any, kind: type) -> np.ndarray:
-    """A tensor's values, from any device; NumPy knows no bfloat16."""
-    values = values.float() if values.is_floating_point() else values
-    return values.numpy(force=True).astype(kind)
-
-
-def _padded(named: list[list[Sequence[int]]], rows: list[int]) -> np.ndarray | None:
-    """What was named before each call of each pass, as `Trace.predicted`; passes have `rows` tokens."""
-    most = max(len(experts) for calls in named for experts in calls)
-    if not most:
-        return None
-    out = np.full((sum(rows), len(named[0]), most), NO_EXPERT, np.int16)
-    for t, calls in zip(np.cumsum([0, *rows[:-1]]), named, strict=True):
-        for layer, experts in enumerate(calls):
-            out[t, layer, : len(experts)] = experts
-    return out
-
-
-# --- loops, compiled by numba where that pays ------------------------------------------------------------------------
-
-COMPILE_FROM = 20_000  # requests, two seconds in Python; numba starts in one once it has compiled, which takes ten
-
-
-def compiled(loop: Callable, requests: int = COMPILE_FROM, helpers: tuple[Callable, ...] = ()) -> Callable:
-    """`loop`, or its compiled twin with equal results when there are many requests and numba is installed."""
-    return loop if requests < COMPILE_FROM else _compile(loop, helpers)
-
-
-@functools.cache
-def _compile(loop: Callable, helpers: tuple[Callable, ...]) -> Callable:
-    try:
-        import numba
-    except ImportError:
-        return loop
-    for helper in helpers:
-        numba.extending.register_jitable(helper)
-    return jit(loop)
-
-
-def depths(requests: Requests, L: int, E: int, scope: str) -> np.ndarray:
-    """Histogram of the depth of each request in its pool's list of keys by last use: int (L, keys a pool + 1).
-
-    scope: `layer`, a list a layer, or `global`, one for all. Last column: first uses.
-    Source: Mattson et al., Evaluation techniques for storage hierarchies (1970): one pass gives LRU for all sizes.
-    Marks at each key's last use stand in a tree of sums (Fenwick, 1994), after Bennett and Kruskal (1975).
-    """
-    pools, size = (L, E) if scope == "layer" else (1, L * E)
-    histogram, room = np.zeros((L, size + 1), np.int64), 2 * size
-    tree, owner = np.zeros((pools, room + 1), np.int64), np.full((pools, room), -1, np.int64)
-    run = compiled(depths_loop, requests.keys.size, (marked, mark, renumber))
-    run(requests.keys, requests.starts, requests.site, tree, owner, np.full(L * E, -1, np.int64), histogram)
-    return histogram
-
-
-def depths_loop(
-    keys: np.ndarray,
-    starts: np.ndarray,
-    site: np.ndarray,
-    tree: np.ndarray,
-    owner: np.ndarray,
-    used: np.ndarray,
-    histogram: np.ndarray,
-) -> None:
-    """All depths of a call are looked up before any of its keys moves to the front, as a cache serves a token.
-
-    used: time of each key's last use, -1 for never; owner: the key last used at each time of a pool's, or -1.
-    """
-    clock, held = np.zeros(len(tree), np.int64), np.zeros(len(tree), np.int64)
-    for c in range(len(starts) - 1):
-        p = min(site[c], len(tree) - 1)
-        for i in range(starts[c], starts[c + 1]):
-            when = used[keys[i]]
-            histogram[site[c], histogram.shape[1] - 1 if when < 0 else held[p] - marked(tree[p], when)] += 1
-        for i in range(starts[c], starts[c + 1]):
-            key = keys[i]
-            if clock[p] == owner.shape[1]:
-                clock[p] = renumber(tree[p], owner[p], used)
-            if used[key] >= 0:
-                mark(tree[p], used[key], -1)
-                owner[p, used[key]] = -1
-            else:
-                held[p] += 1
-            used[key], owner[p, clock[p]] = clock[p], key
-            mark(tree[p], clock[p], 1)
-            clock[p] += 1
-
-
-def marked(tree: np.ndarray, when: int) -> int:
-    """Marks up to and with the time `when`."""
-    total, i = 0, when + 1
-    while i > 0:
-        total += tree[i]
-        i -= i & -i
-    return total
-
-
-def mark(tree: np.ndarray, when: int, by: int) -> None:
-    """Set a mark at the time `when`, or take it away."""
-    i = when + 1
-    while i < len(tree):
-        tree[i] += by
-        i += i & -i
-
-
-def renumber(tree: np.ndarray, owner: np.ndarray, used: np.ndarray) -> int:
-    """Times from 0 again, in the same order; returns the first that is free."""
-    free = 0
-    tree[:] = 0
-    for when in range(len(owner)):
-        key = owner[when]
-        owner[when] = -1
-        if key >= 0:
-            owner[free], used[key] = key, free
-            mark(tree, free, 1)
-            free += 1
-    return free

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from mixoff.errors import BudgetError, MixoffError
-from mixoff.replay import CODES, COUNTERS, NAMED, NONE, OF_GUESSES, POPULAR, replay, with_recall
-from mixoff.trace import Requests, Trace, depths
+from mixoff.trace.replay import CODES, COUNTERS, NAMED, NONE, OF_GUESSES, POPULAR, replay, with_recall
+from mixoff.trace.requests import Requests, depths
+from mixoff.trace.trace import Trace
 from mixoff.units import format_nbytes
 
 SCOPES = ("layer", "global")

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from mixoff.errors import MixoffError
-from mixoff.trace import Trace
+from mixoff.trace.trace import Trace
 
 CHUNK = 256  # tokens drawn at once: bounds the memory of long traces
 SAMPLE, WARM = 1600, 400  # tokens of the trace behind `hit_rate`, and how many of them only fill the cache

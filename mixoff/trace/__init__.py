@@ -1,0 +1,7 @@
+"""What routers asked for, and what any cache would have made of it: traces, synthetic routers, replay, simulation.
+
+Must not know torch, files of models, or the runtime.
+"""
+
+from mixoff.trace.trace import Trace as Trace
+from mixoff.trace.trace import load_domains as load_domains
