@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 
 from mixoff.errors import MixoffError
-from mixoff.trace.trace import Trace
 
 VERSION = 1
 OPTIONAL = ("weights", "times_s", "predicted", "scores")  # by token; what a trace may or may not know
@@ -28,7 +27,8 @@ UNREADABLE = (zipfile.BadZipFile, zlib.error, OSError, ValueError, EOFError, Key
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
-def _load_npz(path: Path) -> Trace:
+def npz_arguments(path: Path) -> dict[str, Any]:
+    """The arguments of `Trace.from_array` in a trace that mixoff saved. Raises MixoffError."""
     arrays = read_arrays(path)
     if "version" not in arrays:
         raise MixoffError(
@@ -47,8 +47,7 @@ def _load_npz(path: Path) -> Trace:
         if value.shape != () or value.dtype.kind not in "iu":
             raise MixoffError(f"{path}: {name} is {value.dtype} {value.shape}, not one integer")
     numbers = {name: int(value) for name, value in scalars.items() if name != "version"}
-    with _naming(path):
-        return Trace.from_array(arrays.pop("experts"), **arrays, **numbers)
+    return arrays | numbers
 
 
 def read_arrays(path: str | Path) -> dict[str, np.ndarray]:
@@ -77,7 +76,7 @@ def _read_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
     return flat.reshape(shape, order="F" if fortran else "C")
 
 
-def _readable(path: str | Path) -> Any:
+def readable(path: str | Path) -> Any:
     try:
         return open(path, newline="", encoding="utf-8-sig")
     except OSError as error:
@@ -85,7 +84,7 @@ def _readable(path: str | Path) -> Any:
 
 
 @contextmanager
-def _naming(path: str | Path) -> Iterator[None]:
+def naming(path: str | Path) -> Iterator[None]:
     """Put the file's name before every error of its content."""
     try:
         yield
@@ -95,7 +94,7 @@ def _naming(path: str | Path) -> Iterator[None]:
         raise MixoffError(f"{path}: {error}") from error
 
 
-def _json_rows(file: Iterable[str]) -> Iterator[tuple[int, dict]]:
+def json_rows(file: Iterable[str]) -> Iterator[tuple[int, dict]]:
     """(line, row with one expert) of each expert of each line."""
     for number, line in enumerate(file, 1):
         if not line.strip():
@@ -116,8 +115,8 @@ def _json_rows(file: Iterable[str]) -> Iterator[tuple[int, dict]]:
             yield number, row | {"expert": expert} | ({} if weights is None else {"weight": weights[k]})
 
 
-def _from_rows(rows: Iterable[tuple[int, dict]], num_experts: int | None) -> Trace:
-    """A trace of rows with `token`, `layer`, `expert` and what else is known."""
+def row_arguments(rows: Iterable[tuple[int, dict]], num_experts: int | None) -> dict[str, Any]:
+    """The arguments of `Trace.from_array` for rows with `token`, `layer`, `expert` and what else is known."""
     table = [_parsed(number, row) for number, row in rows]
     if not table:
         raise MixoffError("no rows: a trace has at least one token")
@@ -136,15 +135,15 @@ def _from_rows(rows: Iterable[tuple[int, dict]], num_experts: int | None) -> Tra
     if all(row["weight"] is not None for row in table):
         weights = np.zeros(experts.shape)
         weights[token, layer, place] = [row["weight"] for row in table]
-    return Trace.from_array(
-        experts,
-        highest if num_experts is None else num_experts,
-        is_prompt=None if known["phase"] is None else known["phase"] == "prompt",
-        passes=known["pass"],
-        layers=np.unique([row["layer"] for row in table]),
-        weights=weights,
-        times_s=known["time_s"],
-    )
+    return {
+        "experts": experts,
+        "num_experts": highest if num_experts is None else num_experts,
+        "is_prompt": None if known["phase"] is None else known["phase"] == "prompt",
+        "passes": known["pass"],
+        "layers": np.unique([row["layer"] for row in table]),
+        "weights": weights,
+        "times_s": known["time_s"],
+    }
 
 
 NUMBERS = {"token": int, "layer": int, "expert": int, "weight": float, "pass": int, "time_s": float}

@@ -28,12 +28,12 @@ from mixoff.trace.files import (
     OPTIONAL,
     PHASES,
     VERSION,
-    _from_rows,
-    _json_rows,
-    _load_npz,
-    _naming,
-    _readable,
+    json_rows,
+    naming,
+    npz_arguments,
     read_arrays,
+    readable,
+    row_arguments,
 )
 from mixoff.trace.requests import Requests, depths
 
@@ -140,7 +140,9 @@ class Trace:
             return cls.from_csv(path)
         if path.suffix.lower() in (".jsonl", ".ndjson"):
             return cls.from_jsonl(path)
-        return _load_npz(path)
+        arguments = npz_arguments(path)
+        with naming(path):
+            return cls.from_array(**arguments)
 
     @classmethod
     def from_csv(cls, path: str | Path, num_experts: int | None = None) -> Trace:
@@ -148,11 +150,12 @@ class Trace:
 
         One row an expert, those of a token and layer in router order. num_experts: None takes the highest number + 1.
         """
-        with _readable(path) as file, _naming(path):
+        with readable(path) as file, naming(path):
             table = csv.DictReader(file)
             if not {"token", "layer", "expert"} <= set(table.fieldnames or ()):
                 raise MixoffError("the first line must name the columns token, layer and expert")
-            return _from_rows(((table.line_num, row) for row in table), num_experts)
+            rows = ((table.line_num, row) for row in table)
+            return cls.from_array(**row_arguments(rows, num_experts))
 
     @classmethod
     def from_jsonl(cls, path: str | Path, num_experts: int | None = None) -> Trace:
@@ -160,8 +163,8 @@ class Trace:
 
         If known with `"weights": [...]`, `"phase": "prompt"`, `"pass"`, `"time_s"`; `"expert"` may be a single number.
         """
-        with _readable(path) as file, _naming(path):
-            return _from_rows(_json_rows(file), num_experts)
+        with readable(path) as file, naming(path):
+            return cls.from_array(**row_arguments(json_rows(file), num_experts))
 
     def save(self, path: str | Path) -> Path:
         """Write the trace as compressed `.npz`; returns the path, which gets that suffix where it has none.
