@@ -18,21 +18,18 @@ _HOMES |= {"MixoffError": "errors", "CheckpointError": "errors", "BudgetError": 
 _HOMES |= {"Scheme": "quantize.scheme", "QTensor": "quantize.tensor", "verify": "store.verify"}
 _HOMES |= {"offload": "memory", "restore": "memory"}
 _HOMES |= {"Trace": "trace.trace", "Simulation": "trace.simulate", "simulate": "trace.simulate"}
-_HOMES |= {"plan": "planner", "Plan": "planner"}
+_HOMES |= {"plan": "planning.planner", "Plan": "planning.plan"}
 _MODULES = (
-    "arena",
     "bench",
     "cache",
-    "cuda",
     "errors",
     "generation",
-    "hardware",
     "kernels",
     "loading",
     "lossy",
     "memory",
     "models",
-    "planner",
+    "planning",
     "prefetch",
     "quality",
     "quantize",
@@ -40,10 +37,7 @@ _MODULES = (
     "runtime",
     "shapes",
     "store",
-    "streams",
     "synthetic",
-    "tiers",
-    "timeline",
     "trace",
     "transfer",
     "units",

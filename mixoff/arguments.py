@@ -63,7 +63,7 @@ def simulated_policy(text: str) -> str:
 
 def machine(text: str) -> str:
     """The name of a machine, in any of its spellings."""
-    from mixoff import hardware
+    from mixoff.planning import hardware
 
     return _explained(lambda: hardware.named_as(text))
 

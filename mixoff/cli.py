@@ -522,10 +522,10 @@ def _plan(args: argparse.Namespace) -> int:
     source = arguments.plan_source(args.source)
     with _starting(f"planning {printable(source)}"):
         _quiet_transformers()
-        from mixoff import hardware, planner
+        from mixoff.planning import planner, probe
 
     if args.refresh:
-        hardware.probe(cached=False)
+        probe.probe(cached=False)
     sizes = args.fast, args.ram, args.disk
     how = {"context": args.context, "batch": args.batch, "scheme": args.scheme, "hardware": args.hardware}
     plan = planner.plan(source, *sizes, **how)

@@ -13,8 +13,9 @@ import platform
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from mixoff import cuda, hardware
-from mixoff.hardware import Hardware
+from mixoff.planning import probe
+from mixoff.planning.hardware import Hardware
+from mixoff.transfer import cuda
 from mixoff.units import GB, format_nbytes
 
 PACKAGES = (
@@ -86,15 +87,15 @@ class Checkup:
 
 def examine(cached: bool = True) -> Checkup:
     """Look at this machine; bandwidths are measured once and kept, `cached=False` measures them anew."""
-    machine = hardware.probe(cached)
-    total, _ = hardware.memory_nbytes()
+    machine = probe.probe(cached)
+    total, _ = probe.memory_nbytes()
     model, flags = _processor()
     known = ", ".join(name for flag, name in FEATURES.items() if flag in flags) or "no vector extension known to us"
     found = {"python": platform.python_version(), "system": f"{platform.system()} {platform.release()}"} | _versions()
     card = _card() if cuda.obstacle() is None else None
     findings = tuple(_findings(found, machine, total, card))
     processor = f"{model} ({known})"
-    return Checkup(found, processor, hardware.threads_here(), total, hardware.gpu_name(), card, machine, findings)
+    return Checkup(found, processor, probe.threads_here(), total, probe.gpu_name(), card, machine, findings)
 
 
 def _card() -> Card:
@@ -175,7 +176,7 @@ def _gpu_findings(card: Card | None, versions: dict[str, str]) -> list[Finding]:
 
 def _fit(name: str, scheme: str) -> Finding:
     """What a plan says of a well-known model on this machine."""
-    from mixoff import planner
+    from mixoff.planning import planner
 
     plan = planner.plan(f"mistralai/{name}-Instruct-v0.1", scheme=scheme, hardware="here")
     speed = plan.tokens_per_s["expected"]

@@ -15,10 +15,13 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-from mixoff import cuda, hardware, layers, planner, refusals, runtime_hooks, streams
+from mixoff import layers, refusals, runtime_hooks
 from mixoff.cache.policies import Policy
 from mixoff.errors import BudgetError, CheckpointError, MixoffError
 from mixoff.kernels import reference
+from mixoff.planning import planner, probe
+from mixoff.planning.budget import goes_direct, pinned_nbytes
+from mixoff.planning.hardware import Hardware
 from mixoff.prefetch import NextRouter, top_k
 from mixoff.quantize.scheme import Scheme
 from mixoff.rescue import guard
@@ -27,9 +30,11 @@ from mixoff.shapes import sites
 from mixoff.shapes.config import expert_modules, model_class, read_config
 from mixoff.store import backbone, kept, published
 from mixoff.store.names import pinned
-from mixoff.store.readers import goes_direct, past_page_cache
+from mixoff.store.readers import past_page_cache
 from mixoff.store.source import EncodedError, Source, open_backbone, open_source
-from mixoff.tiers import WORKERS
+from mixoff.transfer import cuda, streams
+from mixoff.transfer.cuda import MARGIN, Gpu
+from mixoff.transfer.tiers import WORKERS
 from mixoff.units import format_nbytes, parse_nbytes
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -108,13 +113,13 @@ def budgets(
     ram = None if ram_bytes is None else parse_nbytes(ram_bytes)
     if gpu is None:
         return parse_nbytes(CPU_BUDGET) if fast is None else fast, ram or 0
-    machine = replace(cuda.measured(gpu.describe()), compute_dtype=str(compute).removeprefix("torch."))
+    machine = replace(measured(gpu.describe()), compute_dtype=str(compute).removeprefix("torch."))
     if fast is None:
         fast = planner.fast_nbytes(source.folder, machine, context, scheme_asked(source))
     if ram is None:
         experts = sum(site.num_experts * sites.stride(site) for site in source.sites)
         resident = fast >= experts + reference.scratch_nbytes(source.sites, compute)
-        ram = 0 if resident else planner.pinned_nbytes(experts, machine)
+        ram = 0 if resident else pinned_nbytes(experts, machine)
     return fast, ram
 
 
@@ -126,13 +131,13 @@ def scheme_asked(source: Source) -> Scheme | None:
 def choose_io(source: Source, io: str, fast_bytes: int, limited: bool) -> None:
     """Give `source` a reader that goes past the page cache, if it should."""
     experts = sum(site.num_experts * site.expert_nbytes for site in source.sites)
-    if goes_direct(io, experts + min(fast_bytes, experts), hardware.memory_nbytes()[1], limited):
+    if goes_direct(io, experts + min(fast_bytes, experts), probe.memory_nbytes()[1], limited):
         source.reader = past_page_cache(source.reader, WORKERS)
 
 
 def _check_memory(nbytes: int) -> None:
     """Refuse tiers that no memory here could hold, before the system ends the process for it."""
-    if nbytes > (total := hardware.memory_nbytes()[0]):
+    if nbytes > (total := probe.memory_nbytes()[0]):
         raise BudgetError(
             f"fast and RAM tier would take {format_nbytes(nbytes)}, and this process may have {format_nbytes(total)}: "
             "lower fast_bytes or ram_bytes"
@@ -267,3 +272,17 @@ def bind(model: PreTrainedModel, runtime: Runtime, loaded: bool = True) -> ExitS
 def _note_pass(runtime: Runtime, ids: torch.Tensor, kwargs: dict) -> None:
     """Several sequences packed in one row, as in continuous batching, come with the length of the longest."""
     runtime.begin_pass(ids.shape[0] * ids.shape[1], kwargs.get("max_length_q") or ids.shape[1])
+
+
+def measured(gpu: Gpu) -> Hardware:
+    """The card and this machine's RAM as a plan sees them, from what is free now, for sizes alone.
+
+    Its bandwidths are a T4's: no size depends on them.
+    """
+    sources = {
+        "fast_bytes": f"measured: free now of {gpu.name}",
+        "ram_bytes": "measured: free now",
+        "reserved_nbytes": f"stated: {format_nbytes(MARGIN)} for workspaces and fragments, beside the context",
+    }
+    sizes = {"fast_bytes": gpu.free_nbytes, "ram_bytes": probe.memory_nbytes()[1], "reserved_nbytes": MARGIN}
+    return replace(probe.named("t4"), name="here", compute_dtype=gpu.dtype, **sizes, sources=sources)

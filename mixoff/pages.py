@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 from contextlib import suppress
 
@@ -37,3 +38,20 @@ def slab(nbytes: int, inherited: bool = True) -> torch.Tensor:
     if not inherited and hasattr(mmap, "MADV_DONTFORK"):
         memory.madvise(mmap.MADV_DONTFORK)
     return torch.frombuffer(memory, dtype=torch.uint8)
+
+
+ALLOCATORS = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDA out of memory")  # in RuntimeErrors of torch
+
+
+def out_of_memory(error: Exception) -> str | None:
+    """What an error says, in a sentence, if it is about memory that was not to be had; None for any other.
+
+    >>> out_of_memory(MemoryError("no room")), out_of_memory(ValueError("no sense"))
+    ('no room', None)
+    """
+    lacking = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    lacking = lacking or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+    words = str(error)
+    if lacking or (isinstance(error, RuntimeError) and any(mark in words for mark in ALLOCATORS)):
+        return ". ".join(words.strip().split("\n")[0].split(". ")[:2]) or type(error).__name__
+    return None

@@ -20,56 +20,22 @@ import torch
 from torch import nn
 
 from mixoff.cache.events import PREFETCH, Key, Landing
-from mixoff.errors import BudgetError, MixoffError
 from mixoff.shapes.config import top_k as configured_top_k
-from mixoff.transfer import Transfer
-from mixoff.units import format_nbytes
+from mixoff.transfer.transfer import Transfer
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-MODES = ("auto", "none", "next-router")
 WINDOW = 32  # guesses after which `auto` looks at what came of them
 PAYS_FROM = 0.5  # share of right guesses: a wrong one costs a read, a right one saves no more than a read
 # what a router that takes other arguments than its neighbour raises
 UNASKABLE = (TypeError, ValueError, RuntimeError, AttributeError, LookupError, StopIteration, NotImplementedError)
-SHARE = 8  # `auto` sets aside at most one slot of so many: the cache needs them more
 
 
 def top_k(config: PretrainedConfig) -> int:
     """Experts that the router chooses for a token, K; 2 where the configuration has no name for it that we know."""
     found = configured_top_k(config)
     return 2 if found is None else found
-
-
-def set_aside(
-    mode: str, slots: int, least: int, experts: int, wanted: int, direct: bool, slot_nbytes: int
-) -> tuple[int, str]:
-    """Spare slots for guesses, and the reason. Raises MixoffError, or BudgetError where `next-router` has no room.
-
-    slots: all that `fast_bytes` pays for; least: what the cache needs at least; wanted: one for each of K experts.
-    direct: misses are read past the page cache, and so take long enough to be hidden.
-
-    >>> set_aside("auto", 64, 8, 256, 2, True, 1), set_aside("auto", 256, 8, 256, 2, True, 1)
-    ((2, 'on: next-router, 2 spare slots'), (0, 'off: every expert has a slot'))
-    """
-    if mode not in MODES:
-        raise MixoffError(f"unknown prefetch {mode!r}: choose one of {', '.join(MODES)}")
-    if mode == "none":
-        return 0, "off: as asked"
-    if slots >= experts:
-        return 0, "off: every expert has a slot"
-    if mode == "next-router" and slots <= least:
-        raise BudgetError(
-            f"prefetch needs a slot beside the {least} that the layers need: raise fast_bytes by "
-            f"{format_nbytes((least + 1 - slots) * slot_nbytes)}, or set prefetch to 'none'"
-        )
-    spare = min(wanted, slots - least)
-    if mode == "auto" and not direct:
-        return 0, "off: misses come from memory, and waking a thread costs what hiding them would save"
-    if mode == "auto" and (spare < 1 or spare * SHARE > slots):
-        return 0, f"off: {wanted} spare slots would be too many of {slots}"
-    return spare, f"on: next-router, {spare} spare slots"
 
 
 class Guesses:

@@ -12,8 +12,8 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
-from mixoff.arena import out_of_memory
 from mixoff.errors import BudgetError
+from mixoff.pages import out_of_memory
 from mixoff.passes import wrap
 from mixoff.shapes.kv_cache import CACHE_NAMES
 

@@ -30,22 +30,23 @@ from typing import Protocol
 import torch
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from mixoff.arena import Arena, Weight, least_slots, out_of_memory, plan_slots
 from mixoff.cache.cache import ExpertCache, Grant
 from mixoff.cache.events import BYPASS, HIT, RESTORE, CacheInfo, Event
 from mixoff.cache.policies import Key, Policy
 from mixoff.errors import BudgetError, MixoffError
 from mixoff.experts import by_expert, expert_mlp, expert_mlps
 from mixoff.kernels import reference
-from mixoff.pages import slab
-from mixoff.prefetch import Guesses, set_aside
+from mixoff.pages import out_of_memory, slab
+from mixoff.planning.budget import least_slots, plan_slots, set_aside
+from mixoff.prefetch import Guesses
 from mixoff.quantize.scheme import Scheme
 from mixoff.runtime_recorder import Recorder
 from mixoff.shapes.sites import Site, slot_nbytes
 from mixoff.store.readers import Reader
-from mixoff.streams import Device, open_device_transfer
-from mixoff.tiers import open_transfer
-from mixoff.transfer import Transfer
+from mixoff.transfer.arena import Arena, Weight
+from mixoff.transfer.streams import Device, open_device_transfer
+from mixoff.transfer.tiers import open_transfer
+from mixoff.transfer.transfer import Transfer
 from mixoff.units import format_nbytes
 
 SHRINK = 8  # one slot of so many is given up at a time when memory runs out

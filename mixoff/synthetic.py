@@ -25,9 +25,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from mixoff import hardware
 from mixoff.errors import CheckpointError, MixoffError
 from mixoff.pages import slab
+from mixoff.planning import probe
 from mixoff.quantize.layout import BLOCK, packed_nbytes
 from mixoff.quantize.scheme import Scheme
 from mixoff.quantize.tensor import QTensor
@@ -159,7 +159,7 @@ def _write_site(folder: Path, i: int, site: Site, scheme: Scheme, seed: int) -> 
 
 def _open(path: Path) -> FileIO:
     """Open a file for writing past the page cache where that is possible: several times as fast here."""
-    direct = os.O_DIRECT if hardware.direct_io(path.parent) else 0
+    direct = os.O_DIRECT if probe.direct_io(path.parent) else 0
     return FileIO(os.open(path, os.O_WRONLY | os.O_CREAT | direct, 0o644), "wb")
 
 

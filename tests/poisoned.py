@@ -8,7 +8,7 @@ transfer and notes what a GPU would punish: a slot read before its bytes came, o
 from collections import Counter
 
 from mixoff.cache.events import Landing
-from mixoff.tiers import RamTier
+from mixoff.transfer.tiers import RamTier
 
 
 class Poisoned:

@@ -10,7 +10,7 @@ from collections import deque
 
 import torch
 
-from mixoff.cuda import Gpu
+from mixoff.transfer.cuda import Gpu
 
 
 class Event:

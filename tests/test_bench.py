@@ -20,10 +20,11 @@ import torch
 from tiny import save_random
 
 import mixoff
-from mixoff import doctor, hardware, synthetic, timeline
+from mixoff import doctor, synthetic
 from mixoff.bench import command, compare, contender, limits, record, report, routing
 from mixoff.bench.spec import Spec, repeat_rate
 from mixoff.pages import pages
+from mixoff.planning import probe, speed
 from mixoff.shapes import sizes
 from mixoff.shapes.kv_cache import advance
 from mixoff.store import describe
@@ -246,10 +247,10 @@ def at_home(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.setenv("MIXOFF_CACHE", str(home / "cache"))
     sources = {"disk_bytes": f"measured: free space of {home}", "disk_Bps": "measured: direct"}
-    machine = replace(hardware.named("laptop"), name="here", disk_bytes=1 << 40, sources=sources)
-    monkeypatch.setattr(hardware, "probe", lambda *a, **kw: machine)
-    monkeypatch.setattr(hardware, "read_bandwidth", lambda threads, rounds: 1e9)
-    monkeypatch.setattr(hardware, "disk_bandwidth", lambda folder, nbytes, depth: 1e9)
+    machine = replace(probe.named("laptop"), name="here", disk_bytes=1 << 40, sources=sources)
+    monkeypatch.setattr(probe, "probe", lambda *a, **kw: machine)
+    monkeypatch.setattr(probe, "read_bandwidth", lambda threads, rounds: 1e9)
+    monkeypatch.setattr(probe, "disk_bandwidth", lambda folder, nbytes, depth: 1e9)
     monkeypatch.setattr(compare, "_run", lambda spec, limit, settings: contender.run(spec))  # in this process
     monkeypatch.setattr(doctor, "_findings", lambda *found: ())
     return home
@@ -296,11 +297,11 @@ def test_the_published_layout_is_predicted_as_it_is_stored(tmp_path, monkeypatch
     monkeypatch.setattr(published, "by_hqq", lambda parts, shape, *form: torch.zeros(shape))
     folder = str(published.write(tmp_path / "demo", tmp_path / "original"))
     assert compare.scheme_of(folder) is None and compare.scheme_of(tmp_path / "original") == "none"
-    machine = hardware.named("laptop")
+    machine = probe.named("laptop")
     plan = mixoff.plan(folder, hardware=machine, context=8)
     figures = made(cached_rate=0.5, base_bytes=0, info={"fast_bytes_peak": 0})
     row = compare._row(Spec("mixoff", "mixoff", folder), [figures], machine, plan)
-    expected = timeline.predict(describe.shape_of(folder), sizes.PUBLISHED, machine, 0.5)
+    expected = speed.predict(describe.shape_of(folder), sizes.PUBLISHED, machine, 0.5)
     assert row.predicted_tokens_per_s == expected.tokens_per_s
 
 

@@ -313,13 +313,13 @@ def test_what_is_wrong_is_said_before_torch_is_imported(tmp_path):
 
 
 def test_names_that_are_checked_early_are_those_of_the_code():
-    from mixoff import arguments, loading, prefetch
+    from mixoff import arguments, loading
+    from mixoff.planning import budget
     from mixoff.quantize import scheme
-    from mixoff.store import readers
     from mixoff.trace import simulate
 
     assert set(arguments.SCHEMES) == set(scheme.PRESETS) and ("auto", *loading.DTYPES) == arguments.DTYPES
-    assert (arguments.IO, arguments.PREFETCH, arguments.SCOPES) == (readers.IO, prefetch.MODES, simulate.SCOPES)
+    assert (arguments.IO, arguments.PREFETCH, arguments.SCOPES) == (budget.IO, budget.MODES, simulate.SCOPES)
 
 
 def test_a_name_on_the_hub_is_announced_before_any_request(capsys, monkeypatch):

@@ -22,10 +22,14 @@ from simulated import Device
 from tiny import BUNDLED, budget, decode, resident, save_random
 
 import mixoff
-from mixoff import cuda, doctor, hardware, kernels, loading, planner, refusals, rescue, runtime, streams
-from mixoff.arena import Arena
+from mixoff import doctor, kernels, loading, refusals, rescue, runtime
+from mixoff.loading import measured
+from mixoff.planning import planner, probe
+from mixoff.planning.budget import pinned_nbytes
 from mixoff.shapes.kv_cache import advance
 from mixoff.shapes.sites import slot_nbytes
+from mixoff.transfer import cuda, streams
+from mixoff.transfer.arena import Arena
 from mixoff.units import GIB
 
 PROMPTS = [torch.arange(3, 12)[None] % 128, torch.tensor([[5, 9], [77, 3]])]
@@ -159,7 +163,7 @@ def test_a_device_without_memory_for_the_least_ends_with_the_figures(tiny):
 
 def test_ram_copies_shrink_to_the_memory_that_there_is(tiny, monkeypatch):
     store, want, bare, size = tiny
-    honest = mixoff.tiers.slab
+    honest = mixoff.transfer.tiers.slab
 
     def refuse(nbytes):
         if nbytes > 5 * size:
@@ -339,7 +343,7 @@ def test_small_tensors_come_to_the_host_by_one_copy():
 
 # --- torch.cuda itself -----------------------------------------------------------------------------------------------
 
-SOURCES = (cuda, streams, hardware, doctor, kernels.triton_products)
+SOURCES = (cuda, streams, probe, doctor, kernels.triton_products)
 
 
 def names_in(module):
@@ -427,7 +431,7 @@ def card(request, monkeypatch):
     monkeypatch.setattr(
         torch.cuda, "mem_get_info", lambda device=None: (int(total * GIB) - 350_000_000, int(total * GIB))
     )
-    monkeypatch.setattr(hardware, "memory_nbytes", lambda: (12_700_000_000, 11_000_000_000))
+    monkeypatch.setattr(probe, "memory_nbytes", lambda: (12_700_000_000, 11_000_000_000))
     monkeypatch.setattr(cuda, "Cuda", lambda index: mock.Mock(describe=lambda: cuda.describe(index)))
     return request.param, dtype
 
@@ -458,11 +462,11 @@ def test_budgets_of_mixtral_on_a_t4_and_others(card, scheme):
     name, dtype = card
     if dtype is None:
         return
-    machine = cuda.measured(cuda.describe())
+    machine = measured(cuda.describe())
     fast = planner.fast_nbytes(MIXTRAL, machine, 4096, mixoff.Scheme.preset(scheme))
     needs = planner._needs(MIXTRAL, mixoff.Scheme.preset(scheme), machine, 4096, 1)
     slots, experts = needs.slots(fast), needs.sizes.experts
-    copies = planner.pinned_nbytes(experts, machine)
+    copies = pinned_nbytes(experts, machine)
     assert fast + needs.fixed + machine.reserved_nbytes == cuda.describe().free_nbytes
     resident, beyond = sum(slots) == 256, experts - sum(slots) * needs.sizes.slot_nbytes
     whole = {"t4": ("small",), "l4": ("small", "mixed"), "a100": ("small", "mixed", "quality"), "rtx-3060": ()}
@@ -528,9 +532,9 @@ def test_the_doctor_describes_a_card(card, monkeypatch):
     name, dtype = card
     links = {"pinned": 11.9e9, "pageable": 4.2e9, "back": 12.1e9}
     monkeypatch.setattr(cuda, "link_bandwidths", lambda: links)
-    made = replace(hardware.named("t4"), name="here", disk_bytes=60_000_000_000)
-    monkeypatch.setattr(hardware, "probe", lambda cached: made)
-    monkeypatch.setattr(hardware, "named", lambda name: made)
+    made = replace(probe.named("t4"), name="here", disk_bytes=60_000_000_000)
+    monkeypatch.setattr(probe, "probe", lambda cached: made)
+    monkeypatch.setattr(probe, "named", lambda name: made)
     checkup = doctor.examine()
     said, text = {f.what: f for f in checkup.findings}, str(checkup)
     if dtype is None:

@@ -12,8 +12,8 @@ import torch
 from tiny import BUNDLED, decode
 
 import mixoff
-from mixoff import cuda
 from mixoff.shapes.kv_cache import advance
+from mixoff.transfer import cuda
 
 pytestmark = pytest.mark.gpu
 IDS = torch.arange(5, 29)[None]

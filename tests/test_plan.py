@@ -12,7 +12,9 @@ import transformers
 from transformers import AutoConfig, MixtralConfig
 
 import mixoff
-from mixoff import BudgetError, CheckpointError, MixoffError, cli, hardware, planner
+from mixoff import BudgetError, CheckpointError, MixoffError, cli
+from mixoff.planning import hardware, probe
+from mixoff.planning.needs import Needs
 from mixoff.quantize.scheme import Precision, Scheme
 from mixoff.shapes import known, kv_cache, sizes
 from mixoff.shapes.kv_cache import advance
@@ -24,7 +26,7 @@ from mixoff.store.manifest import MANIFEST
 
 GIB = 2**30
 MIXTRAL = "mistralai/Mixtral-8x7B-Instruct-v0.1"
-CPU = replace(hardware.named("laptop"), fast_bytes=1 << 30, reserved_nbytes=0)
+CPU = replace(probe.named("laptop"), fast_bytes=1 << 30, reserved_nbytes=0)
 
 # ---------------------------------------------------------------- parameters
 
@@ -187,7 +189,7 @@ def test_the_published_checkpoint_has_its_published_bytes():
 def test_the_fast_tier_is_what_load_allocates(scheme, slots):
     """And the backbone's bytes are those of the loaded model's tensors."""
     machine = replace(CPU, fast_bytes=1 << 40)
-    needs = planner.Needs.of(sizes.sizes_of(describe.shape_of("tiny-mixtral"), scheme or "none"), machine, 512, 1)
+    needs = Needs.of(sizes.sizes_of(describe.shape_of("tiny-mixtral"), scheme or "none"), machine, 512, 1)
     fast = needs.fixed + needs.experts_in_fast(slots)
     plan = mixoff.plan("tiny-mixtral", fast, context=512, scheme=scheme or "none", hardware=machine)
     assert (plan.slots_per_layer, plan.tiers["fast"], plan.resident) == (slots, fast, slots == 8)
@@ -218,7 +220,7 @@ def loaded_nbytes(model):
 
 
 def test_a_byte_less_is_a_slot_less():
-    needs = planner.Needs.of(sizes.sizes_of(describe.shape_of("tiny-mixtral"), "none"), CPU, 512, 1)
+    needs = Needs.of(sizes.sizes_of(describe.shape_of("tiny-mixtral"), "none"), CPU, 512, 1)
     fast = needs.fixed + needs.experts_in_fast(3)
     assert mixoff.plan("tiny-mixtral", fast - 1, context=512, scheme="none", hardware=CPU).slots_per_layer == 2
 

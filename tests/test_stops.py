@@ -21,11 +21,12 @@ from test_cuda import products_of
 from tiny import LOCAL, SHAPE, budget, resident, save_random
 
 import mixoff
-from mixoff import cuda, kernels, runtime
-from mixoff.arena import Arena
+from mixoff import kernels, runtime
 from mixoff.pages import slab
 from mixoff.shapes.kv_cache import advance
 from mixoff.shapes.sites import slot_nbytes
+from mixoff.transfer import cuda
+from mixoff.transfer.arena import Arena
 
 PROMPTS = [torch.arange(3, 12)[None] % 128, torch.tensor([[5, 9], [77, 3]]), torch.arange(40, 100)[None]]
 SAMPLE = 14  # points of each setting in every run; all of them, about 2,000, with --run-slow

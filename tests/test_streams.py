@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from poisoned import Poisoned
 from simulated import Device
 
-from mixoff import streams
-from mixoff.transfer import ThreadTransfer
+from mixoff.transfer import streams
+from mixoff.transfer.transfer import ThreadTransfer
 
 SIZES = (300, 400)  # bytes of an expert of each of two sites
 SLOT, EXPERTS = 512, 9

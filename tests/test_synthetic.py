@@ -10,12 +10,12 @@ from tiny import config_of
 
 import mixoff
 from mixoff import synthetic
-from mixoff.arena import view
 from mixoff.pages import slab
 from mixoff.quantize.scheme import Scheme
 from mixoff.shapes import sites
 from mixoff.store import manifest, verify
 from mixoff.store.source import open_source
+from mixoff.transfer.arena import view
 
 WIDE = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4}
 WIDE |= {"num_key_value_heads": 2, "vocab_size": 96}

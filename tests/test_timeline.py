@@ -5,9 +5,13 @@ from itertools import pairwise
 
 import pytest
 
-from mixoff import MixoffError, hardware, models, timeline
+from mixoff import MixoffError, models
+from mixoff.classroom import plots, table2
+from mixoff.classroom.table2 import MODES, TABLE_2
+from mixoff.planning import probe
+from mixoff.planning.speed import EVICTING, HERE, STEP_S, WIDENED, Efficiency, exposed_s, predict
+from mixoff.planning.steps import Step
 from mixoff.store import describe
-from mixoff.timeline import MODES, TABLE_2, Efficiency, Step, predict
 
 CELLS = [(chip, mode) for chip in TABLE_2 for mode in MODES]
 STEP = Step(layers=6, top_k=2, host_s=0.002, attention_s=0.001, expert_s=0.003, link_s=0.004, hit_rate=0.5)
@@ -16,7 +20,7 @@ STEP = Step(layers=6, top_k=2, host_s=0.002, attention_s=0.001, expert_s=0.003, 
 @pytest.fixture(scope="module")
 def made():
     """The fit to the whole table."""
-    return timeline.calibrate()
+    return table2.calibrate()
 
 
 # ---------------------------------------------------------------- Table 2
@@ -36,27 +40,27 @@ def test_parameters_are_few_and_physical(made):
 
 def test_a_cell_that_is_left_out_is_not_looked_at(made, monkeypatch):
     """Whatever stands in that cell, the fit without it is the same, and not the fit with it."""
-    first = timeline.calibrate(("T4", MODES[3]))
+    first = table2.calibrate(("T4", MODES[3]))
     monkeypatch.setitem(TABLE_2, "T4", (*TABLE_2["T4"][:3], 99.0))
-    assert timeline.calibrate(("T4", MODES[3])) == first != made
+    assert table2.calibrate(("T4", MODES[3])) == first != made
 
 
 def test_the_calibrated_events_take_the_time_of_the_closed_form(made):
     """A fixed seed; over 3200 draws of 64 misses the mean is off by under 1 %."""
     for mode in MODES[:3]:
         step = made.step("T4", mode)
-        assert step.seconds(100, seed=1) == pytest.approx(timeline.mean_seconds(step), rel=0.01)
+        assert step.seconds(100, seed=1) == pytest.approx(table2.mean_seconds(step), rel=0.01)
     with pytest.raises(MixoffError, match="closed form"):
-        timeline.mean_seconds(STEP)
+        table2.mean_seconds(STEP)
 
 
 def test_why_preloading_pays_on_a_slow_chip(made):
     """Reported 1.33x on a T4, 1.05x on an A100; where little is computed, little can be hidden."""
-    assert timeline.gain(made, "T4") > 1.25 > 1.1 > timeline.gain(made, "A100") > 1.03
-    fast = timeline.fast_engine(made)
-    assert all(timeline.gain(fast, chip) < 1.11 for chip in TABLE_2)
+    assert table2.gain(made, "T4") > 1.25 > 1.1 > table2.gain(made, "A100") > 1.03
+    fast = table2.fast_engine(made)
+    assert all(table2.gain(fast, chip) < 1.11 for chip in TABLE_2)
     slower = replace(made, compute_ms=dict.fromkeys(TABLE_2, 200.0))
-    assert timeline.gain(slower, "A100") > timeline.gain(made, "A100")
+    assert table2.gain(slower, "A100") > table2.gain(made, "A100")
 
 
 # ---------------------------------------------------------------- events
@@ -68,7 +72,7 @@ def test_why_preloading_pays_on_a_slow_chip(made):
 def test_a_lane_does_one_thing_at_a_time(overlap, recall, disk_share):
     step = replace(STEP, overlap=overlap, recall=recall, disk_share=disk_share, disk_s=0.01)
     events = step.events(tokens=20, seed=3)
-    for kinds in timeline.LANES.values():
+    for kinds in plots.LANES.values():
         spans = sorted((e.t0, e.t1) for e in events if e.kind in kinds)
         assert all(a[1] <= b[0] + 1e-12 for a, b in pairwise(spans))
     assert {e.kind for e in events} >= {"compute", "host", "miss"} | ({"prefetch"} if recall else set())
@@ -123,10 +127,10 @@ def test_modelled_and_measured_lie_in_one_chart():
 
     from mixoff.cache.events import Event
 
-    ax = timeline.gantt(STEP.events())
+    ax = plots.gantt(STEP.events())
     before = len(ax.collections)
     measured = [Event(1, 0, 3, "miss", 5, 0.0, 0.01, "decode"), Event(1, 0, 3, "compute", 0, 0.01, 0.02, "decode")]
-    assert timeline.gantt(measured, ax, modelled=False) is ax and len(ax.collections) > before
+    assert plots.gantt(measured, ax, modelled=False) is ax and len(ax.collections) > before
     assert [label.get_text() for label in ax.get_yticklabels()] == ["compute", "link"]
     plt.close("all")
 
@@ -140,7 +144,7 @@ def mixtral():
     return describe.shape_of("mistralai/Mixtral-8x7B-Instruct-v0.1")
 
 
-T4, LAPTOP = hardware.named("t4"), hardware.named("laptop")
+T4, LAPTOP = probe.named("t4"), probe.named("laptop")
 
 
 def test_more_hits_are_never_slower(mixtral):
@@ -171,13 +175,13 @@ def test_misses_from_the_disk_cost_more(mixtral):
     near, far = (predict(mixtral, "mixed", T4, 0.5, ram_share=share).seconds for share in (1.0, 0.0))
     assert far > 5 * near  # 0.5 GB/s against 12
     on_cpu = predict(mixtral, "mixed", LAPTOP, 0.5, background=False)
-    each = 55_394_304 / LAPTOP.disk_Bps + timeline.HERE.miss_s
+    each = 55_394_304 / LAPTOP.disk_Bps + HERE.miss_s
     assert on_cpu.terms["fetches"] == pytest.approx(64 * 0.5 * each)
 
 
 def test_copies_within_ram_are_never_hidden_on_a_cpu(mixtral):
     """What a RAM tier holds is copied by the thread that computes, the rest comes behind the residents' products."""
-    each = 55_394_304 / (LAPTOP.fast_Bps / 2) + timeline.HERE.miss_s
+    each = 55_394_304 / (LAPTOP.fast_Bps / 2) + HERE.miss_s
     near = predict(mixtral, "mixed", LAPTOP, 0.5, ram_share=1.0).terms["fetches"]
     assert near == pytest.approx(64 * 0.5 * each)
     half, far = (predict(mixtral, "mixed", LAPTOP, 0.5, ram_share=share).terms["fetches"] for share in (0.5, 0.0))
@@ -193,24 +197,24 @@ def test_good_guesses_hide_fetches_and_bad_ones_cost(mixtral):
 
 def test_work_in_python_takes_as_long_as_the_core_is_slow(mixtral):
     """And products of 16 bits, which wait for memory, take what they took."""
-    at_rest = replace(LAPTOP, python_s=timeline.STEP_S)
-    quick, slow = (predict(mixtral, "none", m) for m in (at_rest, replace(at_rest, python_s=2 * timeline.STEP_S)))
+    at_rest = replace(LAPTOP, python_s=STEP_S)
+    quick, slow = (predict(mixtral, "none", m) for m in (at_rest, replace(at_rest, python_s=2 * STEP_S)))
     assert quick == replace(predict(mixtral, "none", LAPTOP), inputs=quick.inputs)
-    assert slow.terms["fixed"] == pytest.approx((1 + timeline.HERE.fixed_slows) * quick.terms["fixed"])
+    assert slow.terms["fixed"] == pytest.approx((1 + HERE.fixed_slows) * quick.terms["fixed"])
     assert slow.terms["backbone"] == pytest.approx(quick.terms["backbone"])
     several = predict(mixtral, "none", replace(at_rest, threads=2))
-    assert several.terms["fixed"] == pytest.approx(quick.terms["fixed"] + 32 * timeline.HERE.shared_s)
+    assert several.terms["fixed"] == pytest.approx(quick.terms["fixed"] + 32 * HERE.shared_s)
 
 
 def test_a_layer_of_many_bytes_costs_the_rest_its_caches(mixtral):
     """In full where its weights fill a core's cache, in part where they are fewer, by bytes alone."""
-    bundled, warm = describe.shape_of(models.path()), replace(timeline.HERE, cold_s=0.0)
+    bundled, warm = describe.shape_of(models.path()), replace(HERE, cold_s=0.0)
     for shape, scheme in ((mixtral, "mixed"), (mixtral, "none"), (bundled, "mixed"), (bundled, "none")):
         cold, other = (predict(shape, scheme, LAPTOP, efficiency=e).terms for e in (None, warm))
         touched = predict(shape, scheme, LAPTOP).floors["memory"] * LAPTOP.fast_Bps
-        part = (cold["fixed"] - other["fixed"]) / timeline.HERE.cold_s
+        part = (cold["fixed"] - other["fixed"]) / HERE.cold_s
         layers = shape.config.num_hidden_layers
-        assert part == pytest.approx(layers if shape is mixtral else touched / timeline.EVICTING, rel=1e-3)
+        assert part == pytest.approx(layers if shape is mixtral else touched / EVICTING, rel=1e-3)
         assert {**cold, "fixed": 0} == {**other, "fixed": 0}
 
 
@@ -218,7 +222,7 @@ def test_what_is_stored_narrower_than_it_is_computed_is_widened():
     """fp16 on a CPU; under a scheme there is nothing to widen."""
     shape = describe.shape_of(models.path())
     plain = predict(shape, "none", LAPTOP).terms["experts"]
-    only = replace(timeline.HERE, shares={**timeline.HERE.shares, timeline.WIDENED: 1e9})
+    only = replace(HERE, shares={**HERE.shares, WIDENED: 1e9})
     assert predict(shape, "none", LAPTOP, efficiency=only).terms["experts"] == pytest.approx(
         16 * only.expert_s, rel=1e-3
     )
@@ -232,7 +236,7 @@ def test_residents_hide_their_share_of_a_fetch():
     fetch, expert, h = 1.0, 0.4, 0.7
     waits = {2: 2 * fetch, 1: fetch - expert, 0: 0.0}
     brute = (1 - h) ** 2 * waits[2] + 2 * h * (1 - h) * waits[1]
-    assert timeline.exposed_s(2, h, fetch, expert) == pytest.approx(brute)
+    assert exposed_s(2, h, fetch, expert) == pytest.approx(brute)
 
 
 @pytest.mark.parametrize("bad", [{"hit_rate": 1.2}, {"hit_rate": -0.1}, {"hit_rate": 0.5, "ram_share": 2}])

@@ -24,8 +24,8 @@ from transformers import AutoModelForCausalLM, MixtralConfig
 import mixoff
 from mixoff import prefetch, runtime
 from mixoff.pages import pages
-from mixoff.tiers import RamTier
-from mixoff.transfer import ThreadTransfer
+from mixoff.transfer.tiers import RamTier
+from mixoff.transfer.transfer import ThreadTransfer
 
 SIZE, SLOTS, EXPERTS = 3 * 4096 + 100, 4, 9
 

@@ -6,7 +6,7 @@ python tools/disk_table.py FOLDER [--rounds 3]
 
 import argparse
 
-from mixoff import hardware
+from mixoff.planning import probe
 
 REQUESTS = (128 << 10, 1 << 20, 4 << 20, 16 << 20)
 DEPTHS = (1, 2, 4, 8)
@@ -20,7 +20,7 @@ def main(argv=None):
     best = dict.fromkeys(((r, d) for r in REQUESTS for d in DEPTHS), 0.0)
     for _ in range(args.rounds):  # in turns, so that a noisy minute does not hit one of them alone
         for request, depth in best:
-            best[request, depth] = max(best[request, depth], hardware.disk_bandwidth(args.folder, request, depth))
+            best[request, depth] = max(best[request, depth], probe.disk_bandwidth(args.folder, request, depth))
     print("| request | " + " | ".join(f"{depth} in flight" for depth in DEPTHS) + " |")
     print("|" + "---|" * (len(DEPTHS) + 1))
     for request in REQUESTS:

@@ -17,7 +17,7 @@ from collections.abc import Callable
 import torch
 
 from mixoff import kernels
-from mixoff.hardware import read_bandwidth
+from mixoff.planning.probe import read_bandwidth
 from mixoff.quantize.layout import packed_nbytes
 from mixoff.quantize.solve import quantize
 from mixoff.quantize.tensor import QTensor

@@ -13,7 +13,8 @@ from dataclasses import replace
 
 import torch
 
-from mixoff import hardware, loading, planner
+from mixoff import loading
+from mixoff.planning import planner, probe
 from mixoff.units import format_nbytes, parse_nbytes
 
 NEW_TOKENS = 4
@@ -74,7 +75,7 @@ def main(argv=None):
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--scheme", default=None)
     args = parser.parse_args(argv)
-    machine = replace(hardware.named("laptop"), fast_bytes=parse_nbytes(args.fast), reserved_nbytes=0)
+    machine = replace(probe.named("laptop"), fast_bytes=parse_nbytes(args.fast), reserved_nbytes=0)
     plan = planner.plan(args.model, hardware=machine, context=args.context, scheme=args.scheme)
     torch.set_num_threads(1)
     warm_up(args.context)

@@ -26,22 +26,25 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mixoff import hardware, models, synthetic, timeline
+from mixoff import models, synthetic
 from mixoff.bench import limits, routing
 from mixoff.bench.compare import PASSIVE, environment
 from mixoff.bench.spec import Spec
+from mixoff.classroom import table2
 from mixoff.kernels import reference
 from mixoff.kernels.cpu.threads import crew
+from mixoff.planning import hardware, speed
+from mixoff.planning import probe as probe_
+from mixoff.planning.speed import WIDENED, Efficiency
 from mixoff.shapes.kv_cache import advance
 from mixoff.shapes.shape import ModelShape
 from mixoff.shapes.sites import slot_nbytes, torch_dtype
 from mixoff.store import describe
 from mixoff.store.readers import BLOCK, PIECE
 from mixoff.store.source import open_source
-from mixoff.tiers import WORKERS
-from mixoff.timeline import WIDENED, Efficiency
 from mixoff.trace.simulate import simulate
 from mixoff.trace.trace import Trace
+from mixoff.transfer.tiers import WORKERS
 
 RUNS, TOKENS, PROMPT, WARMUP = 5, 12, 4, 24  # a first run of each setting is not counted
 HICCUP = 3.0  # times the median of its run: tokens and loops so long say nothing of the core's usual speed
@@ -219,9 +222,9 @@ class Runner:
 def python_speed(threads):
     """`hardware.python_speed` of the slowest of the threads that share products."""
     if threads == 1:
-        return hardware.python_speed()
+        return probe_.python_speed()
     found = []
-    crew(threads).share(lambda first, last: found.append(hardware.python_speed()), threads)
+    crew(threads).share(lambda first, last: found.append(probe_.python_speed()), threads)
     return max(found)
 
 
@@ -287,8 +290,8 @@ def measure(folder, settings):
 
 def probe(folder, threads):
     """Bytes a second: of memory by threads, of the disk."""
-    found = {str(n): hardware.read_bandwidth(n, nbytes=GIB // 2, rounds=2) for n in threads}
-    return found | {"disk": hardware.disk_bandwidth(folder, PIECE, WORKERS, nbytes=GIB // 4)}
+    found = {str(n): probe_.read_bandwidth(n, nbytes=GIB // 2, rounds=2) for n in threads}
+    return found | {"disk": probe_.disk_bandwidth(folder, PIECE, WORKERS, nbytes=GIB // 4)}
 
 
 # Both beside each other -----------------------------------------------------------------------------------------------
@@ -311,7 +314,7 @@ class Row:
         s = self.setting
         ram_share = 1.0 if s.ram or s.io == "buffered" else 0.0
         rates = {"recall": self.expected["recall"], "ram_share": ram_share, "efficiency": efficiency}
-        return timeline.predict(self.shape, s.scheme, machine, self.expected["cached"], **rates)
+        return speed.predict(self.shape, s.scheme, machine, self.expected["cached"], **rates)
 
     @property
     def machine(self):
@@ -356,7 +359,7 @@ def efficiency_of(x):
     value = dict(zip(FREE, np.exp(x).tolist(), strict=True))
     shares = {2: value[2], 3: value[2], 4: value[4], 8: value[4], 16: value[16], 32: 0.5, WIDENED: value[WIDENED]}
     own = {name: value[name] for name in FREE if isinstance(name, str) and name != WIDENED}
-    return Efficiency(shares, source="fitted", guess_s=0.1e-3, python_s=timeline.STEP_S, **own)
+    return Efficiency(shares, source="fitted", guess_s=0.1e-3, python_s=speed.STEP_S, **own)
 
 
 def fit(rows):
@@ -370,7 +373,7 @@ def fit(rows):
         robust = np.sign(errors) * np.sqrt(2 * TYPICAL * (np.hypot(TYPICAL, errors) - TYPICAL))
         return np.concatenate([robust, PULL * (x - guess)])
 
-    return efficiency_of(timeline.least_squares(misfit, guess, 40))
+    return efficiency_of(table2.least_squares(misfit, guess, 40))
 
 
 def lines(rows):
@@ -384,7 +387,7 @@ def lines(rows):
         m, rate = row.machine, row.expected["hit_rate"]
         median, made = statistics.median(row.speeds), row.predict(m).tokens_per_s
         cells = [row.setting.name + (" (fitted)" if row.setting.fitted else ""), row.setting.threads]
-        cells += [f"{rate:.3f}; {row.counted:.3f}", f"{m.python_s / timeline.STEP_S:.2f}"]
+        cells += [f"{rate:.3f}; {row.counted:.3f}", f"{m.python_s / speed.STEP_S:.2f}"]
         cells += [f"{m.fast_Bps / 1e9:.1f}, {m.disk_Bps / 1e9:.1f}", f"{made:.1f}"]
         cells += [f"{median:.1f}; {min(row.speeds):.1f} to {max(row.speeds):.1f}", f"{made / median:.2f}"]
         yield "| " + " | ".join(map(str, cells)) + " |"

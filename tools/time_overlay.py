@@ -16,7 +16,8 @@ from pathlib import Path
 import matplotlib
 import torch
 
-from mixoff import timeline
+from mixoff.classroom import plots
+from mixoff.planning import speed
 from mixoff.store import describe
 from time_check import PROMPT, SETTINGS, Runner, machine, path_of, probe, spec_of
 
@@ -77,7 +78,7 @@ def main(argv=None):
         events, loops = measured(runner)
     here = machine([probe(args.folder, {1})], 1, {"python_s": loops})
     cached = runner.model.mixoff.info().hit_rate
-    step = timeline.predict(describe.shape_of(str(path)), setting.scheme, here, cached).step
+    step = speed.predict(describe.shape_of(str(path)), setting.scheme, here, cached).step
     draw(events, modelled(step), args.svg)
     ms = [1000 * max(e.t1 for e in line) for line in (events, modelled(step))]
     print(f"{LAYERS} layers, {MISSES} misses, prompt of {PROMPT}: measured {ms[0]:.1f} ms, modelled {ms[1]:.1f} ms")
@@ -95,8 +96,8 @@ def draw(told, made, path):
 
     plt.rcParams.update({"svg.hashsalt": "mixoff", "font.size": 9, "svg.fonttype": "none"})
     fig, axes = plt.subplots(2, 1, figsize=(8, 3.6), sharex=True, layout="constrained")
-    timeline.gantt(told, axes[0], f"measured: {LAYERS} layers of mixtral-700m, 3 slots, misses from the disk", False)
-    timeline.gantt(made, axes[1], "modelled")
+    plots.gantt(told, axes[0], f"measured: {LAYERS} layers of mixtral-700m, 3 slots, misses from the disk", False)
+    plots.gantt(made, axes[1], "modelled")
     axes[0].set_xlabel("")
     axes[0].set_xlim(left=min(0.0, *(1e3 * e.t0 for e in made)) - 0.3)
     handles = {label: h for ax in axes for h, label in zip(*ax.get_legend_handles_labels(), strict=True)}

@@ -10,8 +10,8 @@ import sys
 
 import matplotlib
 
-from mixoff import timeline
-from mixoff.timeline import MODES, TABLE_2
+from mixoff.classroom import plots, table2
+from mixoff.classroom.table2 import MODES, TABLE_2
 
 SHOWN = 3  # layers of a time line
 SEED = 4  # of a token whose layers miss nothing, one and two experts
@@ -24,7 +24,7 @@ def fitted(made):
     for chip, speeds in TABLE_2.items():
         for mode, reported in zip(MODES, speeds, strict=True):
             inside = made.tokens_per_s(chip, mode)
-            outside = timeline.calibrate((chip, mode)).tokens_per_s(chip, mode)
+            outside = table2.calibrate((chip, mode)).tokens_per_s(chip, mode)
             errors = " | ".join(f"{100 * (found / reported - 1):+.1f}" for found in (inside, outside))
             lines.append(f"| {chip} | {mode} | {reported:.3f} | {inside:.3f} | {errors} |")
     return "\n".join(lines)
@@ -49,10 +49,10 @@ def parameters(made):
 
 def gains(made):
     """What pre-loading brings: in the paper, in the model, and in an engine with fused kernels."""
-    fast = timeline.fast_engine(made)
+    fast = table2.fast_engine(made)
     lines = ["| chip | reported | modelled | modelled, fused kernels |", "|---|---|---|---|"]
     for chip, speeds in TABLE_2.items():
-        modelled = timeline.gain(made, chip), timeline.gain(fast, chip)
+        modelled = table2.gain(made, chip), table2.gain(fast, chip)
         lines.append(f"| {chip} | {speeds[0] / speeds[1]:.2f} | {modelled[0]:.2f} | {modelled[1]:.2f} |")
     return "\n".join(lines)
 
@@ -62,7 +62,7 @@ def draw(made, path):
     import matplotlib.pyplot as plt
 
     plt.rcParams.update({"svg.hashsalt": "mixoff", "font.size": 9, "svg.fonttype": "none"})
-    fast = timeline.fast_engine(made)
+    fast = table2.fast_engine(made)
     rows = [("T4", made, "the paper's engine on a T4"), ("A100", made, "the paper's engine on an A100")]
     rows.append(("T4", fast, "fused kernels on a T4"))
     fig, (top, *axes) = plt.subplots(4, 1, figsize=(8, 7.2), layout="constrained", height_ratios=[2, 1, 1, 1])
@@ -70,7 +70,7 @@ def draw(made, path):
     for ax, (chip, engine, title) in zip(axes, rows, strict=True):
         events = engine.step(chip, MODES[0]).events(seed=SEED)
         first = [e for e in events if 4 <= e.layer < 4 + SHOWN]
-        timeline.gantt(first, ax, f"{title}: {SHOWN} layers with pre-loading ({timeline.gain(engine, chip):.2f}x)")
+        plots.gantt(first, ax, f"{title}: {SHOWN} layers with pre-loading ({table2.gain(engine, chip):.2f}x)")
     fig.legend(*axes[0].get_legend_handles_labels(), ncols=5, loc="outside lower center", frameon=False)
     fig.savefig(path, metadata={"Date": None})
 
@@ -79,8 +79,8 @@ def bars(ax, made, fast):
     """Reported hollow, modelled filled."""
     kinds = {
         "reported": [speeds[0] / speeds[1] for speeds in TABLE_2.values()],
-        "modelled": [timeline.gain(made, chip) for chip in TABLE_2],
-        "modelled, fused kernels": [timeline.gain(fast, chip) for chip in TABLE_2],
+        "modelled": [table2.gain(made, chip) for chip in TABLE_2],
+        "modelled, fused kernels": [table2.gain(fast, chip) for chip in TABLE_2],
     }
     looks = {"reported": ("none", ""), "modelled": ("#56B4E9", ""), "modelled, fused kernels": ("#E69F00", "//")}
     for i, (kind, values) in enumerate(kinds.items()):
@@ -96,7 +96,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--svg", metavar="FILE", help="also write the figure")
     args = parser.parse_args(argv)
-    made = timeline.calibrate()
+    made = table2.calibrate()
     print(f"{made.free} parameters, 16 cells; largest error {worst(made):.1f} %\n")
     print(parameters(made), gains(made), fitted(made), sep="\n\n")
     if args.svg:

@@ -19,7 +19,7 @@ from pathlib import Path
 from mixoff.pages import pages
 from mixoff.store.checkpoint import Extent
 from mixoff.store.readers import DirectReader, ExpertReader, past_page_cache
-from mixoff.tiers import WORKERS, open_transfer
+from mixoff.transfer.tiers import WORKERS, open_transfer
 
 LARGE = 64 << 20  # bytes of a plain read
 SIZES = (1 << 18, 1 << 20, 4_720_000, 55_363_584)  # bytes of an expert: small ones, Qwen3-30B-A3B's and Mixtral's

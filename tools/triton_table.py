@@ -27,9 +27,9 @@ from pathlib import Path
 import torch
 
 from kernel_table import cold_weights
-from mixoff.hardware import device_seconds
 from mixoff.kernels.triton import products, strided
 from mixoff.kernels.triton.tiles import ROWS, Tile, tile
+from mixoff.planning.probe import device_seconds
 from mixoff.quantize.layout import packed_nbytes
 from mixoff.quantize.tensor import QTensor
 

@@ -19,18 +19,19 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mixoff import hardware, planner, timeline
 from mixoff.bench import limits
 from mixoff.bench.report import Report, Row, row
 from mixoff.bench.spec import Spec
 from mixoff.errors import MixoffError
-from mixoff.hardware import Hardware
-from mixoff.planner import Plan
+from mixoff.planning import hardware, planner, probe
+from mixoff.planning.hardware import Hardware
+from mixoff.planning.plan import Plan
+from mixoff.planning.speed import predict
 from mixoff.shapes import sizes
 from mixoff.store import describe, manifest, published
 from mixoff.store.readers import PIECE
 from mixoff.store.source import open_source
-from mixoff.tiers import WORKERS
+from mixoff.transfer.tiers import WORKERS
 
 # As in Table 2 of Eliseev and Mazur (arXiv 2312.17238); the last fetches every expert of a layer, as accelerate does.
 ABLATIONS = {
@@ -97,7 +98,7 @@ def compare(settings: Settings, on_line: Callable[[str], None] = lambda line: No
             if any(
                 sum(said[-1].get("moved_bytes") or [0]) for said in reports.values() if said[-1].get("kind") == "mixoff"
             ):
-                disks.append(hardware.disk_bandwidth(Path(settings.store).parent, PIECE, WORKERS))
+                disks.append(probe.disk_bandwidth(Path(settings.store).parent, PIECE, WORKERS))
     machine = _as_measured(machine, probes, disks)
     plan = planner.plan(settings.store, hardware=machine, context=settings.context, scheme=scheme)
     rows = [_row(spec, reports[spec.name], machine, plan) for spec in specs]
@@ -135,9 +136,9 @@ def hardware_name() -> str:
 
 def _machine(settings: Settings) -> Hardware:
     """This machine as the plan sees it: its GPU if it has one, else RAM within the limit, less the interpreter's."""
-    if hardware.gpu_name():
-        return hardware.probe()
-    _, free = hardware.memory_nbytes()
+    if probe.gpu_name():
+        return probe.probe()
+    _, free = probe.memory_nbytes()
     nbytes = settings.memory_limit or free
     known = {"sources": {"fast_bytes": "the memory limit" if settings.memory_limit else "free memory"}}
     return replace(hardware.NAMED["laptop"], name="here", fast_bytes=nbytes, **known)
@@ -209,7 +210,7 @@ def _limited(nbytes: int | None) -> Iterator[limits.Limit | None]:
 def _probes(settings: Settings, contenders: int) -> list[float]:
     """Streaming reads before one run: as many as it takes to have PROBES in the end."""
     count = -(-PROBES // (settings.rounds * contenders))
-    return [hardware.read_bandwidth(settings.threads, rounds=1) for _ in range(count)]
+    return [probe.read_bandwidth(settings.threads, rounds=1) for _ in range(count)]
 
 
 def _run(spec: Spec, limit: limits.Limit | None, settings: Settings) -> dict:
@@ -257,7 +258,7 @@ def _row(spec: Spec, reports: list[dict], machine: Hardware, plan: Plan) -> Row:
     rates = _rates(made, reports)
     speed = None  # the time model knows fetches of single experts, not of whole layers
     if spec.load.get("fetch") != "layer":
-        speed = timeline.predict(describe.shape_of(spec.path), scheme, here, made.cached_rate, **rates).tokens_per_s
+        speed = predict(describe.shape_of(spec.path), scheme, here, made.cached_rate, **rates).tokens_per_s
     if machine.device == "cuda":  # its memory is planned apart, and another process's RAM is not
         return replace(made, predicted_tokens_per_s=speed)
     packed = source.folder / manifest.QUANTIZED  # the rest of the backbone stays in its files, mapped

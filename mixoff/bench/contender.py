@@ -19,16 +19,17 @@ import numpy as np
 import torch
 from torch import nn
 
-from mixoff import hardware, loading, warmup
-from mixoff.arena import view
+from mixoff import loading, warmup
 from mixoff.bench import limits, routing
 from mixoff.bench.spec import Spec, repeat_rate
 from mixoff.errors import MixoffError
+from mixoff.planning import probe
 from mixoff.prefetch import top_k
 from mixoff.shapes.config import expert_modules, read_config
 from mixoff.shapes.config import skeleton as skeleton_of
 from mixoff.shapes.kv_cache import advance
 from mixoff.store.source import Source
+from mixoff.transfer.arena import view
 
 COUNTED = (
     "hits", "misses", "evictions", "bytes_moved", "prefetches", "prefetch_hits", "prefetch_wasted_bytes", "ram_hits",
@@ -115,7 +116,7 @@ class Session:
         for token in tokens:
             seconds, cache = self._step(token.view(1), cache)
             token_s.append(seconds)
-            python_s.append(hardware.python_speed())
+            python_s.append(probe.python_speed())
         after = self._bytes()
         return Run(prompt_s, _less(between[0], before[0]), token_s, python_s, *map(_less, after, between))
 

@@ -22,7 +22,7 @@ from mixoff.store import names
 
 if TYPE_CHECKING:
     from mixoff.bench.report import Report
-    from mixoff.planner import Plan
+    from mixoff.planning.plan import Plan
 
 FORMAT = "mixoff-record/1"
 UNNAMED = "a local folder"

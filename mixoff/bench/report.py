@@ -15,7 +15,7 @@ import numpy as np
 from mixoff.units import format_nbytes
 
 if TYPE_CHECKING:
-    from mixoff.planner import Plan
+    from mixoff.planning.plan import Plan
 
 
 PEAKS = ("peak_bytes", "device_peak_bytes", "loaded_bytes")

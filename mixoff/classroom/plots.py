@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import html
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -17,6 +17,8 @@ from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+
+from mixoff.cache.events import Event
 
 # Okabe and Ito, Color Universal Design (2008)
 OKABE_ITO = {
@@ -128,3 +130,33 @@ def draw_grid(ax: Axes, grid: np.ndarray) -> None:
     ax.set(aspect="equal")
     ax.spines[["left", "bottom"]].set_visible(False)
     ax.tick_params(length=0)
+
+
+LANES = {  # of a Gantt chart, from the top: which kinds of event are on it, and how each is drawn
+    "compute": ("compute", "host"),
+    "link": ("miss", "prefetch"),
+    "disk": ("read",),
+}
+LOOKS = {  # Okabe and Ito's colours; hatches tell them apart without colour
+    "compute": ("#0072B2", ""), "host": ("#999999", "//"), "miss": ("#D55E00", "xx"), "prefetch": ("#56B4E9", ".."),
+    "read": ("#CC79A7", "\\\\"),
+}  # fmt: skip
+
+
+def gantt(events: Iterable[Event], ax: Axes | None = None, title: str = "", modelled: bool = True) -> Axes:
+    """Draw a time line, lanes below each other, time in ms; of a step, or of what a runtime told.
+
+    Modelled spans have dashed outlines, measured ones solid: draw both into one `ax` to compare.
+    """
+    import matplotlib.pyplot as plt
+
+    ax = ax or plt.subplots(figsize=(8, 1.8), layout="constrained")[1]
+    spans = {kind: [(1e3 * e.t0, 1e3 * (e.t1 - e.t0)) for e in events if e.kind == kind] for kind in LOOKS}
+    lanes = [lane for lane, kinds in LANES.items() if any(spans[kind] for kind in kinds)]
+    for row, lane in enumerate(lanes):
+        for kind in LANES[lane]:
+            colour, hatch = LOOKS[kind]
+            look = {"facecolor": colour, "hatch": hatch, "edgecolor": "black", "alpha": 0.85, "linewidth": 0.5}
+            ax.broken_barh(spans[kind], (-row - 0.4, 0.8), **look, linestyle="--" if modelled else "-", label=kind)
+    ax.set(yticks=[-row for row in range(len(lanes))], yticklabels=lanes, xlabel="ms", title=title)
+    return ax

@@ -18,13 +18,12 @@ from typing import Protocol
 
 import numpy as np
 
-from mixoff.errors import CheckpointError, MixoffError
+from mixoff.errors import CheckpointError
 from mixoff.pages import pages
 from mixoff.store.checkpoint import Extent
 
 BLOCK = 4096  # bytes; what direct I/O asks for on any disk in use
 PIECE = 4 << 20  # bytes of one request: smaller ones read slower, longer ones leave less to do at once
-IO = ("auto", "direct", "buffered")
 
 
 class Reader(Protocol):
@@ -35,21 +34,6 @@ class Reader(Protocol):
 
     def close(self) -> None:
         """Let go of files or memory; reading afterwards is an error."""
-
-
-def goes_direct(io: str, nbytes: int, free: int, limited: bool) -> bool:
-    """Whether files are read past the page cache. Nothing is timed.
-
-    io: `"direct"` and `"buffered"` say it; `"auto"` is direct where the page cache cannot help, since `nbytes` (all
-    experts, and the fast tier) exceed the `free` bytes of memory, or must not, since RAM for experts is `limited` by
-    `ram_bytes`.
-
-    >>> goes_direct("auto", 14, 24, False), goes_direct("auto", 14, 9, False), goes_direct("auto", 14, 24, True)
-    (False, True, True)
-    """
-    if io not in IO:
-        raise MixoffError(f"unknown io {io!r}: choose one of {', '.join(IO)}")
-    return io == "direct" or (io == "auto" and (limited or nbytes > free))
 
 
 class ExpertReader:

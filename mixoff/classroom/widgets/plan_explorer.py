@@ -17,10 +17,14 @@ import matplotlib.pyplot as plt
 import traitlets
 
 import mixoff
-from mixoff import hardware as machines
-from mixoff import planner, timeline, units
+from mixoff import units
 from mixoff.classroom import plots
 from mixoff.errors import MixoffError
+from mixoff.planning import hardware as machines
+from mixoff.planning import plan as plans
+from mixoff.planning import planner, probe
+from mixoff.planning.needs import Needs
+from mixoff.planning.speed import compute_dtype
 from mixoff.quantize.layout import BITS, GROUP_SIZES
 from mixoff.quantize.scheme import Precision, Scheme
 from mixoff.shapes import sizes
@@ -31,8 +35,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from mixoff.hardware import Hardware
-    from mixoff.planner import Needs, Plan
+    from mixoff.planning.hardware import Hardware
+    from mixoff.planning.needs import Needs
+    from mixoff.planning.plan import Plan
     from mixoff.shapes.shape import ModelShape
 
 HERE = Path(__file__).parent
@@ -46,7 +51,7 @@ CONTEXTS = tuple(512 << i for i in range(9))  # 512 to 131,072 tokens
 ATTENTION_GROUP = 64  # of attention and shared experts, as in every preset
 SCALES = {"experts": (*BITS, PLAIN), "attention": (*BITS, PLAIN), "group": GROUP_SIZES, "context": CONTEXTS}
 PARTS = {"backbone": "", "KV cache": "..", "workspace": "xx", "experts": "//", "kept free": "--"}  # and their hatches
-COLOURS = dict(zip(PARTS, planner.COLOURS.values(), strict=True))
+COLOURS = dict(zip(PARTS, plans.COLOURS.values(), strict=True))
 
 
 @dataclass(frozen=True)
@@ -86,8 +91,8 @@ def _shape(model: str, compute: str | None = None) -> ModelShape:
 def _needs(choice: Choice, machine: Hardware) -> Needs:
     shape = _shape(choice.model)
     if machine.device == "cuda":
-        shape = _shape(choice.model, timeline.compute_dtype(machine, shape.dtype))
-    return planner.Needs.of(sizes.sizes_of(shape, choice.scheme), machine, choice.context, 1)
+        shape = _shape(choice.model, compute_dtype(machine, shape.dtype))
+    return Needs.of(sizes.sizes_of(shape, choice.scheme), machine, choice.context, 1)
 
 
 def _fast_bytes(needs: Needs, machine: Hardware, slots: int) -> int:
@@ -103,7 +108,7 @@ def _fast_bytes(needs: Needs, machine: Hardware, slots: int) -> int:
 
 def lacking_nbytes(choice: Choice) -> int:
     """Bytes of fast memory, or of disk, by which a choice is too large; 0 or less where it fits."""
-    machine = machines.named(choice.hardware)
+    machine = probe.named(choice.hardware)
     needs = _needs(choice, machine)
     fast = _fast_bytes(needs, machine, choice.slots or 1) - machine.fast_bytes
     return fast if machine.disk_bytes is None else max(fast, needs.sizes.stored - machine.disk_bytes)
@@ -231,7 +236,7 @@ class Outcome:
 
 def explore(choice: Choice) -> Outcome:
     """What `choice` amounts to. Raises MixoffError for one that cannot be planned."""
-    machine = machines.named(choice.hardware)
+    machine = probe.named(choice.hardware)
     needs = _needs(choice, machine)
     choice = replace(choice, slots=min(choice.slots, max(site.num_experts for site in needs.sizes.sites)))
     lacking = lacking_nbytes(choice)

@@ -12,13 +12,11 @@ from __future__ import annotations
 import platform
 import warnings
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
-from mixoff import hardware
 from mixoff.errors import MixoffError
-from mixoff.hardware import Hardware
 from mixoff.pages import slab
 from mixoff.units import MIB, format_nbytes
 
@@ -89,20 +87,6 @@ def describe(index: int = 0) -> Gpu:
     """The card of that number; makes its context, which takes about 300 MB of it."""
     free, total = torch.cuda.mem_get_info(index)
     return Gpu(torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index), total, free)
-
-
-def measured(gpu: Gpu) -> Hardware:
-    """The card and this machine's RAM as a plan sees them, from what is free now, for sizes alone.
-
-    Its bandwidths are a T4's: no size depends on them.
-    """
-    sources = {
-        "fast_bytes": f"measured: free now of {gpu.name}",
-        "ram_bytes": "measured: free now",
-        "reserved_nbytes": f"stated: {format_nbytes(MARGIN)} for workspaces and fragments, beside the context",
-    }
-    sizes = {"fast_bytes": gpu.free_nbytes, "ram_bytes": hardware.memory_nbytes()[1], "reserved_nbytes": MARGIN}
-    return replace(hardware.named("t4"), name="here", compute_dtype=gpu.dtype, **sizes, sources=sources)
 
 
 class Cuda:

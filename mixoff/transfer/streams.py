@@ -26,8 +26,8 @@ import torch
 from mixoff.cache.events import BYPASS, MISS, PREFETCH, Key, Landing
 from mixoff.errors import CheckpointError
 from mixoff.store.readers import Reader
-from mixoff.tiers import Copies, open_transfer
-from mixoff.transfer import Transfer
+from mixoff.transfer.tiers import Copies, open_transfer
+from mixoff.transfer.transfer import Transfer
 
 STAGING = 3  # places that reads always find: one is read into while another is copied on, and one for a guess
 WAITING, READING, SENT, FAILED = "waiting", "reading", "sent", "failed"

@@ -13,24 +13,22 @@ Does not know policies: the hit rate is given.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from mixoff.cache.events import Event
 from mixoff.errors import MixoffError
+from mixoff.planning.steps import Step
 from mixoff.shapes.sites import dtype_nbytes
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from transformers import PretrainedConfig
 
-    from mixoff.hardware import Hardware
+    from mixoff.planning.hardware import Hardware
     from mixoff.quantize.scheme import Scheme
     from mixoff.shapes.shape import ModelShape
     from mixoff.shapes.sizes import Sizes
+
 
 BACKGROUND_FROM = 1 << 20  # bytes; smaller experts are fetched by the thread that computes (mixoff.tiers)
 
@@ -260,7 +258,7 @@ def _waiting(step: Step, top_k: Iterable[int]) -> float:
 def compute_dtype(hardware: Hardware, stored: str) -> str:
     """What a model stored as `stored` is computed in: the card's 16-bit format; on a CPU fp32 for fp16, as `load` does.
 
-    >>> from mixoff import hardware
+    >>> from mixoff.planning import hardware
     >>> compute_dtype(hardware.named("t4"), "bfloat16"), compute_dtype(hardware.named("laptop"), "bfloat16")
     ('float16', 'bfloat16')
     """
@@ -291,275 +289,3 @@ def floors(sizes: Sizes, compute: str, hardware: Hardware, hit_rate: float, ram_
     touched = sum(sizes.touched_backbone(compute).values()) + sum(sizes.touched_experts().values())
     moved = sizes.requested() * (1 - hit_rate)
     return {"memory": touched / hardware.fast_Bps, "transfer": moved / miss_Bps(hardware, ram_share)}
-
-
-# Events of a step -----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Step:
-    """One decode step of an engine on a machine, in seconds a layer; what happens in it is drawn from its rates.
-
-    host_s: work that hides no copy (Python, synchronisations). attention_s: the chip's, before the router is known.
-    expert_s: the chip's, of an expert. link_s, disk_s: moving one expert over the link, and from the disk before.
-    hit_rate: share of the experts asked for that the fast tier holds. disk_share: of the misses that start on disk.
-    recall: share of the misses that the prefetch guessed while the layer before was computed, None without prefetch;
-    each miss that it did not guess was guessed wrongly, so as many experts are moved in vain. overlap: whether a
-    layer's residents are computed while its misses come.
-    """
-
-    layers: int
-    top_k: int
-    host_s: float
-    attention_s: float
-    expert_s: float
-    link_s: float
-    disk_s: float = 0.0
-    hit_rate: float = 1.0
-    disk_share: float = 0.0
-    recall: float | None = None
-    overlap: bool = True
-
-    def events(self, tokens: int = 1, seed: int = 0) -> list[Event]:
-        """What happens, by the same fields as the runtime's events, so that both make one Gantt chart.
-
-        Kinds: `compute` (expert -1: attention), `host`, `miss` and `prefetch` on the link, `read` on the disk. A miss
-        waits for the link until what was prefetched has passed; the last token ends the list.
-        """
-        return _Clock(self, np.random.default_rng(seed)).run(tokens)
-
-    def seconds(self, tokens: int = 64, seed: int = 0) -> float:
-        """Mean time of a token over `tokens` of them."""
-        return max(event.t1 for event in self.events(tokens, seed)) / tokens
-
-
-class _Clock:
-    """Runs a step: one time for the processor, one for each lane of copies."""
-
-    def __init__(self, step: Step, rng: np.random.Generator) -> None:
-        self.step, self.rng, self.found = step, rng, []
-        self.now = self.link = self.disk = 0.0
-        self.guessed: list[float] = []  # when each guess for the next layer arrives
-
-    def run(self, tokens: int) -> list[Event]:
-        for token in range(1, tokens + 1):
-            missing = self.rng.binomial(self.step.top_k, 1 - self.step.hit_rate, self.step.layers)  # (L,)
-            right = self.rng.binomial(missing, self.step.recall or 0.0)  # (L,)
-            right[0] = 0  # nothing comes before the first layer
-            for layer in range(self.step.layers):
-                ahead = missing[layer + 1] if self.step.recall is not None and layer + 1 < self.step.layers else 0
-                self._layer((token, layer), missing[layer] - right[layer], right[layer], ahead)
-        return self.found
-
-    def _layer(self, at: tuple[int, int], demanded: int, right: int, ahead: int) -> None:
-        """Attention, then the misses that nobody guessed, the experts, guesses for the next layer, the host's work.
-
-        right: misses that were guessed: they came, or come, behind the layer before.
-        """
-        s = self.step
-        self._compute(at, -1, s.attention_s)
-        arrived = self.guessed[:right] + [self._move(at, e, "miss") for e in range(right, right + demanded)]
-        self.link = max(self.link, self.now)
-        self.guessed = [self._move(at, e, "prefetch") for e in range(ahead)]
-        if not s.overlap and arrived:
-            self.now = max(self.now, *arrived)
-        for e in range(len(arrived), s.top_k):
-            self._compute(at, e, s.expert_s)
-        for e, t in enumerate(arrived):
-            self.now = max(self.now, t)
-            self._compute(at, e, s.expert_s)
-        if s.host_s:
-            self.now = max(self.now, self.link)
-            self._tell(at, -1, "host", self.now, s.host_s)
-            self.now += s.host_s
-
-    def _compute(self, at: tuple[int, int], expert: int, seconds: float) -> None:
-        self._tell(at, expert, "compute", self.now, seconds)
-        self.now += seconds
-
-    def _move(self, at: tuple[int, int], expert: int, kind: str) -> float:
-        """Bring one expert; returns when it is there."""
-        ready = self.now
-        if self.rng.random() < self.step.disk_share:
-            start = max(self.disk, self.now)
-            self._tell(at, expert, "read", start, self.step.disk_s)
-            ready = self.disk = start + self.step.disk_s
-        start = max(self.link, ready)
-        self._tell(at, expert, kind, start, self.step.link_s)
-        self.link = start + self.step.link_s
-        return self.link
-
-    def _tell(self, at: tuple[int, int], expert: int, kind: str, t0: float, seconds: float) -> None:
-        if seconds:
-            self.found.append(Event(*at, expert, kind, 0, t0, t0 + seconds, "decode"))
-
-
-LANES = {  # of a Gantt chart, from the top: which kinds of event are on it, and how each is drawn
-    "compute": ("compute", "host"),
-    "link": ("miss", "prefetch"),
-    "disk": ("read",),
-}
-LOOKS = {  # Okabe and Ito's colours; hatches tell them apart without colour
-    "compute": ("#0072B2", ""), "host": ("#999999", "//"), "miss": ("#D55E00", "xx"), "prefetch": ("#56B4E9", ".."),
-    "read": ("#CC79A7", "\\\\"),
-}  # fmt: skip
-
-
-def gantt(events: Iterable[Event], ax: Axes | None = None, title: str = "", modelled: bool = True) -> Axes:
-    """Draw a time line, lanes below each other, time in ms; of a step, or of what a runtime told.
-
-    Modelled spans have dashed outlines, measured ones solid: draw both into one `ax` to compare.
-    """
-    import matplotlib.pyplot as plt
-
-    ax = ax or plt.subplots(figsize=(8, 1.8), layout="constrained")[1]
-    spans = {kind: [(1e3 * e.t0, 1e3 * (e.t1 - e.t0)) for e in events if e.kind == kind] for kind in LOOKS}
-    lanes = [lane for lane, kinds in LANES.items() if any(spans[kind] for kind in kinds)]
-    for row, lane in enumerate(lanes):
-        for kind in LANES[lane]:
-            colour, hatch = LOOKS[kind]
-            look = {"facecolor": colour, "hatch": hatch, "edgecolor": "black", "alpha": 0.85, "linewidth": 0.5}
-            ax.broken_barh(spans[kind], (-row - 0.4, 0.8), **look, linestyle="--" if modelled else "-", label=kind)
-    ax.set(yticks=[-row for row in range(len(lanes))], yticklabels=lanes, xlabel="ms", title=title)
-    return ax
-
-
-# The paper's Table 2 --------------------------------------------------------------------------------------------------
-
-# Eliseev and Mazur, arXiv 2312.17238, Table 2, tokens/s, reported: batch 1, experts in 2 bits, attention in 4
-MODES = ("full algorithm", "without pre-loading", "without LRU cache and pre-loading", "naive (accelerate)")
-TABLE_2 = {
-    "A100": (3.061, 2.918, 2.265, 1.392),
-    "RTX 3080 Mobile": (2.655, 2.227, 1.758, 1.059),
-    "RTX 3060": (2.278, 2.051, 1.547, 0.919),
-    "T4": (2.092, 1.567, 1.168, 0.661),
-}
-SLOTS = {"A100": 4, "RTX 3080 Mobile": 4, "RTX 3060": 2, "T4": 4}  # experts a layer in their cache
-ANCHOR = {"A100": 25e9}  # reported for PCIe 4.0 x16 (hardware.BAM): without one known link, bytes and speeds only scale
-LAYERS, TOP_K, EXPERTS = 32, 2, 8
-PAPER_EXPERT_NBYTES = 66_406_180  # of their published checkpoint
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """Physical parameters of the paper's runs.
-
-    compute_ms: the chip's work for a token, by chip. link_GBps: by chip. host_ms: of a token, work that hides no copy.
-    hit_rate: by slots a layer. recall: of their prefetch. naive_share: of all experts' bytes, what the naive run moves
-    for a token.
-    """
-
-    compute_ms: dict[str, float]
-    link_GBps: dict[str, float]
-    host_ms: float
-    hit_rate: dict[int, float]
-    recall: float
-    naive_share: float
-
-    @property
-    def free(self) -> int:
-        """Parameters that were fitted."""
-        return len(self.compute_ms) + len(self.link_GBps) - len(ANCHOR) + 1 + len(self.hit_rate) + 2
-
-    def step(self, chip: str, mode: str) -> Step:
-        """Their engine on a chip: no overlap but that of the prefetch with the chip's work."""
-        cached = mode in MODES[:2]
-        return Step(
-            layers=LAYERS,
-            top_k=TOP_K,
-            host_s=self.host_ms / LAYERS / 1e3,
-            attention_s=0.0,
-            expert_s=self.compute_ms[chip] / LAYERS / TOP_K / 1e3,
-            link_s=PAPER_EXPERT_NBYTES / self.link_GBps[chip] / 1e9,
-            hit_rate=self.hit_rate[SLOTS[chip]] if cached else 0.0,
-            recall=self.recall if mode == MODES[0] else None,
-            overlap=False,
-        )
-
-    def tokens_per_s(self, chip: str, mode: str) -> float:
-        """A cell of the table, modelled: the mean over all that may miss, in closed form."""
-        step = self.step(chip, mode)
-        if mode == MODES[3]:
-            moved = self.naive_share * LAYERS * EXPERTS * step.link_s
-            return 1 / (LAYERS * (step.host_s + TOP_K * step.expert_s) + moved)
-        return 1 / mean_seconds(step)
-
-
-def mean_seconds(step: Step) -> float:
-    """`Step.seconds` on average, for an engine whose only overlap is that of prefetches with the experts' computing."""
-    if step.overlap or step.attention_s or step.disk_share:
-        raise MixoffError("the mean in closed form is that of an engine without overlap, attention apart, or disk")
-    chances = [
-        math.comb(step.top_k, m) * (1 - step.hit_rate) ** m * step.hit_rate ** (step.top_k - m)
-        for m in range(step.top_k + 1)
-    ]
-    computing, misses = step.top_k * step.expert_s, step.top_k * (1 - step.hit_rate)
-    total = step.layers * (step.host_s + computing)
-    if step.recall is None:
-        return total + step.layers * misses * step.link_s
-    exposed = sum(p * max(0.0, m * step.link_s - computing) for m, p in enumerate(chances))
-    later = exposed + (1 - step.recall) * misses * step.link_s
-    return total + misses * step.link_s + (step.layers - 1) * later  # nothing is guessed before the first layer
-
-
-def calibrate(leave_out: tuple[str, str] | None = None) -> Calibration:
-    """Fit the parameters to Table 2, by the logarithms of its cells; always the same result.
-
-    First least squares, then the sum of fourth powers, which weighs the largest errors most. leave_out: a cell
-    (chip, mode) that the fit does not see.
-    """
-    cells = [(chip, mode) for chip in TABLE_2 for mode in MODES if (chip, mode) != leave_out]
-    reported = np.log([TABLE_2[chip][MODES.index(mode)] for chip, mode in cells])
-
-    def misfit(x: np.ndarray) -> np.ndarray:
-        made = _parameters(x)
-        return np.log([made.tokens_per_s(*cell) for cell in cells]) - reported
-
-    x = least_squares(misfit, _START)
-    return _parameters(least_squares(lambda x: misfit(x) * np.abs(misfit(x)) / TYPICAL, x))
-
-
-TYPICAL = 0.02  # error of a cell; only scales the fourth powers against the damping
-CHIPS = list(TABLE_2)
-FREE_LINKS = [chip for chip in CHIPS if chip not in ANCHOR]
-# logarithms of compute_ms by chip, free links, host_ms, naive_share; log-odds of recall, the hit rate at 4 slots, and
-# the hit rate at 2 as a share of that: fewer slots never hit more often
-_START = np.array([*np.log([25, 100, 90, 210]), *np.log([18, 13, 10]), np.log(220), np.log(0.65), 4.0, 0.2, 1.2])
-
-
-def _parameters(x: np.ndarray) -> Calibration:
-    compute, links, (host, naive) = np.exp(x[:4]), np.exp(x[4:7]), np.exp(x[7:9])
-    recall, h4, share = 1 / (1 + np.exp(-x[9:]))
-    speeds = {chip: Bps / 1e9 for chip, Bps in ANCHOR.items()} | dict(zip(FREE_LINKS, map(float, links), strict=True))
-    made = dict(zip(CHIPS, map(float, compute), strict=True)), {chip: speeds[chip] for chip in CHIPS}
-    return Calibration(*made, float(host), {4: float(h4), 2: float(h4 * share)}, float(recall), float(naive))
-
-
-def least_squares(misfit: Callable[[np.ndarray], np.ndarray], x: np.ndarray, rounds: int = 80) -> np.ndarray:
-    """Where the squares of `misfit` have the least sum near x: Levenberg-Marquardt with forward differences."""
-    damping, r = 1e-2, misfit(x)
-    for _ in range(rounds):
-        J = np.stack([(misfit(x + step) - r) / 1e-6 for step in 1e-6 * np.eye(len(x))], 1)
-        change = np.linalg.solve(J.T @ J + damping * np.eye(len(x)), -J.T @ r)
-        after = misfit(x + change)
-        if after @ after < r @ r:
-            x, r, damping = x + change, after, damping / 3
-        else:
-            damping *= 4
-    return x
-
-
-def gain(made: Calibration, chip: str) -> float:
-    """By how much pre-loading speeds up the paper's engine on a chip."""
-    return made.tokens_per_s(chip, MODES[0]) / made.tokens_per_s(chip, MODES[1])
-
-
-TOUCHED_NBYTES = LAYERS * TOP_K * PAPER_EXPERT_NBYTES + 978_133_504  # of a token: its experts, and the backbone
-FUSED_SHARE, LEAN_HOST_MS = 0.5, 20.0  # assumed: kernels at half the memory's bandwidth, and less Python
-MEMORY_BPS = {"A100": 1555e9, "RTX 3080 Mobile": 448e9, "RTX 3060": 360e9, "T4": 320e9}  # reported, nominal
-
-
-def fast_engine(made: Calibration) -> Calibration:
-    """The same machines under an engine with fused kernels: it leaves little computing to hide a copy behind."""
-    compute = {chip: 1e3 * TOUCHED_NBYTES / FUSED_SHARE / MEMORY_BPS[chip] for chip in made.compute_ms}
-    return replace(made, compute_ms=compute, host_ms=LEAN_HOST_MS)

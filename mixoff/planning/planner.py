@@ -6,17 +6,16 @@ from `timeline`; its numbers are modelled, and every input is shown. Does not kn
 
 from __future__ import annotations
 
-import html
-import json
-import math
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mixoff import hardware as machines
-from mixoff import timeline
 from mixoff.errors import BudgetError, CheckpointError, MixoffError
-from mixoff.shapes import sites, sizes
+from mixoff.planning import hardware as machines
+from mixoff.planning import probe, speed
+from mixoff.planning.needs import Needs
+from mixoff.planning.plan import Plan
+from mixoff.shapes import sizes
 from mixoff.shapes.shape import ModelShape
 from mixoff.store import describe
 from mixoff.store.describe import as_stored
@@ -25,69 +24,14 @@ from mixoff.units import format_nbytes, parse_nbytes
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-    from mixoff.hardware import Hardware
+    from mixoff.planning.hardware import Hardware
     from mixoff.quantize.scheme import Scheme
 
 
 DEFAULT = "t4"  # the machine that anybody can have for an hour
-PROMPT_SHARE = 0.5  # of the context that arrives in one pass: the workspace is sized for it
-WIDE = 10  # vectors of the model's width that a pass holds at once for every token: residual, norms, q, k, v, copies
-LOGITS = 2  # copies of a row of logits, in fp32
 ROUTERS = {(8, 2): "mixtral-8x7b", (128, 8): "qwen3-235b", (256, 8): "glm-5.2"}  # experts, top-k: a fitted router
 LOCALITY = "modelled: LRU on the synthetic router {}, fitted to reported figures"
 UNIFORM = "modelled: uniform routing, slots / experts; no figures of a model of this shape are at hand"
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How a model lies on a machine. Shows itself as text and, in notebooks, as a table with a bar.
-
-    parameters: numbers by part, `total` and `active` among them. bytes: `experts` and `backbone` as they lie in memory,
-    `kv_cache`, `workspace`, and `store`, all tensors of the store. tiers: bytes in `fast`, `ram`, `disk`; the disk tier
-    is those experts that neither of the others holds. fast_bytes: what remains of the fast memory for experts, to be
-    given to `load`. fits: whether the model runs. slots_per_layer: experts of a layer in the fast tier at least.
-    resident: whether all of them are. tokens_per_s: `low`, `expected`, `high`, modelled. predictions: behind them.
-    """
-
-    source: str
-    scheme: str
-    hardware: Hardware
-    context: int
-    batch: int
-    parameters: dict[str, int]
-    bytes: dict[str, int]
-    tiers: dict[str, int]
-    fast_bytes: int
-    fits: bool
-    resident: bool
-    slots_per_layer: int
-    experts_per_layer: int
-    hit_rate: float
-    hit_rate_source: str
-    tokens_per_s: dict[str, float | None]
-    floors_ms: dict[str, float]
-    advice: list[str]
-    predictions: dict[str, timeline.Prediction] = field(default_factory=dict, repr=False)
-
-    def to_dict(self) -> dict:
-        """Plain figures, as `mixoff plan --json` prints them."""
-        values = asdict(replace(self, predictions={}))
-        del values["predictions"]
-        return values | {"predictions": {name: p.to_dict() for name, p in self.predictions.items()}}
-
-    def to_json(self) -> str:
-        """One line of JSON."""
-        return json.dumps(self.to_dict())
-
-    def __str__(self) -> str:
-        return "\n".join(_lines(self))
-
-    def __repr__(self) -> str:
-        verdict = "fits whole" if self.resident else "fits" if self.fits else "does not fit"
-        return f"Plan({self.source}, {self.scheme}, {self.hardware.name}: {verdict}, {self.slots_per_layer} slots)"
-
-    def _repr_html_(self) -> str:
-        return _as_html(self)
 
 
 def plan(
@@ -126,11 +70,6 @@ def fast_nbytes(source: str | Path, machine: Hardware, context: int, scheme: Sch
     return _remaining(needs, machine)
 
 
-def pinned_nbytes(experts: int, machine: Hardware) -> int:
-    """Bytes of RAM that `load` page-locks for copies of `experts` bytes of experts."""
-    return min(experts, max(machine.ram_bytes - machines.CPU_RESERVED, 0))
-
-
 def _needs(source: object, scheme: str | Scheme | None, machine: Hardware, context: int, batch: int) -> Needs:
     shape = describe.shape_of(source)
     if not shape.parameters["experts"]:
@@ -140,92 +79,13 @@ def _needs(source: object, scheme: str | Scheme | None, machine: Hardware, conte
 
 
 def _machine(hardware: str | Hardware | None, *given: int | str | None) -> Hardware:
-    machine = machines.named(hardware or DEFAULT) if not isinstance(hardware, machines.Hardware) else hardware
+    machine = probe.named(hardware or DEFAULT) if not isinstance(hardware, machines.Hardware) else hardware
     for key, size in zip(("fast_bytes", "ram_bytes", "disk_bytes"), given, strict=True):
         if size is not None:
             machine = replace(
                 machine, **{key: parse_nbytes(size)}, sources=machine.sources | {key: "given by the user"}
             )
     return machine
-
-
-# Bytes ----------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Needs:
-    """What a model asks of memory on a kind of device. page_cache: bytes of RAM for files, none beside a card."""
-
-    sizes: sizes.Sizes
-    context: int
-    batch: int
-    compute: str
-    backbone: int
-    kv_cache: int
-    workspace: int
-    page_cache: int
-
-    @classmethod
-    def of(cls, of: sizes.Sizes, machine: Hardware, context: int, batch: int) -> Needs:
-        """The needs of a model, in the dtype that the machine computes in."""
-        compute = timeline.compute_dtype(machine, of.shape.dtype)
-        kv_cache = of.shape.with_dtype(compute).kv_nbytes(context, batch)
-        rows = batch * math.ceil(context * PROMPT_SHARE)
-        fixed = of.backbone(compute), kv_cache, workspace_nbytes(of, compute, rows)
-        return cls(of, context, batch, compute, *fixed, machine.fast_bytes if machine.device == "cpu" else 0)
-
-    @property
-    def fixed(self) -> int:
-        """Everything that is not an expert."""
-        return self.backbone + self.kv_cache + self.workspace
-
-    @property
-    def scratch(self) -> int:
-        """Bytes beside the slots that count against `fast_bytes`, as the runtime says."""
-        from mixoff.kernels import reference
-
-        return reference.scratch_nbytes(self.sizes.sites, sites.torch_dtype(self.compute))
-
-    def experts_in_fast(self, slots: int) -> int:
-        """Bytes of `slots` slots a layer and scratch."""
-        each = [min(slots, site.num_experts) for site in self.sizes.sites]
-        return sum(each) * self.sizes.slot_nbytes + self.scratch
-
-    def slots(self, fast_bytes: int) -> list[int]:
-        """Slots of each layer within `fast_bytes`, none where one each is too much."""
-        from mixoff.arena import plan_slots
-
-        left = max(fast_bytes - self.spare(fast_bytes) * self.sizes.slot_nbytes, 0)
-        try:
-            return plan_slots(self.sizes.sites, left, self.scratch, "layer")
-        except BudgetError:
-            return [0] * len(self.sizes.sites)
-
-    def spare(self, fast_bytes: int) -> int:
-        """Slots that the runtime sets aside for prefetching, which it does where misses come past the page cache."""
-        from mixoff.prefetch import set_aside
-        from mixoff.store.readers import goes_direct
-
-        of = self.sizes
-        slots, experts = max(fast_bytes - self.scratch, 0) // of.slot_nbytes, sum(s.num_experts for s in of.sites)
-        nbytes = sum(site.num_experts * site.expert_nbytes for site in of.sites)
-        direct = goes_direct("auto", nbytes + min(max(fast_bytes, 0), nbytes), self.page_cache, False)
-        wanted = max(of.shape.top_k)
-        return set_aside("auto", slots, len(of.sites), experts, wanted, direct, of.slot_nbytes)[0]
-
-
-def workspace_nbytes(of: sizes.Sizes, compute: str, rows: int) -> int:
-    """Bytes of activations while a prompt of `rows` tokens passes, an upper bound: all tokens may want one expert.
-
-    WIDE vectors of the model's width a token, the outputs of its K experts twice, one expert's inner activations (gate,
-    up and their product), and the last token's logits.
-    """
-    text, item = of.shape.config.get_text_config(), sites.dtype_nbytes(compute)
-    inner = [max(part.shape) for site in of.shape.sites for part in site.parts if part.name.startswith("down_proj")]
-    dense = getattr(text, "intermediate_size", 0)
-    widest = max([*inner, dense if isinstance(dense, int) else 0])
-    width = (WIDE + 2 * max(of.shape.top_k, default=1)) * text.hidden_size + 3 * widest
-    return rows * width * item + LOGITS * text.vocab_size * 4
 
 
 def _plan(needs: Needs, machine: Hardware, hit_rate: float | None) -> Plan:
@@ -311,18 +171,18 @@ def _hit_rate(shape: ModelShape, slots: list[int], resident: bool, given: float 
 
 def _speeds(
     needs: Needs, machine: Hardware, rate: float, given: float | None, slots: list[int], tiers: dict[str, int]
-) -> dict[str, timeline.Prediction]:
+) -> dict[str, speed.Prediction]:
     """The band: `low` has uniform routing and no fetch behind computing; `high` the better kernels."""
     experts = sum(site.num_experts for site in needs.sizes.sites)
     uniform = sum(slots) / experts if given is None else given
     share = _ram_share(needs, slots, tiers) if machine.device == "cuda" else 0.0
     return {
-        name: timeline.predict(
+        name: speed.predict(
             needs.sizes.shape,
             needs.sizes.scheme or sizes.PUBLISHED,
             machine,
             uniform if name == "low" else rate,
-            efficiency=timeline.EFFICIENCY[machine.device][name],
+            efficiency=speed.EFFICIENCY[machine.device][name],
             ram_share=share,
             background=False if name == "low" else None,
         )
@@ -415,94 +275,3 @@ def _smaller_scheme(needs: Needs, machine: Hardware, whole: bool = False) -> str
         if enough and of.experts < needs.sizes.experts:
             return name
     return None
-
-
-# How a plan shows itself ----------------------------------------------------------------------------------------------
-
-COLOURS = {  # Okabe and Ito's, legible on light and dark; each part is also named in the table beside its bar
-    "backbone": "#0072B2", "kv_cache": "#56B4E9", "workspace": "#F0E442", "slots": "#009E73", "reserved": "#999999",
-}  # fmt: skip
-NAMES = {"kv_cache": "KV cache", "slots": "experts in slots", "reserved": "kept free"}
-
-
-def _fast_parts(plan: Plan) -> dict[str, int]:
-    """What the fast memory holds, in bytes."""
-    parts = {name: plan.bytes[name] for name in ("backbone", "kv_cache", "workspace")}
-    return parts | {"slots": plan.tiers["fast"] - sum(parts.values()), "reserved": plan.hardware.reserved_nbytes}
-
-
-def _speed(plan: Plan) -> str:
-    low, expected, high = (plan.tokens_per_s[name] for name in ("low", "expected", "high"))
-    return "-" if expected is None else f"{low:.1f} to {high:.1f}, expected {expected:.1f}"
-
-
-def _rows(plan: Plan) -> list[tuple[str, str]]:
-    """Label and text of each line of a plan."""
-    p, b, size = plan.parameters, plan.bytes, format_nbytes
-    slots = f"{plan.slots_per_layer} of {plan.experts_per_layer} experts of each layer"
-    rows = [
-        ("model", f"{plan.source}: {p['total'] / 1e9:.2f} B parameters, {p['active'] / 1e9:.2f} B active a token"),
-        ("scheme", f"{plan.scheme}: store {size(b['store'])}, all experts {size(b['experts'])}"),
-        ("machine", str(plan.hardware)),
-        ("fast memory", f"{size(plan.tiers['fast'])} of {size(plan.hardware.fast_bytes)}; " + _held_text(plan)),
-        ("for experts", f"fast_bytes={plan.fast_bytes} ({size(plan.fast_bytes)}): {slots}"),
-        ("RAM", f"{size(plan.tiers['ram'])} of experts" + _pinned_text(plan)),
-        ("disk", f"{size(plan.tiers['disk'])} of experts that are in no other tier"),
-        ("verdict", "everything fits: do not offload" if plan.resident else "fits" if plan.fits else "does not fit"),
-        ("hit rate", f"{plan.hit_rate:.2f} ({plan.hit_rate_source})"),
-        ("tokens/s", f"{_speed(plan)} (modelled)"),
-    ]
-    if plan.floors_ms:
-        floors = ", ".join(f"{name} {ms:.1f}" for name, ms in plan.floors_ms.items())
-        rows.append(("floors", f"{floors} ms a token (modelled: bytes over bandwidth alone)"))
-    return rows
-
-
-def _pinned_text(plan: Plan) -> str:
-    """What `load` page-locks on a machine with a card, the doubles of resident experts included."""
-    if plan.hardware.device != "cuda" or plan.resident or not plan.fits:
-        return ""
-    return f"; copies of up to {format_nbytes(pinned_nbytes(plan.bytes['experts'], plan.hardware))} are page-locked"
-
-
-def _held_text(plan: Plan) -> str:
-    return ", ".join(f"{NAMES.get(name, name)} {format_nbytes(n)}" for name, n in _fast_parts(plan).items())
-
-
-def _lines(plan: Plan) -> list[str]:
-    lines = [f"{label:<12} {text}" for label, text in _rows(plan)]
-    if "expected" in plan.predictions:
-        lines.append(f"{'':<12} {plan.predictions['expected']}")
-    lines += [f"{'advice':<12} {line}" for line in plan.advice]
-    sources = [f"{'':<12} {key}: {text}" for key, text in plan.hardware.sources.items()]
-    return [*lines, "inputs", *sources, f"{'':<12} kernels: {_kernels(plan)}"]
-
-
-def _kernels(plan: Plan) -> str:
-    return timeline.EFFICIENCY[plan.hardware.device]["expected"].source
-
-
-def _as_html(plan: Plan) -> str:
-    """A table, and the fast memory as a bar; colours are the reader's own theme's but for the bar's."""
-    cells = [*_rows(plan), *(("advice", line) for line in plan.advice)]
-    rows = "".join(
-        f'<tr><th scope="row" style="text-align:left">{html.escape(label)}</th>'
-        f'<td style="text-align:left">{html.escape(text)}</td></tr>'
-        for label, text in cells
-    )
-    return f'<div class="mixoff-plan">{_bar(plan)}<table>{rows}</table></div>'
-
-
-def _bar(plan: Plan) -> str:
-    parts = _fast_parts(plan)
-    whole = max(plan.hardware.fast_bytes, sum(parts.values()))
-    label = html.escape(f"Fast memory, {format_nbytes(plan.hardware.fast_bytes)}: {_held_text(plan)}")
-    pieces = "".join(
-        f'<span title="{NAMES.get(name, name)}: {format_nbytes(n)}" style="display:inline-block;height:1.4em;'
-        f'width:{100 * n / whole:.2f}%;background:{COLOURS[name]}"></span>'
-        for name, n in parts.items()
-    )
-    return (
-        f'<div role="img" aria-label="{label}" style="max-width:46em;border:1px solid currentColor;'
-        f'line-height:0;white-space:nowrap;overflow:hidden">{pieces}</div>'
-    )

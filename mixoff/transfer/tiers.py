@@ -20,7 +20,7 @@ import numpy as np
 from mixoff.cache.events import BYPASS, MISS, Key, Landing
 from mixoff.pages import slab
 from mixoff.store.readers import Reader
-from mixoff.transfer import ThreadTransfer, Transfer
+from mixoff.transfer.transfer import ThreadTransfer, Transfer
 
 WORKERS = 4  # requests in flight; more of them read no faster: tools/transfer_table.py
 INLINE_BELOW = 1 << 20  # bytes; a smaller expert is copied from the page cache sooner than a thread has woken up
