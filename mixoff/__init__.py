@@ -3,52 +3,89 @@
 `import mixoff` is light: torch and transformers load when a name that needs them is first used.
 """
 
+from __future__ import annotations
+
 from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # what editors and type checkers see; `tests/test_packaging.py` holds it equal to HOMES
+    from mixoff import (
+        bench,
+        cache,
+        errors,
+        kernels,
+        models,
+        planning,
+        quantize,
+        runtime,
+        shapes,
+        store,
+        text,
+        trace,
+        transfer,
+        units,
+    )
+    from mixoff.cache.cache import ExpertCache
+    from mixoff.cache.events import CacheInfo, Event
+    from mixoff.errors import BudgetError, CheckpointError, MixoffError
+    from mixoff.planning.plan import Plan
+    from mixoff.planning.planner import plan
+    from mixoff.quantize.scheme import Scheme
+    from mixoff.quantize.tensor import QTensor
+    from mixoff.runtime.load import load
+    from mixoff.runtime.offload import offload, restore
+    from mixoff.runtime.runtime import Runtime
+    from mixoff.store.convert import convert
+    from mixoff.store.verify import verify
+    from mixoff.trace.simulate import Simulation, simulate
+    from mixoff.trace.trace import Trace
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "load": "loading",
-    "Runtime": "runtime",
+    "load": "runtime.load",
+    "offload": "runtime.offload",
+    "restore": "runtime.offload",
+    "Runtime": "runtime.runtime",
     "CacheInfo": "cache.events",
     "Event": "cache.events",
+    "ExpertCache": "cache.cache",
     "convert": "store.convert",
+    "verify": "store.verify",
+    "Scheme": "quantize.scheme",
+    "QTensor": "quantize.tensor",
+    "plan": "planning.planner",
+    "Plan": "planning.plan",
+    "Trace": "trace.trace",
+    "Simulation": "trace.simulate",
+    "simulate": "trace.simulate",
+    "MixoffError": "errors",
+    "CheckpointError": "errors",
+    "BudgetError": "errors",
 }
-_HOMES |= {"MixoffError": "errors", "CheckpointError": "errors", "BudgetError": "errors", "ExpertCache": "cache.cache"}
-_HOMES |= {"Scheme": "quantize.scheme", "QTensor": "quantize.tensor", "verify": "store.verify"}
-_HOMES |= {"offload": "memory", "restore": "memory"}
-_HOMES |= {"Trace": "trace.trace", "Simulation": "trace.simulate", "simulate": "trace.simulate"}
-_HOMES |= {"plan": "planning.planner", "Plan": "planning.plan"}
-_MODULES = (
+_ROOMS = (
     "bench",
     "cache",
     "errors",
-    "generation",
     "kernels",
-    "loading",
-    "lossy",
-    "memory",
     "models",
     "planning",
-    "prefetch",
-    "quality",
     "quantize",
-    "rescue",
     "runtime",
     "shapes",
     "store",
-    "synthetic",
+    "text",
     "trace",
     "transfer",
     "units",
 )
-__all__ = [*_HOMES, *_MODULES]
+__all__ = [*_HOMES, *_ROOMS]
 
 
-def __getattr__(name: str) -> object:
+def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(import_module(f"mixoff.{_HOMES[name]}"), name)
-    if name in _MODULES:
+    if name in _ROOMS:
         return import_module(f"mixoff.{name}")
     raise AttributeError(f"module 'mixoff' has no attribute {name!r}")
 

@@ -2,6 +2,6 @@
 
 import sys
 
-from mixoff.cli import main
+from mixoff.commands.cli import main
 
 sys.exit(main())

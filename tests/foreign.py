@@ -94,6 +94,6 @@ if __name__ == "__main__":
     import torch  # noqa: F401
 
     pretend(sys.argv[1])
-    from mixoff.cli import main
+    from mixoff.commands.cli import main
 
     sys.exit(max(main(command) for command in json.loads(sys.argv[2])))

@@ -9,11 +9,12 @@ import sys
 import torch
 from tolerances import product_bound
 
-from mixoff import experts, kernels
+from mixoff import kernels
 from mixoff.kernels.triton import products, tiles
 from mixoff.kernels.triton import strided as triton_strided
 from mixoff.quantize.strided import Form, StridedTensor, packed_nbytes
 from mixoff.quantize.tensor import QTensor
+from mixoff.runtime import experts
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 ONE_PROGRAM = tiles.Tile(128, 16, 1, 4)  # a whole block: the interpreter's time goes by programs

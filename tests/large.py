@@ -21,8 +21,8 @@ EXPERT_NBYTES = 3 * 2048 * 7168 * 2
 SHARD_NBYTES = 900_000_000
 CHILD = """
 import json, sys, torch, transformers, tqdm, filelock
-from mixoff import conversion
-import mixoff.solvers
+from mixoff.store import convert as conversion
+import mixoff.quantize.solve_numba
 from transformers import MixtralForCausalLM
 print("ready", flush=True)
 sys.stdin.readline()

@@ -20,9 +20,9 @@ import torch
 from tiny import save_random
 
 import mixoff
-from mixoff import doctor, synthetic
-from mixoff.bench import command, compare, contender, limits, record, report, routing
+from mixoff.bench import compare, contender, limits, record, report, routing, synthetic
 from mixoff.bench.spec import Spec, repeat_rate
+from mixoff.commands import bench, doctor
 from mixoff.pages import pages
 from mixoff.planning import probe, speed
 from mixoff.shapes import sizes
@@ -219,14 +219,14 @@ def test_the_peak_sees_what_was_given_back():
 
 def parsed(*words):
     parser = argparse.ArgumentParser()
-    command.add_options(parser)
+    bench.add_options(parser)
     return parser.parse_args(list(map(str, words)))
 
 
 def test_the_whole_of_it_on_a_tiny_store(tiny_store, tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(compare.hardware, "read_bandwidth", lambda threads, rounds: 1e9)
     monkeypatch.setattr(compare.hardware, "disk_bandwidth", lambda folder, nbytes, depth: 1e9)
-    from mixoff.cli import main
+    from mixoff.commands.cli import main
 
     words = ["bench", tiny_store, "--json", "--tokens", 4, "--prompt-tokens", 5, "--runs", 1, "--fast-bytes", "2MB"]
     assert main([*map(str, words)]) == 0
@@ -262,7 +262,7 @@ def test_a_record_has_all_that_a_comparison_needs_and_nobody_s_name(tiny_store, 
     least = compare._least(compare.Settings(str(tiny_store))) - (64 << 20)  # a slot a layer
     words = [] if named else [folder, "--fast-bytes", least]
     words += ["--tokens", 4, "--prompt-tokens", 5, "--runs", 1, "--warmup", 1, "--record", at_home / "r.json"]
-    report = command.run(parsed(*words))
+    report = bench.run(parsed(*words))
     text = (at_home / "r.json").read_text()
     made, row = json.loads(text), report.rows[0]
     assert made["format"] == record.FORMAT and made["model"] == ("tiny-mixtral" if named else record.UNNAMED)
@@ -326,5 +326,5 @@ def test_ablations_are_those_of_the_paper(tiny_store):
 def test_what_is_wrong_with_a_request_is_said(tiny_store, tmp_path, words, message):
     places = {"STORE": tiny_store, "FOLDER": tmp_path}
     with pytest.raises(mixoff.MixoffError, match=message):
-        command.run(parsed(*(places.get(w, w) for w in words)))
+        bench.run(parsed(*(places.get(w, w) for w in words)))
     assert list(tmp_path.iterdir()) == []

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 import mixoff
-from mixoff import MixoffError, generation, models
-from mixoff.chat import PLAIN, Chat, recent
+from mixoff import MixoffError, models
+from mixoff.text import generation
+from mixoff.text.chat import PLAIN, Chat, recent
 
 # as Mixtral-8x7B-Instruct has it on the Hub, with strict turns
 INSTRUCT = (

@@ -14,8 +14,9 @@ from test_store import DAMAGE
 from tiny import BUNDLED
 
 import mixoff
-from mixoff import MixoffError, demo, models
-from mixoff.cli import main
+from mixoff import MixoffError, models
+from mixoff.commands import demo
+from mixoff.commands.cli import main
 
 PROMPT = "And the LORD said unto Moses,"
 KEYS = {
@@ -129,7 +130,7 @@ NO_NETWORK = """
 import socket, sys
 def refuse(*args, **kwargs): sys.exit("a socket was used: %r" % (args,))
 socket.socket.connect = socket.socket.connect_ex = socket.socket.bind = socket.getaddrinfo = refuse
-from mixoff.cli import main
+from mixoff.commands.cli import main
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -202,10 +203,10 @@ def test_demo_as_json(capsys):
 
 
 def test_grid_marks_what_happened_to_the_newest_token(capsys):
-    from mixoff import loading
-    from mixoff.generation import generate, load_tokenizer
+    from mixoff.runtime import load
+    from mixoff.text.generation import generate, load_tokenizer
 
-    with loading.load(BUNDLED, fast_bytes="6MB") as model:
+    with load.load(BUNDLED, fast_bytes="6MB") as model:
         grid = demo.Grid(model.mixoff)
         model.mixoff.on_event(grid.note)
         generate(model, load_tokenizer(BUNDLED), PROMPT, 6)
@@ -261,7 +262,7 @@ class Refuse(importlib.abc.MetaPathFinder):
         if name in ("torch", "transformers", "numba"):
             raise SystemExit(f"{name} was imported")
 sys.meta_path.insert(0, Refuse())
-from mixoff.cli import main
+from mixoff.commands.cli import main
 for argv in json.loads(sys.argv[1]):
     assert main(argv) == 2, argv
 """
@@ -313,17 +314,18 @@ def test_what_is_wrong_is_said_before_torch_is_imported(tmp_path):
 
 
 def test_names_that_are_checked_early_are_those_of_the_code():
-    from mixoff import arguments, loading
+    from mixoff.commands import arguments
     from mixoff.planning import budget
     from mixoff.quantize import scheme
+    from mixoff.runtime import load
     from mixoff.trace import simulate
 
-    assert set(arguments.SCHEMES) == set(scheme.PRESETS) and ("auto", *loading.DTYPES) == arguments.DTYPES
+    assert set(arguments.SCHEMES) == set(scheme.PRESETS) and ("auto", *load.DTYPES) == arguments.DTYPES
     assert (arguments.IO, arguments.PREFETCH, arguments.SCOPES) == (budget.IO, budget.MODES, simulate.SCOPES)
 
 
 def test_a_name_on_the_hub_is_announced_before_any_request(capsys, monkeypatch):
-    from mixoff import arguments
+    from mixoff.commands import arguments
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     arguments.model("nobody/no-such-model")
@@ -349,7 +351,7 @@ def test_the_last_resort_is_one_line_too(capsys, monkeypatch, error, line):
     def fail(cached):
         raise error
 
-    monkeypatch.setattr("mixoff.doctor.examine", fail)
+    monkeypatch.setattr("mixoff.commands.doctor.examine", fail)
     monkeypatch.delenv("MIXOFF_TRACEBACK", raising=False)
     assert main(["doctor"]) == 2
     out, err = capsys.readouterr()
@@ -429,7 +431,7 @@ def test_a_plan_says_for_what_it_is(capsys):
 
 
 def test_a_conversion_without_a_terminal_tells_its_progress(capsys, tmp_path, monkeypatch):
-    from mixoff import cli
+    from mixoff.commands import cli
     from mixoff.store import convert
 
     put = convert.Making.put
@@ -451,7 +453,7 @@ def test_a_terminal_shows_something_before_libraries_are_imported(monkeypatch, t
         raise MixoffError("libraries")
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("mixoff.cli._quiet_transformers", stop)
+    monkeypatch.setattr("mixoff.commands.cli._quiet_transformers", stop)
     monkeypatch.setattr(sys, "stderr", Terminal())
     assert main(words) == 2
     text = sys.stderr.getvalue()
@@ -459,7 +461,7 @@ def test_a_terminal_shows_something_before_libraries_are_imported(monkeypatch, t
 
 
 def test_a_model_s_text_cannot_drive_a_terminal(monkeypatch):
-    from mixoff import cli
+    from mixoff.commands import cli
 
     monkeypatch.setattr(sys, "stdout", Terminal())
     cli._show("a\x1b[2J\tb\n\u202e")

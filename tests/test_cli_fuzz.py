@@ -13,7 +13,7 @@ import pytest
 from tiny import BUNDLED
 
 import mixoff
-from mixoff.cli import main
+from mixoff.commands.cli import main
 
 NUMBERS = ["", " ", "nan", "-1", "inf", "1e999", "9" * 500, "-" + "9" * 30, "0x10", "1,5", "1_000", "None", "{}", "7;"]
 HOSTILE = [

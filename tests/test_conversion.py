@@ -24,7 +24,7 @@ from tiny import save_random
 
 import mixoff
 from mixoff import CheckpointError, MixoffError, Scheme
-from mixoff.cli import main
+from mixoff.commands.cli import main
 from mixoff.quantize.scheme import Precision
 from mixoff.quantize.solve import is_finite
 from mixoff.store import convert, shards

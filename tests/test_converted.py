@@ -61,7 +61,7 @@ def test_a_checkpoint_that_changed_is_converted_again(cache, tmp_path):
 
 KILLED = """
 import os, signal, sys
-from mixoff import conversion, converted
+from mixoff.store import convert as conversion, kept as converted
 from mixoff.quantize import Scheme
 conversion.COMMIT, put, left = 1, conversion.Making.put, [20]
 def counted(self, weight, image):

@@ -22,10 +22,12 @@ from simulated import Device
 from tiny import BUNDLED, budget, decode, resident, save_random
 
 import mixoff
-from mixoff import doctor, kernels, loading, refusals, rescue, runtime
-from mixoff.loading import measured
+from mixoff import kernels
+from mixoff.commands import doctor
 from mixoff.planning import planner, probe
 from mixoff.planning.budget import pinned_nbytes
+from mixoff.runtime import backend, hooks, load, refusals, rescue, runtime
+from mixoff.runtime.load import measured
 from mixoff.shapes.kv_cache import advance
 from mixoff.shapes.sites import slot_nbytes
 from mixoff.transfer import cuda, streams
@@ -170,7 +172,7 @@ def test_ram_copies_shrink_to_the_memory_that_there_is(tiny, monkeypatch):
             raise OSError(12, "Cannot allocate memory")
         return honest(nbytes)
 
-    monkeypatch.setattr(mixoff.tiers, "slab", refuse)
+    monkeypatch.setattr(mixoff.transfer.tiers, "slab", refuse)
     with (
         pytest.warns(UserWarning, match="the RAM tier takes"),
         mixoff.load(store, fast_bytes=bare + 6 * size, ram_bytes=20 * size) as model,
@@ -212,14 +214,14 @@ def test_generation_goes_on_with_fewer_slots(tiny, at, ram):
 
 def test_generation_goes_on_on_a_device(tiny):
     device = Device(random.Random(1))
-    honest = loading.bind
+    honest = hooks.bind
 
     def bind(model, made):
         undo = honest(model, made)
         Failing(model, 2, {2})
         return undo
 
-    with mock.patch.object(loading, "bind", bind), pytest.warns(UserWarning, match="going on with"):
+    with mock.patch.object(load, "bind", bind), pytest.warns(UserWarning, match="going on with"):
         violations, got, _, tiers = on_device(tiny, device, 18, ram=24)
     assert violations == [] and same(got, tiny[1]) and device.given_back == 1 and tiers["ram_hits"] > 0
 
@@ -334,10 +336,10 @@ def _choice(tokens, k):
 
 def test_small_tensors_come_to_the_host_by_one_copy():
     weights = torch.tensor([[0.1, -3.5], [float("nan"), 2.0]])
-    experts, same, guess = runtime.to_host(torch.tensor([[3, 1], [0, 9]]), weights, torch.tensor([[7]]))
+    experts, same, guess = backend.to_host(torch.tensor([[3, 1], [0, 9]]), weights, torch.tensor([[7]]))
     assert experts.tolist() == [[3, 1], [0, 9]] and guess.tolist() == [[7]]
     assert torch.equal(same.nan_to_num(-1), weights.nan_to_num(-1)) and same.dtype == torch.float32
-    half = runtime.to_host(weights.half())[0]
+    half = backend.to_host(weights.half())[0]
     assert torch.equal(half.nan_to_num(-1), weights.half().float().nan_to_num(-1))
 
 
@@ -403,8 +405,8 @@ def test_torch_locks_pages_in_the_same_way():
 
 
 def test_the_package_imports_where_there_is_no_cuda():
-    code = "import torch; assert not torch.cuda.is_available(); import mixoff.cuda, mixoff.streams; "
-    code += "assert mixoff.cuda.pick('auto') is None and mixoff.cuda.obstacle()"
+    code = "import torch; assert not torch.cuda.is_available(); import mixoff.transfer.cuda, mixoff.transfer.streams; "
+    code += "assert mixoff.transfer.cuda.pick('auto') is None and mixoff.transfer.cuda.obstacle()"
     subprocess.run([sys.executable, "-c", code], check=True, env={"CUDA_VISIBLE_DEVICES": "", "PATH": ""}, timeout=120)
 
 
@@ -444,11 +446,11 @@ def test_dtype_and_refusal_follow_from_the_card(card):
             cuda.pick("cuda")
         return
     gpu = cuda.pick("auto")
-    compute = {kind: str(loading._compute_dtype("auto", kind, gpu)) for kind in ("bfloat16", "float16", "float32")}
+    compute = {kind: str(load._compute_dtype("auto", kind, gpu)) for kind in ("bfloat16", "float16", "float32")}
     assert compute == {"bfloat16": f"torch.{dtype}", "float16": "torch.float16", "float32": "torch.float32"}
     if name == "t4":
         with pytest.warns(UserWarning, match="only emulates bfloat16"):
-            loading._compute_dtype("bfloat16", "bfloat16", gpu)
+            load._compute_dtype("bfloat16", "bfloat16", gpu)
     with pytest.raises(mixoff.MixoffError, match="there are 1 GPUs"):
         cuda.pick("cuda:3")
 

@@ -579,7 +579,7 @@ def test_a_failure_at_any_step_leaves_the_model_as_it_was(tmp_path, monkeypatch,
     def fail(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(mixoff.memory, step, fail)
+    monkeypatch.setattr(mixoff.runtime.offload, step, fail)
     with pytest.raises(KeyboardInterrupt):
         mixoff.offload(model, "1MB", scheme=Scheme(experts=FOUR), folder=tmp_path)
     assert list(dict(model.named_parameters())) == names and not list(tmp_path.iterdir())
@@ -593,7 +593,7 @@ def test_a_full_disk_is_a_clear_error(tmp_path, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(mixoff.memory.TensorReader, "read_into", full)
+    monkeypatch.setattr(mixoff.runtime.offload.TensorReader, "read_into", full)
     with pytest.raises(MixoffError, match="could not be written to .*No space left"):
         mixoff.offload(model, "1MB", folder=tmp_path)
     assert anatomy(model) == before and not list(tmp_path.iterdir())

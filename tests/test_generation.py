@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import mixoff
-from mixoff import MixoffError, generation, models
+from mixoff import MixoffError, models
+from mixoff.text import generation
 
 PROMPT = "And the LORD said unto Moses,"
 

@@ -154,7 +154,7 @@ def test_the_probe_measures_what_it_names(tmp_path, monkeypatch):
 
 
 def test_the_doctor_says_what_works_and_why(figures, capsys):
-    from mixoff import cli
+    from mixoff.commands import cli
 
     assert cli.main(["doctor", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
@@ -169,7 +169,7 @@ def test_the_doctor_says_what_works_and_why(figures, capsys):
 
 
 def test_a_cache_that_cannot_be_written_only_costs_the_next_probe(tmp_path, monkeypatch, figures, capsys):
-    from mixoff import cli
+    from mixoff.commands import cli
 
     (tmp_path / "file").write_text("")
     (tmp_path / "tmp").mkdir()

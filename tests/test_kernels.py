@@ -28,7 +28,7 @@ from transformers import GptOssConfig, MixtralConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
-from mixoff import experts, jit, kernels, runtime_hooks
+from mixoff import jit, kernels
 from mixoff.errors import MixoffError
 from mixoff.kernels import reference
 from mixoff.kernels.cpu import loops, products, simd, threads
@@ -36,6 +36,7 @@ from mixoff.kernels.cpu.relay import FIELDS
 from mixoff.kernels.cpu.threads import Crew
 from mixoff.kernels.reference import linear, scratch_nbytes
 from mixoff.quantize.solve import quantize
+from mixoff.runtime import experts, hooks
 from mixoff.shapes.sites import Part, Site
 
 SHAPES = [(384, 192), (192, 192), (72, 64), (31, 96), (33, 96), (1408, 2048)]
@@ -488,7 +489,7 @@ def two_threads():
 
 def test_a_pass_over_one_token_lends_its_threads_to_kernels(two_threads):
     model = Pass()
-    end = runtime_hooks.lend(model)
+    end = hooks.lend(model)
     assert model(torch.zeros(1, 1)) == (1, 2) and torch.get_num_threads() == 2
     assert model(torch.zeros(1, 5)) == (2, 2)  # a prompt's products are worth waking threads
     with pytest.raises(RuntimeError, match="on the way"):

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, MixtralConfig
 
 import mixoff
 from mixoff import BudgetError, MixoffError
-from mixoff.generation import load_tokenizer
 from mixoff.shapes.kv_cache import advance
+from mixoff.text.generation import load_tokenizer
 
 SLOT = 221_184  # bytes of one expert of the bundled model in fp16
 SCRATCH = {torch.float32: 32 * 192 * 4, torch.bfloat16: 32 * 192 * 2}

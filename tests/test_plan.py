@@ -12,7 +12,8 @@ import transformers
 from transformers import AutoConfig, MixtralConfig
 
 import mixoff
-from mixoff import BudgetError, CheckpointError, MixoffError, cli
+from mixoff import BudgetError, CheckpointError, MixoffError
+from mixoff.commands import cli
 from mixoff.planning import hardware, probe
 from mixoff.planning.needs import Needs
 from mixoff.quantize.scheme import Precision, Scheme

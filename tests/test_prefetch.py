@@ -7,7 +7,7 @@ from tiny import BUNDLED, FAMILIES, budget, decode, resident, save_random
 import mixoff
 from mixoff import BudgetError, MixoffError, simulate
 from mixoff.planning.budget import set_aside
-from mixoff.prefetch import WINDOW, top_k
+from mixoff.runtime.prefetch import WINDOW, top_k
 from mixoff.shapes.kv_cache import advance
 
 IDS = torch.arange(5, 14)[None]

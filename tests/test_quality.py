@@ -10,11 +10,12 @@ from tiny import BUNDLED, budget, config_of, decode, resident
 from transformers import AutoModelForCausalLM
 
 import mixoff
-from mixoff import MixoffError, models, quality
-from mixoff.generation import load_tokenizer
-from mixoff.lossy import NOBODY, heaviest, leave_out
-from mixoff.quality import Comparison, Estimate, Scores, Shadow, Windows, estimate
+from mixoff import MixoffError, models
+from mixoff.bench import quality
+from mixoff.bench.quality import Comparison, Estimate, Scores, Windows, estimate
 from mixoff.quantize.scheme import Precision, Scheme
+from mixoff.runtime.lossy import NOBODY, Shadow, heaviest, leave_out
+from mixoff.text.generation import load_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:all experts .* stay in memory")
 FOUR, TWO = Scheme(experts=Precision(4, 16)), Scheme(experts=Precision(2, 16))

@@ -11,10 +11,11 @@ from tiny import BUNDLED, VARIED, budget, decode, resident, save_random
 from tolerances import RANDOM_4BIT_COSINE, within_rounding
 
 import mixoff
-from mixoff import CheckpointError, MixoffError, Scheme, runtime
-from mixoff.cli import main
+from mixoff import CheckpointError, MixoffError, Scheme
+from mixoff.commands.cli import main
 from mixoff.quantize.scheme import PRESETS, Precision
 from mixoff.quantize.solve import quantize
+from mixoff.runtime import runtime
 from mixoff.store.manifest import MANIFEST, QUANTIZED, read_quantized
 
 QUANTIZING = sorted(set(PRESETS) - {"none"})

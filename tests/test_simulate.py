@@ -15,7 +15,7 @@ import mixoff
 from mixoff import BudgetError, MixoffError, Trace, simulate
 from mixoff.cache.cache import ExpertCache
 from mixoff.cache.policies import POLICIES
-from mixoff.cli import main
+from mixoff.commands.cli import main
 from mixoff.trace.simulate import CODES, COUNTERS, SCOPES, curve
 
 ALL = sorted(CODES)

@@ -21,8 +21,9 @@ from test_cuda import products_of
 from tiny import LOCAL, SHAPE, budget, resident, save_random
 
 import mixoff
-from mixoff import kernels, runtime
+from mixoff import kernels
 from mixoff.pages import slab
+from mixoff.runtime import runtime
 from mixoff.shapes.kv_cache import advance
 from mixoff.shapes.sites import slot_nbytes
 from mixoff.transfer import cuda

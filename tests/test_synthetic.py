@@ -9,7 +9,7 @@ import torch
 from tiny import config_of
 
 import mixoff
-from mixoff import synthetic
+from mixoff.bench import synthetic
 from mixoff.pages import slab
 from mixoff.quantize.scheme import Scheme
 from mixoff.shapes import sites

@@ -22,8 +22,8 @@ from tiny import budget, decode, resident, save_random
 from transformers import AutoModelForCausalLM, MixtralConfig
 
 import mixoff
-from mixoff import prefetch, runtime
 from mixoff.pages import pages
+from mixoff.runtime import call, prefetch, runtime
 from mixoff.transfer.tiers import RamTier
 from mixoff.transfer.transfer import ThreadTransfer
 
@@ -93,7 +93,7 @@ def test_contract(kind, data):
     transfer.close()
 
 
-MOVES = runtime.MOVES
+MOVES = call.MOVES
 
 
 @pytest.mark.parametrize("kind", ["inline", "threads", "ram"])
@@ -282,8 +282,8 @@ def without(module, site):
     return space
 
 
-CLASSES = {runtime: "_Call", prefetch: "Guesses"}
-SITES = [(runtime, site) for site in call_sites(runtime, INSTEAD)]
+CLASSES = {call: "Call", runtime: "Runtime", prefetch: "Guesses"}
+SITES = [(call, site) for site in call_sites(call, INSTEAD)]
 SITES += [(prefetch, site) for site in call_sites(prefetch, INSTEAD)]
 
 
@@ -390,6 +390,6 @@ def test_memory_that_the_system_does_not_have_is_said_with_figures(tiny, monkeyp
 
 
 def test_tiers_beyond_all_memory_are_refused(tiny, monkeypatch):
-    monkeypatch.setattr(mixoff.hardware, "memory_nbytes", lambda: (500_000, 100_000))
+    monkeypatch.setattr(mixoff.planning.probe, "memory_nbytes", lambda: (500_000, 100_000))
     with pytest.raises(mixoff.BudgetError, match="this process may have 488 KiB"):
         mixoff.load(tiny[0], fast_bytes="1MB", ram_bytes="1MB")

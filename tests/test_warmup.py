@@ -7,8 +7,10 @@ import torch
 from tiny import BUNDLED
 
 import mixoff
-from mixoff import Scheme, generation, warmup
+from mixoff import Scheme
 from mixoff.kernels.cpu import products
+from mixoff.runtime import warmup
+from mixoff.text import generation
 
 
 @pytest.mark.parametrize("exact", [False, True])
@@ -57,7 +59,7 @@ def test_what_is_compiled_for_long_is_said_once(monkeypatch):
 def test_the_command_reports_it_apart(capsys, tmp_path):
     import json
 
-    from mixoff.cli import main
+    from mixoff.commands.cli import main
 
     assert main(["convert", str(BUNDLED), str(tmp_path / "store"), "--scheme", "mixed", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["compile_s"] >= 0

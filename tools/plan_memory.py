@@ -13,8 +13,8 @@ from dataclasses import replace
 
 import torch
 
-from mixoff import loading
 from mixoff.planning import planner, probe
+from mixoff.runtime import load
 from mixoff.units import format_nbytes, parse_nbytes
 
 NEW_TOKENS = 4
@@ -57,7 +57,7 @@ def mapped_nbytes(model):
 
 def warm_up(context):
     """Load and run the bundled model, so that libraries and compiled kernels are there before we count."""
-    with loading.load("tiny-mixtral", "4MB", scheme="mixed") as model:
+    with load.load("tiny-mixtral", "4MB", scheme="mixed") as model:
         generate(model, min(context, 256))
 
 
@@ -80,7 +80,7 @@ def main(argv=None):
     torch.set_num_threads(1)
     warm_up(args.context)
     before = resident_nbytes()
-    with Peak() as peak, loading.load(args.model, plan.fast_bytes, scheme=args.scheme) as model:
+    with Peak() as peak, load.load(args.model, plan.fast_bytes, scheme=args.scheme) as model:
         generate(model, args.context)
         allocated, in_files = model.mixoff.allocated_nbytes, mapped_nbytes(model)
     anonymous, mapped = peak.anonymous - before[0], peak.mapped - before[1]

@@ -14,8 +14,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-from mixoff import synthetic
-from mixoff.bench import compare
+from mixoff.bench import compare, synthetic
 from mixoff.classroom import plots
 from mixoff.kernels import reference
 from mixoff.shapes.sites import slot_nbytes, torch_dtype

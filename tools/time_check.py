@@ -26,8 +26,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mixoff import models, synthetic
-from mixoff.bench import limits, routing
+from mixoff import models
+from mixoff.bench import limits, routing, synthetic
 from mixoff.bench.compare import PASSIVE, environment
 from mixoff.bench.spec import Spec
 from mixoff.classroom import table2
@@ -52,7 +52,7 @@ GIB = 1 << 30
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "benchmarks.md"
 MARKS = "<!-- measured: begin (tools/time_check.py table) -->\n", "<!-- measured: end -->\n"
 SMALL = {"vocab_size": 32000, "hidden_size": 1024, "num_attention_heads": 8, "num_key_value_heads": 2}
-SHAPES = {  # beside those of mixoff.synthetic: mixtral-700m twice as deep, and with many small experts
+SHAPES = {  # beside those of mixoff.bench.synthetic: mixtral-700m twice as deep, and with many small experts
     "deep": SMALL | {"intermediate_size": 3584, "num_hidden_layers": 16},
     "fine": SMALL | {"intermediate_size": 896, "num_hidden_layers": 8, "num_local_experts": 32,
                      "num_experts_per_tok": 8},
@@ -157,7 +157,7 @@ def spec_of(setting, path):
 
 def routed(spec):
     """Choices (T, L, K) that the run will follow, and guesses: every expert once, then a synthetic router's."""
-    from mixoff.prefetch import top_k
+    from mixoff.runtime.prefetch import top_k
     from mixoff.shapes.config import read_config
 
     sites, K = sites_of(spec.path)[0], top_k(read_config(Path(spec.path)))
@@ -189,7 +189,7 @@ class Runner:
     """A contender of `mixoff bench`, in this process, that looks at the core's speed between tokens."""
 
     def __init__(self, spec):
-        from mixoff import loading
+        from mixoff.runtime import load as loading
 
         torch.set_num_threads(spec.threads)
         self.spec, self.model, self.cache = spec, loading.load(spec.path, **spec.load), None

@@ -13,10 +13,13 @@ from dataclasses import asdict, dataclass
 import torch
 from transformers import PreTrainedModel
 
-from mixoff import demo, generation, loading, models
+from mixoff import models
+from mixoff.commands import demo
 from mixoff.kernels import reference
 from mixoff.pages import slab
+from mixoff.runtime import load
 from mixoff.store.source import open_source
+from mixoff.text import generation
 
 PROMPTS = (
     "It was a fine morning in the spring, and Elizabeth",
@@ -84,7 +87,7 @@ def run(runs: int = 5, max_new_tokens: int = 64, threads: int = 1) -> Table:
     torch.set_num_threads(threads)
     tokenizer, folder = generation.load_tokenizer(models.path()), models.path()
     link, sizes = link_bandwidth(), budgets()
-    loaded = [loading.load(folder, fast_bytes=size) for size in sizes]
+    loaded = [load.load(folder, fast_bytes=size) for size in sizes]
     contenders = [*loaded, demo.resident_model()]
     for model in contenders:  # one short run each, so that nobody pays for the first use of a library
         _decode_ms(model, tokenizer, 4)

@@ -19,12 +19,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from mixoff import loading, warmup
 from mixoff.bench import limits, routing
 from mixoff.bench.spec import Spec, repeat_rate
 from mixoff.errors import MixoffError
 from mixoff.planning import probe
-from mixoff.prefetch import top_k
+from mixoff.runtime import load, warmup
+from mixoff.runtime.prefetch import top_k
 from mixoff.shapes.config import expert_modules, read_config
 from mixoff.shapes.config import skeleton as skeleton_of
 from mixoff.shapes.kv_cache import advance
@@ -284,12 +284,12 @@ def _phase(name: str, experts: dict[str, nn.Module]) -> str | None:
 
 
 def _load_mixoff(spec: Spec) -> nn.Module:
-    return loading.load(spec.path, **spec.load)
+    return load.load(spec.path, **spec.load)
 
 
 def _load_mapped(spec: Spec) -> nn.Module:
     """The store's files mapped into memory and computed from as they lie: whatever the page cache makes of it."""
-    model = loading.load(spec.path, **{"prefetch": "none"} | spec.load)
+    model = load.load(spec.path, **{"prefetch": "none"} | spec.load)
     runtime, views = model.mixoff, {}
     for (site, expert), (extent, *_) in runtime.source.reader.extents.items():
         image = torch.from_numpy(

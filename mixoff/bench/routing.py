@@ -22,7 +22,7 @@ from mixoff.errors import MixoffError
 from mixoff.shapes import config
 
 if TYPE_CHECKING:
-    from mixoff.prefetch import Guesses
+    from mixoff.runtime.prefetch import Guesses
 
 
 class Routing:
@@ -103,7 +103,7 @@ def guessed(trace: np.ndarray, num_experts: int, recall: float) -> np.ndarray:
 
 
 def synthetic(preset: str, repeat: float | None, num_experts: int, top_k: int, layers: int, tokens: int) -> np.ndarray:
-    """Experts (T, L, K) of a synthetic router: a preset of `mixoff.routers`, its locality tuned to a repeat rate.
+    """Experts (T, L, K) of a synthetic router: a preset of `mixoff.trace.routers`, its locality tuned to a repeat rate.
 
     repeat: share of the previous token's experts asked for again, reached within a point; None keeps the preset's.
     """

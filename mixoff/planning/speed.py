@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from mixoff.shapes.sizes import Sizes
 
 
-BACKGROUND_FROM = 1 << 20  # bytes; smaller experts are fetched by the thread that computes (mixoff.tiers)
+BACKGROUND_FROM = 1 << 20  # bytes; smaller experts are fetched by the thread that computes (mixoff.transfer.tiers)
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,8 @@ from mixoff.units import format_nbytes
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from mixoff.runtime import Event, Runtime
+    from mixoff.cache.events import Event
+    from mixoff.runtime.runtime import Runtime
     from mixoff.trace.trace import Trace
 
 HERE = Path(__file__).parent

@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 from mixoff.errors import BudgetError
 from mixoff.pages import out_of_memory
-from mixoff.passes import wrap
+from mixoff.runtime.passes import wrap
 from mixoff.shapes.kv_cache import CACHE_NAMES
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from mixoff.runtime import Runtime
+    from mixoff.runtime.runtime import Runtime
 
 
 def guard(model: PreTrainedModel, runtime: Runtime) -> ExitStack:

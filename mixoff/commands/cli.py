@@ -18,7 +18,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import NoReturn, TextIO
 
-from mixoff import __version__, arguments
+from mixoff import __version__
+from mixoff.commands import arguments
 from mixoff.errors import CheckpointError, MixoffError, one_line, printable, suggestion
 
 SCHEMES = f"{', '.join(arguments.SCHEMES[:-1])} or {arguments.SCHEMES[-1]}"
@@ -167,7 +168,7 @@ def _demo(args: argparse.Namespace) -> int:
         arguments.new_file(args.svg)
     with _starting("loading tiny-mixtral"):
         _quiet_transformers()
-        from mixoff import demo
+        from mixoff.commands import demo
 
     return demo.run(
         args.fast_bytes, args.prompt or demo.PROMPT, args.max_new_tokens, args.seed, args.svg, as_json=args.json
@@ -236,7 +237,7 @@ def _run(args: argparse.Namespace) -> int:
         model, tokenizer = _load(args)
     load_s = time.perf_counter() - start
     with model:
-        from mixoff import warmup
+        from mixoff.runtime import warmup
 
         compile_s = warmup.compile_for(model, _say)
         result = _generate(args, model, tokenizer, prompt)
@@ -261,14 +262,15 @@ def _load(args: argparse.Namespace) -> tuple:
     _quiet_transformers()
     import torch
 
-    from mixoff import generation, loading
+    from mixoff.runtime import load
+    from mixoff.text import generation
 
     if args.threads:
         torch.set_num_threads(args.threads)
     how = {"scheme": args.scheme, "policy": args.policy, "scope": args.scope, "dtype": args.dtype}
     how |= {"ram_bytes": args.ram_bytes, "prefetch": args.prefetch, "io": args.io, "device": args.device}
     how |= {"context": args.context} if args.context else {}
-    model = loading.load(args.path, args.fast_bytes, **how)
+    model = load.load(args.path, args.fast_bytes, **how)
     try:
         return model, generation.load_tokenizer(model.mixoff.source.folder)
     except BaseException:
@@ -277,7 +279,7 @@ def _load(args: argparse.Namespace) -> tuple:
 
 
 def _generate(args: argparse.Namespace, model: object, tokenizer: object, prompt: str) -> object:
-    from mixoff import chat, generation
+    from mixoff.text import chat, generation
 
     keys = ("temperature", "seed", "top_p", "top_k", "stop")
     how = {key: getattr(args, key) for key in keys} | {"on_text": None if args.json else _show}
@@ -314,8 +316,8 @@ def _convert(args: argparse.Namespace) -> int:
     arguments.model(args.source)
     with _starting(f"converting {printable(args.source)}"):
         _quiet_transformers()
-        from mixoff import warmup
         from mixoff.quantize.scheme import Scheme
+        from mixoff.runtime import warmup
         from mixoff.store import convert
         from mixoff.units import format_nbytes
 
@@ -393,7 +395,7 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _add_bench(commands: argparse._SubParsersAction) -> None:
-    from mixoff.bench import command as bench
+    from mixoff.commands import bench
 
     command = _add_command(
         commands, "bench", _bench, "tokens/s of a store or shape, or of the bundled model, beside this machine's limits"
@@ -402,7 +404,7 @@ def _add_bench(commands: argparse._SubParsersAction) -> None:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    from mixoff.bench import command
+    from mixoff.commands import bench as command
 
     command.check(args)
     _quiet_transformers()
@@ -428,10 +430,11 @@ def _trace(args: argparse.Namespace) -> int:
     arguments.model(args.path)
     with _starting(f"loading {printable(args.path)}"):
         _quiet_transformers()
-        from mixoff import generation, loading
+        from mixoff.runtime import load
+        from mixoff.text import generation
         from mixoff.units import format_nbytes
 
-    with loading.load(args.path, args.fast_bytes, prefetch=args.prefetch) as model:
+    with load.load(args.path, args.fast_bytes, prefetch=args.prefetch) as model:
         tokenizer = generation.load_tokenizer(model.mixoff.source.folder)
         with model.mixoff.trace() as recorder:
             generation.generate(model, tokenizer, prompt, args.max_new_tokens)
@@ -549,7 +552,7 @@ def _add_doctor(commands: argparse._SubParsersAction) -> None:
 def _doctor(args: argparse.Namespace) -> int:
     with _starting("measuring this machine"):
         _quiet_transformers()
-        from mixoff import doctor
+        from mixoff.commands import doctor
 
         checkup = doctor.examine(cached=not args.refresh)
     print(checkup.to_json() if args.json else checkup)

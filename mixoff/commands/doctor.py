@@ -6,7 +6,6 @@ Nothing here is a secret: no names of users or machines, no tokens, no paths but
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import importlib.util
 import json
 import platform

@@ -13,25 +13,25 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from mixoff import layers, refusals, runtime_hooks
 from mixoff.cache.policies import Policy
-from mixoff.errors import BudgetError, CheckpointError, MixoffError
+from mixoff.errors import BudgetError, MixoffError
 from mixoff.kernels import reference
 from mixoff.planning import planner, probe
 from mixoff.planning.budget import goes_direct, pinned_nbytes
 from mixoff.planning.hardware import Hardware
-from mixoff.prefetch import NextRouter, top_k
 from mixoff.quantize.scheme import Scheme
-from mixoff.rescue import guard
-from mixoff.runtime import Runtime
+from mixoff.runtime.backbone import load_backbone
+from mixoff.runtime.hooks import bind
+from mixoff.runtime.prefetch import top_k
+from mixoff.runtime.runtime import Runtime
 from mixoff.shapes import sites
-from mixoff.shapes.config import expert_modules, model_class, read_config
-from mixoff.store import backbone, kept, published
+from mixoff.shapes.config import read_config
+from mixoff.store import kept, published
 from mixoff.store.names import pinned
 from mixoff.store.readers import past_page_cache
-from mixoff.store.source import EncodedError, Source, open_backbone, open_source
+from mixoff.store.source import EncodedError, Source, open_source
 from mixoff.transfer import cuda, streams
 from mixoff.transfer.cuda import MARGIN, Gpu
 from mixoff.transfer.tiers import WORKERS
@@ -86,12 +86,12 @@ def load(
         compute, k = _compute_dtype(dtype, source.dtype, gpu), top_k(read_config(source.folder))
         budget, ram = budgets(source, fast_bytes, ram_bytes, gpu, compute, context)
         choose_io(source, io, budget, limited=ram_bytes is not None or gpu is not None)
-        model = _load_backbone(source, compute, exact, gpu) if gpu else None  # first: slots take what it leaves
+        model = load_backbone(source, compute, exact, gpu) if gpu else None  # first: slots take what it leaves
         how = {"prefetch": prefetch, "top_k": k, "exact": exact, "fetch": fetch, "device": gpu}
         runtime = Runtime(source, budget, policy, scope, compute, ram_bytes=ram, **how)
         undo.callback(runtime.close)
         _check_memory((0 if gpu else runtime.arena.numel()) + runtime.ram_nbytes)
-        model = model or _load_backbone(source, compute, exact)
+        model = model or load_backbone(source, compute, exact)
         undo.pop_all()
     bind(model, runtime)
     return model
@@ -175,103 +175,6 @@ def _compute_dtype(dtype: str | torch.dtype, stored: str, gpu: streams.Device | 
     if own == "float16" and name == "bfloat16":
         warnings.warn("this GPU only emulates bfloat16, which is slow: float16 is its own format", stacklevel=3)
     return sites.torch_dtype(name)
-
-
-def _load_backbone(
-    source: Source, compute: torch.dtype, exact: bool, gpu: streams.Device | None = None
-) -> PreTrainedModel:
-    """`from_pretrained` of everything but the experts: their parameters are removed before weights are looked for."""
-    config = read_config(source.folder)
-    base = model_class(config)
-    with open_backbone(source) as (quantized, tensors):
-        layers.untie(config, quantized)
-        try:
-            model, report = _shell(base, list(quantized)).from_pretrained(
-                None,  # no folder, in which transformers would choose files itself
-                config=config,
-                state_dict=tensors,
-                dtype=compute,
-                experts_implementation="mixoff",
-                output_loading_info=True,
-            )
-            model.generation_config = _generation_config(source.folder)
-        except Exception as error:  # transformers and safetensors raise many kinds; to the user all of them are one
-            reason = str(error).strip().split("\n")[0]
-            raise CheckpointError(f"transformers cannot load the backbone of {source.folder}: {reason}") from error
-    if lacking := sorted(report["missing_keys"]):  # transformers would make them up at random, with a warning
-        raise CheckpointError(f"{source.folder} lacks {', '.join(lacking[:3])}: {backbone.INCOMPLETE}")
-    backbone.refuse_overflow(model, compute, source.dtype)
-    where = gpu.where if gpu else torch.device("cpu")
-    layers.fill(model, quantized, compute, exact, where)
-    model.name_or_path = model.config.name_or_path = str(source.folder)
-    model.generation_config.disable_compile = True  # the experts are not a graph
-    return model.eval().to(where)
-
-
-def _generation_config(folder: Path) -> GenerationConfig:
-    """As `from_pretrained` finds it: a file of its own, else what config.json says of generation."""
-    try:
-        return GenerationConfig.from_pretrained(folder, local_files_only=True)
-    except OSError:
-        how = {"config_file_name": "config.json", "local_files_only": True}
-        return GenerationConfig.from_pretrained(folder, _from_model_config=True, **how)
-
-
-def _shell(base: type[PreTrainedModel], quantized: list[str]) -> type[PreTrainedModel]:
-    """`base` without expert weights, nor those named `quantized`: none is made, looked for, moved or counted."""
-
-    def __init__(self: PreTrainedModel, config: object, *args: object, **kwargs: object) -> None:
-        base.__init__(self, config, *args, **kwargs)
-        for module in expert_modules(self).values():
-            for name in [name for name, _ in module.named_parameters(recurse=False)]:
-                del module._parameters[name]
-            module._is_hf_initialized = True  # or transformers would initialize what is no longer there
-        layers.hollow(self, quantized)
-
-    # __module__ is the base's, or transformers takes the class for custom code and ignores experts_implementation;
-    # ignoring the experts' keys spares a warning about every expert of a plain checkpoint
-    ignored = [*(base._keys_to_ignore_on_load_unexpected or []), r"\.experts\.\d+\.", r"\.experts\.\w+$"]
-    return type(
-        base.__name__,
-        (base,),
-        {
-            "__init__": __init__,
-            "_plain": base,
-            "__module__": base.__module__,
-            "_keys_to_ignore_on_load_unexpected": ignored,
-        },
-    )
-
-
-def bind(model: PreTrainedModel, runtime: Runtime, loaded: bool = True) -> ExitStack:
-    """Let `runtime` serve the experts of `model`; closing what is returned takes every trace of that away again.
-
-    loaded: the model is of `load`, rather than of `offload`.
-    """
-    dtype = refusals.dtype_of(model.base_model)
-
-    def before(backbone: torch.nn.Module, args: tuple, kwargs: dict) -> None:
-        ids = runtime_hooks.read_by(args, kwargs)
-        if ids is not None:
-            refusals.check(backbone, dtype, ids.device.type, loaded)
-            _note_pass(runtime, ids, kwargs)
-
-    with refusals.serve(model, runtime, loaded) as undo:
-        undo.callback(model.base_model.register_forward_pre_hook(before, with_kwargs=True).remove)
-        if any(isinstance(module, layers.QuantizedLinear) for module in model.modules()):
-            undo.callback(runtime_hooks.lend(model.base_model))
-        if runtime.guesses.active:
-            names = list(expert_modules(model))
-            undo.push(NextRouter(model, names, runtime.expect, runtime.wants_guesses, runtime.guesses.stop).attach())
-        undo.push(guard(model, runtime))
-        model.mixoff = runtime
-        undo.callback(delattr, model, "mixoff")
-        return undo.pop_all()
-
-
-def _note_pass(runtime: Runtime, ids: torch.Tensor, kwargs: dict) -> None:
-    """Several sequences packed in one row, as in continuous batching, come with the length of the longest."""
-    runtime.begin_pass(ids.shape[0] * ids.shape[1], kwargs.get("max_length_q") or ids.shape[1])
 
 
 def measured(gpu: Gpu) -> Hardware:

@@ -20,14 +20,6 @@ import torch
 from torch import Tensor, nn
 
 from mixoff.errors import MixoffError
-from mixoff.lossy import (  # noqa: F401 (their home for users: mixoff.quality.dynamic_top_k)
-    Shadow,
-    coarse_misses,
-    dynamic_top_k,
-    prune,
-    skip_light,
-    skip_misses,
-)
 from mixoff.quantize.scheme import ROLES, Scheme
 from mixoff.shapes import config
 from mixoff.units import format_nbytes

@@ -17,33 +17,32 @@ Does not know file layouts.
 
 from __future__ import annotations
 
-import functools
 import os
 import threading
 import time
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from mixoff.cache.cache import ExpertCache, Grant
-from mixoff.cache.events import BYPASS, HIT, RESTORE, CacheInfo, Event
+from mixoff.cache.cache import ExpertCache
+from mixoff.cache.events import CacheInfo, Event
 from mixoff.cache.policies import Key, Policy
 from mixoff.errors import BudgetError, MixoffError
-from mixoff.experts import by_expert, expert_mlp, expert_mlps
 from mixoff.kernels import reference
 from mixoff.pages import out_of_memory, slab
 from mixoff.planning.budget import least_slots, plan_slots, set_aside
-from mixoff.prefetch import Guesses
 from mixoff.quantize.scheme import Scheme
-from mixoff.runtime_recorder import Recorder
+from mixoff.runtime.backend import to_host
+from mixoff.runtime.call import MOVES, Call, Compute
+from mixoff.runtime.prefetch import Guesses
+from mixoff.runtime.recorder import Recorder
 from mixoff.shapes.sites import Site, slot_nbytes
 from mixoff.store.readers import Reader
-from mixoff.transfer.arena import Arena, Weight
+from mixoff.transfer.arena import Arena
 from mixoff.transfer.streams import Device, open_device_transfer
 from mixoff.transfer.tiers import open_transfer
 from mixoff.transfer.transfer import Transfer
@@ -51,8 +50,6 @@ from mixoff.units import format_nbytes
 
 SHRINK = 8  # one slot of so many is given up at a time when memory runs out
 FETCH = ("expert", "layer")
-MOVES = ("miss", "bypass", "restore", "prefetch")  # kinds of fetches
-Compute = Callable[[dict[int, dict[str, Weight]]], None]
 _alive: weakref.WeakSet[Runtime] = weakref.WeakSet()
 
 
@@ -405,7 +402,7 @@ class Runtime:
         with self._lock:
             if self._closed:
                 raise RuntimeError("this model was closed: load it again to generate")
-            _Call(self, site, compute).run(experts, weights)
+            Call(self, site, compute).run(experts, weights)
 
     def tell(self, key: Key, kind: str, nbytes: int, t0: float, t1: float) -> None:
         """An event for those who listen; times of `time.perf_counter`."""
@@ -416,254 +413,10 @@ class Runtime:
             fn(event)
 
 
-class _Call:
-    """One call of one MoE layer: which grants wait in which slot of the arena until they are computed."""
-
-    def __init__(self, runtime: Runtime, site: int, compute: Compute) -> None:
-        self.runtime, self.site, self.compute = runtime, site, compute
-        self.transfer, self.guesses, self.listened = runtime.transfer, runtime.guesses, bool(runtime._listeners)
-        self.ready: dict[int, Grant] = {}  # their bytes are there
-        self.coming: dict[int, Grant] = {}  # their bytes are on their way
-        self.guessed: set[int] = set()  # slots that a guess began to fill
-
-    def run(self, experts: list[int], weights: Sequence[float] | None) -> None:
-        """Serve `experts`, from a fast tier that is as the last call left it if that ended, else empty."""
-        runtime = self.runtime
-        if not runtime.ended:
-            runtime.renew()
-        runtime.ended = False
-        self.transfer.enter()
-        self.guesses.judge(self.site, experts)
-        prompt, pool = runtime.in_prompt(), 0 if runtime.scope == "global" else self.site
-        keys = [(self.site, expert) for expert in experts]
-        if runtime.whole_layers:
-            others = set(range(runtime.source.sites[self.site].num_experts)).difference(experts)
-            keys, weights = [*keys, *((self.site, expert) for expert in others)], None
-        self.serve(runtime.cache.access(pool, keys, prompt, weights), prompt)
-        runtime.ended = True
-
-    def serve(self, grants: Iterable[Grant], prompt: bool) -> None:
-        """Have everything fetched that is not here, compute what is, then the rest as it lands."""
-        if prompt:  # it asks for nearly everything anyhow
-            self.drop_guesses()
-        for grant in grants:
-            self.begin(grant)
-        self.drop_guesses()
-        if not prompt:
-            self.guesses.fetch(self.site + 1, self.runtime.cache.slot_of.__contains__)
-        ready, self.ready = self.ready, {}
-        for found in [{slot: grant} for slot, grant in ready.items()] if self.listened else [ready]:
-            self.finish(found)
-        while self.coming:
-            self.land(self.coming)
-
-    def begin(self, grant: Grant) -> None:
-        """Find the grant's slot in the arena, and have it filled unless it holds the expert already."""
-        if grant.kind == HIT:
-            self.ready[self.runtime.place[grant.slot]] = grant
-            return
-        slot = self.vacate(grant)
-        if self.listened and grant.evicted is not None:
-            self.tell(grant.evicted, "evict")
-        guessed = self.guesses.take(grant.key, instead=slot)
-        if guessed is None:
-            self.transfer.fetch(grant.key, slot, grant.kind)
-        else:
-            slot = self.runtime.place[grant.slot] = guessed
-            self.guessed.add(slot)
-        self.coming[slot] = grant
-
-    def vacate(self, grant: Grant) -> int:
-        """The slot of the arena for a grant. Who waits in it is computed first; who only passes by keeps it, if a spare
-        one can take its place, so that a prompt reads one expert while it computes another."""
-        place = self.runtime.place
-        while (slot := place[grant.slot]) in self.ready or slot in self.coming:
-            passing = slot in self.coming and self.coming[slot].kind == BYPASS
-            spare = self.guesses.lend(slot, self.coming) if passing else None
-            if spare is not None:
-                place[grant.slot] = spare
-            elif slot in self.ready:
-                self.finish({slot: self.ready.pop(slot)})
-            else:
-                self.land(self.coming if passing else [slot])
-        return slot
-
-    def drop_guesses(self) -> None:
-        """This layer's fetches are under way, so guesses that are left proved wrong."""
-        for key, landing in self.guesses.drop():
-            if self.listened:
-                self.tell(key, "prefetch", landing.nbytes, landing.t0, landing.t1)
-                self.tell(key, "evict")
-
-    def land(self, slots: Collection[int]) -> None:
-        """Sleep until the bytes of one of `slots` are there, and compute it."""
-        slot, nbytes, t0, t1 = self.transfer.wait(slots)
-        grant = self.coming.pop(slot)
-        if slot in self.guessed:
-            self.guesses.counts["used_nbytes"] += nbytes
-        if self.listened:
-            kind = "prefetch" if grant.kind == RESTORE or slot in self.guessed else "miss"
-            self.tell(grant.key, kind, nbytes, t0, t1)
-        self.finish({slot: grant})
-
-    def finish(self, found: dict[int, Grant]) -> None:
-        """Compute from slots whose bytes are there, and let go of them; who was restored is not computed."""
-        for slot, grant in found.items():
-            if self.listened and (grant.kind == HIT or slot in self.guessed):
-                self.tell(grant.key, "hit")
-            self.guessed.discard(slot)
-        found = {slot: grant for slot, grant in found.items() if grant.kind != RESTORE}
-        if not found:
-            return
-        t0, weights = time.perf_counter(), self.runtime.arena.weights
-        self.compute({grant.key[1]: weights(slot, grant.key[0]) for slot, grant in found.items()})
-        for slot, grant in found.items():
-            self.transfer.release(slot)
-            if self.listened:
-                self.tell(grant.key, "compute", 0, t0, time.perf_counter())
-                if grant.kind == BYPASS:
-                    self.tell(grant.key, "evict")
-
-    def tell(self, key: Key, kind: str, nbytes: int = 0, t0: float | None = None, t1: float | None = None) -> None:
-        now = time.perf_counter()
-        self.runtime.tell(key, kind, nbytes, now if t0 is None else t0, now if t1 is None else t1)
-
-
-class _Untrainable(torch.autograd.Function):
-    """Lets a forward pass through in any mode, and says in words that no gradient comes back.
-
-    The backbone is not frozen instead: for a weight that requires no gradient ATen takes another path to the product,
-    with other last bits than plain transformers has.
-    """
-
-    @staticmethod
-    def forward(ctx: object, out: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
-        return out.view_as(out)
-
-    @staticmethod
-    def backward(ctx: object, grad: torch.Tensor) -> None:
-        raise RuntimeError("offloaded experts can run but not train: load the model with transformers to train it")
-
-
-@torch.compiler.disable
-def experts_forward(
-    self: torch.nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-) -> torch.Tensor:
-    """The experts backend of transformers: hidden_states (T, D), choice and weights (T, K) -> (T, D).
-
-    All rows of an expert are one product, and each row's place and sum over K are those of transformers' `grouped_mm`.
-    """
-    if not torch.is_grad_enabled():
-        return _served(self, hidden_states, top_k_index, top_k_weights)
-    with torch.no_grad():
-        out = _served(self, hidden_states, top_k_index, top_k_weights)
-    return _Untrainable.apply(out, hidden_states) if hidden_states.requires_grad else out
-
-
-def _served(
-    self: torch.nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-) -> torch.Tensor:
-    runtime, site = self._mixoff
-    if runtime.reroute is not None:
-        top_k_index, top_k_weights = runtime.reroute(site, top_k_index, top_k_weights)
-    chosen, given = runtime.look(site, top_k_index, top_k_weights)
-    runtime.note_routing(site, chosen, given)
-    alone = _of_one_token(chosen, given, self.num_experts)
-    if alone:
-        out = _one_row(self, hidden_states, alone)
-    else:
-        out = _rows(self, hidden_states, by_expert(chosen, self.num_experts), given)
-    weighted = out.view(*top_k_index.shape, -1) * top_k_weights.unsqueeze(-1)  # (T, K, D)
-    return weighted.sum(dim=1).to(hidden_states.dtype)  # (T, D)
-
-
-def _of_one_token(top_k_index: torch.Tensor, top_k_weights: torch.Tensor, num_experts: int) -> dict[int, float] | None:
-    """The choice (1, K) of one token and what it gave each expert, nothing for what is not a number; None for several
-    tokens, and where it names an expert twice or none."""
-    if len(top_k_index) != 1:
-        return None
-    (experts,), (given,) = top_k_index.tolist(), top_k_weights.tolist()
-    weights = {expert: w if w == w else 0.0 for expert, w in zip(experts, given, strict=True)}
-    return weights if len(weights) == len(experts) and max(experts) < num_experts else None
-
-
-def _one_row(self: torch.nn.Module, x: torch.Tensor, weights: dict[int, float]) -> torch.Tensor:
-    """One token x (1, D) through each of its experts -> (K, 1, D), in their order; what the router gave them."""
-    (runtime, site), experts = self._mixoff, list(weights)
-    parts, order = [], []
-
-    def place(expert: int) -> tuple[int, int]:
-        return sum(other < expert for other in experts), len(experts)
-
-    def compute(found: dict[int, dict[str, Weight]]) -> None:
-        mine = {expert: found[expert] for expert in found if expert in experts}  # others where layers are fetched whole
-        if mine:
-            parts.append(expert_mlps(self, x, mine, runtime.scratch, runtime.exact, place))
-            order.extend(mine)
-
-    runtime.serve(site, experts, compute, None if runtime.in_prompt() else list(weights.values()))
-    out = parts[0] if len(parts) == 1 else torch.cat(parts)
-    if order != experts:  # row by row, since for an index of its own a host would wait for its device
-        rows = dict(zip(order, out.unbind(), strict=True))
-        out = torch.stack([rows[expert] for expert in experts])
-    return out
-
-
-def _rows(
-    self: torch.nn.Module, hidden_states: torch.Tensor, where: dict[int, torch.Tensor], given: torch.Tensor
-) -> torch.Tensor:
-    """Rows of hidden_states (T, D) through their experts -> (T * K, D), zeros where there is none.
-
-    where: the positions (R,) of each expert's rows in the router's choice, flattened; given: its weights (T, K).
-    """
-    runtime, site = self._mixoff
-    K, weights = given.shape[1], None if runtime.in_prompt() else _given(where, given)
-    out, where = hidden_states.new_zeros(given.numel(), hidden_states.shape[1]), _rows_on(hidden_states.device, where)
-
-    def compute(found: dict[int, dict[str, Weight]]) -> None:
-        for expert in found:
-            if (rows := where.get(expert)) is not None:  # of this expert, (R,); none where layers are fetched whole
-                at = functools.partial(_place, where, len(out), expert)
-                mine = hidden_states[rows // K]  # (R, D)
-                out[rows] = expert_mlp(self, mine, found[expert], runtime.scratch, runtime.exact, at)
-
-    runtime.serve(site, list(where), compute, weights)
-    return out
-
-
-def _place(where: dict[int, torch.Tensor], rows: int, expert: int) -> tuple[int, int]:
-    """How many of a call's rows belong to experts of a lower index, and how many `rows` it has."""
-    return sum(len(r) for other, r in where.items() if other < expert), rows
-
-
-def to_host(*tensors: torch.Tensor) -> list[torch.Tensor]:
-    """Small tensors of a device, integers and floats, by one copy: as int64 and fp32."""
-    raw = [t.float().view(torch.int32) if t.is_floating_point() else t.int() for t in tensors]
-    host = torch.cat([t.flatten() for t in raw]).cpu().split([t.numel() for t in tensors])
-    values = [r.view(torch.float32) if t.is_floating_point() else r.long() for r, t in zip(host, tensors, strict=True)]
-    return [v.view(t.shape) for v, t in zip(values, tensors, strict=True)]
-
-
-def _rows_on(device: torch.device, where: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]:
-    """Positions of rows on the device that computes, by one copy for which the host does not wait."""
-    if device.type == "cpu" or not where:
-        return where
-    counts = [len(rows) for rows in where.values()]
-    rows = torch.cat(list(where.values())).to(device, non_blocking=True).split(counts)
-    return dict(zip(where, rows, strict=True))
-
-
-def _given(where: dict[int, torch.Tensor], top_k_weights: torch.Tensor) -> list[float]:
-    """The router's weights for each expert, summed over the tokens; what is not a number counts nothing."""
-    given = top_k_weights.flatten().nan_to_num()
-    return [float(given[rows].sum()) for rows in where.values()]
-
-
 def _after_fork() -> None:
     for runtime in _alive:
         runtime.forked()
 
 
-ALL_EXPERTS_FUNCTIONS.register("mixoff", experts_forward)
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)

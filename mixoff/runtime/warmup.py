@@ -14,14 +14,16 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from mixoff import kernels, layers
+from mixoff import kernels
 from mixoff.kernels.cpu import products
 from mixoff.quantize import solve
 from mixoff.quantize.scheme import ROLES, Scheme
 from mixoff.quantize.tensor import QTensor
+from mixoff.runtime import layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
 
 WIDTH = 1024  # of the matrices: enough that several threads share a product
 ROWS = (1, 2, 4)  # that loops compute side by side

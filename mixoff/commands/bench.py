@@ -14,7 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mixoff import arguments, models
+from mixoff import models
+from mixoff.commands import arguments
 from mixoff.errors import MixoffError, suggestion
 from mixoff.units import format_nbytes, parse_nbytes
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from mixoff.bench.budgets import Table
     from mixoff.bench.compare import Settings
     from mixoff.bench.report import Report
+
 
 ROUTINGS = {"mixtral": "mixtral-8x7b", "uniform": "uniform", "model": "model"}
 ASK_FROM = 1 << 30  # bytes of files that are not written without a word
@@ -173,7 +175,8 @@ def _named(model: str) -> dict[str, str | None]:
 
 def _written(args: argparse.Namespace, peers: tuple[str, ...]) -> dict[str, str | None]:
     """The store of the shape, and what its peers need beside it, written where they are missing."""
-    from mixoff import folders, synthetic
+    from mixoff import folders
+    from mixoff.bench import synthetic
 
     folder = Path(args.folder) if args.folder else folders.cache_folder() / "bench"
     name = Path(args.shape).name.lower()
@@ -206,7 +209,7 @@ def _ask(path: Path, nbytes: int, yes: bool) -> None:
 
 
 def _write_gguf(args: argparse.Namespace, path: Path) -> None:
-    from mixoff import synthetic
+    from mixoff.bench import synthetic
     from mixoff.bench.compare import environment
 
     config = synthetic.config_of(args.shape).to_json_string(use_diff=False)

@@ -12,12 +12,8 @@ Does not know streams, files or policies.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING
-
-import torch
-from torch import nn
 
 from mixoff.cache.events import PREFETCH, Key, Landing
 from mixoff.shapes.config import top_k as configured_top_k
@@ -26,10 +22,9 @@ from mixoff.transfer.transfer import Transfer
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+
 WINDOW = 32  # guesses after which `auto` looks at what came of them
 PAYS_FROM = 0.5  # share of right guesses: a wrong one costs a read, a right one saves no more than a read
-# what a router that takes other arguments than its neighbour raises
-UNASKABLE = (TypeError, ValueError, RuntimeError, AttributeError, LookupError, StopIteration, NotImplementedError)
 
 
 def top_k(config: PretrainedConfig) -> int:
@@ -108,64 +103,3 @@ class Guesses:
         fetched, used = self.counts["fetched"] - len(self.slot_of), self.counts["used"]
         if self.mode == "auto" and fetched >= WINDOW and used < PAYS_FROM * fetched:
             self.stop(f"{used} of {fetched} experts fetched on a guess were asked for, too few to pay")
-
-
-class NextRouter:
-    """Hooks on a model's routers, which tell `expect(site, chosen)` what the next site's router would choose (T, K).
-
-    names: of the modules with experts, in order of sites. Works on any family whose experts have a `gate` or `router`
-    beside them; other arguments of a router are those that it was last called with. `listening()` says whether a guess
-    is wanted now. A router that cannot be asked so ends the guessing through `stop(why)`, never the generation.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        names: Iterable[str],
-        expect: Callable[[int, torch.Tensor], None],
-        listening: Callable[[], bool],
-        stop: Callable[[str], None],
-    ) -> None:
-        self.routers = [_router(model.get_submodule(name.rpartition(".")[0])) for name in names]
-        self.expect, self.listening, self.stop = expect, listening, stop
-        self.extra: dict[int, tuple[tuple, dict]] = {}
-        self.asked: set[int] = set()  # routers that have answered
-
-    def attach(self) -> ExitStack:
-        """Hook every router; closing what is returned takes the hooks away."""
-        undo = ExitStack()
-        if None in self.routers:
-            self.stop("this model's routers are not where mixoff looks for them (gate or router beside the experts)")
-            return undo
-        for i, router in enumerate(self.routers):
-            hook = router.register_forward_pre_hook(self._hook(i), with_kwargs=True)
-            undo.callback(hook.remove)
-        return undo
-
-    def _hook(self, i: int) -> Callable:
-        def before(_: nn.Module, args: tuple, kwargs: dict) -> None:
-            self.extra[i] = args[1:], {name: value for name, value in kwargs.items() if name != "hidden_states"}
-            if i + 1 < len(self.routers) and self.listening():
-                self._predict(i, args[0] if args else kwargs["hidden_states"])
-
-        return before
-
-    @torch.no_grad()
-    def _predict(self, i: int, x: torch.Tensor) -> None:
-        router, (args, kwargs) = self.routers[i + 1], self.extra.get(i + 1) or self.extra[i]
-        try:
-            out = type(router).forward(router, x, *args, **kwargs)  # past its hooks
-            chosen = next(t for t in out if isinstance(t, torch.Tensor) and not t.is_floating_point())  # (T, K)
-        except UNASKABLE as error:
-            if i + 1 in self.asked:  # it could be asked before: this is an interrupt, or a fault that is to be heard of
-                raise
-            self.stop(f"the router of site {i + 1} cannot be asked ahead ({type(error).__name__})")
-            return
-        self.asked.add(i + 1)
-        self.expect(i + 1, chosen)
-
-
-def _router(block: nn.Module) -> nn.Module | None:
-    """The router among the parts of an MoE block."""
-    parts = (getattr(block, name, None) for name in ("gate", "router"))
-    return next((part for part in parts if isinstance(part, nn.Module)), None)

@@ -11,13 +11,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from mixoff import generation
 from mixoff.errors import MixoffError
+from mixoff.text import generation
 
 if TYPE_CHECKING:
     from types import FrameType
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 
 # for models that were never taught to chat: what was said, turn by turn, and the model continues it
 PLAIN = "{{ bos_token }}{% for message in messages %}{{ message['content'] }}\n{% endfor %}"

@@ -18,7 +18,9 @@ from rich.panel import Panel
 from rich.text import Text
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from mixoff import generation, loading, models, runtime
+from mixoff import models
+from mixoff.runtime import load, runtime
+from mixoff.text import generation
 from mixoff.units import format_nbytes
 
 PROMPT = "It was a fine morning in the spring, and Elizabeth"
@@ -102,7 +104,7 @@ def run(
     folder = models.path()
     tokenizer = generation.load_tokenizer(folder)
     console = Console(quiet=as_json)
-    with loading.load(folder, fast_bytes=fast_bytes) as model:
+    with load.load(folder, fast_bytes=fast_bytes) as model:
         grid, written = Grid(model.mixoff), [""]
         model.mixoff.on_event(grid.note)
         with _display(console, lambda: screen(grid, prompt, written[0])) as show:

@@ -41,6 +41,7 @@ from mixoff.units import format_nbytes
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+
 SIGMA = 0.02  # standard deviation of weights, about that of trained language models
 POOL_BLOCKS = 16  # blocks of rows in the pool of a width
 ENDS = 4  # variants of a matrix's last block, which may be shorter

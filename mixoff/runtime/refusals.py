@@ -19,16 +19,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import nn
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from mixoff.errors import MixoffError
-from mixoff.runtime import Runtime, experts_forward
+from mixoff.runtime.runtime import Runtime
 from mixoff.shapes import sites
 from mixoff.shapes.config import expert_modules
 from mixoff.store.keys import MATRICES
 
 if TYPE_CHECKING:
     from peft import PeftConfig
+
 
 RESTORE = "mixoff.restore the model first"
 MERGE = "merge the adapter into the base model (merge_and_unload)"
@@ -235,15 +235,6 @@ def _mark(module: nn.Module, place: Place, site: sites.Site) -> ExitStack:
     undo.callback(module.register_state_dict_post_hook(named).remove)
     undo.callback(module.register_load_state_dict_pre_hook(unread).remove)
     return undo
-
-
-def forward(self: nn.Module, hidden_states: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """`experts_forward`; `grouped_mm` for experts that nobody serves, of a model made from a served one's config."""
-    served = "_mixoff" in vars(self)
-    return (experts_forward if served else ALL_EXPERTS_FUNCTIONS["grouped_mm"])(self, hidden_states, index, weights)
-
-
-ALL_EXPERTS_FUNCTIONS.register("mixoff", forward)
 
 
 # Adapters -------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,1 @@
+"""The command line: `mixoff COMMAND`. Values are checked before torch is imported."""

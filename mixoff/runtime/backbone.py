@@ -1,0 +1,81 @@
+"""A model without its experts: loaded by transformers, which never opens an expert tensor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel
+
+from mixoff.errors import CheckpointError
+from mixoff.runtime import layers
+from mixoff.shapes.config import expert_modules, model_class, read_config
+from mixoff.store import backbone
+from mixoff.store.source import Source, open_backbone
+from mixoff.transfer import streams
+
+
+def load_backbone(
+    source: Source, compute: torch.dtype, exact: bool, gpu: streams.Device | None = None
+) -> PreTrainedModel:
+    """`from_pretrained` of everything but the experts: their parameters are removed before weights are looked for."""
+    config = read_config(source.folder)
+    base = model_class(config)
+    with open_backbone(source) as (quantized, tensors):
+        layers.untie(config, quantized)
+        try:
+            model, report = _shell(base, list(quantized)).from_pretrained(
+                None,  # no folder, in which transformers would choose files itself
+                config=config,
+                state_dict=tensors,
+                dtype=compute,
+                experts_implementation="mixoff",
+                output_loading_info=True,
+            )
+            model.generation_config = _generation_config(source.folder)
+        except Exception as error:  # transformers and safetensors raise many kinds; to the user all of them are one
+            reason = str(error).strip().split("\n")[0]
+            raise CheckpointError(f"transformers cannot load the backbone of {source.folder}: {reason}") from error
+    if lacking := sorted(report["missing_keys"]):  # transformers would make them up at random, with a warning
+        raise CheckpointError(f"{source.folder} lacks {', '.join(lacking[:3])}: {backbone.INCOMPLETE}")
+    backbone.refuse_overflow(model, compute, source.dtype)
+    where = gpu.where if gpu else torch.device("cpu")
+    layers.fill(model, quantized, compute, exact, where)
+    model.name_or_path = model.config.name_or_path = str(source.folder)
+    model.generation_config.disable_compile = True  # the experts are not a graph
+    return model.eval().to(where)
+
+
+def _generation_config(folder: Path) -> GenerationConfig:
+    """As `from_pretrained` finds it: a file of its own, else what config.json says of generation."""
+    try:
+        return GenerationConfig.from_pretrained(folder, local_files_only=True)
+    except OSError:
+        how = {"config_file_name": "config.json", "local_files_only": True}
+        return GenerationConfig.from_pretrained(folder, _from_model_config=True, **how)
+
+
+def _shell(base: type[PreTrainedModel], quantized: list[str]) -> type[PreTrainedModel]:
+    """`base` without expert weights, nor those named `quantized`: none is made, looked for, moved or counted."""
+
+    def __init__(self: PreTrainedModel, config: object, *args: object, **kwargs: object) -> None:
+        base.__init__(self, config, *args, **kwargs)
+        for module in expert_modules(self).values():
+            for name in [name for name, _ in module.named_parameters(recurse=False)]:
+                del module._parameters[name]
+            module._is_hf_initialized = True  # or transformers would initialize what is no longer there
+        layers.hollow(self, quantized)
+
+    # __module__ is the base's, or transformers takes the class for custom code and ignores experts_implementation;
+    # ignoring the experts' keys spares a warning about every expert of a plain checkpoint
+    ignored = [*(base._keys_to_ignore_on_load_unexpected or []), r"\.experts\.\d+\.", r"\.experts\.\w+$"]
+    return type(
+        base.__name__,
+        (base,),
+        {
+            "__init__": __init__,
+            "_plain": base,
+            "__module__": base.__module__,
+            "_keys_to_ignore_on_load_unexpected": ignored,
+        },
+    )

@@ -1,0 +1,152 @@
+"""What transformers calls for the experts of a layer."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from mixoff.runtime.experts import by_expert, expert_mlp, expert_mlps
+from mixoff.transfer.arena import Weight
+
+
+class _Untrainable(torch.autograd.Function):
+    """Lets a forward pass through in any mode, and says in words that no gradient comes back.
+
+    The backbone is not frozen instead: for a weight that requires no gradient ATen takes another path to the product,
+    with other last bits than plain transformers has.
+    """
+
+    @staticmethod
+    def forward(ctx: object, out: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: object, grad: torch.Tensor) -> None:
+        raise RuntimeError("offloaded experts can run but not train: load the model with transformers to train it")
+
+
+def experts_forward(
+    self: torch.nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """The experts backend of transformers: hidden_states (T, D), choice and weights (T, K) -> (T, D).
+
+    All rows of an expert are one product, and each row's place and sum over K are those of transformers' `grouped_mm`,
+    which computes the experts of a model that was made from a served one's configuration and has no runtime.
+    """
+    backend = _forward if "_mixoff" in vars(self) else ALL_EXPERTS_FUNCTIONS["grouped_mm"]
+    return backend(self, hidden_states, top_k_index, top_k_weights)
+
+
+@torch.compiler.disable
+def _forward(
+    self: torch.nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    if not torch.is_grad_enabled():
+        return _served(self, hidden_states, top_k_index, top_k_weights)
+    with torch.no_grad():
+        out = _served(self, hidden_states, top_k_index, top_k_weights)
+    return _Untrainable.apply(out, hidden_states) if hidden_states.requires_grad else out
+
+
+def _served(
+    self: torch.nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    runtime, site = self._mixoff
+    if runtime.reroute is not None:
+        top_k_index, top_k_weights = runtime.reroute(site, top_k_index, top_k_weights)
+    chosen, given = runtime.look(site, top_k_index, top_k_weights)
+    runtime.note_routing(site, chosen, given)
+    alone = _of_one_token(chosen, given, self.num_experts)
+    if alone:
+        out = _one_row(self, hidden_states, alone)
+    else:
+        out = _rows(self, hidden_states, by_expert(chosen, self.num_experts), given)
+    weighted = out.view(*top_k_index.shape, -1) * top_k_weights.unsqueeze(-1)  # (T, K, D)
+    return weighted.sum(dim=1).to(hidden_states.dtype)  # (T, D)
+
+
+def _of_one_token(top_k_index: torch.Tensor, top_k_weights: torch.Tensor, num_experts: int) -> dict[int, float] | None:
+    """The choice (1, K) of one token and what it gave each expert, nothing for what is not a number; None for several
+    tokens, and where it names an expert twice or none."""
+    if len(top_k_index) != 1:
+        return None
+    (experts,), (given,) = top_k_index.tolist(), top_k_weights.tolist()
+    weights = {expert: w if w == w else 0.0 for expert, w in zip(experts, given, strict=True)}
+    return weights if len(weights) == len(experts) and max(experts) < num_experts else None
+
+
+def _one_row(self: torch.nn.Module, x: torch.Tensor, weights: dict[int, float]) -> torch.Tensor:
+    """One token x (1, D) through each of its experts -> (K, 1, D), in their order; what the router gave them."""
+    (runtime, site), experts = self._mixoff, list(weights)
+    parts, order = [], []
+
+    def place(expert: int) -> tuple[int, int]:
+        return sum(other < expert for other in experts), len(experts)
+
+    def compute(found: dict[int, dict[str, Weight]]) -> None:
+        mine = {expert: found[expert] for expert in found if expert in experts}  # others where layers are fetched whole
+        if mine:
+            parts.append(expert_mlps(self, x, mine, runtime.scratch, runtime.exact, place))
+            order.extend(mine)
+
+    runtime.serve(site, experts, compute, None if runtime.in_prompt() else list(weights.values()))
+    out = parts[0] if len(parts) == 1 else torch.cat(parts)
+    if order != experts:  # row by row, since for an index of its own a host would wait for its device
+        rows = dict(zip(order, out.unbind(), strict=True))
+        out = torch.stack([rows[expert] for expert in experts])
+    return out
+
+
+def _rows(
+    self: torch.nn.Module, hidden_states: torch.Tensor, where: dict[int, torch.Tensor], given: torch.Tensor
+) -> torch.Tensor:
+    """Rows of hidden_states (T, D) through their experts -> (T * K, D), zeros where there is none.
+
+    where: the positions (R,) of each expert's rows in the router's choice, flattened; given: its weights (T, K).
+    """
+    runtime, site = self._mixoff
+    K, weights = given.shape[1], None if runtime.in_prompt() else _given(where, given)
+    out, where = hidden_states.new_zeros(given.numel(), hidden_states.shape[1]), _rows_on(hidden_states.device, where)
+
+    def compute(found: dict[int, dict[str, Weight]]) -> None:
+        for expert in found:
+            if (rows := where.get(expert)) is not None:  # of this expert, (R,); none where layers are fetched whole
+                at = functools.partial(_place, where, len(out), expert)
+                mine = hidden_states[rows // K]  # (R, D)
+                out[rows] = expert_mlp(self, mine, found[expert], runtime.scratch, runtime.exact, at)
+
+    runtime.serve(site, list(where), compute, weights)
+    return out
+
+
+def _place(where: dict[int, torch.Tensor], rows: int, expert: int) -> tuple[int, int]:
+    """How many of a call's rows belong to experts of a lower index, and how many `rows` it has."""
+    return sum(len(r) for other, r in where.items() if other < expert), rows
+
+
+def to_host(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """Small tensors of a device, integers and floats, by one copy: as int64 and fp32."""
+    raw = [t.float().view(torch.int32) if t.is_floating_point() else t.int() for t in tensors]
+    host = torch.cat([t.flatten() for t in raw]).cpu().split([t.numel() for t in tensors])
+    values = [r.view(torch.float32) if t.is_floating_point() else r.long() for r, t in zip(host, tensors, strict=True)]
+    return [v.view(t.shape) for v, t in zip(values, tensors, strict=True)]
+
+
+def _rows_on(device: torch.device, where: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]:
+    """Positions of rows on the device that computes, by one copy for which the host does not wait."""
+    if device.type == "cpu" or not where:
+        return where
+    counts = [len(rows) for rows in where.values()]
+    rows = torch.cat(list(where.values())).to(device, non_blocking=True).split(counts)
+    return dict(zip(where, rows, strict=True))
+
+
+def _given(where: dict[int, torch.Tensor], top_k_weights: torch.Tensor) -> list[float]:
+    """The router's weights for each expert, summed over the tokens; what is not a number counts nothing."""
+    given = top_k_weights.flatten().nan_to_num()
+    return [float(given[rows].sum()) for rows in where.values()]
+
+
+ALL_EXPERTS_FUNCTIONS.register("mixoff", experts_forward)

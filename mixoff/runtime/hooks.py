@@ -1,0 +1,139 @@
+"""All that is attached to a model while a runtime serves its experts, and taken away again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from mixoff.kernels.cpu.threads import borrow, give_back
+from mixoff.runtime import layers, refusals
+from mixoff.runtime.passes import wrap
+from mixoff.runtime.rescue import guard
+from mixoff.runtime.runtime import Runtime
+from mixoff.shapes.config import expert_modules
+
+# what a router that takes other arguments than its neighbour raises
+UNASKABLE = (TypeError, ValueError, RuntimeError, AttributeError, LookupError, StopIteration, NotImplementedError)
+
+
+class NextRouter:
+    """Hooks on a model's routers, which tell `expect(site, chosen)` what the next site's router would choose (T, K).
+
+    names: of the modules with experts, in order of sites. Works on any family whose experts have a `gate` or `router`
+    beside them; other arguments of a router are those that it was last called with. `listening()` says whether a guess
+    is wanted now. A router that cannot be asked so ends the guessing through `stop(why)`, never the generation.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        names: Iterable[str],
+        expect: Callable[[int, torch.Tensor], None],
+        listening: Callable[[], bool],
+        stop: Callable[[str], None],
+    ) -> None:
+        self.routers = [_router(model.get_submodule(name.rpartition(".")[0])) for name in names]
+        self.expect, self.listening, self.stop = expect, listening, stop
+        self.extra: dict[int, tuple[tuple, dict]] = {}
+        self.asked: set[int] = set()  # routers that have answered
+
+    def attach(self) -> ExitStack:
+        """Hook every router; closing what is returned takes the hooks away."""
+        undo = ExitStack()
+        if None in self.routers:
+            self.stop("this model's routers are not where mixoff looks for them (gate or router beside the experts)")
+            return undo
+        for i, router in enumerate(self.routers):
+            hook = router.register_forward_pre_hook(self._hook(i), with_kwargs=True)
+            undo.callback(hook.remove)
+        return undo
+
+    def _hook(self, i: int) -> Callable:
+        def before(_: nn.Module, args: tuple, kwargs: dict) -> None:
+            self.extra[i] = args[1:], {name: value for name, value in kwargs.items() if name != "hidden_states"}
+            if i + 1 < len(self.routers) and self.listening():
+                self._predict(i, args[0] if args else kwargs["hidden_states"])
+
+        return before
+
+    @torch.no_grad()
+    def _predict(self, i: int, x: torch.Tensor) -> None:
+        router, (args, kwargs) = self.routers[i + 1], self.extra.get(i + 1) or self.extra[i]
+        try:
+            out = type(router).forward(router, x, *args, **kwargs)  # past its hooks
+            chosen = next(t for t in out if isinstance(t, torch.Tensor) and not t.is_floating_point())  # (T, K)
+        except UNASKABLE as error:
+            if i + 1 in self.asked:  # it could be asked before: this is an interrupt, or a fault that is to be heard of
+                raise
+            self.stop(f"the router of site {i + 1} cannot be asked ahead ({type(error).__name__})")
+            return
+        self.asked.add(i + 1)
+        self.expect(i + 1, chosen)
+
+
+def _router(block: nn.Module) -> nn.Module | None:
+    """The router among the parts of an MoE block."""
+    parts = (getattr(block, name, None) for name in ("gate", "router"))
+    return next((part for part in parts if isinstance(part, nn.Module)), None)
+
+
+def lend(backbone: torch.nn.Module) -> Callable[[], None]:
+    """`borrow` while `backbone` passes over one token on a CPU; returns a function that ends it.
+
+    For quantized backbones: PyTorch's last bits may depend on its number of threads, and a backbone in 16 bits is to
+    equal plain transformers' bit for bit.
+    """
+
+    def around(forward: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
+        give_back()  # what an interrupt in `finally` has left
+        ids = read_by(args, kwargs)
+        if ids is None or ids.shape[1] != 1 or ids.device.type != "cpu":
+            return forward(*args, **kwargs)
+        try:
+            borrow()
+            return forward(*args, **kwargs)
+        finally:
+            give_back()
+
+    return wrap(backbone, around)
+
+
+def read_by(args: tuple, kwargs: dict) -> torch.Tensor | None:
+    """What a pass with these arguments reads: ids (B, T), or embeddings (B, T, D)."""
+    return next((x for x in (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if x is not None), None)
+
+
+def bind(model: PreTrainedModel, runtime: Runtime, loaded: bool = True) -> ExitStack:
+    """Let `runtime` serve the experts of `model`; closing what is returned takes every trace of that away again.
+
+    loaded: the model is of `load`, rather than of `offload`.
+    """
+    dtype = refusals.dtype_of(model.base_model)
+
+    def before(backbone: torch.nn.Module, args: tuple, kwargs: dict) -> None:
+        ids = read_by(args, kwargs)
+        if ids is not None:
+            refusals.check(backbone, dtype, ids.device.type, loaded)
+            _note_pass(runtime, ids, kwargs)
+
+    with refusals.serve(model, runtime, loaded) as undo:
+        undo.callback(model.base_model.register_forward_pre_hook(before, with_kwargs=True).remove)
+        if any(isinstance(module, layers.QuantizedLinear) for module in model.modules()):
+            undo.callback(lend(model.base_model))
+        if runtime.guesses.active:
+            names = list(expert_modules(model))
+            undo.push(NextRouter(model, names, runtime.expect, runtime.wants_guesses, runtime.guesses.stop).attach())
+        undo.push(guard(model, runtime))
+        model.mixoff = runtime
+        undo.callback(delattr, model, "mixoff")
+        return undo.pop_all()
+
+
+def _note_pass(runtime: Runtime, ids: torch.Tensor, kwargs: dict) -> None:
+    """Several sequences packed in one row, as in continuous batching, come with the length of the longest."""
+    runtime.begin_pass(ids.shape[0] * ids.shape[1], kwargs.get("max_length_q") or ids.shape[1])

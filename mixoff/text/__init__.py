@@ -1,0 +1,1 @@
+"""Text from any model: generation, stops, sampling, conversations. Must not know where experts are."""
