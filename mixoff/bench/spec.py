@@ -18,7 +18,7 @@ RECALL = 0.86  # of the bundled model, two experts guessed, measured: what a for
 class Spec:
     """One contender. kind: `mixoff`, `mmap`, `transformers`, `accelerate` or `llama.cpp`. path: its model.
 
-    warmup: tokens decoded before the clock runs, which also fill the cache. routing: a preset of `mixoff.trace.routers`,
+    warmup: tokens decoded before the clock runs, which also fill the cache. routing: a preset of `trace.routers`,
     or `model` for the model's own choice. repeat: the repeat rate to tune it to. recall: share of a forced choice that
     the next-router guess names, since routers with random weights know nothing of it. load: options of the loader.
     """

@@ -1,7 +1,8 @@
 """What a model takes on a machine, control by control: bytes by tier, whether they fit, what would make them fit.
 
 Every figure comes from `mixoff.plan` and `mixoff.shapes.sizes`, in the kernel: the browser sends what the controls
-say, and draws what comes back. Letters: **S** slots of a layer, **E** experts of a layer. Does not know weights or tensors.
+say, and draws what comes back. Letters: **S** slots of a layer, **E** experts of a layer. Does not know weights or
+tensors.
 """
 
 from __future__ import annotations
