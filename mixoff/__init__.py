@@ -12,10 +12,13 @@ if TYPE_CHECKING:  # what editors and type checkers see; `tests/test_packaging.p
     from mixoff import (
         bench,
         cache,
+        checkpoints,
         errors,
         kernels,
+        loading,
         models,
         planning,
+        quality,
         quantize,
         runtime,
         shapes,
@@ -28,12 +31,12 @@ if TYPE_CHECKING:  # what editors and type checkers see; `tests/test_packaging.p
     from mixoff.cache.cache import ExpertCache
     from mixoff.cache.events import CacheInfo, Event
     from mixoff.errors import BudgetError, CheckpointError, MixoffError
+    from mixoff.loading.load import load
+    from mixoff.loading.offload import offload, restore
     from mixoff.planning.plan import Plan
     from mixoff.planning.planner import plan
     from mixoff.quantize.scheme import Scheme
     from mixoff.quantize.tensor import QTensor
-    from mixoff.runtime.load import load
-    from mixoff.runtime.offload import offload, restore
     from mixoff.runtime.runtime import Runtime
     from mixoff.store.convert import convert
     from mixoff.store.verify import verify
@@ -43,9 +46,9 @@ if TYPE_CHECKING:  # what editors and type checkers see; `tests/test_packaging.p
 __version__ = "0.1.0"
 
 _HOMES = {
-    "load": "runtime.load",
-    "offload": "runtime.offload",
-    "restore": "runtime.offload",
+    "load": "loading.load",
+    "offload": "loading.offload",
+    "restore": "loading.offload",
     "Runtime": "runtime.runtime",
     "CacheInfo": "cache.events",
     "Event": "cache.events",
@@ -66,10 +69,13 @@ _HOMES = {
 _ROOMS = (
     "bench",
     "cache",
+    "checkpoints",
     "errors",
     "kernels",
+    "loading",
     "models",
     "planning",
+    "quality",
     "quantize",
     "runtime",
     "shapes",

@@ -16,12 +16,12 @@ from pathlib import Path
 import torch
 from transformers import MixtralForCausalLM  # noqa: F401  once, so that no fork has to
 
+from mixoff.checkpoints.checkpoint import Checkpoint
+from mixoff.checkpoints.shards import LocalShards
 from mixoff.quantize.scheme import Scheme
 from mixoff.quantize.solve import quantize
 from mixoff.store import convert as conversion
-from mixoff.store.checkpoint import Checkpoint
 from mixoff.store.journal import Journal
-from mixoff.store.shards import LocalShards
 
 ROOT = Path(__file__).resolve().parents[1]
 

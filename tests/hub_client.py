@@ -26,14 +26,14 @@ def tokens(path, **how):
 
 
 def config(path):
-    from mixoff.store import hub, names
+    from mixoff.checkpoints import hub, names
 
     return str(hub.config_folder(names.parse(path)))
 
 
 def watched(source, target, **how):
     """Convert, and what the folder in the making held at most: bytes and number of shards, bytes in all."""
-    from mixoff.store import hub
+    from mixoff.checkpoints import hub
 
     partial, peaks = Path(f"{target}.partial"), []
 

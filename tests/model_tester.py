@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 import mixoff
 from mixoff import BudgetError
-from mixoff.runtime.refusals import Served
+from mixoff.loading.refusals import Served
 from mixoff.shapes import config
 
 TESTED = ("deepseek_v3", "ernie4_5_moe", "glm4_moe", "granitemoe", "mixtral", "olmoe", "phimoe", "qwen3_moe")

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, MixtralConfig
 
-from mixoff.store.model_files import INDEX
+from mixoff.checkpoints.model_files import INDEX
 
 EXPERTS, ATTENTION = (2, 16, 128), (4, 64, 256)  # bits, group, group of scales
 CONFIG = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 8}

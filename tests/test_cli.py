@@ -203,7 +203,7 @@ def test_demo_as_json(capsys):
 
 
 def test_grid_marks_what_happened_to_the_newest_token(capsys):
-    from mixoff.runtime import load
+    from mixoff.loading import load
     from mixoff.text.generation import generate, load_tokenizer
 
     with load.load(BUNDLED, fast_bytes="6MB") as model:
@@ -315,9 +315,9 @@ def test_what_is_wrong_is_said_before_torch_is_imported(tmp_path):
 
 def test_names_that_are_checked_early_are_those_of_the_code():
     from mixoff.commands import arguments
+    from mixoff.loading import load
     from mixoff.planning import budget
     from mixoff.quantize import scheme
-    from mixoff.runtime import load
     from mixoff.trace import simulate
 
     assert set(arguments.SCHEMES) == set(scheme.PRESETS) and ("auto", *load.DTYPES) == arguments.DTYPES

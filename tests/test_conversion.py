@@ -24,15 +24,16 @@ from tiny import save_random
 
 import mixoff
 from mixoff import CheckpointError, MixoffError, Scheme
+from mixoff.checkpoints import shards
+from mixoff.checkpoints.checkpoint import Checkpoint
+from mixoff.checkpoints.model_files import INDEX
+from mixoff.checkpoints.shards import kept_nbytes, walk
 from mixoff.commands.cli import main
 from mixoff.quantize.scheme import Precision
 from mixoff.quantize.solve import is_finite
-from mixoff.store import convert, shards
+from mixoff.store import convert
 from mixoff.store.blueprint import lay_out
-from mixoff.store.checkpoint import Checkpoint
 from mixoff.store.journal import Journal
-from mixoff.store.model_files import INDEX
-from mixoff.store.shards import kept_nbytes, walk
 
 # one role each of what is quantized and what is copied, in widths of the random model
 SCHEME = Scheme(attention=Precision(4, 16), experts=Precision(2, 32))

@@ -12,10 +12,10 @@ from tiny import BUNDLED
 
 import mixoff
 from mixoff import Scheme
+from mixoff.checkpoints.shards import LocalShards
 from mixoff.store import convert as conversion
 from mixoff.store.blueprint import lay_out
 from mixoff.store.kept import store_of
-from mixoff.store.shards import LocalShards
 
 MIXED = Scheme.preset("mixed")
 

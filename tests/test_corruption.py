@@ -18,9 +18,9 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 import mixoff
 from mixoff import CheckpointError, MixoffError
-from mixoff.store.checkpoint import Checkpoint, parse_header, read_header
+from mixoff.checkpoints.checkpoint import Checkpoint, parse_header, read_header
+from mixoff.checkpoints.model_files import INDEX
 from mixoff.store.manifest import MANIFEST
-from mixoff.store.model_files import INDEX
 
 SMALL = SHAPE | {"num_hidden_layers": 1, "intermediate_size": 64, "num_local_experts": 2, "num_experts_per_tok": 1}
 ODD = [None, True, -1, 0, 1, 3, 2**63, 10**30, 0.5, -1e300, "", "x", "../x", "\x00", "F8_E4M3", [], [0], {}, {"a": 1}]

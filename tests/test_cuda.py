@@ -24,10 +24,11 @@ from tiny import BUNDLED, budget, decode, resident, save_random
 import mixoff
 from mixoff import kernels
 from mixoff.commands import doctor
+from mixoff.loading import hooks, load, refusals, rescue
+from mixoff.loading.load import measured
 from mixoff.planning import planner, probe
 from mixoff.planning.budget import pinned_nbytes
-from mixoff.runtime import backend, hooks, load, refusals, rescue, runtime
-from mixoff.runtime.load import measured
+from mixoff.runtime import backend, runtime
 from mixoff.shapes.kv_cache import advance
 from mixoff.shapes.sites import slot_nbytes
 from mixoff.transfer import cuda, streams

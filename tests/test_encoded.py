@@ -13,9 +13,9 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 import mixoff
 from mixoff import CheckpointError
+from mixoff.checkpoints.encoded import decode_mxfp4
+from mixoff.checkpoints.published import open_checkpoint
 from mixoff.store import source
-from mixoff.store.encoded import decode_mxfp4
-from mixoff.store.published import open_checkpoint
 
 IDS = torch.arange(5, 14)[None]
 

@@ -246,7 +246,7 @@ LAYOUTS["nemotron_h"] = [f"backbone.layers.N.mixer.experts.N.{name}" for name in
 def expert_patterns(folder):
     """Names of the expert tensors in a folder's files, their numbers as N."""
     names = [name for file in folder.glob("*.safetensors") for name in safe_open(file, "pt").keys()]
-    return sorted({re.sub(r"\.\d+\.", ".N.", name) for name in names if mixoff.store.keys.parse(name)})
+    return sorted({re.sub(r"\.\d+\.", ".N.", name) for name in names if mixoff.checkpoints.keys.parse(name)})
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
@@ -381,12 +381,12 @@ def test_interleaved_experts_are_refused_by_name(tmp_path):
 def test_two_sets_for_one_site_are_told_apart_or_refused(tmp_path):
     folder = save_random(tmp_path / "model", "mixtral")
     tensors = load_file(folder / "model.safetensors")
-    other = {n.replace("model.", "twin."): t + 1 for n, t in tensors.items() if mixoff.store.keys.parse(n)}
+    other = {n.replace("model.", "twin."): t + 1 for n, t in tensors.items() if mixoff.checkpoints.keys.parse(n)}
     save_file(tensors | other, folder / "model.safetensors", metadata={"format": "pt"})
     want = decode(resident(folder), IDS)[1]
     with mixoff.load(folder, fast_bytes=budget(folder, 3)) as model:
         assert torch.equal(decode(model, IDS)[1], want)
-    renamed(folder, lambda n: n.replace("model.layers", "twins.layers") if mixoff.store.keys.parse(n) else n)
+    renamed(folder, lambda n: n.replace("model.layers", "twins.layers") if mixoff.checkpoints.keys.parse(n) else n)
     with pytest.raises(CheckpointError, match="cannot tell these experts apart"):
         mixoff.load(folder)
 
@@ -579,7 +579,7 @@ def test_a_failure_at_any_step_leaves_the_model_as_it_was(tmp_path, monkeypatch,
     def fail(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(mixoff.runtime.offload, step, fail)
+    monkeypatch.setattr(mixoff.loading.offload, step, fail)
     with pytest.raises(KeyboardInterrupt):
         mixoff.offload(model, "1MB", scheme=Scheme(experts=FOUR), folder=tmp_path)
     assert list(dict(model.named_parameters())) == names and not list(tmp_path.iterdir())
@@ -593,7 +593,7 @@ def test_a_full_disk_is_a_clear_error(tmp_path, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(mixoff.runtime.offload.TensorReader, "read_into", full)
+    monkeypatch.setattr(mixoff.loading.offload.TensorReader, "read_into", full)
     with pytest.raises(MixoffError, match="could not be written to .*No space left"):
         mixoff.offload(model, "1MB", folder=tmp_path)
     assert anatomy(model) == before and not list(tmp_path.iterdir())

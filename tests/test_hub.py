@@ -17,7 +17,7 @@ from tiny import BUNDLED, save_random
 
 import mixoff
 from mixoff import CheckpointError, MixoffError
-from mixoff.store import names
+from mixoff.checkpoints import names
 
 SHARDS = sorted(p.name for p in BUNDLED.glob("*.safetensors"))
 

@@ -35,8 +35,9 @@ from mixoff.kernels.cpu import loops, products, simd, threads
 from mixoff.kernels.cpu.relay import FIELDS
 from mixoff.kernels.cpu.threads import Crew
 from mixoff.kernels.reference import linear, scratch_nbytes
+from mixoff.loading import hooks
 from mixoff.quantize.solve import quantize
-from mixoff.runtime import experts, hooks
+from mixoff.runtime import experts
 from mixoff.shapes.sites import Part, Site
 
 SHAPES = [(384, 192), (192, 192), (72, 64), (31, 96), (33, 96), (1408, 2048)]

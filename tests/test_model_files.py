@@ -10,10 +10,10 @@ from tiny import VARIED, decode, resident, save_random
 
 import mixoff
 from mixoff import CheckpointError
+from mixoff.checkpoints import backbone, model_files, published, survey
+from mixoff.checkpoints.model_files import INDEX, WHOLE
 from mixoff.shapes.config import read_config
-from mixoff.store import backbone, model_files, published, survey
 from mixoff.store.manifest import MANIFEST
-from mixoff.store.model_files import INDEX, WHOLE
 
 IDS = torch.arange(5, 14)[None]
 EXPERT, NORM = "model.layers.1.block_sparse_moe.experts.2.w1.weight", "model.norm.weight"

@@ -144,7 +144,7 @@ def test_import_is_light():
 
 
 def test_classroom_is_never_loaded_by_the_rest():
-    loaded = modules_after("import mixoff.runtime.load, mixoff.store.source, mixoff.commands.cli")
+    loaded = modules_after("import mixoff.loading.load, mixoff.store.source, mixoff.commands.cli")
     assert {name for name in loaded if name.startswith("mixoff.classroom")} == set()
 
 

@@ -13,6 +13,7 @@ from transformers import AutoConfig, MixtralConfig
 
 import mixoff
 from mixoff import BudgetError, CheckpointError, MixoffError
+from mixoff.checkpoints.checkpoint import read_header
 from mixoff.commands import cli
 from mixoff.planning import hardware, probe
 from mixoff.planning.needs import Needs
@@ -22,7 +23,6 @@ from mixoff.shapes.kv_cache import advance
 from mixoff.shapes.shape import PARTS, from_config
 from mixoff.shapes.sites import stride
 from mixoff.store import describe
-from mixoff.store.checkpoint import read_header
 from mixoff.store.manifest import MANIFEST
 
 GIB = 2**30

@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM
 
 import mixoff
 from mixoff import CheckpointError, kernels
+from mixoff.checkpoints.model_files import INDEX
 from mixoff.kernels import reference
 from mixoff.quantize import strided
 from mixoff.quantize.strided import Form, StridedTensor
-from mixoff.store.model_files import INDEX
 from mixoff.store.source import open_source
 
 pytest.importorskip("hqq", reason="hqq is not installed")

@@ -11,10 +11,10 @@ from transformers import AutoModelForCausalLM
 
 import mixoff
 from mixoff import MixoffError, models
-from mixoff.bench import quality
-from mixoff.bench.quality import Comparison, Estimate, Scores, Windows, estimate
+from mixoff.quality import quality
+from mixoff.quality.lossy import NOBODY, Shadow, heaviest, leave_out
+from mixoff.quality.quality import Comparison, Estimate, Scores, Windows, estimate
 from mixoff.quantize.scheme import Precision, Scheme
-from mixoff.runtime.lossy import NOBODY, Shadow, heaviest, leave_out
 from mixoff.text.generation import load_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:all experts .* stay in memory")

@@ -16,9 +16,9 @@ from tiny import BUNDLED, decode
 
 import mixoff
 from mixoff import CheckpointError, MixoffError
+from mixoff.checkpoints.checkpoint import Extent
 from mixoff.pages import pages
 from mixoff.planning.budget import goes_direct
-from mixoff.store.checkpoint import Extent
 from mixoff.store.readers import BLOCK, DirectReader, DroppingReader, ExpertReader, past_page_cache
 
 LENGTH = 5 * BLOCK + 1234

@@ -26,7 +26,7 @@ from transformers import (
 
 import mixoff
 from mixoff import BudgetError, MixoffError
-from mixoff.runtime.refusals import Elsewhere, Served
+from mixoff.loading.refusals import Elsewhere, Served
 from mixoff.shapes.config import read_config
 
 pytestmark = pytest.mark.filterwarnings("ignore:all experts .* stay in memory")

@@ -14,9 +14,9 @@ from tiny import BUNDLED, VARIED, budget, decode, resident, save_random
 
 import mixoff
 from mixoff import CheckpointError, MixoffError
-from mixoff.store.checkpoint import Checkpoint, read_header
+from mixoff.checkpoints.checkpoint import Checkpoint, read_header
+from mixoff.checkpoints.model_files import INDEX
 from mixoff.store.manifest import FOR_MIXOFF, MANIFEST
-from mixoff.store.model_files import INDEX
 from mixoff.store.source import open_source
 
 

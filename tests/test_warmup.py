@@ -9,7 +9,7 @@ from tiny import BUNDLED
 import mixoff
 from mixoff import Scheme
 from mixoff.kernels.cpu import products
-from mixoff.runtime import warmup
+from mixoff.loading import warmup
 from mixoff.text import generation
 
 

@@ -13,8 +13,8 @@ from dataclasses import replace
 
 import torch
 
+from mixoff.loading import load
 from mixoff.planning import planner, probe
-from mixoff.runtime import load
 from mixoff.units import format_nbytes, parse_nbytes
 
 NEW_TOKENS = 4

@@ -189,7 +189,7 @@ class Runner:
     """A contender of `mixoff bench`, in this process, that looks at the core's speed between tokens."""
 
     def __init__(self, spec):
-        from mixoff.runtime import load as loading
+        from mixoff.loading import load as loading
 
         torch.set_num_threads(spec.threads)
         self.spec, self.model, self.cache = spec, loading.load(spec.path, **spec.load), None

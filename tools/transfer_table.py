@@ -16,8 +16,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from mixoff.checkpoints.checkpoint import Extent
 from mixoff.pages import pages
-from mixoff.store.checkpoint import Extent
 from mixoff.store.readers import DirectReader, ExpertReader, past_page_cache
 from mixoff.transfer.tiers import WORKERS, open_transfer
 

@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 from mixoff import models
 from mixoff.commands import demo
 from mixoff.kernels import reference
+from mixoff.loading import load
 from mixoff.pages import slab
-from mixoff.runtime import load
 from mixoff.store.source import open_source
 from mixoff.text import generation
 

@@ -22,13 +22,14 @@ from pathlib import Path
 from mixoff.bench import limits
 from mixoff.bench.report import Report, Row, row
 from mixoff.bench.spec import Spec
+from mixoff.checkpoints import published
 from mixoff.errors import MixoffError
 from mixoff.planning import hardware, planner, probe
 from mixoff.planning.hardware import Hardware
 from mixoff.planning.plan import Plan
 from mixoff.planning.speed import predict
 from mixoff.shapes import sizes
-from mixoff.store import describe, manifest, published
+from mixoff.store import describe, manifest
 from mixoff.store.readers import PIECE
 from mixoff.store.source import open_source
 from mixoff.transfer.tiers import WORKERS

@@ -22,8 +22,8 @@ from torch import nn
 from mixoff.bench import limits, routing
 from mixoff.bench.spec import Spec, repeat_rate
 from mixoff.errors import MixoffError
+from mixoff.loading import load, warmup
 from mixoff.planning import probe
-from mixoff.runtime import load, warmup
 from mixoff.runtime.prefetch import top_k
 from mixoff.shapes.config import expert_modules, read_config
 from mixoff.shapes.config import skeleton as skeleton_of

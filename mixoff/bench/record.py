@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 
 from mixoff import models
 from mixoff.cache.events import Event
+from mixoff.checkpoints import names
 from mixoff.errors import MixoffError
-from mixoff.store import names
 
 if TYPE_CHECKING:
     from mixoff.bench.report import Report

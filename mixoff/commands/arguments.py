@@ -19,8 +19,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from mixoff import models
+from mixoff.checkpoints.names import missing, parse
 from mixoff.errors import CheckpointError, MixoffError, suggestion
-from mixoff.store.names import missing, parse
 from mixoff.units import parse_nbytes
 
 # names that are defined where torch is imported; tests/test_cli.py holds them to the code

@@ -161,7 +161,7 @@ def _settings(args: argparse.Namespace) -> Settings:
 
 def _named(model: str) -> dict[str, str | None]:
     """Folder and name of a model; one that is on the Hub is fetched. A folder of the user's own has no name."""
-    from mixoff.store import hub, names
+    from mixoff.checkpoints import hub, names
 
     if model in models.names():
         return {"store": str(models.path(model)), "name": model}

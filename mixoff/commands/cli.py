@@ -237,7 +237,7 @@ def _run(args: argparse.Namespace) -> int:
         model, tokenizer = _load(args)
     load_s = time.perf_counter() - start
     with model:
-        from mixoff.runtime import warmup
+        from mixoff.loading import warmup
 
         compile_s = warmup.compile_for(model, _say)
         result = _generate(args, model, tokenizer, prompt)
@@ -262,7 +262,7 @@ def _load(args: argparse.Namespace) -> tuple:
     _quiet_transformers()
     import torch
 
-    from mixoff.runtime import load
+    from mixoff.loading import load
     from mixoff.text import generation
 
     if args.threads:
@@ -316,8 +316,8 @@ def _convert(args: argparse.Namespace) -> int:
     arguments.model(args.source)
     with _starting(f"converting {printable(args.source)}"):
         _quiet_transformers()
+        from mixoff.loading import warmup
         from mixoff.quantize.scheme import Scheme
-        from mixoff.runtime import warmup
         from mixoff.store import convert
         from mixoff.units import format_nbytes
 
@@ -430,7 +430,7 @@ def _trace(args: argparse.Namespace) -> int:
     arguments.model(args.path)
     with _starting(f"loading {printable(args.path)}"):
         _quiet_transformers()
-        from mixoff.runtime import load
+        from mixoff.loading import load
         from mixoff.text import generation
         from mixoff.units import format_nbytes
 

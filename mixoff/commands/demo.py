@@ -19,7 +19,8 @@ from rich.text import Text
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from mixoff import models
-from mixoff.runtime import load, runtime
+from mixoff.loading import load
+from mixoff.runtime import runtime
 from mixoff.text import generation
 from mixoff.units import format_nbytes
 

@@ -13,13 +13,13 @@ from pathlib import Path
 
 import torch
 
+from mixoff.checkpoints import survey
+from mixoff.checkpoints.checkpoint import ITEM_BITS, Checkpoint, Extent
 from mixoff.errors import CheckpointError
 from mixoff.quantize.scheme import Scheme
 from mixoff.quantize.tensor import QTensor
 from mixoff.shapes import config
 from mixoff.shapes.sites import DTYPES, PART_ALIGN, Part, Site, quantized_sites, stride
-from mixoff.store import survey
-from mixoff.store.checkpoint import ITEM_BITS, Checkpoint, Extent
 from mixoff.store.manifest import FORMAT, QUANTIZED, VERSION, expert_file
 
 log = logging.getLogger("mixoff")

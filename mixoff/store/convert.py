@@ -29,17 +29,18 @@ import numpy as np
 import torch
 
 from mixoff import __version__
+from mixoff.checkpoints.find import open_shards
+from mixoff.checkpoints.model_files import INDEX, WHOLE
+from mixoff.checkpoints.names import pinned
+from mixoff.checkpoints.shards import Range, Ranges, Shards, kept_nbytes, walk
 from mixoff.errors import CheckpointError, MixoffError
+from mixoff.folders import sync
 from mixoff.quantize.scheme import Scheme
 from mixoff.quantize.solve import is_finite, loops
 from mixoff.shapes import sites
 from mixoff.store.blueprint import Blueprint, Weight, index, lay_out, manifest, to_json
-from mixoff.store.find import open_shards
-from mixoff.store.journal import Journal, sync
+from mixoff.store.journal import Journal
 from mixoff.store.manifest import FORMAT, MANIFEST, VERSION, marked
-from mixoff.store.model_files import INDEX, WHOLE
-from mixoff.store.names import pinned
-from mixoff.store.shards import Range, Ranges, Shards, kept_nbytes, walk
 from mixoff.store.source import is_store
 from mixoff.units import format_nbytes
 

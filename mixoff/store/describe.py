@@ -9,17 +9,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mixoff import models
+from mixoff.checkpoints import hub, model_files, names
+from mixoff.checkpoints.checkpoint import read_header
+from mixoff.checkpoints.published import is_published, open_checkpoint
+from mixoff.checkpoints.survey import survey
 from mixoff.errors import CheckpointError, MixoffError
 from mixoff.quantize.scheme import Scheme
 from mixoff.shapes import config, sizes
 from mixoff.shapes.known import PRESETS, named_as
 from mixoff.shapes.shape import ModelShape, Stored, from_config
-from mixoff.store import hub, model_files, names
-from mixoff.store.checkpoint import read_header
 from mixoff.store.manifest import MANIFEST, read_manifest
-from mixoff.store.published import is_published, open_checkpoint
 from mixoff.store.source import open_source
-from mixoff.store.survey import survey
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

@@ -11,6 +11,8 @@ import os
 from io import FileIO
 from pathlib import Path
 
+from mixoff.folders import sync
+
 
 class Journal:
     """Finished pieces by key, in a file that begins with the identity of the job. Opening it only reads.
@@ -66,15 +68,3 @@ def _lines(path: Path) -> list:
         except ValueError:
             break
     return values
-
-
-def sync(path: Path) -> None:
-    """Wait until a file's bytes, or a folder's names, are on the disk."""
-    folder = path.is_dir()
-    if os.name == "nt" and folder:  # Windows opens no folders
-        return
-    fd = os.open(path, os.O_RDONLY if folder else os.O_RDWR)  # and syncs only what is open for writing
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mixoff import __version__, folders
+from mixoff.checkpoints.find import local_folder
+from mixoff.checkpoints.shards import LocalShards
 from mixoff.errors import MixoffError
 from mixoff.store import convert
-from mixoff.store.find import local_folder
 from mixoff.store.manifest import FORMAT, MANIFEST, VERSION
-from mixoff.store.shards import LocalShards
 from mixoff.units import format_nbytes
 
 if TYPE_CHECKING:

@@ -8,12 +8,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from mixoff.checkpoints.checkpoint import read_header
+from mixoff.checkpoints.model_files import read_json
 from mixoff.errors import CheckpointError
 from mixoff.pages import LINE, slab
 from mixoff.quantize.layout import layout
 from mixoff.quantize.tensor import QTensor
-from mixoff.store.checkpoint import read_header
-from mixoff.store.model_files import read_json
 
 MANIFEST = "mixoff.json"
 QUANTIZED = "quantized.safetensors"

@@ -18,9 +18,9 @@ from typing import Protocol
 
 import numpy as np
 
+from mixoff.checkpoints.checkpoint import Extent
 from mixoff.errors import CheckpointError
 from mixoff.pages import pages
-from mixoff.store.checkpoint import Extent
 
 BLOCK = 4096  # bytes; what direct I/O asks for on any disk in use
 PIECE = 4 << 20  # bytes of one request: smaller ones read slower, longer ones leave less to do at once

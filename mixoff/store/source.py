@@ -11,18 +11,18 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from mixoff.checkpoints import backbone, names, published
+from mixoff.checkpoints.checkpoint import Extent, TensorRange, read_header
+from mixoff.checkpoints.find import local_folder
+from mixoff.checkpoints.survey import backbone_shapes, survey
 from mixoff.errors import CheckpointError
 from mixoff.quantize.scheme import Scheme
 from mixoff.quantize.strided import StridedTensor
 from mixoff.quantize.tensor import QTensor
 from mixoff.shapes import config
 from mixoff.shapes.sites import Site, dtype_nbytes, quantized_sites, stride
-from mixoff.store import backbone, names, published
-from mixoff.store.checkpoint import Extent, TensorRange, read_header
-from mixoff.store.find import local_folder
 from mixoff.store.manifest import MANIFEST, QUANTIZED, damaged, described_quantized, read_manifest, read_quantized
 from mixoff.store.readers import ExpertReader
-from mixoff.store.survey import backbone_shapes, survey
 
 
 class EncodedError(CheckpointError):

@@ -6,10 +6,10 @@ import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from mixoff.checkpoints.checkpoint import read_header
+from mixoff.checkpoints.find import local_folder
 from mixoff.errors import CheckpointError
 from mixoff.shapes.sites import stride
-from mixoff.store.checkpoint import read_header
-from mixoff.store.find import local_folder
 from mixoff.store.manifest import damaged, read_manifest
 from mixoff.store.source import Source, _described
 

@@ -17,14 +17,14 @@ from pathlib import Path
 
 import torch
 
+from mixoff.checkpoints import encoded, model_files
+from mixoff.checkpoints.checkpoint import Checkpoint, Extent, TensorRange
+from mixoff.checkpoints.model_files import ModelFiles
 from mixoff.errors import CheckpointError
 from mixoff.quantize import strided
 from mixoff.quantize.strided import FP16_PARTS, U8_PARTS, Form, StridedTensor
 from mixoff.shapes import config
 from mixoff.shapes.sites import Part, Site, strided_sites
-from mixoff.store import encoded, model_files
-from mixoff.store.checkpoint import Checkpoint, Extent, TensorRange
-from mixoff.store.model_files import ModelFiles
 
 EXPERT = re.compile(r"^(?:.*\.)?layers\.(\d+)\..*\bexperts\.(\d+)\.")  # up to the name of the matrix
 PARTS = U8_PARTS + FP16_PARTS

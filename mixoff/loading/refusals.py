@@ -20,11 +20,11 @@ import numpy as np
 import torch
 from torch import nn
 
+from mixoff.checkpoints.keys import MATRICES
 from mixoff.errors import MixoffError
 from mixoff.runtime.runtime import Runtime
 from mixoff.shapes import sites
 from mixoff.shapes.config import expert_modules
-from mixoff.store.keys import MATRICES
 
 if TYPE_CHECKING:
     from peft import PeftConfig

@@ -13,10 +13,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mixoff.checkpoints.checkpoint import TensorRange
 from mixoff.errors import CheckpointError
 from mixoff.quantize.solve import is_finite
 from mixoff.shapes.config import expert_modules, model_class, read_config
-from mixoff.store.checkpoint import TensorRange
 
 if TYPE_CHECKING:
     import torch

@@ -11,9 +11,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from mixoff.kernels.cpu.threads import borrow, give_back
-from mixoff.runtime import layers, refusals
-from mixoff.runtime.passes import wrap
-from mixoff.runtime.rescue import guard
+from mixoff.loading import layers, refusals
+from mixoff.loading.passes import wrap
+from mixoff.loading.rescue import guard
 from mixoff.runtime.runtime import Runtime
 from mixoff.shapes.config import expert_modules
 

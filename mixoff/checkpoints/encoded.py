@@ -17,9 +17,9 @@ from pathlib import Path
 
 import torch
 
+from mixoff.checkpoints.checkpoint import Checkpoint, Extent, Read, TensorRange
+from mixoff.checkpoints.model_files import ModelFiles, read_json
 from mixoff.errors import CheckpointError
-from mixoff.store.checkpoint import Checkpoint, Extent, Read, TensorRange
-from mixoff.store.model_files import ModelFiles, read_json
 
 SCALE = "_scale_inv"
 FP8 = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}

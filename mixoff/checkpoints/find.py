@@ -6,9 +6,9 @@ import os
 from pathlib import Path
 
 from mixoff import models
-from mixoff.store.hub import HubShards, snapshot
-from mixoff.store.names import parse
-from mixoff.store.shards import LocalShards, Shards
+from mixoff.checkpoints.hub import HubShards, snapshot
+from mixoff.checkpoints.names import parse
+from mixoff.checkpoints.shards import LocalShards, Shards
 
 
 def local_folder(path: str | Path) -> Path:

@@ -16,20 +16,21 @@ import torch
 from transformers import PreTrainedModel
 
 from mixoff.cache.policies import Policy
+from mixoff.checkpoints import published
+from mixoff.checkpoints.names import pinned
 from mixoff.errors import BudgetError, MixoffError
 from mixoff.kernels import reference
+from mixoff.loading.backbone import load_backbone
+from mixoff.loading.hooks import bind
 from mixoff.planning import planner, probe
 from mixoff.planning.budget import goes_direct, pinned_nbytes
 from mixoff.planning.hardware import Hardware
 from mixoff.quantize.scheme import Scheme
-from mixoff.runtime.backbone import load_backbone
-from mixoff.runtime.hooks import bind
 from mixoff.runtime.prefetch import top_k
 from mixoff.runtime.runtime import Runtime
 from mixoff.shapes import sites
 from mixoff.shapes.config import read_config
-from mixoff.store import kept, published
-from mixoff.store.names import pinned
+from mixoff.store import kept
 from mixoff.store.readers import past_page_cache
 from mixoff.store.source import EncodedError, Source, open_source
 from mixoff.transfer import cuda, streams

@@ -13,8 +13,8 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from mixoff.errors import BudgetError
+from mixoff.loading.passes import wrap
 from mixoff.pages import out_of_memory
-from mixoff.runtime.passes import wrap
 from mixoff.shapes.kv_cache import CACHE_NAMES
 
 if TYPE_CHECKING:

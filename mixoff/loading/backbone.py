@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
+from mixoff.checkpoints import backbone
 from mixoff.errors import CheckpointError
-from mixoff.runtime import layers
+from mixoff.loading import layers
 from mixoff.shapes.config import expert_modules, model_class, read_config
-from mixoff.store import backbone
 from mixoff.store.source import Source, open_backbone
 from mixoff.transfer import streams
 

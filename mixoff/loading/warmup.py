@@ -16,10 +16,10 @@ import torch
 
 from mixoff import kernels
 from mixoff.kernels.cpu import products
+from mixoff.loading import layers
 from mixoff.quantize import solve
 from mixoff.quantize.scheme import ROLES, Scheme
 from mixoff.quantize.tensor import QTensor
-from mixoff.runtime import layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -17,16 +17,16 @@ import torch
 from torch import Tensor, nn
 
 from mixoff.cache.policies import Policy
+from mixoff.checkpoints.checkpoint import Extent
 from mixoff.errors import CheckpointError, MixoffError
+from mixoff.loading import layers, refusals
+from mixoff.loading.hooks import bind
+from mixoff.loading.load import choose_io
 from mixoff.quantize.scheme import Scheme
-from mixoff.runtime import layers, refusals
-from mixoff.runtime.hooks import bind
-from mixoff.runtime.load import choose_io
 from mixoff.runtime.prefetch import top_k
 from mixoff.runtime.runtime import Runtime
 from mixoff.shapes.config import backbone_roles, expert_modules, expert_sites
 from mixoff.shapes.sites import Site, quantized_sites, stride, torch_dtype
-from mixoff.store.checkpoint import Extent
 from mixoff.store.readers import ExpertReader
 from mixoff.units import format_nbytes, parse_nbytes
 

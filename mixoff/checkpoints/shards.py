@@ -14,10 +14,10 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Protocol
 
+from mixoff.checkpoints.checkpoint import Checkpoint
+from mixoff.checkpoints.published import open_checkpoint
 from mixoff.errors import CheckpointError
-from mixoff.store.checkpoint import Checkpoint
-from mixoff.store.journal import sync
-from mixoff.store.published import open_checkpoint
+from mixoff.folders import sync
 
 CHUNK = 1 << 22  # bytes copied at a time
 Range = tuple[str, int, int]  # file, offset, size

@@ -16,13 +16,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
+from mixoff.checkpoints import model_files
+from mixoff.checkpoints.checkpoint import TensorRange, parse_header
+from mixoff.checkpoints.model_files import MAX_HEADER, WHOLE
+from mixoff.checkpoints.names import HubId
+from mixoff.checkpoints.published import open_checkpoint
+from mixoff.checkpoints.shards import SIDE_FILES, read_side_files
 from mixoff.errors import CheckpointError
-from mixoff.store import model_files
-from mixoff.store.checkpoint import TensorRange, parse_header
-from mixoff.store.model_files import MAX_HEADER, WHOLE
-from mixoff.store.names import HubId
-from mixoff.store.published import open_checkpoint
-from mixoff.store.shards import SIDE_FILES, read_side_files
 
 # at first, of a model that is loaded: what chooses its other files; a store may be on the Hub too
 WANTED = (*SIDE_FILES, WHOLE, "quantized.safetensors", "experts-*.bin")

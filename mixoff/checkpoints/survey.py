@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mixoff.checkpoints import backbone, published
+from mixoff.checkpoints.checkpoint import Checkpoint, Extent, TensorRange
 from mixoff.shapes import config
 from mixoff.shapes.sites import Site
-from mixoff.store import backbone, published
-from mixoff.store.checkpoint import Checkpoint, Extent, TensorRange
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

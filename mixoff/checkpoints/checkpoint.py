@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mixoff.checkpoints import keys, model_files
+from mixoff.checkpoints.model_files import MAX_HEADER, ModelFiles, parse_json, read_json
 from mixoff.errors import CheckpointError
 from mixoff.shapes.sites import DTYPES, Part, Site, dtype_nbytes, torch_dtype
-from mixoff.store import keys, model_files
-from mixoff.store.model_files import MAX_HEADER, ModelFiles, parse_json, read_json
 
 ITEM_BITS = {
     "F64": 64,
@@ -161,7 +161,7 @@ class Checkpoint:
     ) -> None:
         self.folder = Path(folder)
         if not self.folder.is_dir():
-            from mixoff.store import names
+            from mixoff.checkpoints import names
 
             raise CheckpointError(names.missing(folder))
         if not (self.folder / "config.json").exists():

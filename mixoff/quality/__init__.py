@@ -1,0 +1,1 @@
+"""What fewer bits or fewer experts cost: perplexity, divergence, and the knobs that trade exactness for speed."""
