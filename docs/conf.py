@@ -1,14 +1,19 @@
 """Sphinx's settings for the course site: pages and chapters as tools/make_site.py lays them out, nothing executed.
 
-Formulas become MathML, which browsers draw themselves: MathJax would come from a network. Does not know the pages.
+Formulas become MathML, which browsers draw themselves: MathJax would come from a network. The page of the API is made
+from docstrings: a comment `<!-- api: load Runtime -->` on a page becomes the documentation of these public names.
 """
+
+import inspect
+import re
 
 from docutils.nodes import SkipNode
 from latex2mathml.converter import convert
+from sphinx.util import logging
 
 project = "mixoff"
 author = "the mixoff authors"
-extensions = ["myst_nb"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = []
 
 nb_execution_mode = "off"  # what is shown is what is stored
@@ -35,6 +40,12 @@ pygments_style = "tango"
 pygments_dark_style = "github-dark"
 toc_object_entries = False
 
+autodoc_member_order = "bysource"
+autodoc_class_signature = "separated"
+autodoc_typehints = "none"  # signatures stay readable; types are in the docstrings and in `help`
+napoleon_google_docstring = False
+napoleon_use_rtype = False
+
 
 def inline_formula(translator, node):
     """A formula within a line."""
@@ -48,7 +59,62 @@ def formula(translator, node):
     raise SkipNode
 
 
+API = re.compile(r"<!-- api: ([\w ]+) -->")
+SECTION = re.compile(r"^ *-{3,} *$")  # numpydoc underlines Parameters, Returns, Raises
+DIRECTIVE = "```{{eval-rst}}\n.. {}:: mixoff.{}{}\n```"
+
+
+def public_names() -> set[str]:
+    """Functions and classes that `mixoff` offers; its modules left out."""
+    import mixoff
+
+    return {name for name in mixoff.__all__ if not inspect.ismodule(getattr(mixoff, name))}
+
+
+def directive(name: str) -> str:
+    """What autodoc is asked for one public name."""
+    import mixoff
+
+    thing = getattr(mixoff, name)
+    if not inspect.isclass(thing):
+        return DIRECTIVE.format("autofunction", name, "")
+    if issubclass(thing, Exception):
+        return DIRECTIVE.format("autoexception", name, "")
+    return DIRECTIVE.format("autoclass", name, "\n   :members:")
+
+
+def write_api(app, docname, source):
+    """Puts the documentation of the named things in place of each comment; a public name without one is a warning."""
+    named = [name for names in API.findall(source[0]) for name in names.split()]
+    if not named:
+        return
+    source[0] = API.sub(lambda match: "\n\n".join(map(directive, match[1].split())), source[0])
+    if missing := public_names() - set(named):
+        logging.getLogger(__name__).warning("%s lacks %s", docname, ", ".join(sorted(missing)))
+
+
+def plain_paragraph(lines: list[str]) -> list[str]:
+    """A paragraph of a docstring as reStructuredText: code in double backticks, an indented one as it stands."""
+    if lines[0].lstrip().startswith(">>>") or any(line[:1].isspace() for line in lines):
+        return ["::", "", *("    " + line for line in lines)]
+    parts = re.split(r"(`+[^`]+`+|\*\*[^*]+\*\*)", "\n".join(lines))
+    parts[::2] = [re.sub(r"([*|_])", r"\\\1", part) for part in parts[::2]]
+    parts[1::2] = [rf"\ ``{part.strip('`')}``\ " if part[0] == "`" else rf"\ {part}\ " for part in parts[1::2]]
+    return "".join(parts).split("\n")
+
+
+def plain_docstring(app, what, name, thing, options, lines):
+    """Docstrings are written for `help`: Markdown's backticks and free layout become what Sphinx reads."""
+    if any(SECTION.match(line) for line in lines):  # numpydoc: napoleon reads it
+        lines[:] = [re.sub(r"(?<!`)`([^`]+)`(?!`)", r"``\1``", line) for line in lines]
+        return
+    paragraphs = [part.split("\n") for part in re.split(r"\n\s*\n", "\n".join(lines).strip()) if part]
+    lines[:] = [line for paragraph in paragraphs for line in [*plain_paragraph(paragraph), ""]]
+
+
 def setup(app):
     """Registers the renderer of formulas."""
+    app.connect("source-read", write_api)
+    app.connect("autodoc-process-docstring", plain_docstring, priority=400)  # before napoleon
     app.add_html_math_renderer("mathml", (inline_formula, None), (formula, None))
     return {"parallel_read_safe": True, "parallel_write_safe": True}

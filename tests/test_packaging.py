@@ -1,4 +1,4 @@
-"""What the repository says of itself is said once, and says the truth: dependencies, address, tree, light import."""
+"""What the repository says of itself is said once, and says the truth: dependencies, address, rooms, light import."""
 
 import re
 import subprocess
@@ -83,8 +83,8 @@ def addresses(path):
 
 
 def generated(name):
-    """Files in which tools/ write the address."""
-    return name == "README.md" or re.fullmatch(r"(colab|notebooks)/[^/]+\.ipynb", name)
+    """Files that repeat the address: made by tools/, or held to it by a test here."""
+    return name in ("README.md", "CITATION.cff") or re.fullmatch(r"(colab|notebooks)/[^/]+\.ipynb", name)
 
 
 def test_the_address_stands_once(root, project_files):
@@ -103,27 +103,40 @@ def test_what_a_person_wrote_in_a_chapter_has_no_address():
         assert not [cell.source for cell in cells if ADDRESS.search(cell.source)], path.name
 
 
-def test_readme_carries_the_generated_badges(root):
-    assert badges.readme_block() in (root / "README.md").read_text(encoding="utf-8"), "run tools/nb.py tidy"
-
-
-# ---------------------------------------------------------------- the tree
-
-
-def test_readme_tree_is_the_tree_on_disk(root, project_files):
-    """Below `## The tree`: every top-level name and every module, one a line, each with a comment."""
+def test_readme_carries_the_generated_chapters(root):
     readme = (root / "README.md").read_text(encoding="utf-8")
-    block = re.search(r"^## The tree\n+```text\n(.*?)^```", readme, re.M | re.S)
-    assert block, "README.md needs a heading '## The tree' followed by a ```text block"
+    for block in (badges.readme_first(), badges.readme_block()):
+        assert block in readme, "run tools/nb.py tidy"
+    assert badges.with_badges(readme) == readme
+
+
+def test_the_first_page_is_short(root):
+    """What mixoff is, does and does not do comes before the course, in at most 120 lines."""
+    before, heading, _ = (root / "README.md").read_text(encoding="utf-8").partition("\n## The course\n")
+    assert heading and len(before.splitlines()) <= 120
+
+
+def test_citation_names_this_version_and_address(root):
+    text = (root / "CITATION.cff").read_text(encoding="utf-8")
+    assert re.search(r"^version: (.+)$", text, re.M)[1] == PROJECT["version"]
+    assert re.search(r"^repository-code: (.+)$", text, re.M)[1] == badges.repository()
+    assert re.search(r"^license: (.+)$", text, re.M)[1] == PROJECT["license"]
+
+
+# ---------------------------------------------------------------- the rooms
+
+
+def test_readme_lists_the_rooms(root, project_files):
+    """Below `## The rooms`: every folder of the package, one a line, each with what it holds."""
+    readme = (root / "README.md").read_text(encoding="utf-8")
+    block = re.search(r"^## The rooms\n.*?^```text\n(.*?)^```", readme, re.M | re.S)
+    assert block, "README.md needs a heading '## The rooms' followed by a ```text block"
     rows = [line.split("#", 1) for line in block[1].splitlines() if line.strip()]
-    assert [row for row in rows if len(row) != 2 or not row[1].strip()] == [], "each line is `path  # comment`"
-    listed = {row[0].strip().rstrip("/") for row in rows}
-    missing = sorted(path for path in listed if not (root / path).exists())
-    top = {name.split("/")[0] for name in project_files}
-    modules = {name for name in project_files if re.fullmatch(r"mixoff/[a-z]\w*\.py", name)}
-    folders = {"/".join(name.split("/")[:2]) for name in project_files if re.match(r"mixoff/\w+/", name)}
-    unlisted = sorted(path for path in (top | modules | folders) - listed if not path.startswith("."))
-    assert (missing, unlisted) == ([], [])
+    assert [row for row in rows if len(row) != 2 or not row[1].strip()] == [], "each line is `folder  # what it holds`"
+    listed = {row[0].strip().rstrip("/").removeprefix("mixoff/") for row in rows}
+    rooms = {name.split("/")[1] for name in project_files if re.fullmatch(r"mixoff/\w+/__init__\.py", name)}
+    unlisted, missing = sorted(rooms - listed), sorted(listed - rooms) if "runtime" in rooms else []
+    assert (unlisted, missing) == ([], [])
 
 
 # ---------------------------------------------------------------- the package
