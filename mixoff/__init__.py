@@ -8,6 +8,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from mixoff._version import __version__
+
 if TYPE_CHECKING:  # what editors and type checkers see; `tests/test_packaging.py` holds it equal to HOMES
     from mixoff import (
         bench,
@@ -42,8 +44,6 @@ if TYPE_CHECKING:  # what editors and type checkers see; `tests/test_packaging.p
     from mixoff.store.verify import verify
     from mixoff.trace.simulate import Simulation, simulate
     from mixoff.trace.trace import Trace
-
-__version__ = "0.1.0"
 
 _HOMES = {
     "load": "loading.load",

@@ -20,9 +20,9 @@ import torch
 from tiny import save_random
 
 import mixoff
-from mixoff.bench import compare, contender, limits, record, report, routing, synthetic
+from mixoff.bench import compare, contender, doctor, limits, record, report, routing, synthetic
 from mixoff.bench.spec import Spec, repeat_rate
-from mixoff.commands import bench, doctor
+from mixoff.commands import bench
 from mixoff.pages import pages
 from mixoff.planning import probe, speed
 from mixoff.shapes import sizes

@@ -351,7 +351,7 @@ def test_the_last_resort_is_one_line_too(capsys, monkeypatch, error, line):
     def fail(cached):
         raise error
 
-    monkeypatch.setattr("mixoff.commands.doctor.examine", fail)
+    monkeypatch.setattr("mixoff.bench.doctor.examine", fail)
     monkeypatch.delenv("MIXOFF_TRACEBACK", raising=False)
     assert main(["doctor"]) == 2
     out, err = capsys.readouterr()

@@ -23,7 +23,7 @@ from tiny import BUNDLED, budget, decode, resident, save_random
 
 import mixoff
 from mixoff import kernels
-from mixoff.commands import doctor
+from mixoff.bench import doctor
 from mixoff.loading import hooks, load, refusals, rescue
 from mixoff.loading.load import measured
 from mixoff.planning import planner, probe

@@ -11,10 +11,9 @@ import time
 from dataclasses import asdict, dataclass
 
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from mixoff import models
-from mixoff.commands import demo
 from mixoff.kernels import reference
 from mixoff.loading import load
 from mixoff.pages import slab
@@ -88,7 +87,7 @@ def run(runs: int = 5, max_new_tokens: int = 64, threads: int = 1) -> Table:
     tokenizer, folder = generation.load_tokenizer(models.path()), models.path()
     link, sizes = link_bandwidth(), budgets()
     loaded = [load.load(folder, fast_bytes=size) for size in sizes]
-    contenders = [*loaded, demo.resident_model()]
+    contenders = [*loaded, resident_model()]
     for model in contenders:  # one short run each, so that nobody pays for the first use of a library
         _decode_ms(model, tokenizer, 4)
     for model in loaded:
@@ -140,3 +139,10 @@ def _row(model: PreTrainedModel, times: list[float], resident_ms: float, link_Bp
     modelled = resident_ms + 1000 * nbytes / link_Bps
     median = statistics.median(times)
     return Row(info.capacity // len(sites), budget, info.hit_rate, nbytes, modelled, median, min(times), max(times))
+
+
+def resident_model() -> PreTrainedModel:
+    """The bundled model in plain transformers, every expert resident: what offloading has to equal."""
+    return AutoModelForCausalLM.from_pretrained(
+        models.path(), dtype=torch.float32, experts_implementation="grouped_mm"
+    ).eval()

@@ -44,7 +44,7 @@ def make(
     plan: made before. runs: figures of each run by its name, measured; those named in MODELLED are put apart. events:
     of a few tokens of decoding, or their fields in lists. model: its name; None takes the plan's if others know it.
     """
-    from mixoff.commands import doctor
+    from mixoff.bench import doctor
 
     checkup = doctor.examine()
     modelled = {name: {key: run[key] for key in MODELLED if key in run} for name, run in runs.items()}

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import NoReturn, TextIO
 
-from mixoff import __version__
+from mixoff._version import __version__
 from mixoff.commands import arguments
 from mixoff.errors import CheckpointError, MixoffError, one_line, printable, suggestion
 
@@ -552,7 +552,7 @@ def _add_doctor(commands: argparse._SubParsersAction) -> None:
 def _doctor(args: argparse.Namespace) -> int:
     with _starting("measuring this machine"):
         _quiet_transformers()
-        from mixoff.commands import doctor
+        from mixoff.bench import doctor
 
         checkup = doctor.examine(cached=not args.refresh)
     print(checkup.to_json() if args.json else checkup)

@@ -16,9 +16,9 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.panel import Panel
 from rich.text import Text
-from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from mixoff import models
+from mixoff.bench.budgets import resident_model
 from mixoff.loading import load
 from mixoff.runtime import runtime
 from mixoff.text import generation
@@ -126,13 +126,6 @@ def run(
         print(json.dumps({"text": result.text, "tokens_per_s": result.tokens_per_s, "equal": same} | info.to_dict()))
     console.print(_summary(result, reference, info, same), highlight=False)
     return 0 if same else 1
-
-
-def resident_model() -> PreTrainedModel:
-    """The bundled model in plain transformers, every expert resident: what offloading has to equal."""
-    return AutoModelForCausalLM.from_pretrained(
-        models.path(), dtype=torch.float32, experts_implementation="grouped_mm"
-    ).eval()
 
 
 class _display:

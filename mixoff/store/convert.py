@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from mixoff import __version__
+from mixoff._version import __version__
 from mixoff.checkpoints.find import open_shards
 from mixoff.checkpoints.model_files import INDEX, WHOLE
 from mixoff.checkpoints.names import pinned

@@ -11,7 +11,8 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mixoff import __version__, folders
+from mixoff import folders
+from mixoff._version import __version__
 from mixoff.checkpoints.find import local_folder
 from mixoff.checkpoints.shards import LocalShards
 from mixoff.errors import MixoffError
