@@ -143,9 +143,8 @@ def main() -> None:
     print(
         f"rooms, {len(circles(modules))} of modules; longest file {longest.relative_to(ROOT)} ({lines(longest)} lines);"
     )
-    print(
-        f"{len(lengths):,} functions of {statistics.median(lengths):.0f} lines in the median, {tenth:.0f} at the 90th percentile"
-    )
+    middle = statistics.median(lengths)
+    print(f"{len(lengths):,} functions of {middle:.0f} lines in the median, {tenth:.0f} at the 90th percentile")
     if args.journeys:
         import mixoff
 
