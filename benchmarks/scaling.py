@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Tokens/s against slots a layer, threads and model size: docs/scaling.svg, and a table on standard output.
 
-    python tools/scaling.py FOLDER [--tokens 16] [--rounds 1] [--record FILE]    # stores of `mixoff bench --shape`
-    python tools/scaling.py FOLDER --draw FILE...                                # only draw what was recorded
+    python benchmarks/scaling.py FOLDER [--tokens 16] [--rounds 1] [--record FILE]    # stores of `mixoff bench --shape`
+    python benchmarks/scaling.py FOLDER --draw FILE...                                # only draw what was recorded
 
 Misses are read past the page cache (`--io direct`), so that a slot short of all is a read of the disk.
 """

@@ -1,6 +1,6 @@
 """Bandwidth of transfers from a disk, beside that of plain large direct reads in the same run.
 
-    python3 tools/transfer_table.py FOLDER [--gib 2] [--rounds 5]
+    python3 benchmarks/transfer_table.py FOLDER [--gib 2] [--rounds 5]
 
 Writes a file of noise to FOLDER, reads experts from random places of it, and removes it. Plain reads are 64 MiB each,
 one behind the other, by one thread and by as many as the transfer has. All in turns, each round with other places; the

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Measure what recording a trace costs: neighbouring tokens of one text, with and without a recorder.
 
-    python tools/trace_cost.py --triples 600
+    python benchmarks/trace_cost.py --triples 600
 
 Of three tokens in a row one is recorded, and two are not, in an order that is drawn for each triple. A ratio of two
 neighbours does not care how fast the machine is just then; the median of all ratios and its standard error (bootstrap)

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Draws a token of a runtime that reads its misses from the disk, and the same token as the time model has it.
 
-    python tools/time_overlay.py FOLDER --svg docs/overlay.svg
+    python benchmarks/time_overlay.py FOLDER --svg docs/overlay.svg
 
-FOLDER holds the stores of tools/time_check.py. Both time lines come from events of one kind: measured ones as the
+FOLDER holds the stores of benchmarks/time_check.py. Both time lines come from events of one kind: measured ones as the
 runtime told them, solid; modelled ones of `timeline.predict(...).step`, dashed, with attention, which the runtime does
 not tell. The token is the one of median length among those that missed as often as the modelled one.
 """

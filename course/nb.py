@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Housekeeping of the chapters in notebooks/.
 
-    nb.py check [FILES]           every rule of tools/chapter_rules.py, and that generated text is up to date
+    nb.py check [FILES]           every rule of course/chapter_rules.py, and that generated text is up to date
     nb.py run [FILES]             executes in a fresh kernel, stores outputs, tidies
     nb.py tidy [FILES]            first cell, metadata and README badges made anew; nothing is executed
     nb.py new NN_name "Title"     a chapter to start from
@@ -158,7 +158,7 @@ def problems(path: pathlib.Path) -> list[str]:
     tidied = read(path)
     tidy(tidied, path)
     if tidied != read(path):
-        found.append("metadata or the generated first cell is out of date: run tools/nb.py tidy")
+        found.append("metadata or the generated first cell is out of date: run course/nb.py tidy")
     return found
 
 
@@ -169,7 +169,7 @@ def readme_problems(root: pathlib.Path = ROOT) -> list[str]:
     if badges.readme_block() in text:
         return []
     marks = f"{badges.README_BEGIN} and {badges.README_END}"
-    return [f"badges are missing or out of date: put {marks} in, run tools/nb.py tidy"]
+    return [f"badges are missing or out of date: put {marks} in, run course/nb.py tidy"]
 
 
 def check(paths: list[pathlib.Path]) -> int:
