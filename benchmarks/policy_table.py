@@ -5,12 +5,12 @@ python benchmarks/policy_table.py                  # bundled traces; or TRACES.n
 python benchmarks/policy_table.py --speed 100000   # how long replays of so many tokens take
 """
 
-import argparse
 import sys
 import time
 
 import numpy as np
 
+import _table
 from mixoff import models, routers, simulate, simulator, trace
 from mixoff.routers import Router, preset
 
@@ -26,11 +26,6 @@ SHAPES = {  # router, slots, seed; none of the seeds was used while `half-life` 
 }
 
 
-def domains_of_tiny():
-    """The bundled traces by domain."""
-    return trace.load_domains(models.path() / "traces.npz")
-
-
 def mean_rates(traces, policy, scope):
     """Hit rate by slots, the mean over traces."""
     return [float(np.mean([simulate(t, policy, slots, scope).hit_rate for t in traces])) for slots in SLOTS]
@@ -44,12 +39,8 @@ def uniform_like(example, seed=0):
 
 def table(head, rows):
     """Markdown of names and numbers."""
-    lines = [f"| {' | '.join(map(str, head))} |", "|" + "---|" * len(head)]
-    lines += [
-        f"| {name} | {' | '.join(cell if isinstance(cell, str) else f'{cell:.3f}' for cell in cells)} |"
-        for name, cells in rows
-    ]
-    return "\n".join(lines) + "\n"
+    printed = ([name, *(c if isinstance(c, str) else f"{c:.3f}" for c in cells)] for name, cells in rows)
+    return _table.table(head, printed) + "\n"
 
 
 def by_policy(traces, scope):
@@ -142,27 +133,26 @@ def speed(tokens, layers=32):
 
 def main(argv=None):
     """Print all tables."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("traces", metavar="TRACES", nargs="?", help=".npz of arrays (layers, tokens, top-k) by domain")
+    parser = _table.parser(__doc__)
+    bundled = models.path() / "traces.npz"
+    parser.add_argument("traces", nargs="?", default=bundled, help=".npz of arrays (layers, tokens, top-k) by domain")
     parser.add_argument("--speed", type=int, metavar="TOKENS", help="print only how long replays take")
     args = parser.parse_args(argv)
-    domains = trace.load_domains(args.traces) if args.traces else domains_of_tiny()
+    domains = trace.load_domains(args.traces)
     trace.COMPILE_FROM = 0  # many replays of one size: compiling pays
     if args.speed:
         print(speed(args.speed))
         return 0
     traces = list(domains.values())
-    print(
-        "One pool a layer\n",
-        by_policy(traces, "layer"),
-        "One pool for all layers\n",
-        by_policy(traces, "global"),
-        sep="\n",
-    )
-    print("Four slots a layer\n", by_domain(domains), sep="\n")
-    print("Synthetic routers, slots of a layer, share of the gap closed\n", by_shape(), sep="\n")
-    print("Prefetch, LRU, four slots a layer and two beside\n", by_prefetch(domains), sep="\n")
-    print("Routers\n", fits(), sep="\n")
+    parts = {
+        "One pool per layer": by_policy(traces, "layer"),
+        "One pool for all layers": by_policy(traces, "global"),
+        "Four slots per layer": by_domain(domains),
+        "Synthetic routers, slots per layer, share of the gap closed": by_shape(),
+        "Prefetch, LRU, four slots per layer and two spare ones": by_prefetch(domains),
+        "Routers": fits(),
+    }
+    print(*(f"{title}\n\n{text}" for title, text in parts.items()), sep="\n")
     return 0
 
 

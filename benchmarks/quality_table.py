@@ -9,7 +9,6 @@ stopped. Weights are quantized and dequantized again, then transformers computes
 that serves the model, all experts resident, and the bytes are what the simulator counts of the choices they leave.
 """
 
-import argparse
 import json
 import math
 import sys
@@ -22,6 +21,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import _table
 import mixoff
 from mixoff import models, quality
 from mixoff.quality import Comparison, Scores, Windows, estimate, measure, predictions, quantized, windows
@@ -58,11 +58,6 @@ def comparison(rows):
     titles = dict.fromkeys(title for _, columns in rows.values() for title in columns)
     columns = {title: {name: c[title] for name, (_, c) in rows.items() if title in c} for title in titles}
     return Comparison({name: scores for name, (scores, _) in rows.items()}, columns)
-
-
-def table(head, rows):
-    """Lines of a Markdown table."""
-    return ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
 
 
 # Schemes -------------------------------------------------------------------------------------------------------------
@@ -106,14 +101,14 @@ def schemes(arguments, tokenizer, texts):
     yield from intro(arguments, over)
     yield "bits and MB are exact."
     yield ""
-    yield from compared.markdown().splitlines()
+    yield compared.markdown()
     yield ""
     yield f"*experts and attention, metadata included. Beside quantized experts attention is 4-bit, `{DEFAULT_SOLVER}`."
     yield ""
     yield f"What the others have more than `{DEFAULT_SOLVER}`, millinats a token, paired window by window (measured):"
     yield ""
     head = [f"{solver}: {what}" for solver in OTHERS for what in ("KL", "loss")]
-    yield from table(["what", *head, "least KL, within two errors"], solver_rows(compared))
+    yield _table.table(["what", *head, "least KL, within two errors"], solver_rows(compared))
 
 
 def intro(arguments, over):
@@ -164,7 +159,7 @@ def knobs(arguments, tokenizer, texts):
     yield f"LRU and {arguments.slots} slots a layer, by the simulator, over the choices that were left, 16 bits a"
     yield "weight unless the row says otherwise. Attention stays in 16 bits."
     yield ""
-    yield from comparison(rows).markdown().splitlines()
+    yield comparison(rows).markdown()
 
 
 def choices(counts, slots):
@@ -227,21 +222,8 @@ def coarse(model, over, reference, slots):
     }
 
 
-# The page ------------------------------------------------------------------------------------------------------------
-
-
-def write(page, what, lines):
-    """Replace what stands between the marks of the page."""
-    begin, end = MARKS[0].format(what), MARKS[1]
-    before, found, rest = page.read_text(encoding="utf-8").partition(begin)
-    _, closed, after = rest.partition(end)
-    if not found or not closed:
-        sys.exit(f"{page} lacks the marks {begin.strip()} and {end.strip()}")
-    page.write_text(before + begin + "\n" + "\n".join(lines) + "\n\n" + end + after, encoding="utf-8")
-
-
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = _table.parser(__doc__)
     parser.add_argument("what", choices=["schemes", "knobs"])
     parser.add_argument("--model", type=Path, default=models.path())
     parser.add_argument("--texts", type=Path, help="folder of .txt files; the bundled held-out texts by default")
@@ -255,8 +237,8 @@ def main():
     if arguments.texts:
         texts = {file.stem: file.read_text(encoding="utf-8") for file in sorted(arguments.texts.glob("*.txt"))}
     make = {"schemes": schemes, "knobs": knobs}[arguments.what]
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    write(arguments.page, arguments.what, list(make(arguments, tokenizer, texts)))
+    lines = make(arguments, AutoTokenizer.from_pretrained(arguments.model), texts)
+    _table.write_between(arguments.page, MARKS[0].format(arguments.what), MARKS[1], "\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -7,13 +7,11 @@
 Misses are read past the page cache (`--io direct`), so that a slot short of all is a read of the disk.
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
 
-import matplotlib.pyplot as plt
-
+import _table
 from mixoff import store, synthetic
 from mixoff.arena import slot_nbytes
 from mixoff.bench import compare
@@ -21,7 +19,6 @@ from mixoff.classroom import plots
 from mixoff.kernels import reference
 from mixoff.shapes import torch_dtype
 
-SHAPES = ("mixtral-700m", "mixtral-3b", "mixtral-8x7b")
 SLOTS = (2, 4, 6, 8)
 THREADS = (1, 2)
 SVG = Path(__file__).parents[1] / "docs" / "scaling.svg"
@@ -55,42 +52,42 @@ def measure(folder, shapes, tokens, rounds, record):
 
 def table(points):
     """Markdown, measured and modelled apart."""
-    head = "model | threads | slots a layer of 8 | hit rate | tokens/s (measured) | tokens/s (modelled) | ms p50 / p95"
-    lines = [f"| {head} |", "|" + "---|" * 7]
-    for p in points:
-        cells = [p["shape"], p["threads"], p["slots"], f"{p['hit_rate']:.3f}", f"{p['decode_tokens_per_s']:.2f}"]
-        cells += [f"{p['predicted_tokens_per_s']:.2f}", f"{p['ms_p50']:.0f} / {p['ms_p95']:.0f}"]
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join(lines)
+    names = ["model", "threads", "slots per layer of 8", "hit rate", "tokens/s (measured)", "tokens/s (modelled)"]
+    rows = (
+        [p["shape"], p["threads"], p["slots"], f"{p['hit_rate']:.3f}", f"{p['decode_tokens_per_s']:.2f}",
+         f"{p['predicted_tokens_per_s']:.2f}", f"{p['ms_p50']:.0f} / {p['ms_p95']:.0f}"]
+        for p in points
+    )  # fmt: skip
+    return _table.table([*names, "ms p50 / p95"], rows)
 
 
-def draw(points):
-    """Measured solid, modelled dashed; one panel a number of threads."""
+def draw(points, path):
+    """Measured solid, modelled dashed; one panel per number of threads."""
+    _table.use_svg()
+    import matplotlib.pyplot as plt
+
     plots.use_style()
+    kinds = {"measured": ("decode_tokens_per_s", "-"), "modelled": ("predicted_tokens_per_s", "--")}
     fig, axes = plt.subplots(1, len(THREADS), figsize=(9, 4.2), sharey=True, layout="constrained")
     for ax, threads in zip(axes, THREADS, strict=True):
-        for shape, colour in zip(SHAPES, plots.OKABE_ITO.values(), strict=False):
+        for (shape, mark), colour in zip(MARKS.items(), plots.OKABE_ITO.values(), strict=False):
             mine = [p for p in points if p["shape"] == shape and p["threads"] == threads]
-            if not mine:
-                continue
-            x = [p["slots"] for p in mine]
-            speeds = [p["decode_tokens_per_s"] for p in mine]
-            ax.plot(x, speeds, color=colour, marker=MARKS[shape], label=f"{shape}, measured")
-            ax.plot(
-                x, [p["predicted_tokens_per_s"] for p in mine], color=colour, linestyle="--", label=f"{shape}, modelled"
-            )
-        ax.set(title=f"{threads} thread(s)", xlabel="slots a layer, of 8", yscale="log", xticks=SLOTS)
+            for kind, (speed, dashes) in kinds.items() if mine else ():
+                marker = mark if kind == "measured" else ""
+                x, y = [p["slots"] for p in mine], [p[speed] for p in mine]
+                ax.plot(x, y, color=colour, linestyle=dashes, marker=marker, label=f"{shape}, {kind}")
+        ax.set(title=f"{threads} thread(s)", xlabel="slots per layer, of 8", yscale="log", xticks=SLOTS)
     axes[0].set_ylabel("decoded tokens/s")
-    fig.legend(*axes[-1].get_legend_handles_labels(), loc="outside lower center", ncols=len(SHAPES), fontsize=8)
-    return fig
+    fig.legend(*axes[-1].get_legend_handles_labels(), loc="outside lower center", ncols=len(MARKS), fontsize=8)
+    _table.save_svg(fig, path)
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = _table.parser(__doc__)
     parser.add_argument("folder")
     parser.add_argument("--tokens", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--shapes", default=",".join(SHAPES))
+    parser.add_argument("--shapes", default=",".join(MARKS))
     parser.add_argument("--record", metavar="FILE")
     parser.add_argument("--draw", metavar="FILE", nargs="+", default=[])
     args = parser.parse_args(argv)
@@ -98,7 +95,7 @@ def main(argv=None):
         points = [p for file in args.draw for p in json.loads(Path(file).read_text(encoding="utf-8"))]
     else:
         points = measure(args.folder, args.shapes.split(","), args.tokens, args.rounds, args.record)
-    draw(points).savefig(SVG, metadata={"Date": None})
+    draw(points, SVG)
     print(table(points))
 
 

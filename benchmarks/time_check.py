@@ -5,14 +5,14 @@
     python benchmarks/time_check.py fit FOLDER A.json                              # constants of timeline.EFFICIENCY
     python benchmarks/time_check.py measure FOLDER --part held-out --record B.json
     python benchmarks/time_check.py table FOLDER A.json B.json                        # into docs/benchmarks.md
+    python benchmarks/time_check.py overlay FOLDER --svg docs/overlay.svg             # one token, measured and modelled
 
-FOLDER takes the stores, random weights of exact shapes but for the bundled model (5.5 GB). The settings of a part are
-measured in turns: models stay loaded, in one process for each memory limit, and every round probes the bandwidths and
-runs each setting once; between any two tokens a loop of Python tells how fast the core is just now. Hit rates are
-modelled too, by the simulator, from the routing that the run will follow; what the run then counts has to be equal.
+FOLDER takes the stores: random weights of exact shapes, and the bundled model (5.5 GB). The settings of a part are
+measured in turns: models stay loaded, in one process per memory limit, and every round probes the bandwidths and runs
+each setting once. Between any two tokens a loop of Python tells how fast the core is just now. The simulator predicts
+hit rates from the routing that the run will follow, and what the run then counts has to be equal.
 """
 
-import argparse
 import json
 import os
 import statistics
@@ -26,6 +26,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import _table
 from mixoff import arena, hardware, models, presets, store, synthetic, timeline
 from mixoff.bench import limits, routing
 from mixoff.bench.compare import PASSIVE, environment
@@ -370,41 +371,119 @@ def fit(rows):
     return efficiency_of(timeline.least_squares(misfit, guess, 40))
 
 
-def lines(rows):
-    """The table: held-out rows first."""
-    head = ["setting", "threads", "hit rate (modelled; counted)", "core, times its best (measured)"]
-    head += ["memory, disk, GB/s (measured)", "tokens/s (modelled)", "tokens/s (measured: median; min to max)"]
-    yield from (
-        "| " + " | ".join(cells) + " |" for cells in ([*head, "modelled / measured"], ["---"] * (len(head) + 1))
-    )
-    for row in sorted(rows, key=lambda row: row.setting.fitted):
-        m, rate = row.machine, row.expected["hit_rate"]
-        median, made = statistics.median(row.speeds), row.predict(m).tokens_per_s
-        cells = [row.setting.name + (" (fitted)" if row.setting.fitted else ""), row.setting.threads]
-        cells += [f"{rate:.3f}; {row.counted:.3f}", f"{m.python_s / timeline.STEP_S:.2f}"]
-        cells += [f"{m.fast_Bps / 1e9:.1f}, {m.disk_Bps / 1e9:.1f}", f"{made:.1f}"]
-        cells += [f"{median:.1f}; {min(row.speeds):.1f} to {max(row.speeds):.1f}", f"{made / median:.2f}"]
-        yield "| " + " | ".join(map(str, cells)) + " |"
+def table(rows):
+    """Markdown, held-out rows first."""
+    names = ["setting", "threads", "hit rate (modelled; counted)", "core, times its best (measured)"]
+    names += ["memory, disk, GB/s (measured)", "tokens/s (modelled)", "tokens/s (measured: median; min to max)"]
+    ordered = sorted(rows, key=lambda row: row.setting.fitted)
+    return _table.table([*names, "modelled / measured"], map(cells, ordered))
 
 
-def write(page, text):
-    """Replace what stands between the marks of the page."""
-    before, found, rest = page.read_text(encoding="utf-8").partition(MARKS[0])
-    _, closed, after = rest.partition(MARKS[1])
-    if not found or not closed:
-        sys.exit(f"{page} lacks the marks {MARKS[0].strip()} and {MARKS[1].strip()}")
-    page.write_text(f"{before}{MARKS[0]}\n{text}\n\n{MARKS[1]}{after}", encoding="utf-8")
+def cells(row):
+    """One setting."""
+    m, speeds = row.machine, row.speeds
+    median, made = statistics.median(speeds), row.predict(m).tokens_per_s
+    yield row.setting.name + (" (fitted)" if row.setting.fitted else "")
+    yield row.setting.threads
+    yield f"{row.expected['hit_rate']:.3f}; {row.counted:.3f}"
+    yield f"{m.python_s / timeline.STEP_S:.2f}"
+    yield f"{m.fast_Bps / 1e9:.1f}, {m.disk_Bps / 1e9:.1f}"
+    yield f"{made:.1f}"
+    yield f"{median:.1f}; {min(speeds):.1f} to {max(speeds):.1f}"
+    yield f"{made / median:.2f}"
+
+
+# One token ------------------------------------------------------------------------------------------------------------
+# Both time lines come from events of one kind: measured ones as the runtime reported them, modelled ones of
+# `timeline.predict(...).step`, with attention, which the runtime does not report.
+
+LAYERS, MISSES = 4, 4  # layers that are drawn, and misses in them
+
+
+def first_layers(events):
+    """Events of the first layers, from the moment when the first of them begins."""
+    events = [e for e in events if e.layer < LAYERS and e.kind in ("miss", "compute") and e.phase == "decode"]
+    return events, min(e.t0 for e in events)
+
+
+def misses(events):
+    """Events that are misses."""
+    return [e for e in events if e.kind == "miss"]
+
+
+def shifted(events, start):
+    """The same events, counted from `start`."""
+    return [replace(e, t0=e.t0 - start, t1=e.t1 - start) for e in events]
+
+
+def measured_token(runner):
+    """Events of the token of median length among those that missed as often as the modelled one; the loops' seconds."""
+    tokens, told = {}, []
+    runner.model.mixoff.on_event(told.append)
+    loops = [loop for _ in range(3) for loop in runner.run()["python_s"]]
+    for event in told:
+        if event.phase == "decode":
+            tokens.setdefault(event.token, []).append(event)
+    alike = [shifted(*line) for line in map(first_layers, tokens.values()) if len(misses(line[0])) == MISSES]
+    alike.sort(key=lambda events: max(e.t1 for e in events))
+    return alike[len(alike) // 2], loops
+
+
+def modelled_token(step):
+    """Events of a token that misses as often; its first attention ends where the measured token begins."""
+    for seed in range(1000):
+        events, _ = first_layers(step.events(seed=seed))
+        if len(misses(events)) == MISSES:
+            return shifted(events, step.attention_s)
+    raise SystemExit(f"no token of the model misses {MISSES} times in {LAYERS} layers")
+
+
+def overlay(folder, svg):
+    """Draws a token of a runtime that reads its misses from the disk above the same token as the time model has it."""
+    setting = next(s for s in SETTINGS if s.model == "mixtral-700m" and s.slots == 3)
+    path = path_of(folder, setting)
+    with torch.inference_mode():
+        runner = Runner(spec_of(setting, path))
+        runner.run()
+        told, loops = measured_token(runner)
+    here = machine([probe(folder, {1})], 1, {"python_s": loops})
+    cached = runner.model.mixoff.info().hit_rate
+    made = modelled_token(timeline.predict(presets.shape_of(str(path)), setting.scheme, here, cached).step)
+    draw(told, made, svg)
+    for name, events in {"measured": told, "modelled": made}.items():
+        copies = [e.t1 - e.t0 for e in misses(events)]
+        ms = 1e3 * max(e.t1 for e in events), 1e3 * statistics.mean(copies)
+        print(f"{name}: {LAYERS} layers with {MISSES} misses {ms[0]:.1f} ms, a miss on the link {ms[1]:.2f} ms")
+
+
+def draw(told, made, svg):
+    """Two charts with one axis of time."""
+    _table.use_svg()
+    import matplotlib.pyplot as plt
+
+    fig, axes = plt.subplots(2, 1, figsize=(8, 3.6), sharex=True, layout="constrained")
+    timeline.gantt(told, axes[0], f"measured: {LAYERS} layers of mixtral-700m, 3 slots, misses from the disk", False)
+    timeline.gantt(made, axes[1], "modelled")
+    axes[0].set_xlabel("")
+    axes[0].set_xlim(left=min(0.0, *(1e3 * e.t0 for e in made)) - 0.3)
+    handles = {label: h for ax in axes for h, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    fig.legend(handles.values(), handles.keys(), ncols=5, loc="outside lower center", frameon=False)
+    _table.save_svg(fig, svg)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["measure", "fit", "table"])
+    """One of the four steps."""
+    parser = _table.parser(__doc__)
+    parser.add_argument("what", choices=["measure", "fit", "table", "overlay"])
     parser.add_argument("folder", type=Path)
     parser.add_argument("files", type=Path, nargs="*")
     parser.add_argument("--part", choices=["fitted", "held-out"])
     parser.add_argument("--record", type=Path)
     parser.add_argument("--page", type=Path, default=PAGE)
+    parser.add_argument("--svg", default="docs/overlay.svg")
     args = parser.parse_args()
+    if args.what == "overlay":
+        return overlay(args.folder, args.svg)
     if args.what == "measure":
         settings = [s for s in SETTINGS if args.part is None or s.fitted == (args.part == "fitted")]
         args.record.write_text(json.dumps(measure(args.folder, settings)), encoding="utf-8")
@@ -412,9 +491,10 @@ def main():
     rows = list(rows_of(args.folder, args.files))
     if args.what == "fit":
         print(fit(rows))
+    elif args.what == "measure":
+        print(table(rows))
     else:
-        text = "\n".join(lines(rows))
-        print(text) if args.what == "measure" else write(args.page, text)
+        _table.write_between(args.page, *MARKS, table(rows))
 
 
 if __name__ == "__main__":

