@@ -35,7 +35,7 @@ def repository() -> str:
 
 
 def slug() -> str:
-    """`owner/name`, the path of the repository's address."""
+    """`owner/name` of the repository."""
     return urlsplit(repository()).path.strip("/")
 
 
@@ -67,26 +67,23 @@ def title(path: pathlib.Path) -> str:
     return path.stem
 
 
-def navigation(path: pathlib.Path, link=lambda name: name) -> str:
+def navigation(path: pathlib.Path, link) -> str:
     """One line: the chapter before, this one, the chapter after. `link` turns a file name into an address."""
     order = chapters(path.parent)
-    here = [p.name for p in order].index(path.name)
-    parts = [f"chapter {path.name[:2]}"]
-    if here > 0:
-        parts.insert(0, f"[← {title(order[here - 1])}]({link(order[here - 1].name)})")
-    if here + 1 < len(order):
-        parts.append(f"[{title(order[here + 1])} →]({link(order[here + 1].name)})")
-    return " · ".join(parts)
+    here = order.index(path)
+    before = [f"[← {title(p)}]({link(p.name)})" for p in order[:here][-1:]]
+    after = [f"[{title(p)} →]({link(p.name)})" for p in order[here + 1 :][:1]]
+    return " · ".join([*before, f"chapter {path.name[:2]}", *after])
 
 
-def header(path: pathlib.Path) -> str:
-    """The generated first cell of a chapter at home: the badge, then links to its neighbours."""
-    return f"{colab_badge(path.name)}\n\n{navigation(path)}"
+def header(path: pathlib.Path, link=lambda name: name) -> str:
+    """The generated first cell of a chapter: the badge, then links to its neighbours."""
+    return f"{colab_badge(path.name)}\n\n{navigation(path, link)}"
 
 
 def colab_header(path: pathlib.Path) -> str:
     """The same cell on Colab, where links between chapters must be whole addresses."""
-    return f"{colab_badge(path.name)}\n\n{navigation(path, link=colab_link)}"
+    return header(path, colab_link)
 
 
 def readme_block() -> str:
