@@ -1,12 +1,10 @@
 #!/usr/bin/env python3
 """Print the tables of docs/simulator.md: hit rates and the gap closed by policy, prefetch, and the fit of routers.
 
-python benchmarks/policy_table.py                  # bundled traces; or TRACES.npz, int8 (layers, tokens, 2) by domain
-python benchmarks/policy_table.py --speed 100000   # how long replays of so many tokens take
+python benchmarks/policy_table.py   # bundled traces; or TRACES.npz, int8 (layers, tokens, 2) by domain
 """
 
 import sys
-import time
 
 import numpy as np
 
@@ -109,40 +107,14 @@ def fits():
     return table(["", "reported", "modelled"], rows)
 
 
-def cpu_s(job, *args):
-    """Seconds of this process."""
-    start = time.process_time()
-    job(*args)
-    return time.process_time() - start
-
-
-def speed(tokens, layers=32):
-    """CPU seconds of curves and replays, 32 layers, uniform routing; each is run once before on a short trace."""
-    columns = {}
-    for E, K, slots in ((8, 2, 4), (128, 8, 32)):
-        short, long = (Router(E, K, 0.0, 0.0, layers=layers).trace(n) for n in (50, tokens))
-        jobs = {f"LRU, all sizes, {scope}": (simulator.curve, "lru", scope) for scope in simulator.SCOPES}
-        scopes = simulator.SCOPES if E == 8 else ("layer",)
-        jobs |= {f"`{p}`, {scope}": (simulate, p, slots, scope) for p in simulator.CODES for scope in scopes}
-        for job, *args in jobs.values():
-            job(short, *args)
-        columns[f"{E}/{K}"] = {name: f"{cpu_s(job, long, *args):.1f}" for name, (job, *args) in jobs.items()}
-    names = columns["8/2"]
-    return table([f"{tokens:,} tokens", *columns], [(n, [c.get(n, "") for c in columns.values()]) for n in names])
-
-
 def main(argv=None):
     """Print all tables."""
     parser = _table.parser(__doc__)
     bundled = models.path() / "traces.npz"
     parser.add_argument("traces", nargs="?", default=bundled, help=".npz of arrays (layers, tokens, top-k) by domain")
-    parser.add_argument("--speed", type=int, metavar="TOKENS", help="print only how long replays take")
     args = parser.parse_args(argv)
     domains = trace.load_domains(args.traces)
     trace.COMPILE_FROM = 0  # many replays of one size: compiling pays
-    if args.speed:
-        print(speed(args.speed))
-        return 0
     traces = list(domains.values())
     parts = {
         "One pool per layer": by_policy(traces, "layer"),

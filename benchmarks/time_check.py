@@ -19,7 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -132,9 +132,8 @@ def config_of(model):
 
 def sites_of(path):
     """Where the store's experts are, and the dtype of its files."""
-    source = store.open_source(path)
-    source.close()
-    return source.sites, source.dtype
+    with closing(store.open_source(path)) as source:
+        return source.sites, source.dtype
 
 
 def spec_of(setting, path):
@@ -334,12 +333,14 @@ def rows_of(folder, files):
 def machine(probes, threads, run):
     """This machine in a run: the best of the memory's probes, the disk's median one, and how fast the core was."""
     loops = np.array(run["python_s"])
-    known = {"python_s": float(np.minimum(loops, HICCUP * np.median(loops)).mean()), "threads": threads}
-    known |= {
-        "fast_Bps": max(p[str(threads)] for p in probes),
-        "disk_Bps": statistics.median(p["disk"] for p in probes),
-    }
-    return replace(hardware.NAMED["laptop"], name="here", **known)
+    return replace(
+        hardware.NAMED["laptop"],
+        name="here",
+        threads=threads,
+        python_s=float(np.minimum(loops, HICCUP * np.median(loops)).mean()),
+        fast_Bps=max(p[str(threads)] for p in probes),
+        disk_Bps=statistics.median(p["disk"] for p in probes),
+    )
 
 
 FREE = {  # what is fitted, and about where it should lie
