@@ -98,23 +98,24 @@ def schemes(arguments, tokenizer, texts):
         for name, scheme in named.items()
     }
     compared = comparison(rows)
-    yield from intro(arguments, over)
-    yield "bits and MB are exact."
-    yield ""
-    yield compared.markdown()
-    yield ""
-    yield f"*experts and attention, metadata included. Beside quantized experts attention is 4-bit, `{DEFAULT_SOLVER}`."
-    yield ""
-    yield f"What the others have more than `{DEFAULT_SOLVER}`, millinats a token, paired window by window (measured):"
-    yield ""
     head = [f"{solver}: {what}" for solver in OTHERS for what in ("KL", "loss")]
+    yield f"""{intro(arguments, over)}
+bits and MB are exact.
+
+{compared.markdown()}
+
+*experts and attention, metadata included. Next to quantized experts attention is 4-bit, `{DEFAULT_SOLVER}`.
+
+What the others have more than `{DEFAULT_SOLVER}`, millinats per token, paired window by window (measured):
+"""
     yield _table.table(["what", *head, "least KL, within two errors"], solver_rows(compared))
 
 
 def intro(arguments, over):
+    """What all rows of a table share."""
     D, W, T = over.ids.shape
-    yield f"Model `{arguments.model.name}`, {D * W * T} held-out tokens of {D} domains, {W} windows of {T} each."
-    yield f"Perplexity, ratio, KL and top-1 are measured, ± is one standard error, ratio and KL are paired with {BASE};"
+    return f"""Model `{arguments.model.name}`, {D * W * T} held-out tokens of {D} domains, {W} windows of {T} each.
+Perplexity, ratio, KL and top-1 are measured, ± is one standard error, ratio and KL are paired with {BASE};"""
 
 
 def solver_rows(compared):
@@ -154,11 +155,11 @@ def knobs(arguments, tokenizer, texts):
         rows[name] = results.get(name, lambda knob=knob: knob_row(model, over, reference, knob, arguments.slots, 2))
     for name, make in coarse(model, over, reference, arguments.slots).items():
         rows[name] = results.get(name, make)
-    yield from intro(arguments, over)
-    yield "experts, how many a token asks for in a layer, are counted. MB a token are modelled: what misses move with"
-    yield f"LRU and {arguments.slots} slots a layer, by the simulator, over the choices that were left, 16 bits a"
-    yield "weight unless the row says otherwise. Attention stays in 16 bits."
-    yield ""
+    yield f"""{intro(arguments, over)}
+experts, how many a token asks for in a layer, are counted. MB a token are modelled: what misses move with
+LRU and {arguments.slots} slots a layer, by the simulator, over the choices that were left, 16 bits a
+weight unless the row says otherwise. Attention stays in 16 bits.
+"""
     yield comparison(rows).markdown()
 
 

@@ -85,27 +85,7 @@ class Setting:
         return f"{self.name}; {self.threads}"
 
 
-SETTINGS = [
-    *(Setting("tiny", "none", slots=slots, fitted=True) for slots in (None, 2)),
-    Setting("tiny", "mixed", fitted=True),
-    *(Setting("mixtral-700m", scheme, fitted=True) for scheme in ("mixed", "quality", "none")),
-    Setting("mixtral-700m", "mixed", threads=2, fitted=True),
-    Setting("mixtral-700m", "mixed", slots=3, io="direct", fitted=True),
-    *(Setting("mixtral-3b", "mixed", threads=threads, fitted=True) for threads in (1, 2)),
-    Setting("deep", "mixed", fitted=True),
-    Setting("fine", "mixed", fitted=True),
-    Setting("tiny", "none", slots=4),
-    Setting("tiny", "none", slots=2, io="direct"),
-    Setting("tiny", "quality", slots=3),
-    Setting("mixtral-700m", "mixed", slots=2, io="direct", prefetch="next-router"),
-    Setting("mixtral-700m", "quality", threads=2, slots=4, io="direct"),
-    Setting("mixtral-700m", "mixed", slots=4, ram=True, io="direct"),
-    Setting("mixtral-700m", "mixed", prompt=128),
-    Setting("mixtral-3b", "quality", threads=2),
-    Setting("mixtral-8x7b", "mixed", threads=2),
-    Setting("mixtral-3b", "mixed", threads=2, slots=3, io="direct", limit=2 * GIB),
-    Setting("mixtral-3b", "quality", slots=4, io="direct", limit=2 * GIB),
-]
+SETTINGS = [Setting(**row) for row in json.loads((Path(__file__).parent / "settings.json").read_text(encoding="utf-8"))]
 
 
 # What is run ----------------------------------------------------------------------------------------------------------

@@ -32,14 +32,8 @@ UNWELCOME = {
     "ipywidgets.Output (fails under nbval)": re.compile(r"\bOutput\("),
     "interact (fails under nbval)": re.compile(r"\binteract\("),
 }
-HEADINGS = (
-    "You will be able to",
-    "What this leaves out",
-    "Audit a claim",
-    "Summary",
-    "Five questions",
-    "Further reading",
-)
+HEADINGS = ("You will be able to", "What this leaves out", "Audit a claim", "Summary", "Five questions")
+HEADINGS += ("Further reading",)
 METADATA = {"teach_min": int, "exercise_min": int, "needs": list, "workshops": list}
 
 
@@ -162,12 +156,9 @@ def lengths(nb) -> Iterator[str]:
     lines = sorted(len([x for x in c.source.splitlines() if x.strip()]) for c in nb.cells if c.cell_type == "code")
     if not lines:
         return
-    found = {
-        "median": (statistics.median(lines), MEDIAN_LINES),
-        "90th percentile": (lines[int(0.9 * (len(lines) - 1))], P90_LINES),
-        "longest": (lines[-1], MAX_LINES),
-    }
-    for name, (have, limit) in found.items():
+    p90 = lines[int(0.9 * (len(lines) - 1))]
+    found = ("median", statistics.median(lines), MEDIAN_LINES), ("90th percentile", p90, P90_LINES)
+    for name, have, limit in (*found, ("longest", lines[-1], MAX_LINES)):
         if have > limit:
             yield f"code cells are too long: {name} {have:g} lines, at most {limit}"
 
@@ -227,10 +218,9 @@ def exercise(nb, stub: int, following: int) -> Iterator[str]:
         yield f"exercise {stub} is not a stub: it raises NotImplementedError"
     solutions = [i for i in tagged(nb, "solution") if stub < i < following]
     checks = [i for i in tagged(nb, "check") if stub <= i < (solutions or [following])[0]]
-    if not checks:
-        yield f"exercise {stub} has no cell tagged check"
-    if not solutions:
-        yield f"exercise {stub} has no cell tagged solution"
+    for tag, cells in {"check": checks, "solution": solutions}.items():
+        if not cells:
+            yield f"exercise {stub} has no cell tagged {tag}"
     for i in solutions:
         source = nb.cells[i].source
         if not re.search(r"^def \w+_solution\(", source, re.M) or "check." not in source:

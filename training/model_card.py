@@ -17,7 +17,7 @@ This file does not know how the model was trained. The words of the card are in 
 import argparse
 import json
 import math
-from itertools import pairwise
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -38,52 +38,46 @@ FIRST_MODEL = {"tokens": 5.5e6, "cpu_s": 54 * 60}  # reported by the model that 
 # ---------------------------------------------------------------- held-out loss and routing
 
 
-class Recorder:
-    """Hooks on every router: `chosen[l]` and `weights[l]` (T, K), and `guessed[l]` (T, 4) from layer l - 1's input."""
-
-    def __init__(self, model):
-        routers = [layer.mlp.gate for layer in model.model.layers]
-        self.chosen, self.weights, self.guessed = ([[] for _ in routers] for _ in range(3))
-        self.handles = [r.register_forward_hook(self.note_choice(n)) for n, r in enumerate(routers)]
-        for n, (router, following) in enumerate(pairwise(routers), 1):
-            self.handles.append(router.register_forward_pre_hook(self.note_guess(n, following)))
-
-    def note_choice(self, n):
-        def note(router, inputs, output):
-            _, weights, chosen = output
-            self.chosen[n].append(chosen)
-            self.weights[n].append(weights)
-
-        return note
-
-    def note_guess(self, n, following):
-        """The next router on this router's input: what a prefetcher can know one layer ahead."""
-        return lambda router, inputs: self.guessed[n].append(
-            F.linear(inputs[0].flatten(0, -2), following.weight).topk(max(GUESSES)).indices
-        )
-
-    def detach(self):
-        """Removes the hooks; returns choices (L, T, K) and guesses (L - 1, T, 4), int8, and weights (L, T, K), fp16."""
-        for handle in self.handles:
+@contextmanager
+def listening(model):
+    """Within `with`, a list per router, of its input (T, D), weights and choice (T, K) in each pass."""
+    routers = [layer.mlp.gate for layer in model.model.layers]
+    noted = [[] for _ in routers]
+    handles = [
+        router.register_forward_hook(lambda _, x, out, n=n: noted[n].append((x[0].flatten(0, -2), *out[1:])))
+        for n, router in enumerate(routers)
+    ]
+    try:
+        yield noted
+    finally:
+        for handle in handles:
             handle.remove()
-        chosen, weights, guessed = (
-            torch.stack([torch.cat(pieces) for pieces in noted])
-            for noted in (self.chosen, self.weights, self.guessed[1:])
-        )
-        return chosen.to(torch.int8).numpy(), guessed.to(torch.int8).numpy(), weights.to(torch.float16).numpy()
+
+
+def routing(model, noted):
+    """Choices (L, T, K) and guesses (L - 1, T, 4), int8, and weights (L, T, K), fp16, of what was noted.
+
+    A guess is what a prefetcher can know one layer ahead: the next router on this router's input.
+    """
+    by_part = zip(*(zip(*passes, strict=True) for passes in noted), strict=True)
+    inputs, weights, chosen = (torch.stack([torch.cat(pieces) for pieces in part]) for part in by_part)  # (L, T, ...)
+    following = [layer.mlp.gate.weight for layer in model.model.layers[1:]]
+    guessed = [F.linear(x, w).topk(max(GUESSES)).indices for x, w in zip(inputs[:-1], following, strict=True)]
+    arrays = (chosen, torch.int8), (torch.stack(guessed), torch.int8), (weights, torch.float16)
+    return [array.to(dtype).numpy() for array, dtype in arrays]
 
 
 @torch.no_grad()
 def read_text(model, ids):
     """Nats of all tokens of ids (T + 1,), and choices, guesses and weights of the first TRACE_TOKENS inputs."""
-    nats, recorder, routing = 0.0, Recorder(model), None
-    for start in range(0, len(ids) - 1, WINDOW):
-        piece = torch.tensor(ids[start : start + WINDOW + 1])
-        logits = model(piece[None, :-1], use_cache=False).logits[0]  # (T, V)
-        nats += F.cross_entropy(logits, piece[1:], reduction="sum").item()
-        if start + WINDOW == TRACE_TOKENS:
-            routing = recorder.detach()
-    return nats, *routing
+    nats = 0.0
+    with listening(model) as passes:
+        for start in range(0, len(ids) - 1, WINDOW):
+            piece = torch.tensor(ids[start : start + WINDOW + 1])
+            logits = model(piece[None, :-1], use_cache=False).logits[0]  # (T, V)
+            nats += F.cross_entropy(logits, piece[1:], reduction="sum").item()
+    noted = [router[: TRACE_TOKENS // WINDOW] for router in passes]
+    return nats, *routing(model, noted)
 
 
 def measure_text(model, tokenizer, texts):
