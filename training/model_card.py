@@ -188,26 +188,19 @@ def table(header, rows):
 
 def about(model, training):
     """Sizes and the run, by the names that card.md uses."""
-    config, count = model.config, sum(p.numel() for p in model.parameters())
+    count, first, M = sum(p.numel() for p in model.parameters()), FIRST_MODEL, 1e6
     rows = [[step, *recipe.values()] for step, recipe in training["recipes"]]
     names = (name.replace("_", " ") for name in training["recipes"][0][1])
     return {
-        "layers": config.num_hidden_layers,
-        "experts": config.num_local_experts,
-        "k": config.num_experts_per_tok,
-        "width": config.hidden_size,
-        "expert_width": config.intermediate_size,
-        "heads": config.num_attention_heads,
-        "kv": config.num_key_value_heads,
-        "vocabulary": config.vocab_size,
-        "parameters": count / 1e6,
+        "config": model.config,
+        "training": training,
+        "parameters": count / M,
         "share": sum(p.numel() for name, p in model.named_parameters() if ".experts." in name) / count,
-        "all_tokens": (FIRST_MODEL["tokens"] + training["tokens"]) / 1e6,
-        "first_tokens": FIRST_MODEL["tokens"] / 1e6,
-        "first_cpu": FIRST_MODEL["cpu_s"] / 60,
-        "run_tokens": training["tokens"] / 1e6,
+        "all_tokens": (first["tokens"] + training["tokens"]) / M,
+        "first_tokens": first["tokens"] / M,
+        "first_cpu": first["cpu_s"] / 60,
+        "run_tokens": training["tokens"] / M,
         "run_cpu": training["cpu_s"] / 60,
-        "step": training["step"],
         "training_table": table(["from step", *names], rows),
     }
 
