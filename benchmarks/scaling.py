@@ -7,6 +7,7 @@
 Misses are read past the page cache (`--io direct`), so that a slot short of all is a read of the disk.
 """
 
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -38,15 +39,14 @@ def measure(folder, shapes, tokens, rounds, record):
     points = []
     for shape in shapes:
         path = synthetic.write_store(shape, "mixed", Path(folder) / f"{shape}-mixed")
-        for threads in THREADS:
-            for slots in SLOTS:
-                settings = compare.Settings(
-                    str(path), threads, 8, tokens, rounds, fast_bytes=budget(path, slots), io="direct"
-                )
-                report = compare.compare(settings, lambda line: print(line, file=sys.stderr))
-                points.append({"shape": shape, "threads": threads, "slots": slots} | report.to_dict())
-                if record:
-                    Path(record).write_text(json.dumps(points) + "\n", encoding="utf-8")
+        for threads, slots in itertools.product(THREADS, SLOTS):
+            settings = compare.Settings(
+                str(path), threads, 8, tokens, rounds, fast_bytes=budget(path, slots), io="direct"
+            )
+            report = compare.compare(settings, lambda line: print(line, file=sys.stderr))
+            points.append({"shape": shape, "threads": threads, "slots": slots} | report.to_dict())
+            if record:
+                Path(record).write_text(json.dumps(points) + "\n", encoding="utf-8")
     return points
 
 

@@ -19,23 +19,25 @@ import statistics
 import subprocess
 import sys
 import time
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from transformers import MixtralConfig
 
 import _table
-from mixoff import arena, hardware, models, presets, store, synthetic, timeline
+from mixoff import Scheme, arena, convert, hardware, load, models, presets, store, synthetic, timeline
 from mixoff.bench import limits, routing
 from mixoff.bench.compare import PASSIVE, environment
 from mixoff.bench.spec import Spec
 from mixoff.generation import advance
 from mixoff.kernels import reference
 from mixoff.kernels.threads import crew
+from mixoff.prefetch import top_k
 from mixoff.readers import BLOCK, PIECE
-from mixoff.shapes import torch_dtype
+from mixoff.shapes import read_config, torch_dtype
 from mixoff.simulator import simulate
 from mixoff.tiers import WORKERS
 from mixoff.timeline import WIDENED, Efficiency
@@ -79,11 +81,6 @@ class Setting:
         more += [f"in {self.limit / GIB:g} GiB"] if self.limit else []
         return ", ".join([f"{self.model} `{self.scheme}`", held, *more])
 
-    @property
-    def key(self):
-        """Its name, and its threads."""
-        return f"{self.name}; {self.threads}"
-
 
 SETTINGS = [Setting(**row) for row in json.loads((Path(__file__).parent / "settings.json").read_text(encoding="utf-8"))]
 
@@ -93,21 +90,13 @@ SETTINGS = [Setting(**row) for row in json.loads((Path(__file__).parent / "setti
 
 def path_of(folder, setting):
     """The setting's store, made where it is missing."""
-    path = Path(folder) / f"{setting.model}-{setting.scheme}"
-    if setting.model != "tiny":
-        return synthetic.write_store(config_of(setting.model), setting.scheme, path)
+    path, model = Path(folder) / f"{setting.model}-{setting.scheme}", setting.model
+    if model != "tiny":
+        shape = MixtralConfig(**SHAPES[model]) if model in SHAPES else model
+        return synthetic.write_store(shape, setting.scheme, path)
     if not path.exists():
-        from mixoff import Scheme, convert
-
         convert(models.path(), path, scheme=Scheme.preset(setting.scheme))
     return path
-
-
-def config_of(model):
-    """A shape's configuration, or its name."""
-    from transformers import MixtralConfig
-
-    return MixtralConfig(**SHAPES[model]) if model in SHAPES else model
 
 
 def sites_of(path):
@@ -126,14 +115,11 @@ def spec_of(setting, path):
     load = {"fast_bytes": slots * arena.slot_nbytes(sites) + scratch + BLOCK}
     load |= {"io": setting.io, "prefetch": setting.prefetch} | ({"ram_bytes": 2 * GIB} if setting.ram else {})
     own = {"threads": setting.threads, "prompt_tokens": setting.prompt, "tokens": TOKENS, "warmup": WARMUP}
-    return Spec(setting.key, "mixoff", str(path), runs=RUNS + 1, load=load, **own)
+    return Spec(f"{setting.name}; {setting.threads}", "mixoff", str(path), runs=RUNS + 1, load=load, **own)
 
 
 def routed(spec):
     """Choices (T, L, K) that the run will follow, and guesses: every expert once, then a synthetic router's."""
-    from mixoff.prefetch import top_k
-    from mixoff.shapes import read_config
-
     sites, K = sites_of(spec.path)[0], top_k(read_config(Path(spec.path)))
     E, L = sites[0].num_experts, len(sites)
     length = PROMPT + spec.warmup + spec.runs * (spec.prompt_tokens + spec.tokens)
@@ -163,10 +149,8 @@ class Runner:
     """A contender of `mixoff bench`, in this process, that looks at the core's speed between tokens."""
 
     def __init__(self, spec):
-        from mixoff import loading
-
         torch.set_num_threads(spec.threads)
-        self.spec, self.model, self.cache = spec, loading.load(spec.path, **spec.load), None
+        self.spec, self.model, self.cache = spec, load(spec.path, **spec.load), None
         routing.Routing(self.model, *routed(spec)[:2])
         ids = torch.from_numpy(spec.ids(self.model.config.vocab_size))
         self.rows = iter(ids)
@@ -211,33 +195,25 @@ def serve(specs):
             print(json.dumps(runners[int(line)].run()), flush=True)
 
 
-class Worker:
-    """A process that has some settings' models loaded, inside a memory limit or none."""
+@contextmanager
+def worker(limit, specs):
+    """A process that has some settings' models loaded, inside a memory limit or none; yields its `run(at)`."""
+    with limits.limit(limit) if limit else nullcontext() as inside:
+        for path in {spec.path for spec in specs} if limit else ():
+            limits.forget(Path(path))
+        words = [*(inside.words if limit else ()), sys.executable, __file__, "serve"]
+        words += [spec.to_json() for spec in specs]
+        env, pipe = environment(max(spec.threads for spec in specs), **PASSIVE), subprocess.PIPE
+        with subprocess.Popen(words, stdin=pipe, stdout=pipe, text=True, env=env) as process:
+            if process.stdout.readline().strip() != "ready":
+                raise SystemExit(f"a worker with the limit {limit} ended early")
 
-    def __init__(self, limit, specs):
-        self.limit, self.specs, self.stack = limit, specs, ExitStack()
+            def run(at):
+                """One run of the setting at that place."""
+                print(at, file=process.stdin, flush=True)
+                return json.loads(process.stdout.readline())
 
-    def __enter__(self):
-        words = []
-        if self.limit:
-            words += self.stack.enter_context(limits.limit(self.limit)).words
-            for path in {spec.path for spec in self.specs}:
-                limits.forget(Path(path))
-        words += [sys.executable, __file__, "serve", *(spec.to_json() for spec in self.specs)]
-        env = environment(max(spec.threads for spec in self.specs), **PASSIVE)
-        self.process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
-        if self.process.stdout.readline().strip() != "ready":
-            raise SystemExit(f"a worker with the limit {self.limit} ended early")
-        return self
-
-    def run(self, at):
-        """One run of the setting at that place."""
-        print(at, file=self.process.stdin, flush=True)
-        return json.loads(self.process.stdout.readline())
-
-    def __exit__(self, *exc):
-        self.process.communicate()
-        self.stack.close()
+            yield run
 
 
 def measure(folder, settings):
@@ -248,12 +224,12 @@ def measure(folder, settings):
     probes, runs = [], [[] for _ in settings]
     groups = {limit: [i for i, s in enumerate(settings) if s.limit == limit] for limit in {s.limit for s in settings}}
     with ExitStack() as stack:
-        workers = {limit: stack.enter_context(Worker(limit, [specs[i] for i in own])) for limit, own in groups.items()}
+        workers = {limit: stack.enter_context(worker(limit, [specs[i] for i in own])) for limit, own in groups.items()}
         for turn in range(RUNS + 1):
             probes.append(probe(folder, {s.threads for s in settings}))
             for limit, own in groups.items():
                 for at, i in enumerate(own):
-                    runs[i].append(workers[limit].run(at))
+                    runs[i].append(workers[limit](at))
             print(f"round {turn}: {probes[-1]}", file=sys.stderr, flush=True)
     rows = zip(settings, specs, runs, strict=True)
     return {
