@@ -162,8 +162,8 @@ def test_commands(arguments: list[str]) -> list[list[str]]:
     """Two guards, then one pytest run over tests and chapters."""
     arguments = ["--run-slow" if a == "--all" else a for a in arguments]
     return [
-        ["tools/nb.py", "check"],
-        ["tools/make_colab.py", "--check"],
+        ["course/nb.py", "check"],
+        ["course/make_colab.py", "--check"],
         ["-m", "pytest", *WORKERS, *NBVAL, "tests", "notebooks", *arguments],
     ]
 
@@ -177,9 +177,9 @@ def commands(job: str, arguments: list[str]) -> list[list[str]]:
         "lab": ["-m", "jupyterlab", "notebooks/00_start_here.ipynb"],
         "e2e": ["-m", "pytest", "-m", "e2e", "tests/e2e"],
         "bench": ["-m", "mixoff", "bench"],
-        "site": ["tools/make_site.py"],
-        "slides": ["tools/slides.py"],
-        "schedule": ["tools/schedule.py"],
+        "site": ["course/make_site.py"],
+        "slides": ["course/slides.py"],
+        "schedule": ["course/schedule.py"],
     }
     return [single[job] + arguments]
 

@@ -1,4 +1,4 @@
-"""Sphinx's settings for the course site: pages and chapters as tools/make_site.py lays them out, nothing executed.
+"""Sphinx's settings for the course site: pages and chapters as course/make_site.py lays them out, nothing executed.
 
 Formulas become MathML, which browsers draw themselves: MathJax would come from a network. The page of the API is made
 from docstrings: a comment `<!-- api: load Runtime -->` on a page becomes the documentation of these public names.

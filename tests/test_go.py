@@ -184,7 +184,7 @@ def test_python_of_windows(monkeypatch):
 def test_test_runs_both_guards_then_one_pytest(world):
     assert go.main(["test", "--all", "-k", "cache"]) == OK
     jobs = [command[1:] for command, _ in world if "pip" not in command and "venv" not in command]
-    assert jobs[:2] == [["tools/nb.py", "check"], ["tools/make_colab.py", "--check"]]
+    assert jobs[:2] == [["course/nb.py", "check"], ["course/make_colab.py", "--check"]]
     assert jobs[2][:2] == ["-m", "pytest"] and "--nbval" in jobs[2]
     assert jobs[2][-5:] == ["tests", "notebooks", "--run-slow", "-k", "cache"]
     assert len(jobs) == 3

@@ -277,7 +277,7 @@ def test_nbval_compares_captions(stored, code, root, tmp_path):
 
 
 def test_colab_is_in_step_with_chapters():
-    assert make_colab.drift() == {}, "run tools/make_colab.py"
+    assert make_colab.drift() == {}, "run course/make_colab.py"
 
 
 def test_drift_is_seen_and_mended(chapter):
@@ -338,7 +338,7 @@ def run_as_colab(python, path, root, folder, source=None):
 
     source: what the install cell is to install; where mixoff is there already, it installs nothing.
     """
-    places = [root / "tools", root / "tests" / "fakes"]
+    places = [root / "course", root / "tests" / "fakes"]
     paths = {"PYTHONPATH": os.pathsep.join(map(str, places)), "MIXOFF_SOURCE": str(source or root)}
     command = [python, "-c", RUN_AS_COLAB, folder / "ipython", path]
     return subprocess.run(command, env=os.environ | COLAB_ENV | paths, cwd=folder, capture_output=True, text=True)

@@ -83,7 +83,7 @@ def addresses(path):
 
 
 def generated(name):
-    """Files that repeat the address: made by tools/, or held to it by a test here."""
+    """Files that repeat the address: made by course/, or held to it by a test here."""
     return name in ("README.md", "CITATION.cff") or re.fullmatch(r"(colab|notebooks)/[^/]+\.ipynb", name)
 
 
@@ -106,7 +106,7 @@ def test_what_a_person_wrote_in_a_chapter_has_no_address():
 def test_readme_carries_the_generated_chapters(root):
     readme = (root / "README.md").read_text(encoding="utf-8")
     for block in (badges.readme_first(), badges.readme_block()):
-        assert block in readme, "run tools/nb.py tidy"
+        assert block in readme, "run course/nb.py tidy"
     assert badges.with_badges(readme) == readme
 
 
@@ -168,7 +168,7 @@ def test_wheel_and_sdist_hold_what_they_should(root, tmp_path):
     assert {"mixoff/__init__.py", "mixoff/classroom/checks.py", "mixoff/models/tiny-mixtral/config.json"} <= wheel
     assert [name for name in wheel if not name.startswith(("mixoff/", "mixoff-"))] == []
     inside = {name.split("/", 1)[1] for name in sdist if "/" in name}
-    assert {"go.py", "tests/conftest.py", "tools/nb.py", "notebooks/00_start_here.ipynb", "LICENSE"} <= inside
+    assert {"go.py", "tests/conftest.py", "course/nb.py", "notebooks/00_start_here.ipynb", "LICENSE"} <= inside
 
 
 def archive_names(path):

@@ -291,7 +291,7 @@ def test_coarse_twins_lie_between_fine_and_coarse(over):
 
 
 def table_tool(root):
-    sys.path.insert(0, str(root / "tools"))
+    sys.path.insert(0, str(root / "benchmarks"))
     try:
         import quality_table
     finally:
@@ -326,5 +326,5 @@ def test_the_page_has_both_tables(root):
     page = (root / "docs" / "quantization.md").read_text(encoding="utf-8")
     for what in ("schemes", "knobs"):
         begin = table_tool(root).MARKS[0].format(what)
-        assert begin in page and f"python tools/quality_table.py {what}" in page
+        assert begin in page and f"python benchmarks/quality_table.py {what}" in page
     assert "lossy" in page and "off by default" in page

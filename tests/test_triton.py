@@ -149,10 +149,10 @@ def test_the_bundled_model_computes_the_same(interpreter):
 
 
 def compiled(root, tmp_path, *options):
-    """What `tools/triton_table.py` tells, with a cache of its own and without the interpreter."""
+    """What `benchmarks/triton_table.py` tells, with a cache of its own and without the interpreter."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     env |= {"TRITON_CACHE_DIR": str(tmp_path / "triton"), "PYTHONPATH": str(root)}
-    command = [sys.executable, root / "tools" / "triton_table.py", "--json", *options]
+    command = [sys.executable, root / "benchmarks" / "triton_table.py", "--json", *options]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)["compiled"]
@@ -205,7 +205,7 @@ def test_widths_are_read_from_machine_code():
 def test_measuring_is_rehearsed(root):
     """The command for a user's card, in the interpreter on the CPU."""
     env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(root)}
-    command = [sys.executable, root / "tools" / "triton_table.py", "--measure", "--json"]
+    command = [sys.executable, root / "benchmarks" / "triton_table.py", "--measure", "--json"]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)

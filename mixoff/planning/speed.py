@@ -87,8 +87,8 @@ def _even(share: float) -> dict[int | str, float]:
 
 GPU = "assumed: fused kernels that were never run on a GPU; replace it by what `mixoff bench` measures"
 CPU = (
-    "fitted to twelve measured settings on two cores of an Intel Xeon (AVX-512), tools/time_check.py, and held against "
-    "eleven others in docs/benchmarks.md; 3, 8 and 32 bits and guess_s are assumed"
+    "fitted to twelve measured settings on two cores of an Intel Xeon (AVX-512), benchmarks/time_check.py, and held "
+    "against eleven others in docs/benchmarks.md; 3, 8 and 32 bits and guess_s are assumed"
 )
 STEP_S = 14.5e-9  # of `hardware.python_speed`, the least on a core of that machine
 HERE = Efficiency(

@@ -22,7 +22,7 @@ from mixoff.pages import slab
 from mixoff.store.readers import Reader
 from mixoff.transfer.transfer import ThreadTransfer, Transfer
 
-WORKERS = 4  # requests in flight; more of them read no faster: tools/transfer_table.py
+WORKERS = 4  # requests in flight; more of them read no faster: docs/benchmarks.md
 INLINE_BELOW = 1 << 20  # bytes; a smaller expert is copied from the page cache sooner than a thread has woken up
 
 

@@ -1,8 +1,8 @@
 """Which tile a Triton kernel takes: a table of defaults by chip, rows and outputs, and nothing that is timed.
 
 Letters: **T** rows of activations, **N** outputs.
-A tile fixes the order of sums, so the same table gives the same bits. `tools/triton_table.py --measure` times other
-tiles on a card; what it finds is written down here, by hand.
+A tile fixes the order of sums, so the same table gives the same bits. `benchmarks/triton_table.py --measure` times
+other tiles on a card; what it finds is written down here, by hand.
 
 Does not know tensors, and does not import triton.
 """

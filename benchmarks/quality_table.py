@@ -1,7 +1,7 @@
 """Measures what quantizing and the lossy knobs cost in quality, and writes the tables of docs/quantization.md.
 
-    python tools/quality_table.py schemes [--windows 8]     # bits, groups, solvers, presets
-    python tools/quality_table.py knobs [--windows 8]       # fewer experts, skipped, pruned, coarse ones
+    python benchmarks/quality_table.py schemes [--windows 8]     # bits, groups, solvers, presets
+    python benchmarks/quality_table.py knobs [--windows 8]       # fewer experts, skipped, pruned, coarse ones
 
 Both on the bundled model and its held-out texts, unless told otherwise: MODEL is a folder, `--texts` a folder of text
 files, one a domain. With `--checkpoint FILE` every finished row is kept there, and a second run goes on where the first
@@ -9,7 +9,6 @@ stopped. Weights are quantized and dequantized again, then transformers computes
 that serves the model, all experts resident, and the bytes are what the simulator counts of the choices they leave.
 """
 
-import argparse
 import json
 import math
 import sys
@@ -22,6 +21,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import _table
 import mixoff
 from mixoff import models
 from mixoff.quality import quality
@@ -32,7 +32,7 @@ from mixoff.quantize.scheme import PRESETS, Precision, Scheme
 OTHERS = [solver for solver in SOLVERS if solver != DEFAULT_SOLVER]
 BASE = "16 bits"
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "quantization.md"
-MARKS = "<!-- measured: begin (tools/quality_table.py {}) -->\n", "<!-- measured: end -->\n"
+MARKS = "<!-- measured: begin (benchmarks/quality_table.py {}) -->\n", "<!-- measured: end -->\n"
 
 
 class Results:
@@ -60,11 +60,6 @@ def comparison(rows):
     titles = dict.fromkeys(title for _, columns in rows.values() for title in columns)
     columns = {title: {name: c[title] for name, (_, c) in rows.items() if title in c} for title in titles}
     return Comparison({name: scores for name, (scores, _) in rows.items()}, columns)
-
-
-def table(head, rows):
-    """Lines of a Markdown table."""
-    return ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
 
 
 # Schemes -------------------------------------------------------------------------------------------------------------
@@ -105,23 +100,24 @@ def schemes(arguments, tokenizer, texts):
         for name, scheme in named.items()
     }
     compared = comparison(rows)
-    yield from intro(arguments, over)
-    yield "bits and MB are exact."
-    yield ""
-    yield from compared.markdown().splitlines()
-    yield ""
-    yield f"*experts and attention, metadata included. Beside quantized experts attention is 4-bit, `{DEFAULT_SOLVER}`."
-    yield ""
-    yield f"What the others have more than `{DEFAULT_SOLVER}`, millinats a token, paired window by window (measured):"
-    yield ""
     head = [f"{solver}: {what}" for solver in OTHERS for what in ("KL", "loss")]
-    yield from table(["what", *head, "least KL, within two errors"], solver_rows(compared))
+    yield f"""{intro(arguments, over)}
+bits and MB are exact.
+
+{compared.markdown()}
+
+*experts and attention, metadata included. Next to quantized experts attention is 4-bit, `{DEFAULT_SOLVER}`.
+
+What the others have more than `{DEFAULT_SOLVER}`, millinats per token, paired window by window (measured):
+"""
+    yield _table.table(["what", *head, "least KL, within two errors"], solver_rows(compared))
 
 
 def intro(arguments, over):
+    """What all rows of a table share."""
     D, W, T = over.ids.shape
-    yield f"Model `{arguments.model.name}`, {D * W * T} held-out tokens of {D} domains, {W} windows of {T} each."
-    yield f"Perplexity, ratio, KL and top-1 are measured, ± is one standard error, ratio and KL are paired with {BASE};"
+    return f"""Model `{arguments.model.name}`, {D * W * T} held-out tokens of {D} domains, {W} windows of {T} each.
+Perplexity, ratio, KL and top-1 are measured, ± is one standard error, ratio and KL are paired with {BASE};"""
 
 
 def solver_rows(compared):
@@ -161,12 +157,12 @@ def knobs(arguments, tokenizer, texts):
         rows[name] = results.get(name, lambda knob=knob: knob_row(model, over, reference, knob, arguments.slots, 2))
     for name, make in coarse(model, over, reference, arguments.slots).items():
         rows[name] = results.get(name, make)
-    yield from intro(arguments, over)
-    yield "experts, how many a token asks for in a layer, are counted. MB a token are modelled: what misses move with"
-    yield f"LRU and {arguments.slots} slots a layer, by the simulator, over the choices that were left, 16 bits a"
-    yield "weight unless the row says otherwise. Attention stays in 16 bits."
-    yield ""
-    yield from comparison(rows).markdown().splitlines()
+    yield f"""{intro(arguments, over)}
+experts, how many a token asks for in a layer, are counted. MB a token are modelled: what misses move with
+LRU and {arguments.slots} slots a layer, by the simulator, over the choices that were left, 16 bits a
+weight unless the row says otherwise. Attention stays in 16 bits.
+"""
+    yield comparison(rows).markdown()
 
 
 def choices(counts, slots):
@@ -229,21 +225,8 @@ def coarse(model, over, reference, slots):
     }
 
 
-# The page ------------------------------------------------------------------------------------------------------------
-
-
-def write(page, what, lines):
-    """Replace what stands between the marks of the page."""
-    begin, end = MARKS[0].format(what), MARKS[1]
-    before, found, rest = page.read_text(encoding="utf-8").partition(begin)
-    _, closed, after = rest.partition(end)
-    if not found or not closed:
-        sys.exit(f"{page} lacks the marks {begin.strip()} and {end.strip()}")
-    page.write_text(before + begin + "\n" + "\n".join(lines) + "\n\n" + end + after, encoding="utf-8")
-
-
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = _table.parser(__doc__)
     parser.add_argument("what", choices=["schemes", "knobs"])
     parser.add_argument("--model", type=Path, default=models.path())
     parser.add_argument("--texts", type=Path, help="folder of .txt files; the bundled held-out texts by default")
@@ -257,8 +240,8 @@ def main():
     if arguments.texts:
         texts = {file.stem: file.read_text(encoding="utf-8") for file in sorted(arguments.texts.glob("*.txt"))}
     make = {"schemes": schemes, "knobs": knobs}[arguments.what]
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    write(arguments.page, arguments.what, list(make(arguments, tokenizer, texts)))
+    lines = make(arguments, AutoTokenizer.from_pretrained(arguments.model), texts)
+    _table.write_between(arguments.page, MARKS[0].format(arguments.what), MARKS[1], "\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -62,4 +62,4 @@ def problems(nb, chapter: pathlib.Path) -> Iterator[str]:
     """A sentence where file and stored outputs are of different runs."""
     shown = {name for _, name in views(nb)}
     if shown != set(kept(chapter)):
-        yield f"{file_of(chapter).name} in docs/widgets is of another run: run tools/nb.py run, commit both"
+        yield f"{file_of(chapter).name} in docs/widgets is of another run: run course/nb.py run, commit both"

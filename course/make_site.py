@@ -30,7 +30,7 @@ import slides
 import widget_states
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-HOST = (ROOT / "tools" / "widget_host.js").read_text(encoding="utf-8")
+HOST = (pathlib.Path(__file__).parent / "widget_host.js").read_text(encoding="utf-8")
 LINK = re.compile(r"(?<=\]\()(?![a-z]+:)([^)\s#]+)(#[^)\s]*)?(?=\))")
 CHAPTERS = "<!-- chapters -->"  # in docs/index.md
 ALIVE = ("CacheView", "EvictionStepper")  # the others ask the kernel for each figure
@@ -64,9 +64,8 @@ def relink(text: str, source: str, shown: dict[str, str]) -> str:
 
 
 def page_of(path: pathlib.Path, shown: dict[str, str]):
-    """A chapter as the site shows it."""
-    nb = nbformat.read(path, as_version=4)
-    states = widget_states.kept(path)
+    """A chapter as the site shows it; links to Colab and slides below title, promise and practical line."""
+    nb, states = nbformat.read(path, as_version=4), widget_states.kept(path)
     nb.cells = [cell for cell in nb.cells if "generated" not in chapter_rules.tags(cell)]
     for cell in nb.cells:
         if cell.cell_type == "markdown":
@@ -77,14 +76,9 @@ def page_of(path: pathlib.Path, shown: dict[str, str]):
         if name in states:
             output["data"] = nbformat.from_dict({"text/html": widget_html(name, **states[name])})
     elsewhere = f'[Open in Colab]({badges.colab_link(path.name)}) · <a href="../slides/{path.stem}.html">Slides</a>'
-    nb.cells[0].source = below_promise(nb.cells[0].source, elsewhere)
+    opening = re.match(r"(?:.+\n*){3}", nb.cells[0].source)[0]
+    nb.cells[0].source = f"{opening.rstrip()}\n\n{elsewhere}\n\n{nb.cells[0].source[len(opening) :]}"
     return nb
-
-
-def below_promise(source: str, line: str) -> str:
-    """`source` with `line` below title, promise and practical line, which open every chapter."""
-    opening = re.match(r"(?:.+\n*){3}", source)
-    return f"{source[: opening.end()].rstrip()}\n\n{line}\n\n{source[opening.end() :]}"
 
 
 def dress(cell) -> None:
@@ -129,17 +123,16 @@ def chapter_list(root: pathlib.Path = ROOT) -> str:
     return "\n".join(rows)
 
 
-def short_title(path: pathlib.Path) -> str:
-    """Number and title of a chapter, without what follows a colon."""
-    return f"{path.name[:2]} {badges.title(path).split(':')[0]}"
-
-
 def contents(shown: dict[str, str], root: pathlib.Path = ROOT) -> str:
     """Tables of contents for the side of each page: chapters, what a teacher needs, everything else."""
     pages = sorted(place[:-3] for place in shown.values() if place.startswith("docs/") and place.endswith(".md"))
-    first = [f"docs/{name}" for name in PAGES_FIRST if f"docs/{name}" in pages]
-    chapters = [f"{short_title(path)} <notebooks/{path.stem}>" for path in badges.chapters(root / "notebooks")]
-    parts = {"Chapters": chapters, "Around the course": first, "Measurements": [p for p in pages if p not in first]}
+    first = [page for name in PAGES_FIRST if (page := f"docs/{name}") in pages]
+    chapters = badges.chapters(root / "notebooks")
+    parts = {
+        "Chapters": [f"{p.name[:2]} {badges.title(p).split(':')[0]} <notebooks/{p.stem}>" for p in chapters],
+        "Around the course": first,
+        "Measurements": [page for page in pages if page not in first],
+    }
     tree = "```{{toctree}}\n:hidden:\n:caption: {}\n:maxdepth: 1\n\n{}\n```"
     return "\n\n".join(tree.format(caption, "\n".join(names)) for caption, names in parts.items())
 

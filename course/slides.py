@@ -15,7 +15,6 @@ import pathlib
 import re
 import shutil
 import sys
-from collections.abc import Iterator
 from importlib.resources import files
 
 import nbformat
@@ -26,7 +25,7 @@ import badges
 import chapter_rules
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-TOOLS = ROOT / "tools"
+HERE = pathlib.Path(__file__).parent
 REVEAL = ("reveal.js", "reveal.css")
 LEFT_OUT = ("You will be able to", "What this leaves out", "The map of the course", "Five questions", "Further reading")
 LEFT_OUT += ("Notes for instructors",)
@@ -47,31 +46,11 @@ def slide(source: str, kind: str = "slide"):
     return nbformat.v4.new_markdown_cell(source, metadata={"slideshow": {"slide_type": kind}})
 
 
-def shown(outputs: list, kind: str):
-    """A cell of outputs alone."""
-    cell = nbformat.v4.new_code_cell("", metadata={"slideshow": {"slide_type": kind}})
-    cell.outputs = outputs
-    return cell
-
-
-def figures(cell) -> Iterator[tuple[dict, str]]:
-    """Each figure of a code cell, with its caption."""
-    for output in cell.outputs:
-        if "image/png" in output.get("data", {}):
-            yield output, output["data"].get("text/plain", "")
-
-
 def printed(cell) -> str:
     """What a code cell printed, as far as it fits on a slide."""
     text = "".join(output.text for output in cell.outputs if output.output_type == "stream")
     lines = text.rstrip().splitlines()
     return "\n".join(lines[:MOST_LINES] + ["…"] * (len(lines) > MOST_LINES))
-
-
-def opening(cell) -> Iterator:
-    """The first slide: title, promise, minutes."""
-    lines = [line for line in cell.source.splitlines() if line.strip()]
-    yield slide("\n\n".join(lines[:3]))
 
 
 class Deck:
@@ -115,25 +94,28 @@ class Deck:
         for title, body in zip(parts[1::2], parts[2::2], strict=True):
             self.section(title, body)
 
+    def figure(self, output) -> None:
+        """A figure and its caption."""
+        self.add()
+        image = nbformat.v4.new_code_cell("", outputs=[output], metadata={"slideshow": {"slide_type": "-"}})
+        caption = html.escape(output["data"].get("text/plain", ""))
+        self.cells += [image, slide(f'<p class="caption">{caption}</p>', "-")]
+
     def code(self, cell) -> None:
         """Figures, what answers a prediction, and the summary."""
-        found = list(figures(cell))
-        for output, caption in found:
-            self.add()
-            self.cells.append(shown([output], "-"))
-            self.cells.append(slide(f'<p class="caption">{html.escape(caption)}</p>', "-"))
+        data = [output.get("data", {}) for output in cell.outputs]
+        figures = [output for output in cell.outputs if "image/png" in output.get("data", {})]
+        for output in figures:
+            self.figure(output)
         if self.summing:
-            self.add(
-                "\n".join(o["data"]["text/markdown"] for o in cell.outputs if "text/markdown" in o.get("data", {}))
-            )
-            self.summing = False
-        elif self.asked and not found and printed(cell):
+            self.add("\n".join(d["text/markdown"] for d in data if "text/markdown" in d))
+        elif self.asked and not figures and printed(cell):
             self.cells.append(slide(f"<pre>{html.escape(printed(cell))}</pre>", "fragment"))
-        self.asked = False
+        self.asked = self.summing = False
 
 
 def deck(nb):
-    """The notebook that nbconvert turns into slides."""
+    """The notebook that nbconvert turns into slides; the first has title, promise and minutes."""
     made, opened = Deck(), False
     for cell in nb.cells:
         own = cell.metadata.get("slideshow", {}).get("slide_type")
@@ -143,7 +125,7 @@ def deck(nb):
             made.flush()
             made.cells.append(cell)
         elif not opened and cell.source.startswith("# "):
-            made.cells += opening(cell)
+            made.cells.append(slide("\n\n".join([line for line in cell.source.splitlines() if line.strip()][:3])))
             opened = True
         else:
             getattr(made, cell.cell_type)(cell)
@@ -157,7 +139,7 @@ def deck(nb):
 def exporter() -> SlidesExporter:
     """nbconvert's, with our page around the slides; dear to make, so one makes all decks."""
     without = {"exclude_input": True, "exclude_input_prompt": True, "exclude_output_prompt": True}
-    return SlidesExporter(template_file=str(TOOLS / "slides.html.j2"), exclude_anchor_links=True, **without)
+    return SlidesExporter(template_file=str(HERE / "slides.html.j2"), exclude_anchor_links=True, **without)
 
 
 def page(path: pathlib.Path, converter: SlidesExporter) -> str:
@@ -173,7 +155,7 @@ def build(out: pathlib.Path, chapters: list[pathlib.Path] | None = None) -> list
     (out / "reveal").mkdir(parents=True)
     for name in REVEAL:
         (out / "reveal" / name).write_bytes((files("sphinx_revealjs") / "_static/revealjs/dist" / name).read_bytes())
-    shutil.copy(TOOLS / "slides.css", out / "reveal" / "deck.css")
+    shutil.copy(HERE / "slides.css", out / "reveal" / "deck.css")
     made, converter = [], exporter()
     for path in badges.chapters() if chapters is None else chapters:
         made.append(out / f"{path.stem}.html")

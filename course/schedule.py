@@ -19,7 +19,6 @@ from dataclasses import dataclass
 
 import badges
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
 STEP_MIN = 5  # exercises end on five minutes, as clocks are read
 OPENING = "Welcome; everybody opens the first chapter and runs its setup cell"
 CLOSING = "Questions, and where to go on"
@@ -71,19 +70,13 @@ class Item:
     chapter: Chapter | None = None
 
 
-# ---------------------------------------------------------------- reading
-
-
-def read(path: pathlib.Path) -> Chapter:
-    """The plan of one chapter."""
-    plan = json.loads(path.read_text(encoding="utf-8"))["metadata"]["mixoff"]
-    named = tuple(plan["needs"]), tuple(plan["workshops"])
-    return Chapter(path, badges.title(path), plan["teach_min"], plan["exercise_min"], *named)
-
-
 def chapters() -> list[Chapter]:
     """All chapters in order."""
-    return [read(path) for path in badges.chapters()]
+    plans = [(path, json.loads(path.read_text(encoding="utf-8"))["metadata"]["mixoff"]) for path in badges.chapters()]
+    return [
+        Chapter(path, badges.title(path), p["teach_min"], p["exercise_min"], tuple(p["needs"]), tuple(p["workshops"]))
+        for path, p in plans
+    ]
 
 
 def chosen(workshop: Workshop, course: Sequence[Chapter]) -> list[Chapter]:
@@ -146,13 +139,10 @@ def paused(workshop: Workshop, items: Sequence[Item]) -> Iterator[Item]:
 
 def missing(items: Sequence[Item]) -> dict[str, list[str]]:
     """Chapters that a chapter needs and that do not come before it, by the number of the one that needs them."""
-    seen: set[str] = set()
-    found = {}
-    for chapter in (item.chapter for item in items if item.chapter):
-        if absent := [need for need in chapter.needs if need not in seen]:
-            found[chapter.number] = absent
-        seen.add(chapter.number)
-    return found
+    taken = [item.chapter for item in items if item.chapter]
+    before = {c.number: {earlier.number for earlier in taken[:i]} for i, c in enumerate(taken)}
+    absent = {c.number: [need for need in c.needs if need not in before[c.number]] for c in taken}
+    return {number: needs for number, needs in absent.items() if needs}
 
 
 # ---------------------------------------------------------------- printing
@@ -167,45 +157,38 @@ def clock(minutes: int) -> str:
     return f"{minutes // 60}:{minutes % 60:02}"
 
 
-def rows(items: Sequence[Item], start: int) -> Iterator[tuple[str, str, str, str]]:
-    """When, how long, what, and how much of it is exercise."""
+def rows(items: Sequence[Item], start: int, linked: bool = False) -> Iterator[tuple[str, int, str, int]]:
+    """When, how long, what, and minutes of exercises in it."""
     for item in items:
-        number = f"{item.chapter.number} " if item.chapter else ""
-        yield clock(start), f"{item.minutes}", number + item.title, f"{item.exercise or ''}"
+        what = f"[{item.title}](../notebooks/{item.chapter.path.name})" if linked and item.chapter else item.title
+        yield clock(start), item.minutes, f"{item.chapter.number} {what}" if item.chapter else what, item.exercise
         start += item.minutes
 
 
 def notes(items: Sequence[Item]) -> list[str]:
     """What the schedule leaves out, a sentence each."""
     home = sum(item.chapter.exercise - item.exercise for item in items if item.chapter)
-    said = [f"{home} min of exercises are left for home."] if home else []
-    return said + [
-        f"{at} leans on {', '.join(needs)}: read the summary before." for at, needs in missing(items).items()
-    ]
+    leans = [f"{at} leans on {', '.join(needs)}: read the summary before." for at, needs in missing(items).items()]
+    return [f"{home} min of exercises are left for home."] * (home > 0) + leans
 
 
 def text(workshop: Workshop, course: Sequence[Chapter], start: int) -> str:
     """A schedule for the terminal."""
     items = plan(workshop, course)
-    head = f"{workshop.name}: {workshop.minutes} min, {clock(start)} to {clock(start + workshop.minutes)}"
-    lines = [f"{at:>5}  {minutes:>3} min  {what}" + (f" ({own} min of exercises)" if own else "")
-             for at, minutes, what, own in rows(items, start)]  # fmt: skip
-    return "\n".join([head, *lines, *notes(items)])
+    lines = [f"{workshop.name}: {workshop.minutes} min, {clock(start)} to {clock(start + workshop.minutes)}"]
+    for at, minutes, what, exercise in rows(items, start):
+        lines.append(f"{at:>5}  {minutes:>3} min  {what}" + (f" ({exercise} min of exercises)" if exercise else ""))
+    return "\n".join(lines + notes(items))
 
 
 def section(workshop: Workshop, course: Sequence[Chapter]) -> str:
     """A schedule as a section of the page, with links."""
     items = plan(workshop, course)
-    linked = [
-        Item(f"[{item.title}](../notebooks/{item.chapter.path.name})", item.minutes, item.exercise, item.chapter)
-        if item.chapter
-        else item
-        for item in items
-    ]
-    table = [f"| {' | '.join(row)} |" for row in rows(linked, 0)]
-    head = ["| from | min | what | of it exercises, min |", "|---|---|---|---|"]
-    said = [f"- {note}" for note in notes(items)]
-    return "\n".join([f"## The {workshop.name} workshop: {workshop.minutes} minutes", "", *head, *table, "", *said])
+    lines = [f"## The {workshop.name} workshop: {workshop.minutes} minutes", ""]
+    lines += ["| from | min | what | of it exercises, min |", "|---|---|---|---|"]
+    for at, minutes, what, exercise in rows(items, 0, linked=True):
+        lines.append(f"| {at} | {minutes} | {what} | {exercise or ''} |")
+    return "\n".join([*lines, "", *(f"- {note}" for note in notes(items))])
 
 
 def for_home(course: Sequence[Chapter]) -> list[str]:
@@ -221,21 +204,16 @@ def page() -> str:
     return "\n\n".join([opening, *(section(workshop, course) for workshop in WORKSHOPS), *for_home(course)]) + "\n"
 
 
-def minutes_of(text: str) -> int:
-    """Minutes since midnight of `9:30`."""
-    hours, minutes = text.split(":")
-    return int(hours) * 60 + int(minutes)
-
-
 def main(argv: list[str] | None = None) -> int:
     """Prints one schedule or all; 2 where one cannot be made."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("workshop", nargs="?", choices=[known.name for known in WORKSHOPS], help="all if left out")
-    parser.add_argument("--start", type=minutes_of, default="9:00", metavar="9:00", help="when it begins")
+    parser.add_argument("--start", default="9:00", metavar="9:00", help="when it begins")
     asked = parser.parse_args(argv)
+    hours, _, minutes = asked.start.partition(":")
     try:
-        course = chapters()
-        parts = [text(w, course, asked.start) for w in WORKSHOPS if asked.workshop in (None, w.name)]
+        course, start = chapters(), 60 * int(hours) + int(minutes)
+        parts = [text(w, course, start) for w in WORKSHOPS if asked.workshop in (None, w.name)]
         print("\n\n".join(parts + for_home(course)))
     except ValueError as error:
         print(error, file=sys.stderr)

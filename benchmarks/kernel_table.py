@@ -1,6 +1,6 @@
 """Time of one product with quantized weights beside the bandwidth of memory: the tables in docs/kernels.md.
 
-    python tools/kernel_table.py [--threads 1 2] [--runs 100] [--part gemv rows errors]
+    python benchmarks/kernel_table.py [--threads 1 2] [--runs 100] [--part gemv rows errors]
 
 `gemv`: one row, weights rotating through four times the last cache (144 MiB to 1 GiB), as experts do; the probe of
 read bandwidth runs before, between and after. `rows`: several rows through every kernel, which shows where they cross.
@@ -9,13 +9,13 @@ read bandwidth runs before, between and after. `rows`: several rows through ever
 
 from __future__ import annotations
 
-import argparse
 import pathlib
 import time
 from collections.abc import Callable
 
 import torch
 
+import _table
 from mixoff import kernels
 from mixoff.planning.probe import read_bandwidth
 from mixoff.quantize.layout import packed_nbytes
@@ -29,15 +29,16 @@ LEAST_COLD, MOST_COLD = 144 << 20, 1 << 30  # bytes of weights that rotate
 CACHE = "/sys/devices/system/cpu/cpu0/cache/index3/size"  # of the last cache, as Linux tells it: "32768K"
 
 
+def timed(fn: Callable[[int], object], call: int) -> float:
+    """Seconds of one call; `fn` gets its number."""
+    start = time.perf_counter()
+    fn(call)
+    return time.perf_counter() - start
+
+
 def best(fn: Callable[[int], object], runs: int) -> float:
-    """Seconds of the fastest of `runs` calls, after one that is not counted; `fn` gets the number of the call."""
-    fn(0)
-    times = []
-    for i in range(runs):
-        start = time.perf_counter()
-        fn(i + 1)
-        times.append(time.perf_counter() - start)
-    return min(times)
+    """Seconds of the fastest of `runs` calls, after one that is not counted."""
+    return _table.best(lambda i: timed(fn, i), runs)
 
 
 def cold_nbytes() -> int:
@@ -66,8 +67,7 @@ def cold_weights(shape: tuple[int, int], bits: int, group: int, nbytes: int | No
 def gemv_table(threads: int, runs: int) -> None:
     """Cold products of one row, both shapes and all forms, with the share of what memory gives in the same run."""
     print(f"\n{threads} thread(s), all measured\n")
-    print("| weights | shape | ms | GB/s | memory reads, GB/s | share | fp32 activations, ms |")
-    print("|---" * 7 + "|")
+    print(_table.head("weights", "shape", "ms", "GB/s", "memory reads, GB/s", "share", "fp32 activations, ms"))
     torch.set_num_threads(threads)
     for bits, group in FORMS:
         for shape in SHAPES:
@@ -79,14 +79,14 @@ def gemv_table(threads: int, runs: int) -> None:
             rate = weights[0].nbytes / took
             cells = [f"{bits}-bit g{group}", f"{shape[0]}x{shape[1]}", f"{1e3 * took:.2f}", f"{rate / 1e9:.1f}"]
             cells += [f"{limit / 1e9:.1f}", f"{rate / limit:.0%}", f"{1e3 * slow:.1f}"]
-            print(f"| {' | '.join(cells)} |", flush=True)
+            print(_table.line(cells), flush=True)
 
 
 def rows_table(threads: int) -> None:
     """Products of several rows through each kernel, 4096x4096."""
     torch.set_num_threads(threads)
     print(f"\n4096x4096, {threads} thread(s), ms, all measured\n")
-    print(f"| weights | kernel | {' | '.join(f'{rows} rows' for rows in ROWS)} |\n|---|---|{'---|' * len(ROWS)}")
+    print(_table.head("weights", "kernel", *(f"{rows} rows" for rows in ROWS)))
     for bits, group in ((2, 32), (3, 64), (4, 64), (8, 64)):
         weights = cold_weights((4096, 4096), bits, group)
         for kernel in ("int8", "fp32", "dense"):
@@ -95,12 +95,12 @@ def rows_table(threads: int) -> None:
                 x = torch.randn(rows, 4096)
                 took = best(lambda i, ws=weights, x=x, k=kernel: kernels.linear(x, ws[i % len(ws)], kernel=k), 3)
                 cells.append(f"{1e3 * took:.1f}")
-            print(f"| {bits}-bit g{group} | {kernel} | {' | '.join(cells)} |", flush=True)
+            print(_table.line([f"{bits}-bit g{group}", kernel, *cells]), flush=True)
 
 
 def error_table() -> None:
     """Relative error of int8 activations in a product with Gaussian weights and activations."""
-    print("\n| weights | relative error of a product, Gaussian activations (measured) |\n|---|---|")
+    print("\n" + _table.head("weights", "relative error of a product, Gaussian activations (measured)"))
     for bits, group in FORMS:
         torch.manual_seed(0)
         w, x = quantize(torch.randn(1024, 1024) * 0.02, bits, group), torch.randn(16, 1024)
@@ -110,7 +110,7 @@ def error_table() -> None:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = _table.parser(__doc__)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--runs", type=int, default=100)
     parser.add_argument("--part", nargs="+", choices=("gemv", "rows", "errors"), default=["gemv", "rows", "errors"])

@@ -7,7 +7,6 @@ packages alone: nothing asks for a restart of the runtime. The same input gives 
 
 from __future__ import annotations
 
-import argparse
 import copy
 import hashlib
 import json
@@ -98,28 +97,20 @@ def drift(root: pathlib.Path = ROOT) -> dict[pathlib.Path, str | None]:
 def apply(changes: dict[pathlib.Path, str | None]) -> None:
     """Writes or removes files."""
     for path, text in changes.items():
-        if text is None:
-            path.unlink()
-        else:
-            path.parent.mkdir(exist_ok=True)
-            path.write_text(text, encoding="utf-8")
+        path.parent.mkdir(exist_ok=True)
+        path.unlink(missing_ok=True) if text is None else path.write_text(text, encoding="utf-8")
 
 
 def main(argv: list[str] | None = None) -> int:
     """With `--check`, 1 where something is out of step; else writes and returns 0."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing, exit with 1 on drift")
-    check = parser.parse_args(argv).check
-    changes = drift()
+    check, changes = "--check" in (sys.argv[1:] if argv is None else argv), drift()
     names = ", ".join(path.name for path in changes)
-    if not changes:
-        print("colab/ is in step with notebooks/")
-    elif check:
-        print(f"colab/ is out of step, run tools/make_colab.py: {names}")
-    else:
-        apply(changes)
-        print(f"wrote {names}")
-    return 1 if check and changes else 0
+    if check and changes:
+        print(f"colab/ is out of step, run course/make_colab.py: {names}")
+        return 1
+    apply(changes)
+    print(f"wrote {names}" if changes else "colab/ is in step with notebooks/")
+    return 0
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import pathlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from html.parser import HTMLParser
 from urllib.parse import unquote, urlsplit
 
@@ -38,11 +38,11 @@ class Page(HTMLParser):
 
 @dataclass
 class Found:
-    """internal: how many links were followed. external: addresses. problems: a sentence each."""
+    """internal: links that were followed. external: addresses of other sites. problems: a sentence each."""
 
-    internal: int = 0
-    external: list[str] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
+    internal: int
+    external: list[str]
+    problems: list[str]
 
 
 @functools.cache
@@ -65,7 +65,7 @@ def missing(address: str, page: pathlib.Path) -> Iterator[str]:
 def check(folder: pathlib.Path) -> Found:
     """Follows every link between the pages of a folder."""
     read.cache_clear()
-    found, external = Found(), set()
+    internal, external, problems = 0, set(), []
     for path in sorted(folder.resolve().rglob("*.html")):
         page = read(path)
         for address in page.linked + page.loaded:
@@ -73,11 +73,10 @@ def check(folder: pathlib.Path) -> Found:
             if scheme in INLINE:
                 continue
             if not scheme and not host:
-                found.internal += 1
-                found.problems += missing(address, path)
+                internal += 1
+                problems += missing(address, path)
             elif address in page.loaded:
-                found.problems.append(f"{path.name} loads {address} from a network")
+                problems.append(f"{path.name} loads {address} from a network")
             else:
                 external.add(address)
-    found.external = sorted(external)
-    return found
+    return Found(internal, sorted(external), problems)

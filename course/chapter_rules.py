@@ -1,7 +1,7 @@
 """What a chapter must be: executed, clean, small, and in the form that every chapter has.
 
 Each rule takes a notebook and yields sentences, one a problem, each naming the cell and the way out. They are applied
-by `tools/nb.py check`, by tests and by the pre-commit hook. Does not know how a notebook is run or written.
+by `course/nb.py check`, by tests and by the pre-commit hook. Does not know how a notebook is run or written.
 """
 
 from __future__ import annotations
@@ -32,14 +32,8 @@ UNWELCOME = {
     "ipywidgets.Output (fails under nbval)": re.compile(r"\bOutput\("),
     "interact (fails under nbval)": re.compile(r"\binteract\("),
 }
-HEADINGS = (
-    "You will be able to",
-    "What this leaves out",
-    "Audit a claim",
-    "Summary",
-    "Five questions",
-    "Further reading",
-)
+HEADINGS = ("You will be able to", "What this leaves out", "Audit a claim", "Summary", "Five questions")
+HEADINGS += ("Further reading",)
 METADATA = {"teach_min": int, "exercise_min": int, "needs": list, "workshops": list}
 
 
@@ -91,7 +85,7 @@ def execution(nb) -> Iterator[str]:
         if not cell.source.strip():
             yield f"cell {i} is empty: delete it"
         if cell.execution_count != n:
-            yield f"cell {i} has execution count {cell.execution_count}, expected {n}: run tools/nb.py run"
+            yield f"cell {i} has execution count {cell.execution_count}, expected {n}: run course/nb.py run"
 
 
 def outputs(nb) -> Iterator[str]:
@@ -133,13 +127,13 @@ def sources(nb) -> Iterator[str]:
 def metadata(nb) -> Iterator[str]:
     """The standard kernel, no saved widgets, and what a teacher plans with."""
     if nb.metadata.get("widgets"):
-        yield "widget state is saved, which breaks GitHub's viewer: run tools/nb.py run"
+        yield "widget state is saved, which breaks GitHub's viewer: run course/nb.py run"
     if nb.metadata.get("kernelspec", {}).get("name") != "python3":
-        yield "the kernel is not python3: run tools/nb.py tidy"
+        yield "the kernel is not python3: run course/nb.py tidy"
     plan = nb.metadata.get("mixoff", {})
     for name, kind in METADATA.items():
         if not isinstance(plan.get(name), kind):
-            yield f"notebook metadata lacks mixoff.{name} ({kind.__name__}): see tools/nb.py new"
+            yield f"notebook metadata lacks mixoff.{name} ({kind.__name__}): see course/nb.py new"
 
 
 # ---------------------------------------------------------------- size
@@ -162,12 +156,9 @@ def lengths(nb) -> Iterator[str]:
     lines = sorted(len([x for x in c.source.splitlines() if x.strip()]) for c in nb.cells if c.cell_type == "code")
     if not lines:
         return
-    found = {
-        "median": (statistics.median(lines), MEDIAN_LINES),
-        "90th percentile": (lines[int(0.9 * (len(lines) - 1))], P90_LINES),
-        "longest": (lines[-1], MAX_LINES),
-    }
-    for name, (have, limit) in found.items():
+    p90 = lines[int(0.9 * (len(lines) - 1))]
+    found = ("median", statistics.median(lines), MEDIAN_LINES), ("90th percentile", p90, P90_LINES)
+    for name, have, limit in (*found, ("longest", lines[-1], MAX_LINES)):
         if have > limit:
             yield f"code cells are too long: {name} {have:g} lines, at most {limit}"
 
@@ -178,7 +169,7 @@ def lengths(nb) -> Iterator[str]:
 def opening(nb) -> Iterator[str]:
     """Generated cell, title, promise, the practical line, and a setup cell before all other code."""
     if not nb.cells or "generated" not in tags(nb.cells[0]):
-        yield "the generated first cell is missing: run tools/nb.py tidy"
+        yield "the generated first cell is missing: run course/nb.py tidy"
         return
     lines = [line for line in nb.cells[1].source.splitlines() if line.strip()] if len(nb.cells) > 1 else []
     if not lines or not lines[0].startswith("# "):
@@ -227,10 +218,9 @@ def exercise(nb, stub: int, following: int) -> Iterator[str]:
         yield f"exercise {stub} is not a stub: it raises NotImplementedError"
     solutions = [i for i in tagged(nb, "solution") if stub < i < following]
     checks = [i for i in tagged(nb, "check") if stub <= i < (solutions or [following])[0]]
-    if not checks:
-        yield f"exercise {stub} has no cell tagged check"
-    if not solutions:
-        yield f"exercise {stub} has no cell tagged solution"
+    for tag, cells in {"check": checks, "solution": solutions}.items():
+        if not cells:
+            yield f"exercise {stub} has no cell tagged {tag}"
     for i in solutions:
         source = nb.cells[i].source
         if not re.search(r"^def \w+_solution\(", source, re.M) or "check." not in source:

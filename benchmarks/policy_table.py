@@ -1,20 +1,18 @@
 #!/usr/bin/env python3
 """Print the tables of docs/simulator.md: hit rates and the gap closed by policy, prefetch, and the fit of routers.
 
-python tools/policy_table.py                  # bundled traces; or TRACES.npz, int8 (layers, tokens, 2) by domain
-python tools/policy_table.py --speed 100000   # how long replays of so many tokens take
+python benchmarks/policy_table.py   # bundled traces; or TRACES.npz, int8 (layers, tokens, 2) by domain
 """
 
-import argparse
 import sys
-import time
 
 import numpy as np
 
+import _table
 from mixoff import jit, models, simulate
 from mixoff.trace import routers, trace
 from mixoff.trace.routers import Router, preset
-from mixoff.trace.simulate import CODES, OFFLINE, SCOPES, curve
+from mixoff.trace.simulate import CODES, OFFLINE
 
 SLOTS = (2, 3, 4, 5, 6)
 ONLINE = [name for name in CODES if name not in OFFLINE]
@@ -26,11 +24,6 @@ SHAPES = {  # router, slots, seed; none of the seeds was used while `half-life` 
     "128/8, Qwen3, 32 slots": (preset("qwen3-235b"), 32, 105),
     "128/8, Qwen3, 64 slots": (preset("qwen3-235b"), 64, 106),
 }
-
-
-def domains_of_tiny():
-    """The bundled traces by domain."""
-    return trace.load_domains(models.path() / "traces.npz")
 
 
 def mean_rates(traces, policy, scope):
@@ -46,12 +39,8 @@ def uniform_like(example, seed=0):
 
 def table(head, rows):
     """Markdown of names and numbers."""
-    lines = [f"| {' | '.join(map(str, head))} |", "|" + "---|" * len(head)]
-    lines += [
-        f"| {name} | {' | '.join(cell if isinstance(cell, str) else f'{cell:.3f}' for cell in cells)} |"
-        for name, cells in rows
-    ]
-    return "\n".join(lines) + "\n"
+    printed = ([name, *(c if isinstance(c, str) else f"{c:.3f}" for c in cells)] for name, cells in rows)
+    return _table.table(head, printed) + "\n"
 
 
 def by_policy(traces, scope):
@@ -120,51 +109,24 @@ def fits():
     return table(["", "reported", "modelled"], rows)
 
 
-def cpu_s(job, *args):
-    """Seconds of this process."""
-    start = time.process_time()
-    job(*args)
-    return time.process_time() - start
-
-
-def speed(tokens, layers=32):
-    """CPU seconds of curves and replays, 32 layers, uniform routing; each is run once before on a short trace."""
-    columns = {}
-    for E, K, slots in ((8, 2, 4), (128, 8, 32)):
-        short, long = (Router(E, K, 0.0, 0.0, layers=layers).trace(n) for n in (50, tokens))
-        jobs = {f"LRU, all sizes, {scope}": (curve, "lru", scope) for scope in SCOPES}
-        scopes = SCOPES if E == 8 else ("layer",)
-        jobs |= {f"`{p}`, {scope}": (simulate, p, slots, scope) for p in CODES for scope in scopes}
-        for job, *args in jobs.values():
-            job(short, *args)
-        columns[f"{E}/{K}"] = {name: f"{cpu_s(job, long, *args):.1f}" for name, (job, *args) in jobs.items()}
-    names = columns["8/2"]
-    return table([f"{tokens:,} tokens", *columns], [(n, [c.get(n, "") for c in columns.values()]) for n in names])
-
-
 def main(argv=None):
     """Print all tables."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("traces", metavar="TRACES", nargs="?", help=".npz of arrays (layers, tokens, top-k) by domain")
-    parser.add_argument("--speed", type=int, metavar="TOKENS", help="print only how long replays take")
+    parser = _table.parser(__doc__)
+    bundled = models.path() / "traces.npz"
+    parser.add_argument("traces", nargs="?", default=bundled, help=".npz of arrays (layers, tokens, top-k) by domain")
     args = parser.parse_args(argv)
-    domains = trace.load_domains(args.traces) if args.traces else domains_of_tiny()
+    domains = trace.load_domains(args.traces)
     jit.COMPILE_FROM = 0  # many replays of one size: compiling pays
-    if args.speed:
-        print(speed(args.speed))
-        return 0
     traces = list(domains.values())
-    print(
-        "One pool a layer\n",
-        by_policy(traces, "layer"),
-        "One pool for all layers\n",
-        by_policy(traces, "global"),
-        sep="\n",
-    )
-    print("Four slots a layer\n", by_domain(domains), sep="\n")
-    print("Synthetic routers, slots of a layer, share of the gap closed\n", by_shape(), sep="\n")
-    print("Prefetch, LRU, four slots a layer and two beside\n", by_prefetch(domains), sep="\n")
-    print("Routers\n", fits(), sep="\n")
+    parts = {
+        "One pool per layer": by_policy(traces, "layer"),
+        "One pool for all layers": by_policy(traces, "global"),
+        "Four slots per layer": by_domain(domains),
+        "Synthetic routers, slots per layer, share of the gap closed": by_shape(),
+        "Prefetch, LRU, four slots per layer and two spare ones": by_prefetch(domains),
+        "Routers": fits(),
+    }
+    print(*(f"{title}\n\n{text}" for title, text in parts.items()), sep="\n")
     return 0
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Housekeeping of the chapters in notebooks/.
 
-    nb.py check [FILES]           every rule of tools/chapter_rules.py, and that generated text is up to date
+    nb.py check [FILES]           every rule of course/chapter_rules.py, and that generated text is up to date
     nb.py run [FILES]             executes in a fresh kernel, stores outputs, tidies
     nb.py tidy [FILES]            first cell, metadata and README badges made anew; nothing is executed
     nb.py new NN_name "Title"     a chapter to start from
@@ -19,6 +19,7 @@ import re
 import sys
 import tempfile
 import time
+from unittest import mock
 
 import nbformat
 from nbclient import NotebookClient
@@ -29,6 +30,8 @@ import chapter_rules
 import widget_states
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
+TEMPLATE = pathlib.Path(__file__).parent / "template.ipynb"
 CELL_TIMEOUT_S = 300
 KERNELSPEC = {"display_name": "Python 3", "language": "python", "name": "python3"}
 KEPT_OF_NOTEBOOK = ("mixoff",)
@@ -67,15 +70,6 @@ def tidy_cell(cell) -> None:
             output.metadata = nbformat.from_dict({k: v for k, v in output.metadata.items() if k in output.data})
 
 
-def put_header(nb, path: pathlib.Path) -> None:
-    """Writes the generated first cell, in place of an older one if there is one."""
-    if nb.cells and "generated" in chapter_rules.tags(nb.cells[0]):
-        nb.cells[0].source = badges.header(path)
-    else:
-        cell = nbformat.v4.new_markdown_cell(badges.header(path), id="badges", metadata={"tags": ["generated"]})
-        nb.cells.insert(0, cell)
-
-
 def tidy(nb, path: pathlib.Path) -> None:
     """Standard metadata and the generated cell; keeps `mixoff`, which tells teachers the minutes."""
     kept = {name: nb.metadata[name] for name in KEPT_OF_NOTEBOOK if name in nb.metadata}
@@ -84,14 +78,14 @@ def tidy(nb, path: pathlib.Path) -> None:
     nb.nbformat, nb.nbformat_minor = 4, 5
     for cell in nb.cells:
         tidy_cell(cell)
-    put_header(nb, path)
+    if not nb.cells or "generated" not in chapter_rules.tags(nb.cells[0]):
+        nb.cells.insert(0, nbformat.v4.new_markdown_cell("", id="badges", metadata={"tags": ["generated"]}))
+    nb.cells[0].source = badges.header(path)
 
 
-def tidy_readme(root: pathlib.Path = ROOT) -> None:
+def tidy_readme() -> None:
     """Puts the current badges between the marks of README.md."""
-    readme = root / "README.md"
-    if readme.exists():
-        readme.write_text(badges.with_badges(readme.read_text(encoding="utf-8")), encoding="utf-8")
+    README.write_text(badges.with_badges(README.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 # ---------------------------------------------------------------- run
@@ -100,27 +94,14 @@ def tidy_readme(root: pathlib.Path = ROOT) -> None:
 @contextlib.contextmanager
 def this_python(folder: str | None = None):
     """Makes kernel `python3` mean this interpreter, whatever kernels the user has installed, with a bare profile."""
-    with tempfile.TemporaryDirectory() as temporary:
+    with tempfile.TemporaryDirectory() as temporary, mock.patch.dict(os.environ):
         spec = pathlib.Path(temporary, "kernels", "python3")
         spec.mkdir(parents=True)
         argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
         (spec / "kernel.json").write_text(json.dumps({"argv": argv, **KERNELSPEC}), encoding="utf-8")
-        ours = {"JUPYTER_PATH": temporary, "IPYTHONDIR": folder or temporary, "MPLBACKEND": None}
-        before = {name: os.environ.get(name) for name in ours}
-        set_environment(ours)
-        try:
-            yield
-        finally:
-            set_environment(before)
-
-
-def set_environment(values: dict[str, str | None]) -> None:
-    """Sets variables of this process, which kernels inherit; None removes one."""
-    for name, value in values.items():
-        if value is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = value
+        os.environ.update(JUPYTER_PATH=temporary, IPYTHONDIR=folder or temporary)
+        os.environ.pop("MPLBACKEND", None)
+        yield
 
 
 def execute(nb, folder: pathlib.Path) -> None:
@@ -158,24 +139,15 @@ def problems(path: pathlib.Path) -> list[str]:
     tidied = read(path)
     tidy(tidied, path)
     if tidied != read(path):
-        found.append("metadata or the generated first cell is out of date: run tools/nb.py tidy")
+        found.append("metadata or the generated first cell is out of date: run course/nb.py tidy")
     return found
-
-
-def readme_problems(root: pathlib.Path = ROOT) -> list[str]:
-    """Whether README.md carries the badges that would be made now."""
-    readme = root / "README.md"
-    text = readme.read_text(encoding="utf-8") if readme.exists() else ""
-    if badges.readme_block() in text:
-        return []
-    marks = f"{badges.README_BEGIN} and {badges.README_END}"
-    return [f"badges are missing or out of date: put {marks} in, run tools/nb.py tidy"]
 
 
 def check(paths: list[pathlib.Path]) -> int:
     """Prints every problem; returns how many there are."""
     found = [f"{path.name}: {problem}" for path in paths for problem in problems(path)]
-    found += [f"README.md: {problem}" for problem in readme_problems()]
+    if badges.readme_block() not in README.read_text(encoding="utf-8"):
+        found.append(f"README.md: badges are out of date below {badges.README_BEGIN}: run course/nb.py tidy")
     print("\n".join(found) if found else f"{len(paths)} chapters are executed and clean")
     return len(found)
 
@@ -194,29 +166,10 @@ def code(*lines: str, tag: str):
     return nbformat.v4.new_code_cell("\n".join(lines), metadata={"tags": [tag]})
 
 
-def folded(summary: str) -> str:
-    """Something that opens on a click."""
-    return f"<details><summary>{summary}</summary>\n\n…\n\n</details>"
-
-
 def skeleton(title: str):
     """A chapter with every part in its place and nothing in it."""
-    nb = nbformat.v4.new_notebook()
-    nb.metadata["mixoff"] = {"teach_min": 25, "exercise_min": 20, "needs": [], "workshops": []}
-    nb.cells = [
-        text(f"# {title}", "**Promise.**", "25 min · exercises 20 min · Prerequisites: none · Hardware: any"),
-        text("## You will be able to", "- compute\n- build\n- explain", "## What this leaves out", "- …"),
-        code("from mixoff.classroom import check, setup, show", "", "setup()", tag="setup"),
-        text("### Exercise 1", "Contract.", "Difficulty ●○○ · Importance ●●○ · 5 min", folded("Hint")),
-        code("def name(x):", "    raise NotImplementedError", tag="exercise"),
-        code("check.name(name)", tag="check"),
-        code("def name_solution(x):", "    return x", "", "check.name(name_solution)", tag="solution"),
-        text("## Audit a claim", "…"),
-        text("## Summary", "- …"),
-        text("## Five questions", *["?\n\n" + folded("Answer")] * 5),
-        text("## Further reading", "- …"),
-        text("## Notes for instructors", folded("Open"), tag="instructor"),
-    ]
+    nb = read(TEMPLATE)
+    nb.cells[0].source = nb.cells[0].source.replace("TITLE", title)
     return nb
 
 
@@ -236,15 +189,6 @@ def new(name: str, title: str) -> int:
 # ---------------------------------------------------------------- command line
 
 
-def tidy_files(paths: list[pathlib.Path]) -> None:
-    """Tidies chapters and README.md in place."""
-    for path in paths:
-        nb = read(path)
-        tidy(nb, path)
-        write(nb, path)
-    tidy_readme()
-
-
 def run_files(paths: list[pathlib.Path]) -> int:
     """Runs chapters one after the other; returns how many failed, with the cell's error shown."""
     failed = 0
@@ -254,7 +198,6 @@ def run_files(paths: list[pathlib.Path]) -> int:
         except CellExecutionError as error:
             print(f"{path.name}: {COLOURS.sub('', str(error))}")
             failed += 1
-    tidy_readme()
     return failed
 
 
@@ -268,11 +211,14 @@ def main(argv: list[str]) -> int:
         return 2
     paths = [pathlib.Path(name).resolve() for name in rest] or badges.chapters()
     if job == "tidy":
-        tidy_files(paths)
-        return 0
-    if job == "run" and run_files(paths):
-        return 1
-    return 1 if check(paths) else 0
+        for path in paths:
+            nb = read(path)
+            tidy(nb, path)
+            write(nb, path)
+    failed = run_files(paths) if job == "run" else 0
+    if job != "check":
+        tidy_readme()
+    return 1 if failed or (job != "tidy" and check(paths)) else 0
 
 
 if __name__ == "__main__":

@@ -1,41 +1,45 @@
 #!/usr/bin/env python3
 """Predicts the speed of decoding on this machine, measures it, and writes both beside each other into docs/.
 
-    python tools/time_check.py measure FOLDER --part fitted --record A.json      # alone on the machine, two minutes
-    python tools/time_check.py fit FOLDER A.json                                 # constants of timeline.EFFICIENCY
-    python tools/time_check.py measure FOLDER --part held-out --record B.json
-    python tools/time_check.py table FOLDER A.json B.json                        # into docs/benchmarks.md
+    python benchmarks/time_check.py measure FOLDER --part fitted --record A.json   # alone on the machine, two minutes
+    python benchmarks/time_check.py fit FOLDER A.json                              # constants of timeline.EFFICIENCY
+    python benchmarks/time_check.py measure FOLDER --part held-out --record B.json
+    python benchmarks/time_check.py table FOLDER A.json B.json                        # into docs/benchmarks.md
+    python benchmarks/time_check.py overlay FOLDER --svg docs/overlay.svg             # one token, measured and modelled
 
-FOLDER takes the stores, random weights of exact shapes but for the bundled model (5.5 GB). The settings of a part are
-measured in turns: models stay loaded, in one process for each memory limit, and every round probes the bandwidths and
-runs each setting once; between any two tokens a loop of Python tells how fast the core is just now. Hit rates are
-modelled too, by the simulator, from the routing that the run will follow; what the run then counts has to be equal.
+FOLDER takes the stores: random weights of exact shapes, and the bundled model (5.5 GB). The settings of a part are
+measured in turns: models stay loaded, in one process per memory limit, and every round probes the bandwidths and runs
+each setting once. Between any two tokens a loop of Python tells how fast the core is just now. The simulator predicts
+hit rates from the routing that the run will follow, and what the run then counts has to be equal.
 """
 
-import argparse
 import json
 import os
 import statistics
 import subprocess
 import sys
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from transformers import MixtralConfig
 
-from mixoff import models
+import _table
+from mixoff import Scheme, convert, load, models
 from mixoff.bench import limits, routing, synthetic
 from mixoff.bench.compare import PASSIVE, environment
 from mixoff.bench.spec import Spec
-from mixoff.classroom import table2
+from mixoff.classroom import plots, table2
 from mixoff.kernels import reference
 from mixoff.kernels.cpu.threads import crew
 from mixoff.planning import hardware, speed
 from mixoff.planning import probe as probe_
 from mixoff.planning.speed import WIDENED, Efficiency
+from mixoff.runtime.prefetch import top_k
+from mixoff.shapes.config import read_config
 from mixoff.shapes.kv_cache import advance
 from mixoff.shapes.shape import ModelShape
 from mixoff.shapes.sites import slot_nbytes, torch_dtype
@@ -50,7 +54,7 @@ RUNS, TOKENS, PROMPT, WARMUP = 5, 12, 4, 24  # a first run of each setting is no
 HICCUP = 3.0  # times the median of its run: tokens and loops so long say nothing of the core's usual speed
 GIB = 1 << 30
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "benchmarks.md"
-MARKS = "<!-- measured: begin (tools/time_check.py table) -->\n", "<!-- measured: end -->\n"
+MARKS = "<!-- measured: begin (benchmarks/time_check.py table) -->\n", "<!-- measured: end -->\n"
 SMALL = {"vocab_size": 32000, "hidden_size": 1024, "num_attention_heads": 8, "num_key_value_heads": 2}
 SHAPES = {  # beside those of mixoff.bench.synthetic: mixtral-700m twice as deep, and with many small experts
     "deep": SMALL | {"intermediate_size": 3584, "num_hidden_layers": 16},
@@ -84,33 +88,8 @@ class Setting:
         more += [f"in {self.limit / GIB:g} GiB"] if self.limit else []
         return ", ".join([f"{self.model} `{self.scheme}`", held, *more])
 
-    @property
-    def key(self):
-        """Its name, and its threads."""
-        return f"{self.name}; {self.threads}"
 
-
-SETTINGS = [
-    *(Setting("tiny", "none", slots=slots, fitted=True) for slots in (None, 2)),
-    Setting("tiny", "mixed", fitted=True),
-    *(Setting("mixtral-700m", scheme, fitted=True) for scheme in ("mixed", "quality", "none")),
-    Setting("mixtral-700m", "mixed", threads=2, fitted=True),
-    Setting("mixtral-700m", "mixed", slots=3, io="direct", fitted=True),
-    *(Setting("mixtral-3b", "mixed", threads=threads, fitted=True) for threads in (1, 2)),
-    Setting("deep", "mixed", fitted=True),
-    Setting("fine", "mixed", fitted=True),
-    Setting("tiny", "none", slots=4),
-    Setting("tiny", "none", slots=2, io="direct"),
-    Setting("tiny", "quality", slots=3),
-    Setting("mixtral-700m", "mixed", slots=2, io="direct", prefetch="next-router"),
-    Setting("mixtral-700m", "quality", threads=2, slots=4, io="direct"),
-    Setting("mixtral-700m", "mixed", slots=4, ram=True, io="direct"),
-    Setting("mixtral-700m", "mixed", prompt=128),
-    Setting("mixtral-3b", "quality", threads=2),
-    Setting("mixtral-8x7b", "mixed", threads=2),
-    Setting("mixtral-3b", "mixed", threads=2, slots=3, io="direct", limit=2 * GIB),
-    Setting("mixtral-3b", "quality", slots=4, io="direct", limit=2 * GIB),
-]
+SETTINGS = [Setting(**row) for row in json.loads((Path(__file__).parent / "settings.json").read_text(encoding="utf-8"))]
 
 
 # What is run ----------------------------------------------------------------------------------------------------------
@@ -118,28 +97,19 @@ SETTINGS = [
 
 def path_of(folder, setting):
     """The setting's store, made where it is missing."""
-    path = Path(folder) / f"{setting.model}-{setting.scheme}"
-    if setting.model != "tiny":
-        return synthetic.write_store(config_of(setting.model), setting.scheme, path)
+    path, model = Path(folder) / f"{setting.model}-{setting.scheme}", setting.model
+    if model != "tiny":
+        shape = MixtralConfig(**SHAPES[model]) if model in SHAPES else model
+        return synthetic.write_store(shape, setting.scheme, path)
     if not path.exists():
-        from mixoff import Scheme, convert
-
         convert(models.path(), path, scheme=Scheme.preset(setting.scheme))
     return path
 
 
-def config_of(model):
-    """A shape's configuration, or its name."""
-    from transformers import MixtralConfig
-
-    return MixtralConfig(**SHAPES[model]) if model in SHAPES else model
-
-
 def sites_of(path):
     """Where the store's experts are, and the dtype of its files."""
-    source = open_source(path)
-    source.close()
-    return source.sites, source.dtype
+    with closing(open_source(path)) as source:
+        return source.sites, source.dtype
 
 
 def spec_of(setting, path):
@@ -152,14 +122,11 @@ def spec_of(setting, path):
     load = {"fast_bytes": slots * slot_nbytes(sites) + scratch + BLOCK}
     load |= {"io": setting.io, "prefetch": setting.prefetch} | ({"ram_bytes": 2 * GIB} if setting.ram else {})
     own = {"threads": setting.threads, "prompt_tokens": setting.prompt, "tokens": TOKENS, "warmup": WARMUP}
-    return Spec(setting.key, "mixoff", str(path), runs=RUNS + 1, load=load, **own)
+    return Spec(f"{setting.name}; {setting.threads}", "mixoff", str(path), runs=RUNS + 1, load=load, **own)
 
 
 def routed(spec):
     """Choices (T, L, K) that the run will follow, and guesses: every expert once, then a synthetic router's."""
-    from mixoff.runtime.prefetch import top_k
-    from mixoff.shapes.config import read_config
-
     sites, K = sites_of(spec.path)[0], top_k(read_config(Path(spec.path)))
     E, L = sites[0].num_experts, len(sites)
     length = PROMPT + spec.warmup + spec.runs * (spec.prompt_tokens + spec.tokens)
@@ -189,10 +156,8 @@ class Runner:
     """A contender of `mixoff bench`, in this process, that looks at the core's speed between tokens."""
 
     def __init__(self, spec):
-        from mixoff.loading import load as loading
-
         torch.set_num_threads(spec.threads)
-        self.spec, self.model, self.cache = spec, loading.load(spec.path, **spec.load), None
+        self.spec, self.model, self.cache = spec, load(spec.path, **spec.load), None
         routing.Routing(self.model, *routed(spec)[:2])
         ids = torch.from_numpy(spec.ids(self.model.config.vocab_size))
         self.rows = iter(ids)
@@ -237,33 +202,25 @@ def serve(specs):
             print(json.dumps(runners[int(line)].run()), flush=True)
 
 
-class Worker:
-    """A process that has some settings' models loaded, inside a memory limit or none."""
+@contextmanager
+def worker(limit, specs):
+    """A process that has some settings' models loaded, inside a memory limit or none; yields its `run(at)`."""
+    with limits.limit(limit) if limit else nullcontext() as inside:
+        for path in {spec.path for spec in specs} if limit else ():
+            limits.forget(Path(path))
+        words = [*(inside.words if limit else ()), sys.executable, __file__, "serve"]
+        words += [spec.to_json() for spec in specs]
+        env, pipe = environment(max(spec.threads for spec in specs), **PASSIVE), subprocess.PIPE
+        with subprocess.Popen(words, stdin=pipe, stdout=pipe, text=True, env=env) as process:
+            if process.stdout.readline().strip() != "ready":
+                raise SystemExit(f"a worker with the limit {limit} ended early")
 
-    def __init__(self, limit, specs):
-        self.limit, self.specs, self.stack = limit, specs, ExitStack()
+            def run(at):
+                """One run of the setting at that place."""
+                print(at, file=process.stdin, flush=True)
+                return json.loads(process.stdout.readline())
 
-    def __enter__(self):
-        words = []
-        if self.limit:
-            words += self.stack.enter_context(limits.limit(self.limit)).words
-            for path in {spec.path for spec in self.specs}:
-                limits.forget(Path(path))
-        words += [sys.executable, __file__, "serve", *(spec.to_json() for spec in self.specs)]
-        env = environment(max(spec.threads for spec in self.specs), **PASSIVE)
-        self.process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
-        if self.process.stdout.readline().strip() != "ready":
-            raise SystemExit(f"a worker with the limit {self.limit} ended early")
-        return self
-
-    def run(self, at):
-        """One run of the setting at that place."""
-        print(at, file=self.process.stdin, flush=True)
-        return json.loads(self.process.stdout.readline())
-
-    def __exit__(self, *exc):
-        self.process.communicate()
-        self.stack.close()
+            yield run
 
 
 def measure(folder, settings):
@@ -274,12 +231,12 @@ def measure(folder, settings):
     probes, runs = [], [[] for _ in settings]
     groups = {limit: [i for i, s in enumerate(settings) if s.limit == limit] for limit in {s.limit for s in settings}}
     with ExitStack() as stack:
-        workers = {limit: stack.enter_context(Worker(limit, [specs[i] for i in own])) for limit, own in groups.items()}
+        workers = {limit: stack.enter_context(worker(limit, [specs[i] for i in own])) for limit, own in groups.items()}
         for turn in range(RUNS + 1):
             probes.append(probe(folder, {s.threads for s in settings}))
             for limit, own in groups.items():
                 for at, i in enumerate(own):
-                    runs[i].append(workers[limit].run(at))
+                    runs[i].append(workers[limit](at))
             print(f"round {turn}: {probes[-1]}", file=sys.stderr, flush=True)
     rows = zip(settings, specs, runs, strict=True)
     return {
@@ -339,12 +296,14 @@ def rows_of(folder, files):
 def machine(probes, threads, run):
     """This machine in a run: the best of the memory's probes, the disk's median one, and how fast the core was."""
     loops = np.array(run["python_s"])
-    known = {"python_s": float(np.minimum(loops, HICCUP * np.median(loops)).mean()), "threads": threads}
-    known |= {
-        "fast_Bps": max(p[str(threads)] for p in probes),
-        "disk_Bps": statistics.median(p["disk"] for p in probes),
-    }
-    return replace(hardware.NAMED["laptop"], name="here", **known)
+    return replace(
+        hardware.NAMED["laptop"],
+        name="here",
+        threads=threads,
+        python_s=float(np.minimum(loops, HICCUP * np.median(loops)).mean()),
+        fast_Bps=max(p[str(threads)] for p in probes),
+        disk_Bps=statistics.median(p["disk"] for p in probes),
+    )
 
 
 FREE = {  # what is fitted, and about where it should lie
@@ -376,41 +335,119 @@ def fit(rows):
     return efficiency_of(table2.least_squares(misfit, guess, 40))
 
 
-def lines(rows):
-    """The table: held-out rows first."""
-    head = ["setting", "threads", "hit rate (modelled; counted)", "core, times its best (measured)"]
-    head += ["memory, disk, GB/s (measured)", "tokens/s (modelled)", "tokens/s (measured: median; min to max)"]
-    yield from (
-        "| " + " | ".join(cells) + " |" for cells in ([*head, "modelled / measured"], ["---"] * (len(head) + 1))
-    )
-    for row in sorted(rows, key=lambda row: row.setting.fitted):
-        m, rate = row.machine, row.expected["hit_rate"]
-        median, made = statistics.median(row.speeds), row.predict(m).tokens_per_s
-        cells = [row.setting.name + (" (fitted)" if row.setting.fitted else ""), row.setting.threads]
-        cells += [f"{rate:.3f}; {row.counted:.3f}", f"{m.python_s / speed.STEP_S:.2f}"]
-        cells += [f"{m.fast_Bps / 1e9:.1f}, {m.disk_Bps / 1e9:.1f}", f"{made:.1f}"]
-        cells += [f"{median:.1f}; {min(row.speeds):.1f} to {max(row.speeds):.1f}", f"{made / median:.2f}"]
-        yield "| " + " | ".join(map(str, cells)) + " |"
+def table(rows):
+    """Markdown, held-out rows first."""
+    names = ["setting", "threads", "hit rate (modelled; counted)", "core, times its best (measured)"]
+    names += ["memory, disk, GB/s (measured)", "tokens/s (modelled)", "tokens/s (measured: median; min to max)"]
+    ordered = sorted(rows, key=lambda row: row.setting.fitted)
+    return _table.table([*names, "modelled / measured"], map(cells, ordered))
 
 
-def write(page, text):
-    """Replace what stands between the marks of the page."""
-    before, found, rest = page.read_text(encoding="utf-8").partition(MARKS[0])
-    _, closed, after = rest.partition(MARKS[1])
-    if not found or not closed:
-        sys.exit(f"{page} lacks the marks {MARKS[0].strip()} and {MARKS[1].strip()}")
-    page.write_text(f"{before}{MARKS[0]}\n{text}\n\n{MARKS[1]}{after}", encoding="utf-8")
+def cells(row):
+    """One setting."""
+    m, speeds = row.machine, row.speeds
+    median, made = statistics.median(speeds), row.predict(m).tokens_per_s
+    yield row.setting.name + (" (fitted)" if row.setting.fitted else "")
+    yield row.setting.threads
+    yield f"{row.expected['hit_rate']:.3f}; {row.counted:.3f}"
+    yield f"{m.python_s / speed.STEP_S:.2f}"
+    yield f"{m.fast_Bps / 1e9:.1f}, {m.disk_Bps / 1e9:.1f}"
+    yield f"{made:.1f}"
+    yield f"{median:.1f}; {min(speeds):.1f} to {max(speeds):.1f}"
+    yield f"{made / median:.2f}"
+
+
+# One token ------------------------------------------------------------------------------------------------------------
+# Both time lines come from events of one kind: measured ones as the runtime reported them, modelled ones of
+# `timeline.predict(...).step`, with attention, which the runtime does not report.
+
+LAYERS, MISSES = 4, 4  # layers that are drawn, and misses in them
+
+
+def first_layers(events):
+    """Events of the first layers, from the moment when the first of them begins."""
+    events = [e for e in events if e.layer < LAYERS and e.kind in ("miss", "compute") and e.phase == "decode"]
+    return events, min(e.t0 for e in events)
+
+
+def misses(events):
+    """Events that are misses."""
+    return [e for e in events if e.kind == "miss"]
+
+
+def shifted(events, start):
+    """The same events, counted from `start`."""
+    return [replace(e, t0=e.t0 - start, t1=e.t1 - start) for e in events]
+
+
+def measured_token(runner):
+    """Events of the token of median length among those that missed as often as the modelled one; the loops' seconds."""
+    tokens, told = {}, []
+    runner.model.mixoff.on_event(told.append)
+    loops = [loop for _ in range(3) for loop in runner.run()["python_s"]]
+    for event in told:
+        if event.phase == "decode":
+            tokens.setdefault(event.token, []).append(event)
+    alike = [shifted(*line) for line in map(first_layers, tokens.values()) if len(misses(line[0])) == MISSES]
+    alike.sort(key=lambda events: max(e.t1 for e in events))
+    return alike[len(alike) // 2], loops
+
+
+def modelled_token(step):
+    """Events of a token that misses as often; its first attention ends where the measured token begins."""
+    for seed in range(1000):
+        events, _ = first_layers(step.events(seed=seed))
+        if len(misses(events)) == MISSES:
+            return shifted(events, step.attention_s)
+    raise SystemExit(f"no token of the model misses {MISSES} times in {LAYERS} layers")
+
+
+def overlay(folder, svg):
+    """Draws a token of a runtime that reads its misses from the disk above the same token as the time model has it."""
+    setting = next(s for s in SETTINGS if s.model == "mixtral-700m" and s.slots == 3)
+    path = path_of(folder, setting)
+    with torch.inference_mode():
+        runner = Runner(spec_of(setting, path))
+        runner.run()
+        told, loops = measured_token(runner)
+    here = machine([probe(folder, {1})], 1, {"python_s": loops})
+    cached = runner.model.mixoff.info().hit_rate
+    made = modelled_token(speed.predict(describe.shape_of(str(path)), setting.scheme, here, cached).step)
+    draw(told, made, svg)
+    for name, events in {"measured": told, "modelled": made}.items():
+        copies = [e.t1 - e.t0 for e in misses(events)]
+        ms = 1e3 * max(e.t1 for e in events), 1e3 * statistics.mean(copies)
+        print(f"{name}: {LAYERS} layers with {MISSES} misses {ms[0]:.1f} ms, a miss on the link {ms[1]:.2f} ms")
+
+
+def draw(told, made, svg):
+    """Two charts with one axis of time."""
+    _table.use_svg()
+    import matplotlib.pyplot as plt
+
+    fig, axes = plt.subplots(2, 1, figsize=(8, 3.6), sharex=True, layout="constrained")
+    plots.gantt(told, axes[0], f"measured: {LAYERS} layers of mixtral-700m, 3 slots, misses from the disk", False)
+    plots.gantt(made, axes[1], "modelled")
+    axes[0].set_xlabel("")
+    axes[0].set_xlim(left=min(0.0, *(1e3 * e.t0 for e in made)) - 0.3)
+    handles = {label: h for ax in axes for h, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    fig.legend(handles.values(), handles.keys(), ncols=5, loc="outside lower center", frameon=False)
+    _table.save_svg(fig, svg)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["measure", "fit", "table"])
+    """One of the four steps."""
+    parser = _table.parser(__doc__)
+    parser.add_argument("what", choices=["measure", "fit", "table", "overlay"])
     parser.add_argument("folder", type=Path)
     parser.add_argument("files", type=Path, nargs="*")
     parser.add_argument("--part", choices=["fitted", "held-out"])
     parser.add_argument("--record", type=Path)
     parser.add_argument("--page", type=Path, default=PAGE)
+    parser.add_argument("--svg", default="docs/overlay.svg")
     args = parser.parse_args()
+    if args.what == "overlay":
+        return overlay(args.folder, args.svg)
     if args.what == "measure":
         settings = [s for s in SETTINGS if args.part is None or s.fitted == (args.part == "fitted")]
         args.record.write_text(json.dumps(measure(args.folder, settings)), encoding="utf-8")
@@ -418,9 +455,10 @@ def main():
     rows = list(rows_of(args.folder, args.files))
     if args.what == "fit":
         print(fit(rows))
+    elif args.what == "measure":
+        print(table(rows))
     else:
-        text = "\n".join(lines(rows))
-        print(text) if args.what == "measure" else write(args.page, text)
+        _table.write_between(args.page, *MARKS, table(rows))
 
 
 if __name__ == "__main__":

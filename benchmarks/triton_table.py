@@ -1,8 +1,8 @@
 """What Triton makes of the kernels for each chip, and how near a card comes to its memory: tables in docs/kernels.md.
 
-    python tools/triton_table.py                      compiles for sm_75 to sm_90, no GPU needed
-    python tools/triton_table.py --measure            times products on this machine's card beside its bandwidth
-    python tools/triton_table.py --measure --tiles    other tiles too, for mixoff/kernels/triton/tiles.py
+    python benchmarks/triton_table.py                      compiles for sm_75 to sm_90, no GPU needed
+    python benchmarks/triton_table.py --measure            times products on this machine's card beside its bandwidth
+    python benchmarks/triton_table.py --measure --tiles    other tiles too, for mixoff/kernels/triton/tiles.py
 
 `--json` prints one object, `--all` compiles every combination (minutes), `--few` some. With TRITON_INTERPRET=1,
 `--measure` runs small shapes in Triton's interpreter on the CPU: a rehearsal, whose times mean nothing.
@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import os
@@ -18,7 +17,6 @@ import re
 import subprocess
 import sys
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -26,7 +24,8 @@ from pathlib import Path
 
 import torch
 
-from kernel_table import cold_weights
+import _table
+from kernel_table import cold_weights, timed
 from mixoff.kernels.triton import products, strided
 from mixoff.kernels.triton.tiles import ROWS, Tile, tile
 from mixoff.planning.probe import device_seconds
@@ -93,46 +92,43 @@ class Cubin:
     per_weight: float | None
 
 
-def cases(everything: bool = False) -> Iterator[Case]:
-    """What the table has; everything: all bits, rows and dtypes for every chip."""
-    if everything:
-        for sm, kernel, bits, rows, dtype in itertools.product(
-            [chip.sm for chip in CHIPS], ("linear", "gated"), (2, 3, 4, 8), ROWS, ("fp16", "bf16", "fp32")
-        ):
-            yield Case(sm, kernel, bits, 64, rows, dtype)
-        return
+def every_case() -> Iterator[Case]:
+    """All bits, rows and dtypes for every chip."""
+    chips, dtypes = [chip.sm for chip in CHIPS], ("fp16", "bf16", "fp32")
+    for sm, kernel, bits, rows, dtype in itertools.product(chips, ("linear", "gated"), (2, 3, 4, 8), ROWS, dtypes):
+        yield Case(sm, kernel, bits, 64, rows, dtype)
+
+
+def cases() -> Iterator[Case]:
+    """What the table has."""
     for chip in CHIPS:
         dtype = "fp16" if chip.sm == 75 else "bf16"
         yield Case(chip.sm, "gated", 2, 32, 1, dtype)
         yield Case(chip.sm, "linear", 2, 32, 4, dtype)
     yield Case(75, "linear", 2, 32, 1, "fp32")
-    yield Case(75, "linear", 4, 64, 1, "fp16")
-    yield from (Case(75, "linear", bits, 64, 1, "fp16") for bits in (3, 8))
-    yield Case(75, "linear", 2, 32, 1, "bf16")
-    yield Case(75, "linear", 2, 32, 1, "fp16", wide=False)
-    yield Case(75, "dequantize", 2, 32, 1, "fp16")
-    yield from strided_cases()
+    yield from (Case(75, "linear", bits, 64, 1, "fp16") for bits in (4, 3, 8))
+    yield from SPECIAL
 
 
 def few_cases() -> Iterator[Case]:
     """What a test has time for: sm_75 and sm_80 above all, and one kernel for each of the others."""
     yield Case(75, "gated", 2, 32, 1, "fp16")
     yield Case(75, "linear", 3, 64, 1, "fp16")
-    yield Case(75, "linear", 2, 32, 1, "bf16")
-    yield Case(75, "linear", 2, 32, 1, "fp16", wide=False)
-    yield Case(75, "dequantize", 2, 32, 1, "fp16")
     yield Case(80, "linear", 2, 32, 4, "bf16")
     yield from (Case(sm, "linear", 4, 64, 1, "bf16") for sm in (86, 89, 90))
-    yield from strided_cases()
+    yield from SPECIAL
 
 
-def strided_cases() -> Iterator[Case]:
-    """The published checkpoint's layout: experts in 2 bits, attention in 4."""
-    yield Case(75, "strided", 2, 16, 1, "fp16")
-    yield Case(80, "strided", 2, 16, 2, "bf16")
-    yield Case(75, "strided", 2, 16, 1, "fp16", wide=False)
-    yield Case(75, "strided", 4, 64, 2, "fp16")
-    yield Case(80, "strided_weights", 2, 16, 1, "bf16")
+SPECIAL = (
+    Case(75, "linear", 2, 32, 1, "bf16"),  # a dtype that the chip lacks
+    Case(75, "linear", 2, 32, 1, "fp16", wide=False),
+    Case(75, "dequantize", 2, 32, 1, "fp16"),
+    Case(75, "strided", 2, 16, 1, "fp16"),  # the published checkpoint's layout: experts in 2 bits, attention in 4
+    Case(80, "strided", 2, 16, 2, "bf16"),
+    Case(75, "strided", 2, 16, 1, "fp16", wide=False),
+    Case(75, "strided", 4, 64, 2, "fp16"),
+    Case(80, "strided_weights", 2, 16, 1, "bf16"),
+)
 
 
 # Compiling ------------------------------------------------------------------------------------------------------------
@@ -241,10 +237,8 @@ def warps(cubin: Cubin, chip: Chip, of_program: int) -> int:
 
 def compile_table(chosen: Iterable[Case]) -> list[dict]:
     """Compiles, prints a row each, and returns them."""
-    print(
-        "| kernel | chip | weights | rows | dtype | registers | warps | shared, B | spilled, B | loads, bytes: count |"
-    )
-    print("|---" * 10 + "|")
+    names = ["kernel", "chip", "weights", "rows", "dtype", "registers", "warps", "shared, B", "spilled, B"]
+    print(_table.head(*names, "loads, bytes: count"))
     rows = []
     for case in chosen:
         cubin, chip = compile_case(case), next(chip for chip in CHIPS if chip.sm == case.sm)
@@ -254,7 +248,7 @@ def compile_table(chosen: Iterable[Case]) -> list[dict]:
         cells = [name, f"sm_{case.sm}", f"{case.bits}-bit g{case.group}", case.rows, case.dtype, cubin.registers]
         cells += [f"{held} of {chip.warps}", cubin.shared, cubin.stack]
         cells += [", ".join(f"{count} of {width} B" for width, count in cubin.loads.items())]
-        print(f"| {' | '.join(map(str, cells))} |", flush=True)
+        print(_table.line(cells), flush=True)
     return rows
 
 
@@ -262,15 +256,15 @@ def floor_table(rows: list[dict]) -> list[dict]:
     """What binds one row of activations: memory, or instructions, for an expert of Mixtral-8x7B. All modelled."""
     nbytes = packed_nbytes((28672, 4096), 2, 32) + packed_nbytes((4096, 14336), 2, 32)
     weights = 3 * 14336 * 4096
-    print("\n| card | instructions a weight | memory floor, us | instruction floor, us | what binds |")
-    print("|---" * 5 + "|")
+    names = ["card", "instructions per weight", "memory floor, us", "instruction floor, us", "what binds"]
+    print("\n" + _table.head(*names))
     floors = []
     for chip in CHIPS:
         found = next(r for r in rows if (r["sm"], r["kernel"], r["bits"], r["rows"]) == (chip.sm, "gated", 2, 1))
         memory, issued = nbytes / chip.memory_Bps, weights * found["per_weight"] / chip.instructions_s
         binds = "memory" if memory > issued else "instructions"
         cells = [chip.card, found["per_weight"], f"{1e6 * memory:.0f}", f"{1e6 * issued:.0f}", binds]
-        print(f"| {' | '.join(map(str, cells))} |")
+        print(_table.line(cells))
         floors.append({"card": chip.card, "memory_floor_s": memory, "instruction_floor_s": issued, "binds": binds})
     return floors
 
@@ -293,15 +287,9 @@ class Bench:
 
     def seconds(self, fn: Callable[[int], object]) -> float:
         """Of the fastest of `runs` calls, after those of the warm-up; `fn` gets the number of the call."""
-        times = [self._timed(lambda i=i: fn(i)) for i in range(self.warm_up + self.runs)]
-        return min(times[self.warm_up :])
-
-    def _timed(self, fn: Callable[[], object]) -> float:
-        if self.device.type != "cuda":
-            start = time.perf_counter()
-            fn()
-            return time.perf_counter() - start
-        return device_seconds(fn)
+        on_card = self.device.type == "cuda"
+        once = (lambda i: device_seconds(lambda: fn(i))) if on_card else (lambda i: timed(fn, i))
+        return _table.best(once, self.runs, self.warm_up)
 
     def read_Bps(self) -> float:
         """What a plain sum reads: the measured limit of products."""
@@ -344,8 +332,8 @@ def measure(every_tile: bool) -> dict:
     dtype = torch.bfloat16 if chip >= 80 else torch.float16
     told = f", {nominal / GB:.0f} on its data sheet" if nominal else ""
     print(f"{on.name}, sm_{chip}: a sum reads {read / GB:.0f} GB/s (measured){told}\n")
-    print("| product | weights | rows | tile | us (measured) | floor, us (modelled) | GB/s | share of the sum's |")
-    print("|---" * 8 + "|")
+    names = ["product", "weights", "rows", "tile", "us (measured)", "floor, us (modelled)", "GB/s"]
+    print(_table.head(*names, "share of the sum's"))
     rows = []
     for (kernel, shape), (bits, group), count in itertools.product(on.shapes, ((2, 32), (4, 64)), on.rows):
         weights = random_weights(on, shape, bits, group)
@@ -379,12 +367,12 @@ def measured_row(row: dict, read: float) -> str:
     form = " ".join(f"{name}{value}" for name, value in row["tile"].items())
     cells = [f"{row['product']} {size}", f"{row['bits']}-bit g{row['group']}", row["rows"], form]
     cells += [f"{1e6 * row['measured_s']:.0f}", f"{1e6 * row['modelled_floor_s']:.0f}", f"{rate / GB:.0f}"]
-    return f"| {' | '.join(map(str, cells))} | {rate / read:.0%} |"
+    return _table.line([*cells, f"{rate / read:.0%}"])
 
 
 def main() -> None:
     """Compile or measure, and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = _table.parser(__doc__)
     parser.add_argument("--measure", action="store_true", help="time products on this machine's card")
     parser.add_argument("--tiles", action="store_true", help="with --measure: other tiles too")
     parser.add_argument("--all", action="store_true", help="compile every combination")
@@ -397,7 +385,7 @@ def main() -> None:
     if arguments.measure:
         found = measure(arguments.tiles)
     else:
-        rows = compile_table(few_cases() if arguments.few else cases(arguments.all))
+        rows = compile_table(few_cases() if arguments.few else every_case() if arguments.all else cases())
         found = {"compiled": rows, "floors": [] if arguments.all or arguments.few else floor_table(rows)}
     if arguments.json:
         print(json.dumps(found), file=output)
