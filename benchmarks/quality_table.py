@@ -23,9 +23,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import _table
 import mixoff
-from mixoff import models
-from mixoff.quality import quality
-from mixoff.quality.quality import Comparison, Scores, Windows, estimate, measure, predictions, quantized, windows
+from mixoff import models, quality
+from mixoff.quality import Comparison, Scores, Windows, estimate, measure, predictions, quantized, windows
 from mixoff.quantize.layout import BITS, DEFAULT_SOLVER, GROUP_SIZES, SOLVERS, packed_nbytes
 from mixoff.quantize.scheme import PRESETS, Precision, Scheme
 

@@ -7,9 +7,10 @@ import subprocess
 import sys
 
 import pytest
+
 from tiny import BUNDLED
 
-TESTS = pathlib.Path(__file__).parent
+ROOT = pathlib.Path(__file__).parents[1]
 SYSTEMS = ("windows", "macos")
 
 
@@ -28,10 +29,10 @@ def test_commands(system, tmp_path):
 
 def run(system, commands, cache):
     """What commands say on that system, in a console of western Europe: the JSON of each."""
-    environment = {**os.environ, "PYTHONPATH": str(TESTS.parent), "PYTHONIOENCODING": "cp1252"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "cp1252"}
     environment |= {"MIXOFF_CACHE": str(cache), "PYTHONWARNINGS": "error::EncodingWarning:mixoff"}
     listed = json.dumps([[*command, "--json"] for command in commands])
-    command = [sys.executable, "-X", "warn_default_encoding", str(TESTS / "foreign.py"), system, listed]
+    command = [sys.executable, "-X", "warn_default_encoding", str(ROOT / "tests/support/foreign.py"), system, listed]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, encoding="cp1252")
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in done.stdout.splitlines()]

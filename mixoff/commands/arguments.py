@@ -23,7 +23,7 @@ from mixoff.checkpoints.names import missing, parse
 from mixoff.errors import CheckpointError, MixoffError, suggestion
 from mixoff.units import parse_nbytes
 
-# names that are defined where torch is imported; tests/test_cli.py holds them to the code
+# names that are defined where torch is imported; tests/commands/test_cli.py holds them to the code
 SCHEMES = ("mixed", "paper", "small", "quality", "none")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 SHORT = {"fp32": "float32", "f32": "float32", "float": "float32", "bf16": "bfloat16", "fp16": "float16"}

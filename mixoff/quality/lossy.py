@@ -1,6 +1,6 @@
 """Knobs that trade quality for bytes: each changes what the model computes, and none is on unless you set it.
 
-    model.mixoff.reroute = mixoff.quality.quality.dynamic_top_k(0.8)    # and None again to be exact
+    model.mixoff.reroute = mixoff.quality.dynamic_top_k(0.8)    # and None again to be exact
 
 Letters: **T** tokens, **K** experts a token, **E** experts, **L** sites. A knob is a function
 `(site, index (T, K), weights (T, K)) -> (index, weights)`, which has the last word on the router's choice. What one

@@ -225,7 +225,7 @@ PRESETS = {
     "qwen3-235b": Router(128, 8, 1.5, 0.9752, layers=94),
     "glm-5.2": Router(256, 8, 1.04, 0.9592, layers=75),
     "uniform": Router(8, 2, 0.0, 0.0, layers=32),
-}  # as `Router.fit` finds them; tests/test_routers.py fits them anew
+}  # as `Router.fit` finds them; tests/trace/test_routers.py fits them anew
 
 
 def preset(name: str) -> Router:

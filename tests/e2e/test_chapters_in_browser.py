@@ -6,9 +6,9 @@ python3 go.py e2e --basetemp=SOMEWHERE      keeps the screenshots
 import re
 
 import pytest
-from chapters import often
 
 import badges
+from chapters import often
 
 pytestmark = pytest.mark.e2e
 
