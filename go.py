@@ -5,13 +5,14 @@
     python3 go.py lab       JupyterLab, opened at the first chapter
     python3 go.py test      every test, every chapter            (test --all adds what is slow)
     python3 go.py e2e       chapters in a real browser; needs Chromium
-    python3 go.py bench     tokens/s on this machine beside its own roofline
+    python3 go.py bench     tokens/s on this machine, next to its own roofline
     python3 go.py site      the course as pages in build/site, which need no server and no network
     python3 go.py slides    a deck of slides of every chapter in build/slides
     python3 go.py schedule  the 90-minute, half-day and one-day workshop, from the chapters' metadata
 
 What follows the job is passed on to it: `python3 go.py test -k cache -x`.
-The environment is `.venv` beside this file. Nothing is installed twice: a stamp inside remembers what stands there.
+The environment is `.venv` next to this file. Nothing is installed twice: a stamp inside records what it
+holds. Without an NVIDIA GPU, and with `uv` on the path, PyTorch comes without CUDA: about 3 GB less to download.
 
 Variables:
     MIXOFF_TORCH           what pip installs for torch, before all else, such as torch==2.13.0 or the arguments that
@@ -26,6 +27,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import re
 import shlex
 import shutil
 import subprocess
@@ -54,7 +56,7 @@ NBVAL = (
     "--nbval-kernel-startup-timeout=120",
     "--nbval-sanitize-with=tests/nbval_sanitize.cfg",
 )
-# One worker a core, four at most (each holds torch); a file stays in one, since a chapter's cells share a kernel.
+# One worker per core, four at most (each holds torch); a file stays in one, since a chapter's cells share a kernel.
 WORKERS = ("-n", "auto", "--maxprocesses=4", "--dist=loadfile")
 NO_VENV = """\
 This Python cannot make virtual environments: its `venv` module is incomplete, and there is no `uv` on the path.
@@ -126,15 +128,33 @@ def make_venv() -> None:
     must(*command, failed=f"could not make {VENV}")
 
 
-def install(extras: set[str], torch: str) -> None:
+def sees_gpu() -> bool:
+    """Whether an NVIDIA driver is installed."""
+    return shutil.which("nvidia-smi") is not None or pathlib.Path("/proc/driver/nvidia/version").exists()
+
+
+def install_small_torch() -> None:
+    """PyTorch without CUDA, by uv, which knows where such builds are; pip alone would fetch the CUDA build on Linux."""
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    requirement = re.search(r'"(torch>=[^"]+)"', text)[1]
+    command = ("uv", "pip", "install", "--quiet", "--python", python_in(VENV), "--torch-backend", "cpu", requirement)
+    if shutil.which("uv") is None or run(*command):
+        print(
+            "no GPU is seen, but pip fetches PyTorch with CUDA, about 3 GB: `pip install uv` or MIXOFF_TORCH avoids it"
+        )
+
+
+def install(extras: set[str], torch: str, fresh: bool = False) -> None:
     """Installs torch as chosen, then mixoff from this folder, editable, with its extras."""
     pip = (python_in(VENV), "-m", "pip", "install", "--quiet", "--disable-pip-version-check")
     if torch:
         words = shlex.split(torch, posix=os.name != "nt")
         must(*pip, *words, failed=f"pip could not install {torch!r}, the value of MIXOFF_TORCH")
+    elif fresh and sys.platform == "linux" and not sees_gpu():
+        install_small_torch()
     needed = ",".join(sorted(extras - {"reference"}))
     package = f".[{needed}]" if needed else "."
-    must(*pip, "--editable", package, failed="pip could not install mixoff: its message stands above")
+    must(*pip, "--editable", package, failed="pip could not install mixoff: see its message above")
     # hqq's setup would look for nvcc and build kernels that nothing here uses
     if "reference" in extras and run(*pip, "--editable", ".[reference]", DISABLE_CUDA="1"):
         print("hqq could not be installed: the tests that compare with it will be skipped, all else works")
@@ -148,9 +168,13 @@ def ensure(job: str) -> None:
     if not fresh and stamp.get("key") == key and want <= have and torch in ("", stamp.get("torch")):
         return
     if fresh:
+        print(
+            "making .venv: 1 to 3 GB on the disk with a CPU build of PyTorch, several more with CUDA; some minutes",
+            flush=True,
+        )
         make_venv()
         have = set()
-    install(have | want, torch)
+    install(have | want, torch, fresh)
     stamp = {"key": key, "extras": sorted(have | want), "torch": torch or stamp.get("torch", "")}
     STAMP.write_text(json.dumps(stamp) + "\n", encoding="utf-8")
 

@@ -4,8 +4,7 @@
     python benchmarks/rooms.py --journeys   # and how often `load`, `plan` and `convert` change rooms
 
 A room is a folder of the package, or a module next to them. A room's floor is one more than the highest floor that it
-imports. A journey is the sequence of modules that a call of the bundled model enters, as Python's profiler sees them:
-modules entered, steps from one to another, and steps up to a higher floor (returns to a caller are not counted).
+imports. A journey is what a call on the bundled model enters, as Python's profiler sees it; returns are not counted.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ import ast
 import statistics
 import sys
 import tempfile
-from collections import Counter
 from functools import cache
 from pathlib import Path
 
@@ -96,21 +94,18 @@ def functions() -> list[int]:
     return sorted(n.end_lineno - n.lineno + 1 for tree in trees for n in ast.walk(tree) if isinstance(n, kinds))
 
 
-def journey(call, floor_of: dict[str, int]) -> tuple[int, int, int]:
-    """Modules that `call()` enters, its steps from one to another, and those of them to a higher floor."""
-    entered, steps, up = Counter(), 0, 0
+def journey(call) -> tuple[int, int, int]:
+    """Modules and rooms that `call()` enters, and how often it goes from one room to another."""
+    modules, steps = set(), 0
 
     def watch(frame, event, _):
-        nonlocal steps, up
-        if event != "call":
+        nonlocal steps
+        if event != "call" or frame.f_code.co_name == "<module>":
             return
         here, caller = frame.f_globals.get("__name__", ""), frame.f_back and frame.f_back.f_globals.get("__name__", "")
-        if not here.startswith(f"{PACKAGE}.") or frame.f_code.co_name == "<module>":
-            return
-        entered[here] += 1
-        if caller and caller.startswith(f"{PACKAGE}.") and caller != here:
-            steps += 1
-            up += floor_of[room_of(here)] > floor_of[room_of(caller)]
+        if here.startswith(f"{PACKAGE}."):
+            modules.add(here)
+            steps += bool(caller) and caller.startswith(f"{PACKAGE}.") and room_of(caller) != room_of(here)
 
     call()  # once unseen: what is imported and kept on the way is there then
     sys.setprofile(watch)
@@ -118,7 +113,7 @@ def journey(call, floor_of: dict[str, int]) -> tuple[int, int, int]:
         call()
     finally:
         sys.setprofile(None)
-    return len(entered), steps, up
+    return len(modules), len(set(map(room_of, modules))), steps
 
 
 def main() -> None:
@@ -149,7 +144,7 @@ def main() -> None:
         import mixoff
 
         folder = mixoff.models.path()
-        print("\n| journey | modules | steps | up |\n|---|---|---|---|")
+        print("\n| journey | modules | rooms | steps between rooms |\n|---|---|---|---|")
 
         def convert():
             with tempfile.TemporaryDirectory() as place:
@@ -161,7 +156,7 @@ def main() -> None:
             "convert": convert,
         }
         for name, call in calls.items():
-            print("| {} | {} | {} | {} |".format(name, *journey(call, floor_of)))
+            print("| {} | {} | {} | {} |".format(name, *journey(call)))
 
 
 if __name__ == "__main__":

@@ -32,12 +32,14 @@ def world(tmp_path, monkeypatch):
     for name in ("MIXOFF_TORCH", "MIXOFF_REQUIRE_ALL"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(go.subprocess, "run", note)
+    monkeypatch.setattr(go, "sees_gpu", lambda: True)
     return commands
 
 
 def installs(world):
     """What each pip command so far was asked to install."""
-    return [command[command.index("--disable-pip-version-check") + 1 :] for command, _ in world if "install" in command]
+    mark = "--disable-pip-version-check"
+    return [command[command.index(mark) + 1 :] for command, _ in world if mark in command]
 
 
 def edit_pyproject(old, new):
@@ -93,6 +95,43 @@ def test_chosen_torch_comes_before_everything_else(world, monkeypatch):
     monkeypatch.delenv("MIXOFF_TORCH")
     go.ensure("demo")
     assert len(installs(world)) == 4, "without the variable what stands there is kept"
+
+
+@pytest.mark.parametrize(
+    ("uv", "gpu", "system", "small"),
+    [
+        ("uv", False, "linux", True),
+        (None, False, "linux", False),
+        ("uv", True, "linux", False),
+        ("uv", False, "darwin", False),
+    ],
+)
+def test_without_a_gpu_torch_comes_without_cuda(world, monkeypatch, capsys, uv, gpu, system, small):
+    monkeypatch.setattr(go.shutil, "which", lambda name: uv)
+    monkeypatch.setattr(go, "sees_gpu", lambda: gpu)
+    monkeypatch.setattr(go.sys, "platform", system)
+    go.ensure("demo")
+    by_uv = [command for command, _ in world if command[:3] == ["uv", "pip", "install"]]
+    assert [command[-3:] for command in by_uv] == ([["--torch-backend", "cpu", "torch>=2.9"]] if small else [])
+    assert ("about 3 GB" in capsys.readouterr().out) == (uv is None)
+    assert installs(world) == [["--editable", "."]]
+    go.ensure("lab")
+    assert len([command for command, _ in world if command[0] == "uv"]) == small, "torch is chosen once"
+
+
+def test_where_uv_fails_pip_goes_on(world, monkeypatch, capsys):
+    note = go.subprocess.run
+
+    def fail_on_uv(command, **kw):
+        note(command, **kw)
+        return subprocess.CompletedProcess(command, int(command[0] == "uv"))
+
+    monkeypatch.setattr(go.subprocess, "run", fail_on_uv)
+    monkeypatch.setattr(go.shutil, "which", lambda name: name)
+    monkeypatch.setattr(go, "sees_gpu", lambda: False)
+    monkeypatch.setattr(go.sys, "platform", "linux")
+    go.ensure("demo")
+    assert "about 3 GB" in capsys.readouterr().out and installs(world) == [["--editable", "."]]
 
 
 def test_hqq_never_builds_kernels(world):
