@@ -258,8 +258,8 @@ def _waiting(step: Step, top_k: Iterable[int]) -> float:
 def compute_dtype(hardware: Hardware, stored: str) -> str:
     """What a model stored as `stored` is computed in: the card's 16-bit format; on a CPU fp32 for fp16, as `load` does.
 
-    >>> from mixoff.planning import hardware
-    >>> compute_dtype(hardware.named("t4"), "bfloat16"), compute_dtype(hardware.named("laptop"), "bfloat16")
+    >>> from mixoff.planning import probe
+    >>> compute_dtype(probe.named("t4"), "bfloat16"), compute_dtype(probe.named("laptop"), "bfloat16")
     ('float16', 'bfloat16')
     """
     if hardware.device == "cuda":

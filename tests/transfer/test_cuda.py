@@ -302,7 +302,7 @@ def test_a_layer_waits_for_the_device_once_and_mixes_no_devices(tmp_path, monkey
     monkeypatch.setattr(cuda, "pick", lambda name: Idle())
     monkeypatch.setattr(kernels.triton_products, "serves", lambda *a: False)  # has tests of its own
     for name in ("_of_one_token", "by_expert", "_given"):
-        monkeypatch.setattr(runtime, name, on_host(getattr(runtime, name)))
+        monkeypatch.setattr(backend, name, on_host(getattr(backend, name)))
     monkeypatch.setattr(runtime, "to_host", on_host(to_host))
     monkeypatch.setattr(mixoff.Runtime, "expect", on_host(mixoff.Runtime.expect))
     how = {"scheme": scheme, "dtype": dtype, "prefetch": "next-router", "scope": "global", "device": "cuda"}
