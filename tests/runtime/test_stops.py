@@ -19,7 +19,7 @@ import torch
 import mixoff
 from mixoff import kernels
 from mixoff.pages import slab
-from mixoff.runtime import runtime
+from mixoff.runtime import backend, runtime
 from mixoff.shapes.kv_cache import advance
 from mixoff.shapes.sites import slot_nbytes
 from mixoff.transfer import cuda
@@ -246,7 +246,7 @@ PLACES = {
     "a listener": lambda model: mock.patch.object(model.mixoff, "_listeners", [None]),
     "a listener of routing": lambda model: mock.patch.object(model.mixoff, "_routing", [None]),
     "a reader": lambda model: mock.patch.object(model.mixoff.source.reader, "read_into"),
-    "a product": lambda model: mock.patch.object(runtime, "expert_mlp"),
+    "a product": lambda model: mock.patch.object(backend, "expert_mlp"),
 }
 
 
