@@ -17,9 +17,9 @@ import pytest
 import torch
 
 import mixoff
-from mixoff import kernels
+from mixoff.kernels.cpu import products
 from mixoff.pages import slab
-from mixoff.runtime import backend, runtime
+from mixoff.runtime import backend
 from mixoff.shapes.kv_cache import advance
 from mixoff.shapes.sites import slot_nbytes
 from mixoff.transfer import cuda
@@ -182,7 +182,7 @@ def test_a_quantized_model_on_two_threads(tiny, tmp_path, everything):
         store = mixoff.convert(folder, tmp_path / "store", mixoff.Scheme.preset("small"))
         with mixoff.load(store, "1GiB") as whole:
             want = [steps(whole, ids) for ids in PROMPTS]
-        with mixoff.load(store, budget(store, 6)) as model, mock.patch.object(kernels.cpu, "SHARED_ABOVE", 0):
+        with mixoff.load(store, budget(store, 6)) as model, mock.patch.object(products, "SHARED_ABOVE", 0):
             check(model, want, "no point")
             total = points(model, PROMPTS[1])
             for at in chosen(total, "quantized", everything):
@@ -263,7 +263,7 @@ def test_an_exception_from_whatever_is_called(tiny, place):
 
         with load(tiny, 5, prefetch="none") as model:
             steps(model, PROMPTS[0])
-            honest = {"a reader": model.mixoff.source.reader.read_into, "a product": runtime.expert_mlp}.get(place)
+            honest = {"a reader": model.mixoff.source.reader.read_into, "a product": backend.expert_mlp}.get(place)
             called = functools.partial(fail, honest=honest)
             with PLACES[place](model) as patched:
                 if isinstance(patched, list):
