@@ -384,12 +384,12 @@ def test_memory_that_the_system_does_not_have_is_said_with_figures(tiny, monkeyp
     def refuse(nbytes):
         raise OSError(12, "Cannot allocate memory")
 
-    monkeypatch.setattr(getattr(mixoff, module), "slab", refuse)
+    monkeypatch.setattr(getattr(mixoff.transfer, module), "slab", refuse)
     with pytest.raises(mixoff.BudgetError, match=rf"the system has no [\d.]+ [KM]iB .*{words}"):
         mixoff.load(tiny[0], fast_bytes="1MB", ram_bytes="1MB")
 
 
 def test_tiers_beyond_all_memory_are_refused(tiny, monkeypatch):
     monkeypatch.setattr(mixoff.planning.probe, "memory_nbytes", lambda: (500_000, 100_000))
-    with pytest.raises(mixoff.BudgetError, match="this process may have 488 KiB"):
+    with pytest.raises(mixoff.BudgetError, match="this process may use 488 KiB"):
         mixoff.load(tiny[0], fast_bytes="1MB", ram_bytes="1MB")
