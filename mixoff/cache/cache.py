@@ -14,6 +14,7 @@ from mixoff.cache.events import BYPASS, HIT, MISS, RESTORE
 from mixoff.cache.policies import LRU, POLICIES, Key, Policy
 from mixoff.errors import BudgetError, MixoffError
 
+SCOPES = ("layer", "global")  # one pool per layer, or one for all
 NONE = "none"  # the policy that keeps nothing between calls: the baseline of every cache
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from mixoff.cache.cache import SCOPES
 from mixoff.errors import BudgetError, MixoffError
 from mixoff.planning import hardware as machines
 from mixoff.shapes.sites import Site, slot_nbytes
@@ -11,8 +12,6 @@ from mixoff.units import format_nbytes
 
 if TYPE_CHECKING:
     from mixoff.planning.hardware import Hardware
-
-SCOPES = ("layer", "global")
 
 
 def least_slots(sites: tuple[Site, ...], scope: str) -> int:

@@ -17,6 +17,7 @@ from mixoff.planning.needs import Needs
 from mixoff.planning.plan import Plan
 from mixoff.shapes import sizes
 from mixoff.shapes.shape import ModelShape
+from mixoff.shapes.sites import stride
 from mixoff.store import describe
 from mixoff.store.describe import as_stored
 from mixoff.units import format_nbytes, parse_nbytes
@@ -158,8 +159,6 @@ def _tiers(needs: Needs, machine: Hardware, slots: list[int], resident: bool) ->
 
 def _held(needs: Needs, slots: list[int]) -> int:
     """Bytes of experts, as stored, in this many slots of each layer."""
-    from mixoff.shapes.sites import stride
-
     return sum(n * stride(site) for n, site in zip(slots, needs.sizes.sites, strict=True))
 
 

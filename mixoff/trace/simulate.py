@@ -11,13 +11,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mixoff.cache.cache import SCOPES
 from mixoff.errors import BudgetError, MixoffError
 from mixoff.trace.replay import CODES, COUNTERS, NAMED, NONE, OF_GUESSES, POPULAR, replay, with_recall
 from mixoff.trace.requests import Requests, depths
 from mixoff.trace.trace import Trace
 from mixoff.units import format_nbytes
 
-SCOPES = ("layer", "global")
 OFFLINE = ("static", "belady")  # these need the whole trace, so no runtime can offer them
 PREFETCH = ("none", "next-router", "popularity", "oracle", "recall=0.86")
 
@@ -102,7 +102,7 @@ class Simulation:
     def __str__(self) -> str:
         rate = "no decoding" if self.hit_rate is None else f"hit rate {self.hit_rate:.3f}"
         moved = "" if self.bytes_moved is None else f", {format_nbytes(self.bytes_moved)} moved"
-        where = "a layer" if self.scope == "layer" else "a layer in one pool"
+        where = "per layer" if self.scope == "layer" else "per layer in one pool"
         guessed = f", {self.prefetch_hits:,} of {self.prefetches:,} prefetches used" if self.prefetch != "none" else ""
         return (
             f"{self.policy}, {self.slots} slots {where}: {self.hits:,} hits, {self.misses:,} misses ({rate}), "
@@ -147,7 +147,7 @@ def simulate(
 
     >>> trace = Trace.from_array([[[0, 1]], [[0, 2]], [[0, 1]]])
     >>> simulate(trace, "lru", slots=2), simulate(trace, "belady", slots=3).hits
-    (lru, 2 slots a layer: 2 hits, 4 misses (hit rate 0.333), 2 evictions, 3)
+    (lru, 2 slots per layer: 2 hits, 4 misses (hit rate 0.333), 2 evictions, 3)
     """
     _check(trace, policy, slots, scope)
     requests, L, E = trace.requests(), len(trace.layers), trace.num_experts
@@ -222,9 +222,11 @@ class Comparison:
         return "\n".join(lines)
 
 
-def compare(trace: Trace, slots: int = 4, scope: str = "layer", expert_nbytes: int | None = None, **how) -> Comparison:
-    """`simulate` with every policy. how: its prefetch arguments."""
-    return Comparison(tuple(simulate(trace, policy, slots, scope, expert_nbytes, **how) for policy in CODES))
+def compare(
+    trace: Trace, slots: int = 4, scope: str = "layer", expert_nbytes: int | None = None, **options
+) -> Comparison:
+    """`simulate` with every policy. options: its prefetch arguments."""
+    return Comparison(tuple(simulate(trace, policy, slots, scope, expert_nbytes, **options) for policy in CODES))
 
 
 def curve(trace: Trace, policy: str = "lru", scope: str = "layer") -> dict[int, float]:

@@ -35,7 +35,7 @@ from mixoff.trace.files import (
 )
 from mixoff.trace.requests import Requests, depths
 
-BESIDE = ("weights", "predicted")  # what `load_domains` reads in addition to a trace
+EXTRAS = ("weights", "predicted")  # what `load_domains` reads in addition to a trace
 MAX_EXPERTS = 2**15 - 1  # experts are stored as int16 at most
 
 
@@ -420,17 +420,17 @@ def load_domains(path: str | Path, num_experts: int = 8) -> dict[str, Trace]:
 
     NAME.weights and NAME.predicted, in the same order, are optional. Raises MixoffError.
     """
-    traces, beside = {}, {}
+    traces, extras = {}, {}
     for name, array in read_arrays(path).items():
         array = np.moveaxis(array, 0, 1) if array.ndim == 3 else array
         of, _, what = name.rpartition(".")
-        if what in BESIDE:
-            beside.setdefault(of, {})[what] = array
+        if what in EXTRAS:
+            extras.setdefault(of, {})[what] = array
         else:
             traces[name] = array
-    if strange := sorted(beside.keys() - traces.keys()):
-        raise MixoffError(f"{path} has {' and '.join(beside[strange[0]])} of {strange[0]}, but not its experts")
-    return {name: Trace.from_array(array, num_experts, **beside.get(name, {})) for name, array in traces.items()}
+    if strange := sorted(extras.keys() - traces.keys()):
+        raise MixoffError(f"{path} has {' and '.join(extras[strange[0]])} of {strange[0]}, but not its experts")
+    return {name: Trace.from_array(array, num_experts, **extras.get(name, {})) for name, array in traces.items()}
 
 
 def _bundled(path: Path) -> Trace:
