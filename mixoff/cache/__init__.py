@@ -1,4 +1,4 @@
-"""Which expert sits in which slot, and who leaves first: keys and slots only.
+"""Which expert is in which slot, and which is evicted first: keys and slots only.
 
 Must not know tensors, files, time or traces.
 """

@@ -1,10 +1,8 @@
-"""Which expert sits in which slot: keys and slots only.
+"""Which expert is in which slot: keys and slots only.
 
-Letters: **S** slots. A key is `(site, expert)`, a slot is an index into the fast tier's arena.
+A key is `(site, expert)`; a slot is a number below `capacity`, which the runtime maps to an arena slot.
 `ExpertCache.access` is one call of one MoE layer: residents are granted first, then misses, each with the slot that the
-caller fills. The simulator replays the same rules in arrays; tests hold the two equal.
-
-Does not know tensors, files or time.
+caller fills. The simulator replays the same rules in arrays; tests check that both count the same.
 """
 
 from __future__ import annotations
@@ -16,15 +14,16 @@ from mixoff.cache.events import BYPASS, HIT, MISS, RESTORE
 from mixoff.cache.policies import LRU, POLICIES, Key, Policy
 from mixoff.errors import BudgetError, MixoffError
 
-NONE = "none"  # the policy that keeps nothing from one call to the next: what a cache is measured against
+SCOPES = ("layer", "global")  # one pool per layer, or one for all
+NONE = "none"  # the policy that keeps nothing between calls: the baseline of every cache
 
 
 @dataclass(frozen=True)
 class Grant:
     """One expert and its slot.
 
-    `hit`: the slot holds the expert. `miss`: fill the slot, the expert stays. `bypass`: fill the slot, the expert does
-    not stay (a prompt streaming past a full pool). `restore`: fill the slot, nobody asked for the expert now.
+    Kinds: `hit` (the slot holds the expert), `miss` (fill the slot, the expert stays), `bypass` (fill the slot, the
+    expert does not stay: a prompt streams past a full pool), `restore` (fill the slot with the expert that lent it).
     """
 
     key: Key
@@ -35,7 +34,7 @@ class Grant:
 
 @dataclass
 class Pool:
-    """The slots that compete with one another: one pool a layer, or one for all."""
+    """Slots that share a policy: one pool per layer, or one for all."""
 
     policy: Policy
     free: list[int]
@@ -43,10 +42,10 @@ class Pool:
 
 
 class ExpertCache:
-    """`capacities[i]` slots for pool i; slots are numbered through all pools.
+    """`capacities[i]` slots for pool i, numbered consecutively over all pools.
 
-    policy: a name, or a class or function that makes a `policies.Policy`, once a pool. `"none"` keeps nothing between
-    calls.
+    policy: name of a policy, or a class or function that makes a `policies.Policy`, called once per pool;
+        `"none"` keeps nothing between calls
 
     >>> cache = ExpertCache([2])
     >>> [(g.key, g.kind, g.evicted) for key in "abac" for g in cache.access(0, [key])]
@@ -71,7 +70,7 @@ class ExpertCache:
         self.prompt_hits = self.prompt_misses = self.restores = 0
 
     def count_on(self, before: ExpertCache) -> None:
-        """Go on counting where a cache that this one replaces stopped."""
+        """Continue the counts of the cache that this one replaces."""
         for name in ("hits", "misses", "evictions", "prompt_hits", "prompt_misses", "restores"):
             setattr(self, name, getattr(before, name))
 
@@ -85,11 +84,13 @@ class ExpertCache:
     ) -> Iterator[Grant]:
         """Grant each of `keys` (distinct, in router order) a slot: residents first, then misses.
 
-        weights: what the router gave each key, scores: how it liked every expert, for policies that care. A grant is
-        good until a later one names its slot, so the caller may ask ahead; it fills the slot of every grant that is not
-        a hit. Where filling fails it closes the iterator, which takes the newest grant back; whoever had asked ahead
-        begins again with a new cache. More keys than slots are served in waves: a key that was granted may be given up
-        for one that was not.
+        The caller fills the slot of every grant that is not a hit. A grant is valid until a later one names its slot,
+        so the caller may take several before filling them. If filling fails, it closes the iterator, which takes the
+        newest grant back; a caller that had taken several starts again with a new cache. More keys than slots are
+        served in waves: a key already granted may be evicted for one that was not.
+
+        weights: the router's weight of each key, for policies that use it
+        scores: the router's score of every expert of the layer, likewise
         """
         if self.forgets:
             self._forget(self.pools[pool])
@@ -98,21 +99,23 @@ class ExpertCache:
         for key in hits:
             yield Grant(key, self.slot_of[key], HIT)
         if prompt:
-            self.prompt_hits, self.prompt_misses = self.prompt_hits + len(hits), self.prompt_misses + len(misses)
+            self.prompt_hits += len(hits)
+            self.prompt_misses += len(misses)
             yield from self._pass_through(self.pools[pool], misses)
         else:
-            self.hits, self.misses = self.hits + len(hits), self.misses + len(misses)
+            self.hits += len(hits)
+            self.misses += len(misses)
             self.pools[pool].policy.begin(keys, scores)
             yield from self._admit(self.pools[pool], misses, keys)
             self._touch(self.pools[pool].policy, keys, weights)
 
     def _admit(self, pool: Pool, misses: Sequence[Key], keys: Sequence[Key]) -> Iterator[Grant]:
-        """Decoding: each miss takes a free slot or that of a victim; recency follows router order at the end."""
+        """Decoding: each miss takes a free slot or a victim's; `_touch` then sets recency in router order."""
         for i, key in enumerate(misses):
             evicted = None
             if not pool.free:
                 evicted = pool.policy.victim(keep=keys)
-                if evicted is None:  # every resident is part of this call: give up one that was granted already
+                if evicted is None:  # all residents belong to this call: evict one already granted
                     evicted = pool.policy.victim(keep=misses[i:])
                 self._evict(pool, evicted)
             yield from self._fill(pool, key, evicted)
@@ -123,10 +126,11 @@ class ExpertCache:
                 policy.touch(key, weight)
 
     def _pass_through(self, pool: Pool, misses: Sequence[Key]) -> Iterator[Grant]:
-        """A prompt fills free slots and touches nothing else; what finds no slot streams through a borrowed one.
+        """A prompt fills free slots and touches nothing else; experts without a slot stream through a borrowed one.
 
-        The borrowed slot is a free one, before its expert comes to stay, or else the next victim's, which is fetched
-        again at the end: a prompt would otherwise flush what decoding uses.
+        Otherwise a prompt would flush what decoding uses. With a free slot left, that slot is borrowed, so the passing
+        experts come first: once `_fill` has granted it, it belongs to an expert that stays. Without one, `_borrow`
+        takes the next victim's slot, and restores the victim at the end.
         """
         staying, passing = misses[: len(pool.free)], misses[len(pool.free) :]
         if passing and pool.free:
@@ -138,6 +142,7 @@ class ExpertCache:
             yield from self._borrow(pool, passing)
 
     def _borrow(self, pool: Pool, passing: Sequence[Key]) -> Iterator[Grant]:
+        """Stream through the next victim's slot. Until it is restored the lender is not resident: `slot_of` is true."""
         lender = pool.policy.victim(keep=())
         slot, restored = self.slot_of.pop(lender), False
         try:
@@ -153,7 +158,7 @@ class ExpertCache:
                 pool.free.append(slot)
 
     def _fill(self, pool: Pool, key: Key, evicted: Key | None) -> Iterator[Grant]:
-        """Grant a free slot; the key becomes resident only once the caller comes back for more."""
+        """Grant a free slot; the key becomes resident only when the caller asks for the next grant."""
         slot, filled = pool.free.pop(), False
         try:
             yield Grant(key, slot, MISS, evicted)

@@ -1,7 +1,4 @@
-"""What a runtime tells: an event for each thing that happens to an expert, and counts of all of them.
-
-Does not know caches, tensors or files.
-"""
+"""What a runtime reports: one event for each thing that happens to an expert, and counts of all of them."""
 
 from __future__ import annotations
 
@@ -17,11 +14,17 @@ HIT, MISS, BYPASS, RESTORE = "hit", "miss", "bypass", "restore"
 class Event:
     """One thing that happened to one expert.
 
-    token: number of tokens that the model had processed, those of this pass included.
-    kind: `hit`, `miss` (fetched, then computed), `evict`, `prefetch` (fetched without being asked for), or `compute`.
-    nbytes: bytes moved into the fast tier. t0, t1: seconds since the runtime was made, start and end of the fetch or of
-    the computation. phase: `prompt` or `decode`.
-    Enough for a time line: spans of `miss` and `prefetch` are the link's, those of `compute` the processor's.
+    Events make a time line: spans of `miss` and `prefetch` belong to the link, those of `compute` to the processor.
+
+    Attributes
+    ----------
+    token: tokens that the model had processed, including this pass
+    layer: number of the layer in the model
+    expert: number of the expert in its layer
+    kind: `hit`, `miss` (fetched, then computed), `evict`, `prefetch` (fetched without being asked for), or `compute`
+    nbytes: bytes moved into the fast tier
+    t0, t1: start and end of the fetch or computation, in seconds since the runtime was made
+    phase: `prompt` or `decode`
     """
 
     token: int
@@ -36,15 +39,32 @@ class Event:
 
 @dataclass(frozen=True)
 class CacheInfo:
-    """What the cache did so far, in functools' words.
+    """Counters of the cache, named as in functools' `cache_info`.
 
-    hits, misses, evictions: requests of decoding; those of prompts stand apart. capacity, resident: slots, and how many
-    hold an expert. bytes_moved: all bytes into the fast tier, for prompts, decoding, `restores` (experts that lent
-    their slot to a prompt) and guesses; `ram_bytes_moved` of them came from the RAM tier, in `ram_hits` fetches.
-    prefetches: experts fetched on a guess; prefetch_hits: hits that found their expert so (counted in hits as well);
-    prefetch_wasted_bytes: moved for guesses that nobody asked for. predictions, predictions_right: experts that the
-    next router was expected to choose, and those that it chose. prefetch, io: what is on, and why.
-    fast_bytes: the budget; fast_bytes_peak: what was allocated within it; ram_bytes: what the RAM tier takes.
+    Attributes
+    ----------
+    hits: requests of decoding that found their expert in the fast tier
+    misses: requests of decoding that did not
+    evictions: experts that decoding evicted
+    capacity: slots of the fast tier
+    resident: slots that hold an expert
+    bytes_moved: bytes into the fast tier for prompts, decoding, restores and guesses
+    prompt_hits, prompt_misses: the same as hits and misses, for prompts
+    restores: experts that lent their slot to a prompt and were fetched again
+    expert_nbytes: bytes of the largest expert
+    num_experts: experts of all layers
+    fast_bytes: budget of the fast tier
+    fast_bytes_peak: bytes allocated within the budget
+    ram_bytes: bytes allocated for the RAM tier
+    ram_hits: fetches from the RAM tier
+    ram_bytes_moved: the part of bytes_moved that came from the RAM tier
+    prefetches: experts fetched on a guess
+    prefetch_hits: hits on such an expert, counted in hits as well
+    prefetch_wasted_bytes: bytes moved for wrong guesses
+    predictions: experts that the next router was expected to choose
+    predictions_right: the part of predictions that it chose
+    prefetch: whether prefetching is on, and why
+    io: `direct`, `buffered` or `memory`: how experts are read
     """
 
     hits: int
@@ -78,12 +98,12 @@ class CacheInfo:
 
     @property
     def prefetch_precision(self) -> float | None:
-        """Share of the experts fetched on a guess that were asked for; None before the first guess."""
+        """Share of the experts fetched on a guess that were then asked for; None before the first guess."""
         return self.prefetch_hits / self.prefetches if self.prefetches else None
 
     @property
     def prefetch_recall(self) -> float | None:
-        """Share of the experts that the cache lacked which a guess had fetched; None where it lacked none."""
+        """Share of the experts missing in the cache that a guess had fetched; None if none was missing."""
         lacked = self.prefetch_hits + self.misses
         return self.prefetch_hits / lacked if lacked and self.prefetches else None
 
@@ -114,7 +134,7 @@ class CacheInfo:
 
 
 Key = tuple[int, int]  # site, expert
-PREFETCH = "prefetch"  # a fetch that nobody asked for yet: what is asked for is read before it
+PREFETCH = "prefetch"  # a fetch on a guess: those that were asked for are read before it
 
 
 class Landing(NamedTuple):

@@ -1,11 +1,11 @@
-"""The order in which residents are given up: one small class a policy.
+"""The order in which residents are evicted: one small class per policy.
 
-A policy sees the keys of one pool come, be used and go, and names the next one to leave. All of them work online, from
-what was asked for so far, so the runtime offers them; `mixoff.simulate` adds two that need the future (`belady`) or the
-whole trace (`static`). Ties go to the key that was used longest ago.
+A policy sees the keys of one pool come, be used and go, and names the next victim. All of them work online, from the
+requests so far, so the runtime offers them; `mixoff.simulate` adds two that need the future (`belady`) or the whole
+trace (`static`). Ties go to the key that was used longest ago.
 
-Keys are `(site, expert)`; of other keys only `least-stale` and `half-life` would know more. Tested against one contract
-for all, and against the simulator, which has the same rules in arrays. Does not know slots, bytes or tensors.
+Keys are `(site, expert)`. Tested against one contract for all, and against the simulator, which has the same rules in
+arrays.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ MASK = 2**31 - 1  # numbers of `scramble` stay below this, so their products fit
 
 
 class Policy(Protocol):
-    """The order in which residents of one pool are given up."""
+    """The order in which residents of one pool are evicted."""
 
     def begin(self, keys: Sequence[Key], scores: Sequence[float] | None = None) -> None:
-        """A call of decoding asks for `keys`, router order; comes before its victims are chosen.
+        """A call of decoding asks for `keys`, in router order; called before its victims are chosen.
 
-        scores: what the router thinks of each expert of the layer, (E,) from 0 to 1 for sure of being chosen, if known.
+        scores: the router's score of each expert of the layer, (E,), from 0 to 1 (certain to be chosen), if known
         """
 
     def insert(self, key: Key) -> None: ...
     def touch(self, key: Key, weight: float = 0.0) -> None:
-        """Note a use by decoding, in router order; `weight` is what the router gave it (summed over a batch)."""
+        """Note a use by decoding, in router order. weight: the router's, summed over a batch."""
 
     def remove(self, key: Key) -> None: ...
     def victim(self, keep: Collection[Key]) -> Key | None:
-        """The resident to give up next among those not in `keep`, or None when all are kept."""
+        """The resident to evict next among those not in `keep`, or None if all are kept."""
 
 
 class LRU:
@@ -68,7 +68,7 @@ class FIFO(LRU):
 
 
 class _Scored(LRU):
-    """The resident of least score leaves; of equal scores the one that was used longest ago."""
+    """The resident with the lowest score is evicted; of equal scores, the one that was used longest ago."""
 
     def score(self, key: Key) -> float:
         raise NotImplementedError
@@ -101,7 +101,7 @@ class LFU(_Scored):
 
 
 class LFUDA(LFU):
-    """LFU with dynamic aging: a newcomer starts at the score of the last victim, so old fame fades.
+    """LFU with dynamic aging: a new key starts at the score of the last victim, so old counts lose weight.
 
     Source: Arlitt et al., Evaluating content management techniques for Web proxy caches (2000).
     """
@@ -176,11 +176,11 @@ class Random(_Scored):
 
 
 class LeastStale(_Scored):
-    """What this pass left unused goes first, and of that the layers which it has already gone through.
+    """Evicts experts that this pass has not used, and among these first those of layers that it has passed.
 
-    A pass visits layers in order, so an expert of a layer gone by is not needed before the next pass, while one of a
-    layer ahead may be needed at once; plain LRU gives up the latter first. With a pool a layer it equals LRU. After the
-    idea of Hoang et al., SpecMD (arXiv 2602.03921); a new pass is told from the layer numbers, which start over.
+    A pass visits layers in order. An expert of an earlier layer is not needed before the next pass, while one of a
+    later layer may be needed soon; plain LRU evicts the latter first. With one pool per layer it equals LRU. After the
+    idea of Hoang et al., SpecMD (arXiv 2602.03921); a new pass begins when layer numbers start again.
     """
 
     def __init__(self) -> None:
@@ -216,17 +216,17 @@ class LeastStale(_Scored):
 
 HALF_LIVES = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # calls of a layer
 FADES = tuple(0.5 ** (1 / calls) for calls in HALF_LIVES)
-TRUST = 0.99  # what a forecaster's record keeps a call: it is judged by its last hundred or so
+TRUST = 0.99  # share of a forecast's error that is kept per call: about the last hundred calls count
 
 
 class HalfLife(_Scored):
-    """What is least likely to be asked for goes first, by forecasts whose memory fits the text. A policy of our own.
+    """Evicts the expert that is least likely to be asked for, by the forecast that fits the text best. Our own policy.
 
-    How often each expert was asked for, with old calls counting half after 1, 2, 4, ... 256 calls of its layer, makes
-    nine forecasts of the layer's next call; where the router's scores are known, how well an expert was liked makes
-    nine more. Each is judged by its squared error on every call (Brier score), and the one with the best recent record
-    says who is least likely. So the memory is short where routing wanders and long where a text has favourites, without
-    training. It remembers all experts of a layer, not only residents: numbers, no weights.
+    Nine forecasts of a layer's next call count how often each expert was asked for, where a call counts half after 1,
+    2, 4, ... 256 calls of the layer. If the router's scores are known, nine more average these. Each forecast is judged
+    by its squared error on every call (Brier score), and the best recent one decides. So the memory is short where
+    routing changes fast, and long where a text has favourites, without training. It covers all experts of a layer, not
+    only residents.
     """
 
     def __init__(self) -> None:
@@ -246,8 +246,8 @@ class HalfLife(_Scored):
 class _Forecasts:
     """Forecasts of one layer: rates (2, F, E), the share of calls that ask for each expert, by F ways of forgetting.
 
-    The first half learns from what was asked for, the second from the router's scores; without any, it is a copy that
-    is never best. The order of sums is that of the simulator's loops, so that both come to the same last bit.
+    The first half learns from requests, the second from the router's scores; without scores it is a copy, which never
+    wins. Sums are in the order of the simulator's loops, so that both agree to the last bit.
     """
 
     def __init__(self) -> None:
@@ -256,7 +256,7 @@ class _Forecasts:
         self.fades = np.array(FADES)[:, None]  # (F, 1)
 
     def see(self, experts: Sequence[int], scores: Sequence[float] | None) -> None:
-        """Judge every forecast by the experts that are asked for now, then learn from them."""
+        """Judge every forecast by this call's `experts`, then learn from them."""
         E = max([*experts, len(() if scores is None else scores) - 1]) + 1
         new = E - self.rates.shape[2]
         if new > 0:
@@ -269,7 +269,7 @@ class _Forecasts:
         self.rates = self.rates * self.fades + (1 - self.fades) * np.stack([asked, liked])[:, None]
 
     def chance(self, expert: int) -> float:
-        """How likely the best forecast holds the next call to ask for `expert`."""
+        """The best forecast's chance that the next call asks for `expert`."""
         return float(self.rates[(*self.best, expert)]) if expert < self.rates.shape[2] else 0.0
 
 

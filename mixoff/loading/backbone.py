@@ -25,7 +25,7 @@ def load_backbone(
         layers.untie(config, quantized)
         try:
             model, report = _shell(base, list(quantized)).from_pretrained(
-                None,  # no folder, in which transformers would choose files itself
+                None,  # given a folder, transformers would choose the files itself
                 config=config,
                 state_dict=tensors,
                 dtype=compute,
@@ -33,10 +33,10 @@ def load_backbone(
                 output_loading_info=True,
             )
             model.generation_config = _generation_config(source.folder)
-        except Exception as error:  # transformers and safetensors raise many kinds; to the user all of them are one
+        except Exception as error:  # transformers and safetensors raise many kinds; users need only one
             reason = str(error).strip().split("\n")[0]
             raise CheckpointError(f"transformers cannot load the backbone of {source.folder}: {reason}") from error
-    if lacking := sorted(report["missing_keys"]):  # transformers would make them up at random, with a warning
+    if lacking := sorted(report["missing_keys"]):  # transformers would fill them with random numbers and a warning
         raise CheckpointError(f"{source.folder} lacks {', '.join(lacking[:3])}: {backbone.INCOMPLETE}")
     backbone.refuse_overflow(model, compute, source.dtype)
     where = gpu.where if gpu else torch.device("cpu")
@@ -47,23 +47,24 @@ def load_backbone(
 
 
 def _generation_config(folder: Path) -> GenerationConfig:
-    """As `from_pretrained` finds it: a file of its own, else what config.json says of generation."""
+    """As `from_pretrained` finds it: generation_config.json, else the generation settings in config.json."""
     try:
         return GenerationConfig.from_pretrained(folder, local_files_only=True)
     except OSError:
-        how = {"config_file_name": "config.json", "local_files_only": True}
-        return GenerationConfig.from_pretrained(folder, _from_model_config=True, **how)
+        return GenerationConfig.from_pretrained(
+            folder, config_file_name="config.json", local_files_only=True, _from_model_config=True
+        )
 
 
 def _shell(base: type[PreTrainedModel], quantized: list[str]) -> type[PreTrainedModel]:
-    """`base` without expert weights, nor those named `quantized`: none is made, looked for, moved or counted."""
+    """`base` without expert weights or those named in `quantized`: none is created, looked for, moved or counted."""
 
     def __init__(self: PreTrainedModel, config: object, *args: object, **kwargs: object) -> None:
         base.__init__(self, config, *args, **kwargs)
         for module in expert_modules(self).values():
             for name in [name for name, _ in module.named_parameters(recurse=False)]:
                 del module._parameters[name]
-            module._is_hf_initialized = True  # or transformers would initialize what is no longer there
+            module._is_hf_initialized = True  # or transformers would initialize the deleted weights
         layers.hollow(self, quantized)
 
     # __module__ is the base's, or transformers takes the class for custom code and ignores experts_implementation;

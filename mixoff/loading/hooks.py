@@ -1,4 +1,4 @@
-"""All that is attached to a model while a runtime serves its experts, and taken away again."""
+"""What is attached to a model while a runtime serves its experts, and how it is removed again."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ from mixoff.loading.rescue import guard
 from mixoff.runtime.runtime import Runtime
 from mixoff.shapes.config import expert_modules
 
-# what a router that takes other arguments than its neighbour raises
+# what a router raises when its arguments differ from its neighbour's
 UNASKABLE = (TypeError, ValueError, RuntimeError, AttributeError, LookupError, StopIteration, NotImplementedError)
 
 
 class NextRouter:
-    """Hooks on a model's routers, which tell `expect(site, chosen)` what the next site's router would choose (T, K).
+    """Hooks on a model's routers that pass `expect(site, chosen)` the next site's likely choice (T, K).
 
-    names: of the modules with experts, in order of sites. Works on any family whose experts have a `gate` or `router`
-    beside them; other arguments of a router are those that it was last called with. `listening()` says whether a guess
-    is wanted now. A router that cannot be asked so ends the guessing through `stop(why)`, never the generation.
+    Works on any family with a `gate` or `router` next to the experts. The next router gets the arguments it was last
+    called with. A router that cannot be asked ahead ends the guessing through `stop(why)`, never the generation.
+
+    names: modules with experts, in order of sites. listening: tells whether a guess is wanted now.
     """
 
     def __init__(
@@ -43,10 +44,10 @@ class NextRouter:
         self.asked: set[int] = set()  # routers that have answered
 
     def attach(self) -> ExitStack:
-        """Hook every router; closing what is returned takes the hooks away."""
+        """Hook every router; closing the result removes the hooks."""
         undo = ExitStack()
         if None in self.routers:
-            self.stop("this model's routers are not where mixoff looks for them (gate or router beside the experts)")
+            self.stop("this model's routers are not where mixoff looks for them (gate or router next to the experts)")
             return undo
         for i, router in enumerate(self.routers):
             hook = router.register_forward_pre_hook(self._hook(i), with_kwargs=True)
@@ -68,7 +69,7 @@ class NextRouter:
             out = type(router).forward(router, x, *args, **kwargs)  # past its hooks
             chosen = next(t for t in out if isinstance(t, torch.Tensor) and not t.is_floating_point())  # (T, K)
         except UNASKABLE as error:
-            if i + 1 in self.asked:  # it could be asked before: this is an interrupt, or a fault that is to be heard of
+            if i + 1 in self.asked:  # it answered before, so this is an interrupt or a real fault
                 raise
             self.stop(f"the router of site {i + 1} cannot be asked ahead ({type(error).__name__})")
             return
@@ -77,20 +78,20 @@ class NextRouter:
 
 
 def _router(block: nn.Module) -> nn.Module | None:
-    """The router among the parts of an MoE block."""
+    """The router of an MoE block."""
     parts = (getattr(block, name, None) for name in ("gate", "router"))
     return next((part for part in parts if isinstance(part, nn.Module)), None)
 
 
 def lend(backbone: torch.nn.Module) -> Callable[[], None]:
-    """`borrow` while `backbone` passes over one token on a CPU; returns a function that ends it.
+    """`borrow` PyTorch's threads while `backbone` computes one token on a CPU; returns a function that ends it.
 
-    For quantized backbones: PyTorch's last bits may depend on its number of threads, and a backbone in 16 bits is to
-    equal plain transformers' bit for bit.
+    For quantized backbones only: the number of threads may change PyTorch's last bits, and a 16-bit backbone must equal
+    plain transformers bit for bit.
     """
 
     def around(forward: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
-        give_back()  # what an interrupt in `finally` has left
+        give_back()  # in case an interrupt hit the `finally` below
         ids = read_by(args, kwargs)
         if ids is None or ids.shape[1] != 1 or ids.device.type != "cpu":
             return forward(*args, **kwargs)
@@ -104,14 +105,14 @@ def lend(backbone: torch.nn.Module) -> Callable[[], None]:
 
 
 def read_by(args: tuple, kwargs: dict) -> torch.Tensor | None:
-    """What a pass with these arguments reads: ids (B, T), or embeddings (B, T, D)."""
+    """The input of a pass with these arguments: ids (B, T), or embeddings (B, T, D)."""
     return next((x for x in (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if x is not None), None)
 
 
 def bind(model: PreTrainedModel, runtime: Runtime, loaded: bool = True) -> ExitStack:
-    """Let `runtime` serve the experts of `model`; closing what is returned takes every trace of that away again.
+    """Let `runtime` serve the experts of `model`; closing the result leaves no trace of it.
 
-    loaded: the model is of `load`, rather than of `offload`.
+    loaded: True for a model from `load`, False for one from `offload`.
     """
     dtype = refusals.dtype_of(model.base_model)
 
@@ -135,5 +136,5 @@ def bind(model: PreTrainedModel, runtime: Runtime, loaded: bool = True) -> ExitS
 
 
 def _note_pass(runtime: Runtime, ids: torch.Tensor, kwargs: dict) -> None:
-    """Several sequences packed in one row, as in continuous batching, come with the length of the longest."""
+    """Tell the runtime about a pass; sequences packed in one row (continuous batching) give the longest length."""
     runtime.begin_pass(ids.shape[0] * ids.shape[1], kwargs.get("max_length_q") or ids.shape[1])

@@ -1,8 +1,7 @@
 """Layers of the backbone that keep their weight quantized: a linear layer and an embedding.
 
 Letters: **N** outputs or vocabulary, **K** inputs or model width.
-They are made empty, in place of the layers of a model that is about to be loaded, and filled afterwards. Does not know
-experts.
+They replace layers of a model that is about to be loaded: created empty, and filled afterwards.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ CPU = torch.device("cpu")
 
 
 class QuantizedLinear(nn.Module):
-    """`x @ w.T + bias` for a quantized w (N, K). Made from the layer that it replaces; `fill` sets the rest later."""
+    """`x @ w.T + bias` for a quantized w (N, K). Made from the layer that it replaces; `fill` sets the weight."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -44,7 +43,7 @@ class QuantizedLinear(nn.Module):
 
 
 class QuantizedEmbedding(nn.Module):
-    """Rows of a quantized w (N, K) by their number."""
+    """Rows of a quantized w (N, K) by token id."""
 
     def __init__(self, embedding: nn.Embedding) -> None:
         super().__init__()
@@ -66,7 +65,7 @@ class QuantizedEmbedding(nn.Module):
 
 
 def untie(config: PretrainedConfig, weights: dict[str, QTensor]) -> None:
-    """Where the head is the embedding and that is quantized, let both layers hold the same quantized weight."""
+    """If the head is tied to a quantized embedding, let both layers hold the same quantized weight."""
     shared = next((q for name, q in weights.items() if name.endswith("embed_tokens.weight")), None)
     if shared is not None and config.tie_word_embeddings:
         config.tie_word_embeddings = False
@@ -74,7 +73,7 @@ def untie(config: PretrainedConfig, weights: dict[str, QTensor]) -> None:
 
 
 def hollow(model: nn.Module, names: list[str]) -> None:
-    """Put an empty quantized layer where each tensor of `names` (`….q_proj.weight`) has its layer."""
+    """Replace the layer of each tensor in `names` (`….q_proj.weight`) by an empty quantized layer."""
     modules = dict(model.named_modules())
     for name in names:
         parent, _, child = name.removesuffix(".weight").rpartition(".")

@@ -1,7 +1,7 @@
 """Models that are in memory already: `offload` moves their experts behind a runtime, `restore` puts them back.
 
 Letters: **E** experts. Every change to the model pushes what undoes it on one stack, which an error unwinds at once and
-`restore` later. Does not know how experts are cached or computed.
+`restore` later.
 """
 
 from __future__ import annotations
@@ -23,9 +23,8 @@ from mixoff.loading import layers, refusals
 from mixoff.loading.hooks import bind
 from mixoff.loading.load import choose_io
 from mixoff.quantize.scheme import Scheme
-from mixoff.runtime.prefetch import top_k
 from mixoff.runtime.runtime import Runtime
-from mixoff.shapes.config import backbone_roles, expert_modules, expert_sites
+from mixoff.shapes.config import backbone_roles, configured_top_k, expert_modules, expert_sites
 from mixoff.shapes.sites import Site, quantized_sites, stride, torch_dtype
 from mixoff.store.readers import ExpertReader
 from mixoff.units import format_nbytes, parse_nbytes
@@ -34,7 +33,7 @@ DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "
 
 
 class TensorReader:
-    """Copies expert images from tensors: `tensors[site]` lists places in the image with what stands there, (E, ...)."""
+    """Copies expert images from tensors: `tensors[site]` lists (offset in the image, tensor (E, ...)) pairs."""
 
     def __init__(self, tensors: list[list[tuple[int, Tensor]]]) -> None:
         self.tensors = tensors
@@ -42,9 +41,9 @@ class TensorReader:
     def read_into(self, site: int, expert: int, image: memoryview) -> int:
         """Fill `image` (writable bytes) with one expert; returns the bytes copied."""
         total = 0
-        for place, tensor in self.tensors[site]:
+        for offset, tensor in self.tensors[site]:
             raw = tensor[expert].contiguous().view(-1).view(torch.uint8).numpy()
-            image[place : place + len(raw)] = memoryview(raw)
+            image[offset : offset + len(raw)] = memoryview(raw)
             total += len(raw)
         return total
 
@@ -55,7 +54,7 @@ class TensorReader:
 
 @dataclass
 class MemorySource:
-    """Experts for a runtime, without a model folder: the same attributes as `store.Source`, as far as it needs them."""
+    """Experts for a runtime, without a model folder: the attributes of `store.Source` that the runtime uses."""
 
     sites: tuple[Site, ...]
     dtype: str
@@ -68,7 +67,7 @@ class MemorySource:
         return max(site.expert_nbytes for site in self.sites)
 
     def close(self) -> None:
-        """Let go of what the experts are read from."""
+        """Close the reader."""
         self.reader.close()
 
 
@@ -84,14 +83,24 @@ def offload(
     io: str = "auto",
     exact: bool = False,
 ) -> nn.Module:
-    """Serve the experts of a transformers model that is in memory from `fast_bytes` of it; returns the same model.
+    """Move the experts of a transformers model in memory behind a fast tier of `fast_bytes`; returns the same model.
 
-    folder: None keeps the experts where they are, as the slow tier, which frees nothing and says so with a warning. A
-    folder takes them as a temporary file, and their memory is given back; `restore` reads them again, then the file
-    goes. scheme: None computes with the weights as they are; a `Scheme` or a preset's name quantizes experts and
-    backbone as `convert` would, until `restore` brings the originals back. policy, scope, prefetch, exact, and io of a
-    folder: as for `load`.
-    Raises MixoffError, and leaves the model as it was whenever anything fails. Tested bit for bit against `grouped_mm`.
+    `restore` undoes it. Raises MixoffError, and leaves the model as it was whenever anything fails. Tested bit for bit
+    against transformers' `grouped_mm`.
+
+    Parameters
+    ----------
+    model: transformers model on a CPU
+    fast_bytes: budget for experts in the fast tier: slots, buffers and scratch
+    scheme: `Scheme`, or a preset's name, in which experts and backbone are quantized as `convert` would do it;
+        None computes with the weights as they are
+    folder: folder for a temporary file with the experts, whose memory is then freed;
+        None keeps them in memory as the slow tier, which frees nothing and warns so
+    policy: as for `load`
+    scope: as for `load`
+    prefetch: as for `load`
+    io: as for `load`; used only with a folder
+    exact: as for `load`
     """
     budget = parse_nbytes(fast_bytes)
     scheme = Scheme.preset(scheme) if isinstance(scheme, str) else scheme or Scheme()
@@ -104,7 +113,7 @@ def offload(
             choose_io(source, io, budget, limited=False)
         _strip(modules, undo)
         _quantize_backbone(model, scheme, dtype, exact, undo)
-        compute, k = torch_dtype(dtype), top_k(model.config)
+        compute, k = torch_dtype(dtype), configured_top_k(model.config)
         runtime = Runtime(source, budget, policy, scope, compute, prefetch=prefetch, top_k=k, exact=exact)
         undo.callback(runtime.close)
         _switch(model, modules, undo)
@@ -129,7 +138,7 @@ def restore(model: nn.Module) -> nn.Module:
         undo.close()
         return model
     if "mixoff" in vars(inner):
-        raise MixoffError("this model's experts never were in memory: load it with transformers to have them there")
+        raise MixoffError("this model was loaded by mixoff, so there is nothing to restore: load it with transformers")
     raise MixoffError("this model is not offloaded, so there is nothing to restore: mixoff.offload comes first")
 
 
@@ -142,12 +151,12 @@ def _experts_in_memory(model: nn.Module) -> tuple[list[nn.Module], str]:
     weights = [weight for module in modules for weight in module.parameters(recurse=False)]
     if devices := sorted({weight.device.type for weight in weights} - {"cpu"}):
         raise MixoffError(
-            f"experts lie on {devices[0]}, and this version offloads on a CPU: move the model there first"
+            f"experts are on {devices[0]}, and mixoff offloads models on a CPU only: move the model there first"
         )
     dtypes = {weight.dtype for weight in weights}
     if len(dtypes) > 1 or not dtypes <= DTYPES.keys():
-        found = ", ".join(sorted(map(str, dtypes)))
-        raise CheckpointError(f"experts are {found}: mixoff needs one of {', '.join(DTYPES.values())} for all of them")
+        names = ", ".join(sorted(map(str, dtypes)))
+        raise CheckpointError(f"experts are {names}: mixoff needs one of {', '.join(DTYPES.values())} for all of them")
     return modules, DTYPES[dtypes.pop()] if dtypes else "float32"
 
 
@@ -184,7 +193,7 @@ def _source(
 def _quantized(
     reader: TensorReader, plain: tuple[Site, ...], sites: tuple[Site, ...], scheme: Scheme
 ) -> list[list[tuple[int, Tensor]]]:
-    """Images of all experts, (E, nbytes) a site, quantized as `convert` does it."""
+    """Images of all experts, (E, nbytes) per site, quantized as `convert` does it."""
     images = [torch.zeros(site.num_experts, site.expert_nbytes, dtype=torch.uint8) for site in sites]
     for i, (before, after) in enumerate(zip(plain, sites, strict=True)):
         for (_, weights), part in zip(reader.tensors[i], after.parts, strict=True):
@@ -197,15 +206,15 @@ def _quantized(
 
 
 def _temporary(folder: str | Path, undo: ExitStack) -> Path:
-    """A new folder inside `folder`, which goes when the model is restored, or is not needed any more."""
+    """A new folder inside `folder`, removed when the model is restored or freed."""
     try:
         return Path(undo.enter_context(TemporaryDirectory(prefix="mixoff-", dir=folder, ignore_cleanup_errors=True)))
     except OSError as error:
-        raise MixoffError(f"no temporary file can be made in {folder}: {error.strerror or error}") from error
+        raise MixoffError(f"cannot create a temporary file in {folder}: {error.strerror or error}") from error
 
 
 def _spill(sites: tuple[Site, ...], reader: TensorReader, path: Path) -> dict[tuple[int, int], list[Extent]]:
-    """Write the experts one behind the other, aligned as in a store; returns where each stands."""
+    """Write all experts to one file, aligned as in a store; returns the extent of each."""
     extents = {}
     try:
         with path.open("wb") as f:
@@ -253,7 +262,7 @@ def _strip(modules: list[nn.Module], undo: ExitStack) -> None:
 
 
 def _quantize_backbone(model: nn.Module, scheme: Scheme, dtype: str, exact: bool, undo: ExitStack) -> None:
-    """Put quantized layers in place of those that `scheme` quantizes; a tied head goes with its embedding."""
+    """Replace the layers that `scheme` quantizes; a tied head and its embedding share one quantized weight."""
     modules, by_weight = dict(model.named_modules()), {}
     for name, role in backbone_roles(model).items():
         weight = modules[name.removesuffix(".weight")].weight
@@ -269,7 +278,7 @@ def _quantize_backbone(model: nn.Module, scheme: Scheme, dtype: str, exact: bool
 
 
 def _switch(model: nn.Module, modules: list[nn.Module], undo: ExitStack) -> None:
-    """Let transformers call mixoff for the experts, and compile nothing."""
+    """Make transformers call mixoff for the experts, and turn compilation off."""
 
     def change(thing: object, name: str, value: object) -> None:
         undo.callback(setattr, thing, name, getattr(thing, name))

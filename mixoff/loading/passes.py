@@ -1,7 +1,6 @@
-"""Lets something happen around each forward pass of a module, whatever ends it.
+"""Runs code around each forward pass of a module, however the pass ends.
 
-Hooks of PyTorch cannot: those that are to be called "always" follow an `Exception`, not a `KeyboardInterrupt`. Does not
-know models or experts.
+PyTorch's hooks cannot do this: those that are "always called" follow an `Exception`, but not a `KeyboardInterrupt`.
 """
 
 from __future__ import annotations
@@ -20,16 +19,16 @@ Forward = Callable[..., Any]
 def wrap(module: nn.Module, around: Callable[[Forward, tuple, dict], Any]) -> Callable[[], None]:
     """Let `around(forward, args, kwargs)` replace `module.forward(*args, **kwargs)`; returns a function to end it.
 
-    The signature stays, which transformers looks at. A wrapper that is there already is called within, and ends too.
+    The signature stays, since transformers inspects it. An earlier wrapper is called inside this one, and ends with it.
     """
     before, module_of = vars(module).get("forward"), weakref.ref(module)  # a bound method would keep the module alive
 
-    def own(*args: Any, **kwargs: Any) -> Any:
+    def class_forward(*args: Any, **kwargs: Any) -> Any:
         return type(module_of()).forward(module_of(), *args, **kwargs)
 
     @functools.wraps(type(module).forward)
     def forward(*args: Any, **kwargs: Any) -> Any:
-        return around(before or own, args, kwargs)
+        return around(before or class_forward, args, kwargs)
 
     forward.__signature__ = inspect.signature(module.forward)  # without `self`
     del forward.__wrapped__

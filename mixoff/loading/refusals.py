@@ -1,8 +1,8 @@
 """What stock tools cannot do with a model whose experts are served: each is refused in one sentence with the way out.
 
-torch, transformers, accelerate, safetensors and peft take such a model for an ordinary one. What they would save, copy
-or convert is the model without its experts, and without a word. So the model's class is replaced by one that refuses
-(`serve`), and its experts refuse what reaches them past the model. Does not know how experts are cached or computed.
+torch, transformers, accelerate, safetensors and peft treat such a model as an ordinary one. They would silently save,
+copy or convert it without its experts. So `serve` replaces the model's class by one that refuses, and its experts
+refuse calls that bypass the model.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 RESTORE = "mixoff.restore the model first"
 MERGE = "merge the adapter into the base model (merge_and_unload)"
-# what is refused: why, and the way out for a model of `load` and for one of `offload`
+# what is refused: (why, way out for a model from `load`, way out for a model from `offload`)
 WAYS_OUT = {
     "save": ("save_pretrained would lose them", "use mixoff.convert, or copy the folder", RESTORE),
     "bytes": (
@@ -49,18 +49,18 @@ WAYS_OUT = {
 
 
 def refusal(what: str, loaded: bool) -> MixoffError:
-    """The error for one row of WAYS_OUT. loaded: the model is of `load`, rather than of `offload`."""
+    """The error for one row of WAYS_OUT. loaded: True for a model from `load`, False for one from `offload`."""
     why, *ways = WAYS_OUT[what]
     return MixoffError(f"this model's experts are offloaded, and {why}: {ways[0 if loaded else 1]}")
 
 
 class Served:
-    """In front of a model's class: what would lose the experts is refused; a new instance is an ordinary model."""
+    """Put before a model's class: refuses whatever would lose the experts; a new instance is an ordinary model."""
 
     _loaded, _plain = False, nn.Module
 
     def __new__(cls, *args: Any, **kwargs: Any) -> nn.Module:
-        return cls._plain(*args, **kwargs)  # `type(model)(config)` and `type(model).from_pretrained` have all weights
+        return cls._plain(*args, **kwargs)  # for `type(model)(config)` and `type(model).from_pretrained`
 
     def _refuse(self, what: str) -> None:
         raise refusal(what, self._loaded)
@@ -99,7 +99,7 @@ class Served:
 
 
 class Loaded(Served):
-    """The same for a model of `load`, which is closed at the end of a `with` block."""
+    """The same for a model from `load`, which is also a context manager that closes it."""
 
     _loaded = True
 
@@ -118,15 +118,15 @@ def _served(base: type[nn.Module], loaded: bool) -> type[nn.Module]:
 
 
 def serve(model: nn.Module, runtime: Runtime, loaded: bool) -> ExitStack:
-    """Let `runtime` have the experts of `model`, which refuses what would lose them; closing the result ends that.
+    """Let `runtime` serve the experts of `model`, which then refuses what would lose them; closing the result ends it.
 
-    Raises MixoffError, and changes nothing, where an adapter of the model has experts.
+    Raises MixoffError, and changes nothing, if an adapter of the model covers experts.
     """
     modules = expert_modules(model)
     adapters = Adapters(model, modules, loaded)
-    adapters.update(own := vars(model).get("peft_config", {}))
+    adapters.update(original := vars(model).get("peft_config", {}))
     with ExitStack() as undo:
-        undo.callback(_give_back, vars(model), own, adapters)
+        undo.callback(_give_back, vars(model), original, adapters)
         vars(model).pop("peft_config", None)
         for i, (module, site) in enumerate(zip(modules.values(), runtime.source.sites, strict=True)):
             undo.push(_mark(module, Place(runtime, i, loaded), site))
@@ -136,11 +136,11 @@ def serve(model: nn.Module, runtime: Runtime, loaded: bool) -> ExitStack:
 
 
 def _change_class(model: nn.Module, adapters: Adapters, loaded: bool, undo: ExitStack) -> None:
-    own = type(model)
+    original = type(model)
     model._adapters = adapters
     undo.callback(delattr, model, "_adapters")
-    model.__class__ = _served(getattr(own, "_plain", own), loaded)
-    undo.callback(setattr, model, "__class__", own)
+    model.__class__ = _served(getattr(original, "_plain", original), loaded)
+    undo.callback(setattr, model, "__class__", original)
 
 
 def check(backbone: nn.Module, dtype: torch.dtype | None, kind: str, loaded: bool) -> None:
@@ -154,7 +154,7 @@ def check(backbone: nn.Module, dtype: torch.dtype | None, kind: str, loaded: boo
 
 
 def dtype_of(backbone: nn.Module) -> torch.dtype | None:
-    """The dtype that `check` expects; None where no weight tells."""
+    """The dtype that `check` expects; None if the model has no floating-point weight."""
     return None if (sample := _sample(backbone)) is None else sample.dtype
 
 
@@ -168,7 +168,7 @@ def _sample(model: nn.Module) -> torch.Tensor | None:
 
 
 class Place(tuple):
-    """Which runtime serves a module of experts, and as which site: what `experts_forward` looks for. Not copied."""
+    """(runtime, site) of a module of experts, where `experts_forward` finds it. Cannot be copied."""
 
     def __new__(cls, runtime: Runtime, site: int, loaded: bool) -> Place:
         place = super().__new__(cls, (runtime, site))
@@ -180,9 +180,9 @@ class Place(tuple):
 
 
 class Elsewhere(torch.Tensor):
-    """A weight of all experts of a site in a `state_dict`: name, shape and dtype. Whoever wants its bytes is refused.
+    """A weight of all experts of a site in a `state_dict`: name, shape and dtype, but no bytes.
 
-    Tools that only list or filter a `state_dict` so go on working, and whatever saves or copies it says why it cannot.
+    Tools that only list or filter a `state_dict` keep working; those that save or copy it get an error with the reason.
     """
 
     @staticmethod
@@ -210,7 +210,7 @@ class Elsewhere(torch.Tensor):
 
 _T = torch.Tensor
 STAYS = {_T.detach, _T.cpu, _T.to, _T.view}
-# accelerate puts a whole backbone on disk by name, and reads back what modules hold: never a weight of the experts
+# accelerate writes a `state_dict` to disk by name, but reads back only what modules hold: never experts' weights
 OFFLOADER = "accelerate.utils.offload"
 TELLS = {_T.size, _T.dim, _T.numel, _T.nelement, _T.element_size, _T.is_floating_point, _T.stride, _T.is_contiguous}
 TELLS |= {_T.__len__, *(getattr(_T, name).__get__ for name in ("shape", "dtype", "device", "layout", "requires_grad"))}
@@ -218,7 +218,7 @@ TELLS |= {getattr(_T, name).__get__ for name in ("ndim", "nbytes", "itemsize", "
 
 
 def _mark(module: nn.Module, place: Place, site: sites.Site) -> ExitStack:
-    """Give experts their place, and their names to a `state_dict`; those go unread where it is loaded again."""
+    """Give a module of experts its place, and its names in a `state_dict`; loading that skips these names."""
     kept = {p.name: Elsewhere((site.num_experts, *p.shape), sites.torch_dtype(p.dtype)) for p in site.parts}
 
     def named(_: nn.Module, state: dict, prefix: str, *rest: object) -> None:
@@ -241,38 +241,38 @@ def _mark(module: nn.Module, place: Place, site: sites.Site) -> ExitStack:
 
 
 def within(model: nn.Module) -> nn.Module:
-    """The transformers model in a `PeftModel`; any other model is its own."""
+    """The transformers model inside a `PeftModel`; any other model is returned as it is."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def check_adapters(model: nn.Module) -> None:
-    """Refuse a model in memory one of whose adapters is around experts already."""
+    """Refuse a model in memory if one of its adapters already wraps experts."""
     if any(name.endswith(("base_layer", "original_module")) for name in expert_modules(model)):
         why, _, _ = WAYS_OUT["adapter"]
-        raise MixoffError(f"an adapter of this model has experts, and {why} once they are offloaded: {MERGE} first")
+        raise MixoffError(f"an adapter of this model covers experts, and {why} once they are offloaded: {MERGE} first")
 
 
 def watch(wrapper: nn.Module, model: nn.Module, undo: ExitStack) -> None:
-    """Let a `PeftModel` around the served `model` ask it before it takes another adapter."""
+    """Make a `PeftModel` around the served `model` ask it before it adds another adapter."""
     tuner = getattr(wrapper, "base_model", None)
     if tuner is not None and "peft_config" in vars(tuner):
         undo.callback(setattr, tuner, "peft_config", tuner.peft_config)
         tuner.peft_config = model.peft_config
 
 
-def _give_back(members: dict, own: dict, adapters: Adapters) -> None:
-    """Leave the adapters that a model has by now where PEFT looks for them."""
-    kept = dict(adapters)
-    own.clear()
-    own.update(kept)
-    if own:
-        members["peft_config"] = own
+def _give_back(members: dict, original: dict, adapters: Adapters) -> None:
+    """Put the model's current adapters back where PEFT looks for them, into the dict that was there."""
+    current = dict(adapters)
+    original.clear()
+    original.update(current)
+    if original:
+        members["peft_config"] = original
 
 
 class Adapters(dict):
-    """PEFT's configurations of a model by adapter: it asks for them here before it changes a layer.
+    """PEFT's configurations of a model by adapter: PEFT adds one here before it changes a layer.
 
-    One that has experts is refused: PEFT would not find them, and leave its weights out with a warning at most.
+    One that covers experts is refused: PEFT would not find them, and drop its weights with a warning at most.
     """
 
     def __init__(self, model: nn.Module, modules: Iterable[str], loaded: bool) -> None:
@@ -290,7 +290,7 @@ class Adapters(dict):
 
 
 def _names(modules: Iterable[str]) -> Iterable[str]:
-    """What an adapter may call experts: the module, its weights, and each expert's as in transformers 4."""
+    """Names by which an adapter may refer to experts: the module, its weights, and transformers 4's weights."""
     weights = ("gate_up_proj", "up_proj", "down_proj", "gate_up_proj_bias", "up_proj_bias", "down_proj_bias")
     for path in modules:
         yield path
@@ -299,7 +299,7 @@ def _names(modules: Iterable[str]) -> Iterable[str]:
 
 
 def _has_experts(config: PeftConfig, model: nn.Module, names: list[str]) -> bool:
-    """Whether PEFT would look for weights of the experts, or for a name of theirs that no module of the rest has."""
+    """Whether PEFT would look for experts: for their weights, or for names that no backbone module has."""
     config = _as_read(config, model)
     parameters, targets, saved = (
         getattr(config, kind, None) or () for kind in ("target_parameters", "target_modules", "modules_to_save")
@@ -309,16 +309,17 @@ def _has_experts(config: PeftConfig, model: nn.Module, names: list[str]) -> bool
         if any(pattern.fullmatch(name) for name in names):
             return True
     backbone = [name for name, _ in model.named_modules()]
-    lacking = [name for name in targets if not any(_ends(own, name) for own in backbone)]
+    lacking = [name for name in targets if not any(_ends(module, name) for module in backbone)]
     spelt = [name for name in targets if "experts" in name.split(".")]
-    return any(_ends(own, name) for name in (*parameters, *lacking, *spelt, *saved) for own in names) or bool(spelt)
+    wanted = (*parameters, *lacking, *saved)
+    return bool(spelt) or any(_ends(expert, name) for name in wanted for expert in names)
 
 
 def _as_read(config: PeftConfig, model: nn.Module) -> PeftConfig:
-    """The configuration as PEFT reads it for this version of transformers, where names of experts changed."""
+    """The configuration as PEFT reads it for this version of transformers, which renamed experts' weights."""
     try:
         from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
-    except ImportError:  # an older PEFT, which leaves names as they are
+    except ImportError:  # an older PEFT does not convert names
         return config
     config = copy.deepcopy(config)
     convert_peft_config_for_transformers(config, model=model, conversions=None)

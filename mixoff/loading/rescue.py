@@ -1,8 +1,7 @@
-"""When memory runs out in the middle of a pass: slots are given back, the cache of keys and values is cut back to where
-the pass began, and the pass is repeated.
+"""Out of memory during a pass: free slots, cut the KV cache back to where the pass began, and repeat the pass.
 
-A model whose cache cannot be cut back (a sliding window, a state) ends with the figures and the advice instead; the
-next call finds the room that was made. Does not know how experts are cached or computed.
+If a model's cache cannot be cut back (sliding window, recurrent state), the pass ends with an error that gives figures
+and advice. The next call then has the freed memory.
 """
 
 from __future__ import annotations
@@ -25,14 +24,14 @@ if TYPE_CHECKING:
 
 
 def guard(model: PreTrainedModel, runtime: Runtime) -> ExitStack:
-    """Let passes of `model` survive a lack of memory, at the cost of slots; closing what is returned ends that."""
+    """Let passes of `model` survive running out of memory, at the cost of slots; closing the result ends that."""
     signature = inspect.signature(model.forward)
 
     def around(forward: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
         given = signature.bind_partial(*args, **kwargs)
         given = given.arguments | given.kwargs
         cache = next((given[name] for name in CACHE_NAMES if given.get(name) is not None), None)
-        length = cache.get_seq_length() if hasattr(cache, "get_seq_length") else None  # other kinds of cache have none
+        length = cache.get_seq_length() if hasattr(cache, "get_seq_length") else None  # other caches have no length
         while (done := _attempt(lambda: forward(*args, **kwargs)))[1] is not None:
             runtime.make_room(done[1])
             _cut_back(cache, length)
@@ -44,7 +43,7 @@ def guard(model: PreTrainedModel, runtime: Runtime) -> ExitStack:
 
 
 def _attempt(work: Callable[[], Any]) -> tuple[Any, str | None]:
-    """What `work` returns, or what it lacked memory for; its tensors are gone then, as is the error that held them."""
+    """(Result of `work`, None), or (None, what ran out of memory); the error is gone then, and the tensors it held."""
     try:
         return work(), None
     except Exception as error:
@@ -54,7 +53,7 @@ def _attempt(work: Callable[[], Any]) -> tuple[Any, str | None]:
 
 
 def _cut_back(cache: object, length: int | None) -> None:
-    """Drop what a pass that failed has added. Raises BudgetError for a cache of which that cannot be taken away."""
+    """Drop what the failed pass added to the cache. Raises BudgetError for a cache that cannot be cut back."""
     if cache is None:
         return
     from transformers.cache_utils import DynamicCache, DynamicLayer
@@ -63,13 +62,13 @@ def _cut_back(cache: object, length: int | None) -> None:
         where = "" if length is None else f" at token {length}"
         raise BudgetError(
             f"memory ran out{where}, and this model's cache ({type(cache).__name__}) cannot be cut back to "
-            "repeat the pass; slots were given back meanwhile, so generate again, with a shorter context or fewer bits"
+            "repeat the pass; slots were freed meanwhile, so generate again, with a shorter context or fewer bits"
         )
-    for layer in cache.layers:  # `crop` means other things in other versions of transformers
+    for layer in cache.layers:  # the meaning of `crop` differs between versions of transformers
         if layer.is_initialized:
             layer.keys, layer.values = (_first(t, length) for t in (layer.keys, layer.values))
 
 
 def _first(t: Tensor, length: int) -> Tensor:
-    """The first entries of keys or values (..., length, width); none of them hold no memory."""
+    """The first entries of keys or values (..., length, width); zero of them take no memory."""
     return t[..., :length, :] if length and t.numel() else t.new_empty(0)

@@ -1,8 +1,8 @@
-"""Compiles the loops that a model or a conversion needs before any clock runs, and says so where that takes long.
+"""Compiles the loops that a model or a conversion needs before anything is timed, and announces it if that takes long.
 
-numba keeps compiled code on disk, so this takes half a minute once on each machine, and some milliseconds afterwards.
-Products of each form of weight that a model has are computed once, on matrices of no content: what is in the model's
-tiers, and its counters, stay as they are. Does not know commands.
+numba keeps compiled code on disk, so this takes half a minute once per machine, and milliseconds afterwards. One
+product is computed for each form of weight in the model, on empty matrices: the model's tiers and counters stay as
+they are.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-WIDTH = 1024  # of the matrices: enough that several threads share a product
-ROWS = (1, 2, 4)  # that loops compute side by side
-PATIENCE_S = 0.5  # of compiling: a loop or two are not worth a line
+WIDTH = 1024  # width of the matrices: enough that several threads share a product
+ROWS = (1, 2, 4)  # numbers of rows that one loop computes together
+PATIENCE_S = 0.5  # compiling for less than this is not announced
 LINE = "compiling kernels for this CPU, once: about half a minute of its time"
 
 
 def compile_for(model: PreTrainedModel, say: Callable[[str], object]) -> float:
-    """Compile what `model`, served by a runtime, computes with on a CPU; returns the seconds. `say` gets LINE."""
+    """Compile the loops that `model`, served by a runtime, uses on a CPU; returns the seconds. `say` gets LINE."""
     if model.device.type != "cpu" or products.loops() is None:
         return 0.0
     modules = [m for m in model.modules() if isinstance(m, layers.QuantizedLinear)]
@@ -60,7 +60,7 @@ def _rows(w: object, exact: bool) -> tuple[int, ...]:
 
 
 def _expert(form: tuple[int, int, int], dtype: torch.dtype, exact: bool) -> None:
-    """The products of one expert whose weights have this form."""
+    """Compute the products of one expert whose weights have this form."""
     up, down = (QTensor.empty((n, WIDTH), *form) for n in (2 * WIDTH, WIDTH))
     for rows in _rows(up, exact):
         x = torch.zeros(rows, WIDTH, dtype=dtype)
@@ -71,7 +71,7 @@ def _expert(form: tuple[int, int, int], dtype: torch.dtype, exact: bool) -> None
 
 
 def compile_solvers(scheme: Scheme, say: Callable[[str], object]) -> float:
-    """Compile what a conversion into `scheme` computes with; returns the seconds."""
+    """Compile the loops of a conversion into `scheme`; returns the seconds."""
     forms = {form for role in ROLES if (form := scheme.precision(role)) is not None}
     if not forms or solve.loops() is None:
         return 0.0
@@ -84,7 +84,7 @@ def compile_solvers(scheme: Scheme, say: Callable[[str], object]) -> float:
 
 @contextmanager
 def _announced(say: Callable[[str], object]) -> Iterator[float]:
-    """Say LINE once numba has compiled, not only read from disk, for PATIENCE_S; gives the time of its start."""
+    """Say LINE once numba has been compiling, not just reading from disk, for PATIENCE_S; yields the start time."""
     from numba.core import event
 
     class Passes(event.Listener):

@@ -1,9 +1,10 @@
-"""How a budget is divided: slots, spare slots for guesses, and how files are read. The runtime asks the same rules."""
+"""How a budget is divided: slots, spare slots for guesses, how files are read. The runtime uses the same rules."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from mixoff.cache.cache import SCOPES
 from mixoff.errors import BudgetError, MixoffError
 from mixoff.planning import hardware as machines
 from mixoff.shapes.sites import Site, slot_nbytes
@@ -12,18 +13,16 @@ from mixoff.units import format_nbytes
 if TYPE_CHECKING:
     from mixoff.planning.hardware import Hardware
 
-SCOPES = ("layer", "global")
-
 
 def least_slots(sites: tuple[Site, ...], scope: str) -> int:
-    """Slots without which nothing runs: one a layer, or one in all."""
+    """The fewest slots that run: one per layer, or a single one."""
     if scope not in SCOPES:
         raise MixoffError(f"unknown scope {scope!r}: choose one of {', '.join(SCOPES)}")
     return len(sites) if scope == "layer" else 1
 
 
 def plan_slots(sites: tuple[Site, ...], fast_bytes: int, scratch: int, scope: str) -> list[int]:
-    """Slots of each pool within `fast_bytes`: one pool a layer, or a single one. Raises BudgetError below the minimum.
+    """Slots of each pool within `fast_bytes`: one pool per layer, or a single one. Raises BudgetError if too few.
 
     Slots that do not divide evenly go to the first layers.
     """
@@ -31,9 +30,11 @@ def plan_slots(sites: tuple[Site, ...], fast_bytes: int, scratch: int, scope: st
     slots = (fast_bytes - scratch) // size
     if slots < least:
         need = least * size + scratch
-        what = f"{least} MoE layers need at least one slot each" if scope == "layer" else "at least one slot is needed"
+        reason = "at least one slot is needed"
+        if scope == "layer":
+            reason = f"{least} MoE layers need at least one slot each"
         raise BudgetError(
-            f"{what}: fast_bytes is {fast_bytes:,} bytes ({format_nbytes(fast_bytes)}), "
+            f"{reason}: fast_bytes is {fast_bytes:,} bytes ({format_nbytes(fast_bytes)}), "
             f"raise it to {need:,} bytes ({format_nbytes(need)}) or more"
         )
     if scope == "global":
@@ -42,16 +43,20 @@ def plan_slots(sites: tuple[Site, ...], fast_bytes: int, scratch: int, scope: st
 
 
 MODES = ("auto", "none", "next-router")
-SHARE = 8  # `auto` sets aside at most one slot of so many: the cache needs them more
+SHARE = 8  # `auto` sets aside at most one slot in this many: the cache needs them more
 
 
 def set_aside(
     mode: str, slots: int, least: int, experts: int, wanted: int, direct: bool, slot_nbytes: int
 ) -> tuple[int, str]:
-    """Spare slots for guesses, and the reason. Raises MixoffError, or BudgetError where `next-router` has no room.
+    """Spare slots for guesses, and the reason. Raises MixoffError, or BudgetError if `next-router` has no room.
 
-    slots: all that `fast_bytes` pays for; least: what the cache needs at least; wanted: one for each of K experts.
-    direct: misses are read past the page cache, and so take long enough to be hidden.
+    mode: one of MODES
+    slots: all slots that fit into `fast_bytes`
+    least: slots that the cache needs at least
+    experts: experts of all layers
+    wanted: spare slots wanted, K
+    direct: whether misses are read past the page cache, and so take long enough to be hidden
 
     >>> set_aside("auto", 64, 8, 256, 2, True, 1), set_aside("auto", 256, 8, 256, 2, True, 1)
     ((2, 'on: next-router, 2 spare slots'), (0, 'off: every expert has a slot'))
@@ -64,7 +69,7 @@ def set_aside(
         return 0, "off: every expert has a slot"
     if mode == "next-router" and slots <= least:
         raise BudgetError(
-            f"prefetch needs a slot beside the {least} that the layers need: raise fast_bytes by "
+            f"prefetch needs a slot in addition to the {least} that the layers need: raise fast_bytes by "
             f"{format_nbytes((least + 1 - slots) * slot_nbytes)}, or set prefetch to 'none'"
         )
     spare = min(wanted, slots - least)
@@ -81,9 +86,10 @@ IO = ("auto", "direct", "buffered")
 def goes_direct(io: str, nbytes: int, free: int, limited: bool) -> bool:
     """Whether files are read past the page cache. Nothing is timed.
 
-    io: `"direct"` and `"buffered"` say it; `"auto"` is direct where the page cache cannot help, since `nbytes` (all
-    experts, and the fast tier) exceed the `free` bytes of memory, or must not, since RAM for experts is `limited` by
-    `ram_bytes`.
+    io: `"direct"` or `"buffered"` decides; `"auto"` is direct if the page cache cannot help or must not be used
+    nbytes: bytes of all experts and the fast tier; the page cache cannot help if they exceed `free`
+    free: free bytes of memory
+    limited: whether RAM for experts is limited, so the page cache must not hold them too
 
     >>> goes_direct("auto", 14, 24, False), goes_direct("auto", 14, 9, False), goes_direct("auto", 14, 24, True)
     (False, True, True)

@@ -1,9 +1,7 @@
-"""Memories and links: of well-known machines as they are reported, and of this one as it is measured.
+"""Memories and links of well-known machines, as reported.
 
-Sizes are in bytes, bandwidths in bytes a second. `sources` of a `Hardware` says of every figure where it comes from:
-`measured` (here, by the functions below), `reported` (by whom) or `assumed` (replace it by your own).
-
-Does not know models.
+Sizes are in bytes, bandwidths in bytes per second. `sources` of a `Hardware` gives the origin of each figure:
+`measured` (by `probe`), `reported` (by whom) or `assumed` (replace it by your own).
 """
 
 from __future__ import annotations
@@ -19,11 +17,21 @@ from mixoff.units import GB, GIB, MIB, format_nbytes
 class Hardware:
     """A machine as a plan sees it.
 
-    device: `cuda`, where the fast tier is the card's memory, or `cpu`, where it is a share of RAM. fast_bytes,
-    ram_bytes, disk_bytes: sizes; ram_bytes is 0 on a CPU, whose RAM is the fast tier already; disk_bytes None is not
-    known. fast_Bps: read bandwidth of the fast tier. link_Bps: from RAM to the fast tier, None on a CPU. disk_Bps:
-    large direct reads. reserved_nbytes: kept free for what no plan counts, the CUDA context or the interpreter.
-    python_s: seconds of a step of `python_speed`'s loop, None where it is not known. threads: that compute together.
+    Attributes
+    ----------
+    name: name in NAMED, or `here`
+    device: `cuda`, where the fast tier is the card's memory, or `cpu`, where it is a share of RAM
+    fast_bytes: size of the fast memory
+    ram_bytes: size of RAM as another tier; 0 on a CPU, whose RAM is the fast memory
+    disk_bytes: free disk space; None if unknown
+    fast_Bps: read bandwidth of the fast memory
+    link_Bps: bandwidth from RAM to the fast memory; None on a CPU
+    disk_Bps: bandwidth of large direct reads
+    compute_dtype: 16-bit dtype that a card computes in
+    reserved_nbytes: fast memory kept free for what no plan counts: the CUDA context, or the interpreter
+    sources: origin of each figure, by name
+    python_s: seconds per step of the loop in `probe.python_speed`; None if unknown
+    threads: threads that compute together
     """
 
     name: str
@@ -41,7 +49,7 @@ class Hardware:
     threads: int = 1
 
     def to_dict(self) -> dict:
-        """All figures under their names, `sources` among them."""
+        """All figures by name, including `sources`."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -66,14 +74,25 @@ INTERPRETER = "measured: interpreter, torch and transformers before a model is l
 PRIVATE_RAM = "assumed: what is free of 32 GB; give yours with --ram"
 
 
-def _card(name: str, fast_GiB: float, memory_GBps: float, link_GBps: float, **own: str) -> Hardware:
+def _card(name: str, fast_GiB: float, memory_GBps: float, link_GBps: float, **origins: str) -> Hardware:
+    """A consumer or data-centre card. origins: sources that differ from the usual ones."""
     sources = {
         "fast_bytes": NVIDIA, "ram_bytes": PRIVATE_RAM, "disk_bytes": "not known: give it with --disk",
         "fast_Bps": NVIDIA, "link_Bps": BAM, "disk_Bps": NVME, "reserved_nbytes": CONTEXT,
     }  # fmt: skip
-    sizes = int(fast_GiB * GIB), 28 * GB, None
-    speeds = memory_GBps * GB, link_GBps * GB, 3.0 * GB
-    return Hardware(name, "cuda", *sizes, *speeds, "bfloat16", CUDA_RESERVED, sources | own)
+    return Hardware(
+        name=name,
+        device="cuda",
+        fast_bytes=int(fast_GiB * GIB),
+        ram_bytes=28 * GB,
+        disk_bytes=None,
+        fast_Bps=memory_GBps * GB,
+        link_Bps=link_GBps * GB,
+        disk_Bps=3.0 * GB,
+        compute_dtype="bfloat16",
+        reserved_nbytes=CUDA_RESERVED,
+        sources=sources | origins,
+    )
 
 
 def _colab_t4() -> Hardware:
@@ -86,8 +105,19 @@ def _colab_t4() -> Hardware:
         "disk_Bps": "assumed: no published figure was found; `mixoff doctor` measures it",
         "reserved_nbytes": CONTEXT,
     }
-    speeds = 320.0 * GB, 12.0 * GB, 0.5 * GB
-    return Hardware("t4", "cuda", int(14.75 * GIB), 11 * GB, None, *speeds, "float16", CUDA_RESERVED, sources)
+    return Hardware(
+        name="t4",
+        device="cuda",
+        fast_bytes=int(14.75 * GIB),
+        ram_bytes=11 * GB,
+        disk_bytes=None,
+        fast_Bps=320.0 * GB,
+        link_Bps=12.0 * GB,
+        disk_Bps=0.5 * GB,
+        compute_dtype="float16",
+        reserved_nbytes=CUDA_RESERVED,
+        sources=sources,
+    )
 
 
 def _laptop() -> Hardware:
@@ -99,7 +129,19 @@ def _laptop() -> Hardware:
         "disk_Bps": NVME,
         "reserved_nbytes": INTERPRETER,
     }
-    return Hardware("laptop", "cpu", 12 * GB, 0, None, 35.0 * GB, None, 3.0 * GB, "float32", CPU_RESERVED, sources)
+    return Hardware(
+        name="laptop",
+        device="cpu",
+        fast_bytes=12 * GB,
+        ram_bytes=0,
+        disk_bytes=None,
+        fast_Bps=35.0 * GB,
+        link_Bps=None,
+        disk_Bps=3.0 * GB,
+        compute_dtype="float32",
+        reserved_nbytes=CPU_RESERVED,
+        sources=sources,
+    )
 
 
 _PCIE4, _PCIE5 = {"link_Bps": BAM + ", PCIe 4.0 x16"}, {"link_Bps": "assumed: 50 of 63 GB/s nominal, PCIe 5.0 x16"}
@@ -121,7 +163,7 @@ NAMED = {
 
 
 def named_as(name: str) -> str:
-    """The name in NAMED, or `here`, that is written so or nearly so. Raises MixoffError, which lists the names.
+    """The name in NAMED, or `here`, in its usual spelling. Raises MixoffError, which lists the names.
 
     >>> named_as("RTX 4090"), named_as("rtx4090"), named_as("here")
     ('rtx-4090', 'rtx-4090', 'here')
@@ -130,4 +172,4 @@ def named_as(name: str) -> str:
     if full := known.get(re.sub(r"[\W_]", "", name.lower())):
         return full
     names = f"choose one of {', '.join(NAMED)}, or 'here' to measure this machine"
-    raise MixoffError(f"no hardware {name!r}: {names}{suggestion(name, known.values())}")
+    raise MixoffError(f"unknown hardware {name!r}: {names}{suggestion(name, known.values())}")

@@ -1,4 +1,4 @@
-"""What a model asks of memory on a machine."""
+"""The memory that a model needs on a machine."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from mixoff.shapes import sites, sizes
 if TYPE_CHECKING:
     from mixoff.planning.hardware import Hardware
 
-PROMPT_SHARE = 0.5  # of the context that arrives in one pass: the workspace is sized for it
-WIDE = 10  # vectors of the model's width that a pass holds at once for every token: residual, norms, q, k, v, copies
+PROMPT_SHARE = 0.5  # share of the context that arrives in one pass, which the workspace is sized for
+WIDE = 10  # vectors of the model's width that a pass holds per token: residual, norms, q, k, v, copies
 LOGITS = 2  # copies of a row of logits, in fp32
 
 
@@ -24,7 +24,11 @@ LOGITS = 2  # copies of a row of logits, in fp32
 
 @dataclass(frozen=True)
 class Needs:
-    """What a model asks of memory on a kind of device. page_cache: bytes of RAM for files, none beside a card."""
+    """Bytes that a model needs on a kind of device.
+
+    compute: dtype of the computation
+    page_cache: RAM for cached files; 0 on a machine with a card
+    """
 
     sizes: sizes.Sizes
     context: int
@@ -39,30 +43,36 @@ class Needs:
     def of(cls, of: sizes.Sizes, machine: Hardware, context: int, batch: int) -> Needs:
         """The needs of a model, in the dtype that the machine computes in."""
         compute = speed.compute_dtype(machine, of.shape.dtype)
-        kv_cache = of.shape.with_dtype(compute).kv_nbytes(context, batch)
-        rows = batch * math.ceil(context * PROMPT_SHARE)
-        fixed = of.backbone(compute), kv_cache, workspace_nbytes(of, compute, rows)
-        return cls(of, context, batch, compute, *fixed, machine.fast_bytes if machine.device == "cpu" else 0)
+        return cls(
+            sizes=of,
+            context=context,
+            batch=batch,
+            compute=compute,
+            backbone=of.backbone(compute),
+            kv_cache=of.shape.with_dtype(compute).kv_nbytes(context, batch),
+            workspace=workspace_nbytes(of, compute, rows=batch * math.ceil(context * PROMPT_SHARE)),
+            page_cache=machine.fast_bytes if machine.device == "cpu" else 0,
+        )
 
     @property
     def fixed(self) -> int:
-        """Everything that is not an expert."""
+        """Bytes of everything but experts."""
         return self.backbone + self.kv_cache + self.workspace
 
     @property
     def scratch(self) -> int:
-        """Bytes beside the slots that count against `fast_bytes`, as the runtime says."""
+        """Bytes that count against `fast_bytes` in addition to slots, by the runtime's rule."""
         from mixoff.kernels import reference
 
         return reference.scratch_nbytes(self.sizes.sites, sites.torch_dtype(self.compute))
 
     def experts_in_fast(self, slots: int) -> int:
-        """Bytes of `slots` slots a layer and scratch."""
+        """Bytes of `slots` slots per layer, and scratch."""
         each = [min(slots, site.num_experts) for site in self.sizes.sites]
         return sum(each) * self.sizes.slot_nbytes + self.scratch
 
     def slots(self, fast_bytes: int) -> list[int]:
-        """Slots of each layer within `fast_bytes`, none where one each is too much."""
+        """Slots of each layer within `fast_bytes`; all 0 if there is no room for one per layer."""
         left = max(fast_bytes - self.spare(fast_bytes) * self.sizes.slot_nbytes, 0)
         try:
             return plan_slots(self.sizes.sites, left, self.scratch, "layer")
@@ -70,20 +80,26 @@ class Needs:
             return [0] * len(self.sizes.sites)
 
     def spare(self, fast_bytes: int) -> int:
-        """Slots that the runtime sets aside for prefetching, which it does where misses come past the page cache."""
+        """Slots that the runtime sets aside for prefetching, if misses are read past the page cache."""
         of = self.sizes
-        slots, experts = max(fast_bytes - self.scratch, 0) // of.slot_nbytes, sum(s.num_experts for s in of.sites)
         nbytes = sum(site.num_experts * site.expert_nbytes for site in of.sites)
-        direct = goes_direct("auto", nbytes + min(max(fast_bytes, 0), nbytes), self.page_cache, False)
-        wanted = max(of.shape.top_k)
-        return set_aside("auto", slots, len(of.sites), experts, wanted, direct, of.slot_nbytes)[0]
+        spare, _ = set_aside(
+            "auto",
+            slots=max(fast_bytes - self.scratch, 0) // of.slot_nbytes,
+            least=len(of.sites),
+            experts=sum(site.num_experts for site in of.sites),
+            wanted=max(of.shape.top_k),
+            direct=goes_direct("auto", nbytes + min(max(fast_bytes, 0), nbytes), self.page_cache, limited=False),
+            slot_nbytes=of.slot_nbytes,
+        )
+        return spare
 
 
 def workspace_nbytes(of: sizes.Sizes, compute: str, rows: int) -> int:
-    """Bytes of activations while a prompt of `rows` tokens passes, an upper bound: all tokens may want one expert.
+    """Upper bound on the bytes of activations for a prompt of `rows` tokens, all of which may ask for one expert.
 
-    WIDE vectors of the model's width a token, the outputs of its K experts twice, one expert's inner activations (gate,
-    up and their product), and the last token's logits.
+    Per token: WIDE vectors of the model's width, the outputs of its K experts twice, and one expert's inner activations
+    (gate, up and their product). In addition: the last token's logits.
     """
     text, item = of.shape.config.get_text_config(), sites.dtype_nbytes(compute)
     inner = [max(part.shape) for site in of.shape.sites for part in site.parts if part.name.startswith("down_proj")]

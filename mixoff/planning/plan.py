@@ -17,13 +17,27 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Plan:
-    """How a model lies on a machine. Shows itself as text and, in notebooks, as a table with a bar.
+    """Where a model's bytes go on a machine. Displays itself as text and, in notebooks, as a table with a bar.
 
-    parameters: numbers by part, `total` and `active` among them. bytes: `experts` and `backbone` as they lie in memory,
-    `kv_cache`, `workspace`, and `store`, all tensors of the store. tiers: bytes in `fast`, `ram`, `disk`; the disk tier
-    is those experts that neither of the others holds. fast_bytes: what remains of the fast memory for experts, to be
-    given to `load`. fits: whether the model runs. slots_per_layer: experts of a layer in the fast tier at least.
-    resident: whether all of them are. tokens_per_s: `low`, `expected`, `high`, modelled. predictions: behind them.
+    Attributes
+    ----------
+    source: name of the model
+    scheme: name of the quantization scheme
+    hardware: the machine
+    context, batch: tokens and sequences that the KV cache is planned for
+    parameters: parameters by part, and `total` and `active`
+    bytes: bytes of `experts`, `backbone`, `kv_cache` and `workspace` in memory, and of the whole `store`
+    tiers: bytes in `fast`, `ram` and `disk`; `disk` counts experts that are in neither of the others
+    fast_bytes: fast memory left for experts, to pass to `load`
+    fits: whether the model runs
+    resident: whether all experts are in the fast tier
+    slots_per_layer: slots of the layer with the fewest
+    experts_per_layer: experts of the layer with the most
+    hit_rate, hit_rate_source: share of requests that the fast tier holds, and the origin of the figure
+    tokens_per_s: `low`, `expected` and `high` speed, modelled
+    floors_ms: milliseconds per token that no implementation can beat, by lane
+    advice: ways to make the model fit or run faster
+    predictions: predictions of speed behind `tokens_per_s`
     """
 
     source: str
@@ -53,14 +67,16 @@ class Plan:
         return values | {"predictions": {name: p.to_dict() for name, p in self.predictions.items()}}
 
     def to_json(self) -> str:
-        """One line of JSON."""
+        """`to_dict` as one line of JSON."""
         return json.dumps(self.to_dict())
 
     def __str__(self) -> str:
         return "\n".join(_lines(self))
 
     def __repr__(self) -> str:
-        verdict = "fits whole" if self.resident else "fits" if self.fits else "does not fit"
+        verdict = "fits" if self.fits else "does not fit"
+        if self.resident:
+            verdict = "fits whole"
         return f"Plan({self.source}, {self.scheme}, {self.hardware.name}: {verdict}, {self.slots_per_layer} slots)"
 
     def _repr_html_(self) -> str:
@@ -69,14 +85,14 @@ class Plan:
 
 # How a plan shows itself ----------------------------------------------------------------------------------------------
 
-COLOURS = {  # Okabe and Ito's, legible on light and dark; each part is also named in the table beside its bar
+COLOURS = {  # Okabe and Ito's, legible on light and dark; the table next to the bar names each part too
     "backbone": "#0072B2", "kv_cache": "#56B4E9", "workspace": "#F0E442", "slots": "#009E73", "reserved": "#999999",
 }  # fmt: skip
 NAMES = {"kv_cache": "KV cache", "slots": "experts in slots", "reserved": "kept free"}
 
 
 def _fast_parts(plan: Plan) -> dict[str, int]:
-    """What the fast memory holds, in bytes."""
+    """Bytes of the fast memory by part."""
     parts = {name: plan.bytes[name] for name in ("backbone", "kv_cache", "workspace")}
     return parts | {"slots": plan.tiers["fast"] - sum(parts.values()), "reserved": plan.hardware.reserved_nbytes}
 
@@ -89,6 +105,9 @@ def _speed(plan: Plan) -> str:
 def _rows(plan: Plan) -> list[tuple[str, str]]:
     """Label and text of each line of a plan."""
     p, b, size = plan.parameters, plan.bytes, format_nbytes
+    verdict = "fits" if plan.fits else "does not fit"
+    if plan.resident:
+        verdict = "everything fits: do not offload"
     slots = f"{plan.slots_per_layer} of {plan.experts_per_layer} experts of each layer"
     rows = [
         ("model", f"{plan.source}: {p['total'] / 1e9:.2f} B parameters, {p['active'] / 1e9:.2f} B active a token"),
@@ -98,7 +117,7 @@ def _rows(plan: Plan) -> list[tuple[str, str]]:
         ("for experts", f"fast_bytes={plan.fast_bytes} ({size(plan.fast_bytes)}): {slots}"),
         ("RAM", f"{size(plan.tiers['ram'])} of experts" + _pinned_text(plan)),
         ("disk", f"{size(plan.tiers['disk'])} of experts that are in no other tier"),
-        ("verdict", "everything fits: do not offload" if plan.resident else "fits" if plan.fits else "does not fit"),
+        ("verdict", verdict),
         ("hit rate", f"{plan.hit_rate:.2f} ({plan.hit_rate_source})"),
         ("tokens/s", f"{_speed(plan)} (modelled)"),
     ]
@@ -109,7 +128,7 @@ def _rows(plan: Plan) -> list[tuple[str, str]]:
 
 
 def _pinned_text(plan: Plan) -> str:
-    """What `load` page-locks on a machine with a card, the doubles of resident experts included."""
+    """RAM that `load` page-locks on a machine with a card, including copies of resident experts."""
     if plan.hardware.device != "cuda" or plan.resident or not plan.fits:
         return ""
     return f"; copies of up to {format_nbytes(pinned_nbytes(plan.bytes['experts'], plan.hardware))} are page-locked"
@@ -133,7 +152,7 @@ def _kernels(plan: Plan) -> str:
 
 
 def _as_html(plan: Plan) -> str:
-    """A table, and the fast memory as a bar; colours are the reader's own theme's but for the bar's."""
+    """A table, and the fast memory as a bar; only the bar has its own colours."""
     cells = [*_rows(plan), *(("advice", line) for line in plan.advice)]
     rows = "".join(
         f'<tr><th scope="row" style="text-align:left">{html.escape(label)}</th>'

@@ -1,7 +1,7 @@
-"""What runs where: bytes of a model on a machine, how many slots each layer gets, whether it fits, how fast it may be.
+"""Plans: bytes of a model on a machine, how many slots each layer gets, whether it fits, how fast it may be.
 
-A plan needs a configuration, not weights. It takes bytes from `sizes`, slots from the runtime's own rule, and speed
-from `timeline`; its numbers are modelled, and every input is shown. Does not know tensors or files.
+A plan needs a configuration, not weights. It takes bytes from `sizes`, slots from the runtime's rule, and speed from
+`speed`; its numbers are modelled, and every input is shown.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from mixoff.planning.needs import Needs
 from mixoff.planning.plan import Plan
 from mixoff.shapes import sizes
 from mixoff.shapes.shape import ModelShape
+from mixoff.shapes.sites import stride
 from mixoff.store import describe
 from mixoff.store.describe import as_stored
 from mixoff.units import format_nbytes, parse_nbytes
@@ -28,8 +29,8 @@ if TYPE_CHECKING:
     from mixoff.quantize.scheme import Scheme
 
 
-DEFAULT = "t4"  # the machine that anybody can have for an hour
-ROUTERS = {(8, 2): "mixtral-8x7b", (128, 8): "qwen3-235b", (256, 8): "glm-5.2"}  # experts, top-k: a fitted router
+DEFAULT = "t4"  # the GPU of free notebooks
+ROUTERS = {(8, 2): "mixtral-8x7b", (128, 8): "qwen3-235b", (256, 8): "glm-5.2"}  # (experts, top-k): fitted router
 LOCALITY = "modelled: LRU on the synthetic router {}, fitted to reported figures"
 UNIFORM = "modelled: uniform routing, slots / experts; no figures of a model of this shape are at hand"
 
@@ -46,12 +47,21 @@ def plan(
     hardware: str | Hardware | None = None,
     hit_rate: float | None = None,
 ) -> Plan:
-    """How the model at `source` lies in memory, whether it fits, and how fast it may be.
+    """Where the bytes of a model go on a machine, whether it fits, and how fast it may be. Nothing is downloaded.
 
-    source: what `presets.shape_of` takes: a configuration, a folder, or a Hub id. fast_bytes, ram_bytes, disk_bytes:
-    the whole fast memory, RAM, and disk, in place of the machine's. scheme: a preset's name or a Scheme; None is
-    `mixed`, or what a store is in already. hardware: a name in `hardware.NAMED`, `here`, or a Hardware; None is a T4.
-    hit_rate: in place of a modelled one. Raises MixoffError and CheckpointError for what cannot be planned.
+    Raises MixoffError, and CheckpointError for a model that cannot be planned.
+
+    Parameters
+    ----------
+    source: configuration, folder, Hub id, or `ModelShape`
+    fast_bytes: size of the fast memory, in place of the machine's
+    ram_bytes: size of RAM, likewise
+    disk_bytes: size of the disk, likewise
+    context: tokens of each sequence
+    batch: number of sequences
+    scheme: `Scheme`, or a preset's name; None is `mixed`, or the scheme of a store
+    hardware: name in `hardware.NAMED`, `here` to measure this machine, or a `Hardware`; None is a T4
+    hit_rate: hit rate of the fast tier, in place of a modelled one
     """
     if context < 1 or batch < 1:
         raise MixoffError(f"context is {context} and batch {batch}: plan for at least one token of one sequence")
@@ -60,9 +70,9 @@ def plan(
 
 
 def fast_nbytes(source: str | Path, machine: Hardware, context: int, scheme: Scheme | None = None) -> int:
-    """Bytes for experts in the fast memory of `machine`: what `load` takes on a GPU where it is not told.
+    """Bytes left for experts in the fast memory of `machine`: the default budget of `load` on a GPU.
 
-    Raises BudgetError, with the ways out, where not one slot a layer fits.
+    Raises BudgetError, with the ways out, if not even one slot per layer fits.
     """
     needs = _needs(source, scheme, machine, context, 1)
     if not any(needs.slots(_remaining(needs, machine))):
@@ -90,7 +100,7 @@ def _machine(hardware: str | Hardware | None, *given: int | str | None) -> Hardw
 
 def _plan(needs: Needs, machine: Hardware, hit_rate: float | None) -> Plan:
     of, shape = needs.sizes, needs.sizes.shape
-    remaining = machine.fast_bytes - machine.reserved_nbytes - needs.fixed
+    remaining = _remaining(needs, machine)
     slots = needs.slots(remaining) if shape.sites else []
     least = min(slots, default=0)
     served = sum(slots) == sum(site.num_experts for site in shape.sites) > 0
@@ -130,23 +140,25 @@ def _plan(needs: Needs, machine: Hardware, hit_rate: float | None) -> Plan:
 
 
 def _tiers(needs: Needs, machine: Hardware, slots: list[int], resident: bool) -> dict[str, int]:
-    """Bytes in each tier: RAM holds a copy of all experts if they fit, else those that the fast tier lacks.
+    """Bytes in each tier: RAM has a copy of all experts if they fit, else those missing in the fast tier.
 
-    The interpreter's share of RAM is kept free where the fast tier is a card's memory.
+    With a card, the interpreter's share of RAM is kept free.
     """
     of = needs.sizes
-    spare = needs.spare(_remaining(needs, machine)) if any(slots) else 0
-    arena = (sum(slots) + spare) * of.slot_nbytes + needs.scratch if any(slots) else of.experts if resident else 0
-    beyond = 0 if resident else of.experts - _held(needs, slots)
+    arena = of.experts if resident else 0
+    if any(slots):
+        spare = needs.spare(_remaining(needs, machine))
+        arena = (sum(slots) + spare) * of.slot_nbytes + needs.scratch
+    if resident:
+        return {"fast": needs.fixed + arena, "ram": 0, "disk": 0}
+    beyond = of.experts - _held(needs, slots)
     room = max(machine.ram_bytes - machines.CPU_RESERVED, 0) if machine.device == "cuda" else machine.ram_bytes
-    ram = 0 if resident else of.experts if of.experts <= room else min(beyond, room)
+    ram = of.experts if of.experts <= room else min(beyond, room)
     return {"fast": needs.fixed + arena, "ram": ram, "disk": max(beyond - ram, 0)}
 
 
 def _held(needs: Needs, slots: list[int]) -> int:
-    """Bytes of experts, as stored, that so many slots of each layer hold."""
-    from mixoff.shapes.sites import stride
-
+    """Bytes of experts, as stored, in this many slots of each layer."""
     return sum(n * stride(site) for n, site in zip(slots, needs.sizes.sites, strict=True))
 
 
@@ -154,11 +166,13 @@ def _held(needs: Needs, slots: list[int]) -> int:
 
 
 def _hit_rate(shape: ModelShape, slots: list[int], resident: bool, given: float | None) -> tuple[float, str]:
-    """Share of decoding's requests that the fast tier holds, the mean over layers, and where the figure comes from."""
+    """Share of decoding's requests that the fast tier holds, mean over layers, and the origin of the figure."""
     if given is not None:
         return given, "given by the user"
-    if resident or not any(slots):
-        return float(resident), "every expert is in the fast tier" if resident else "nothing fits"
+    if resident:
+        return 1.0, "every expert is in the fast tier"
+    if not any(slots):
+        return 0.0, "nothing fits"
     site, top_k = shape.sites[0], max(shape.top_k)
     name = ROUTERS.get((site.num_experts, top_k))
     if name is None:
@@ -172,7 +186,7 @@ def _hit_rate(shape: ModelShape, slots: list[int], resident: bool, given: float 
 def _speeds(
     needs: Needs, machine: Hardware, rate: float, given: float | None, slots: list[int], tiers: dict[str, int]
 ) -> dict[str, speed.Prediction]:
-    """The band: `low` has uniform routing and no fetch behind computing; `high` the better kernels."""
+    """Predictions: `low` has uniform routing and no fetches during computing; `high` has better kernels."""
     experts = sum(site.num_experts for site in needs.sizes.sites)
     uniform = sum(slots) / experts if given is None else given
     share = _ram_share(needs, slots, tiers) if machine.device == "cuda" else 0.0
@@ -219,38 +233,39 @@ def _advice(needs: Needs, machine: Hardware, tiers: dict[str, int], resident: bo
         )
     if fits and not resident and min(needs.slots(_remaining(needs, machine))) < max(of.shape.top_k):
         advice.append(
-            f"a layer has fewer slots than a token wants experts ({max(of.shape.top_k)}): each token moves some of "
-            "them twice; fewer bits or a shorter context make room"
+            f"each layer has fewer slots than a token uses experts ({max(of.shape.top_k)}), so each token moves some "
+            "of them twice: use fewer bits or a shorter context"
         )
     return advice
 
 
 def _remaining(needs: Needs, machine: Hardware) -> int:
+    """Bytes of the fast memory that are left for experts; below 0 if the rest does not fit."""
     return machine.fast_bytes - machine.reserved_nbytes - needs.fixed
 
 
 def ways_out(needs: Needs, machine: Hardware) -> list[str]:
-    """Changes that make a model fit which does not, each enough by itself, the smallest first."""
-    of, found = needs.sizes, []
+    """Changes that make the model fit, each enough by itself, the smallest first; empty if it fits."""
+    of, ways = needs.sizes, []
     if machine.disk_bytes is not None and of.stored > machine.disk_bytes:
         lacking = of.stored - machine.disk_bytes
-        found.append(f"free {format_nbytes(lacking)} of disk: the store takes {format_nbytes(of.stored)}")
+        ways.append(f"free {format_nbytes(lacking)} of disk: the store takes {format_nbytes(of.stored)}")
     if not of.shape.sites:
-        return found or [f"use a machine with {format_nbytes(needs.fixed + of.experts)} of fast memory"]
-    lacking = needs.fixed + needs.experts_in_fast(1) - (machine.fast_bytes - machine.reserved_nbytes)
+        return ways or [f"use a machine with {format_nbytes(needs.fixed + of.experts)} of fast memory"]
+    lacking = needs.experts_in_fast(1) - _remaining(needs, machine)
     if lacking <= 0:
-        return found
+        return ways
     shorter = _shorter_context(needs, machine)
     if shorter:
-        found.append(f"use --context {shorter}: KV cache and workspace shrink with it")
+        ways.append(f"use --context {shorter}: KV cache and workspace shrink with it")
     if scheme := _smaller_scheme(needs, machine):
-        found.append(f"use --scheme {scheme}: a slot of each layer then fits")
+        ways.append(f"use --scheme {scheme}: a slot of each layer then fits")
     need = machine.fast_bytes + lacking
-    return [*found, f"raise --fast to {format_nbytes(need)} ({need:,} bytes): one slot for each MoE layer then fits"]
+    return [*ways, f"raise --fast to {format_nbytes(need)} ({need:,} bytes): one slot for each MoE layer then fits"]
 
 
 def _shorter_context(needs: Needs, machine: Hardware) -> int | None:
-    """The longest context, by halving, with which one slot a layer fits."""
+    """The longest context, by halving, with which one slot per layer fits."""
     context = needs.context // 2
     while context >= 128:
         shorter = Needs.of(needs.sizes, machine, context, needs.batch)
@@ -261,7 +276,7 @@ def _shorter_context(needs: Needs, machine: Hardware) -> int | None:
 
 
 def _smaller_scheme(needs: Needs, machine: Hardware, whole: bool = False) -> str | None:
-    """The scheme with most bits, of those with fewer than now, with which one slot a layer fits, or all experts do."""
+    """The scheme with the most bits, yet fewer than now, with which one slot per layer (whole: everything) fits."""
     if needs.sizes.scheme is None or not needs.sizes.shape.sites:
         return None
     for name in ("quality", "paper", "mixed", "small"):

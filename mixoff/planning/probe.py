@@ -23,12 +23,12 @@ from mixoff.folders import cache_folder
 from mixoff.planning.hardware import CONTEXT, CPU_RESERVED, CUDA_RESERVED, INTERPRETER, NAMED, Hardware, named_as
 from mixoff.units import MIB, format_nbytes
 
-PAGE = 4096  # bytes; what direct I/O asks of offsets, sizes and addresses
-SECTIONS = 8  # of the file that is read: at least so many requests a round
+PAGE = 4096  # bytes; direct I/O needs offsets, sizes and addresses in multiples of it
+SECTIONS = 8  # requests per round, at least
 
 
 def named(name: str) -> Hardware:
-    """The machine of that name; `here` is this one, measured once. Raises MixoffError, which lists the names."""
+    """The machine of that name; `here` measures this one, once. Raises MixoffError, which lists the names."""
     return probe() if (name := named_as(name)) == "here" else NAMED[name]
 
 
@@ -36,7 +36,7 @@ def named(name: str) -> Hardware:
 
 
 def memory_nbytes() -> tuple[int, int]:
-    """Bytes of RAM this process may use, in all and free now: the machine's, or its control group's where smaller."""
+    """(Total, free) bytes of RAM for this process: the machine's, or its control group's if smaller."""
     machine, limit = psutil.virtual_memory(), cgroup_limit()
     if limit is None or limit[0] >= machine.total:
         return machine.total, machine.available
@@ -44,28 +44,28 @@ def memory_nbytes() -> tuple[int, int]:
 
 
 def cgroup_limit(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> tuple[int, int] | None:
-    """The tightest memory limit of this process's control groups, and the bytes used under it; None without one.
+    """(Limit, bytes used) of this process's control group with the lowest memory limit; None without a limit.
 
-    Reads both versions of Linux's interface: `memory.max`, and `memory.limit_in_bytes`. Files that were only read and
-    may be dropped (`inactive_file`) do not count as used.
+    Reads both versions of Linux's interface: `memory.max`, and `memory.limit_in_bytes`. Cached files that may be
+    dropped (`inactive_file`) do not count as used.
     """
     try:
         lines = [line.split(":", 2) for line in own.read_text(encoding="utf-8").splitlines()]
     except OSError:
         return None
-    found = []
+    limits = []
     for _, controllers, path in lines:
         v1 = "memory" in controllers.split(",")
         if v1 or not controllers:
             names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if v1 else ("memory.max", "memory.current")
-            found += _limits(root / "memory" if v1 else root, path.strip("/"), *names)
-    return min(found, default=None)
+            limits += _limits(root / "memory" if v1 else root, path.strip("/"), *names)
+    return min(limits, default=None)
 
 
 def _limits(base: Path, path: str, limit: str, usage: str) -> list[tuple[int, int]]:
-    """Limit and use of a control group and of each that it lies in."""
+    """Limit and use of a control group and of each group around it."""
     folders = [base, *(base / part for part in _prefixes(path))]
-    found = []
+    limits = []
     for folder in folders:
         try:
             text, used, lines = ((folder / name).read_text(encoding="ascii") for name in (limit, usage, "memory.stat"))
@@ -74,8 +74,8 @@ def _limits(base: Path, path: str, limit: str, usage: str) -> list[tuple[int, in
             continue
         if text != "max":
             dropped = int(stat.get("total_inactive_file", stat.get("inactive_file", 0)))
-            found.append((int(text), max(used - dropped, 0)))
-    return found
+            limits.append((int(text), max(used - dropped, 0)))
+    return limits
 
 
 def _prefixes(path: str) -> list[str]:
@@ -92,9 +92,9 @@ def threads_here() -> int:
 
 
 def read_bandwidth(threads: int | None = None, nbytes: int = 1 << 30, rounds: int = 5) -> float:
-    """Bytes a second that `threads` (default: all cores) read from memory, streaming over `nbytes`; the best round.
+    """Bytes per second that `threads` (default: all cores) read from memory, streaming over `nbytes`; the best round.
 
-    The loop is compiled where numba is installed; NumPy's sum stands in for it elsewhere.
+    The loop is compiled if numba is installed; otherwise it is NumPy's sum.
     """
     threads = threads_here() if threads is None else threads
     if threads < 1 or nbytes < 8 * threads or rounds < 1:
@@ -112,7 +112,7 @@ def read_bandwidth(threads: int | None = None, nbytes: int = 1 << 30, rounds: in
 
 @functools.cache
 def _summation() -> Callable[[np.ndarray], int]:
-    """The sum of an int64 array, without holding Python's lock."""
+    """A function that sums an int64 array with the GIL released."""
     try:
         import numba
     except ImportError:
@@ -129,10 +129,10 @@ def _summation() -> Callable[[np.ndarray], int]:
 
 
 def python_speed(steps: int = 15_000) -> float:
-    """Seconds of a step of a loop in Python, of this core and just now.
+    """Seconds per step of a loop in Python, on this core, now.
 
-    A virtual core that shares its physical one with a busy neighbour takes up to twice as long, while memory is as fast
-    as ever: so this stands beside the bandwidths.
+    A virtual core that shares its physical core with a busy neighbour may take twice as long while memory is as fast as
+    before. So this is measured in addition to the bandwidths.
     """
     start, x = time.perf_counter(), 0
     while x < steps:
@@ -149,11 +149,11 @@ def _seconds(work: Callable[[], object]) -> float:
 def disk_bandwidth(
     folder: str | Path, request_nbytes: int = 16 << 20, depth: int = 1, nbytes: int = 512 << 20
 ) -> float:
-    """Bytes a second of random reads of `request_nbytes`, `depth` at a time, past the page cache.
+    """Bytes per second of random reads of `request_nbytes`, `depth` at a time, past the page cache.
 
-    Writes a file of `nbytes` to `folder` and removes it. Where direct I/O is refused (`direct_io`), the page cache is
-    told to forget the file instead, so that a memory file system shows memory's speed. Raises MixoffError when the
-    folder cannot be written.
+    Writes a file of `nbytes` to `folder` and removes it. If direct I/O is not possible (`direct_io`), the page cache is
+    told to forget the file instead, so a file system in memory shows memory's speed. Raises MixoffError if the folder
+    cannot be written.
     """
     if request_nbytes % PAGE or request_nbytes < PAGE or depth < 1:
         raise MixoffError(f"requests of {request_nbytes} bytes, {depth} at a time: use a multiple of {PAGE}, and one")
@@ -167,7 +167,7 @@ def disk_bandwidth(
 
 
 def _fill(path: Path, nbytes: int) -> None:
-    """Random content: some disks compress, and a hole in a file is never read."""
+    """Write random content: some disks compress, and holes in a file are not read."""
     piece = np.random.default_rng(0).bytes(MIB)
     with path.open("wb") as file:
         for start in range(0, nbytes, MIB):
@@ -197,7 +197,7 @@ def _read_at_random(path: Path, nbytes: int, request: int, depth: int) -> float:
     extra = os.O_DIRECT if direct_io(path.parent) else 0
     buffers = [mmap.mmap(-1, request) for _ in range(depth)]
 
-    def read(worker: int) -> None:  # from a file of its own, which has its own position where reads need one
+    def read(worker: int) -> None:  # each worker opens the file again, to have its own position
         with open(path, "rb", buffering=0, opener=lambda name, flags: os.open(name, flags | extra)) as file:
             for offset in offsets[worker::depth]:
                 if hasattr(os, "preadv"):
@@ -211,7 +211,7 @@ def _read_at_random(path: Path, nbytes: int, request: int, depth: int) -> float:
 
 
 def link_bandwidth(nbytes: int = 64 << 20, rounds: int = 5) -> float | None:
-    """Bytes a second of copies from pinned memory to the first GPU, timed by its events; None without a GPU.
+    """Bytes per second of copies from pinned memory to the first GPU, timed by its events; None without a GPU.
 
     Never run on a GPU so far: see docs/plan.md.
     """
@@ -225,7 +225,7 @@ def link_bandwidth(nbytes: int = 64 << 20, rounds: int = 5) -> float | None:
 
 
 def device_bandwidth(nbytes: int = 256 << 20, rounds: int = 5) -> float | None:
-    """Bytes a second that the first GPU reads from its memory, summing an array; None without a GPU."""
+    """Bytes per second that the first GPU reads from its memory, summing an array; None without a GPU."""
     import torch
 
     if not torch.cuda.is_available():
@@ -235,7 +235,7 @@ def device_bandwidth(nbytes: int = 256 << 20, rounds: int = 5) -> float | None:
 
 
 def device_seconds(work: Callable[[], object]) -> float:
-    """What `work` takes on the current CUDA device, by its own clock."""
+    """Seconds of `work` on the current CUDA device, by the device's clock."""
     import torch
 
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -249,11 +249,11 @@ def device_seconds(work: Callable[[], object]) -> float:
 # This machine ---------------------------------------------------------------------------------------------------------
 
 
-BANDWIDTHS = ("ram_Bps", "device_Bps", "link_Bps", "disk_Bps")  # of the figures that are kept
+BANDWIDTHS = ("ram_Bps", "device_Bps", "link_Bps", "disk_Bps")  # bandwidths among the stored figures
 
 
 def _measured_in() -> Path:
-    """The folder whose disk is measured: the cache folder, or where that cannot be written the system's for files."""
+    """The folder whose disk is measured: the cache folder, or the system's temporary folder if that is read-only."""
     folder = cache_folder()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -266,8 +266,8 @@ def _measured_in() -> Path:
 def probe(cached: bool = True, folder: str | Path | None = None) -> Hardware:
     """This machine, measured: memory, disk (in `folder`, default the cache folder) and link, about ten seconds.
 
-    Bandwidths are kept in the cache folder and reused while cores, RAM and GPU are the same; `cached=False` measures
-    anew. Free memory is looked up at every call.
+    Bandwidths are stored in the cache folder and reused while cores, RAM and GPU are the same; `cached=False` measures
+    them again. Free memory is read at every call.
     """
     identity, path = _identity(), cache_folder() / "hardware.json"
     figures = _read_figures(path, identity) if cached and folder is None else None
@@ -312,7 +312,7 @@ def _read_figures(path: Path, identity: dict) -> dict | None:
 
 
 def _write_figures(path: Path, identity: dict, figures: dict) -> None:
-    """Keep the figures; a cache that cannot be written only costs the next probe."""
+    """Store the figures; if that fails, the next probe measures again."""
     try:
         path.write_text(json.dumps({"identity": identity, "figures": figures}, indent=1) + "\n", encoding="utf-8")
     except OSError:
@@ -321,32 +321,54 @@ def _write_figures(path: Path, identity: dict, figures: dict) -> None:
 
 def _here(figures: dict, folder: Path) -> Hardware:
     total, free = memory_nbytes()
-    how = "direct reads of 16 MiB, one at a time" if figures["direct"] else "reads of 16 MiB through the page cache"
+    reads = "direct reads of 16 MiB, one at a time" if figures["direct"] else "reads of 16 MiB through the page cache"
     sources = {
         "fast_Bps": "measured: streaming reads, best of 5",
         "disk_bytes": f"measured: free space of {folder}",
-        "disk_Bps": f"measured: {how}",
+        "disk_Bps": f"measured: {reads}",
     }
     disk = psutil.disk_usage(str(folder)).free
-    if figures["link_Bps"] is None:
-        sources |= {
-            "fast_bytes": f"measured: free now of {format_nbytes(total)} of RAM",
-            "reserved_nbytes": INTERPRETER,
-        }
-        speeds = figures["ram_Bps"], None, figures["disk_Bps"]
-        sources |= {"python_s": "measured: a loop in Python, median of 50"} if "python_s" in figures else {}
-        cores = figures.get("python_s"), threads_here()
-        return Hardware("here", "cpu", free, 0, disk, *speeds, "float32", CPU_RESERVED, sources, *cores)
-    return _here_cuda(figures, free, disk, sources)
+    if figures["link_Bps"] is not None:
+        return _here_cuda(figures, free, disk, sources)
+    sources["fast_bytes"] = f"measured: free now of {format_nbytes(total)} of RAM"
+    sources["reserved_nbytes"] = INTERPRETER
+    if "python_s" in figures:
+        sources["python_s"] = "measured: a loop in Python, median of 50"
+    return Hardware(
+        name="here",
+        device="cpu",
+        fast_bytes=free,
+        ram_bytes=0,
+        disk_bytes=disk,
+        fast_Bps=figures["ram_Bps"],
+        link_Bps=None,
+        disk_Bps=figures["disk_Bps"],
+        compute_dtype="float32",
+        reserved_nbytes=CPU_RESERVED,
+        sources=sources,
+        python_s=figures.get("python_s"),
+        threads=threads_here(),
+    )
 
 
 def _here_cuda(figures: dict, free: int, disk: int, sources: dict[str, str]) -> Hardware:
-    """fp16 where bf16 is only emulated, as on a T4."""
+    """This machine with its first GPU, which computes in fp16 if it only emulates bf16, like a T4."""
     import torch
 
     fast = torch.cuda.get_device_properties(0).total_memory
     dtype = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
     sources |= {"fast_bytes": f"measured: memory of {gpu_name()}", "ram_bytes": "measured: free now"}
     sources |= {"link_Bps": "measured: pinned copies, best of 6", "reserved_nbytes": CONTEXT}
-    speeds = figures["device_Bps"], figures["link_Bps"], figures["disk_Bps"]
-    return Hardware("here", "cuda", fast, free, disk, *speeds, dtype, CUDA_RESERVED, sources)
+    return Hardware(
+        name="here",
+        device="cuda",
+        fast_bytes=fast,
+        ram_bytes=free,
+        disk_bytes=disk,
+        fast_Bps=figures["device_Bps"],
+        link_Bps=figures["link_Bps"],
+        disk_Bps=figures["disk_Bps"],
+        compute_dtype=dtype,
+        reserved_nbytes=CUDA_RESERVED,
+        sources=sources,
+    )

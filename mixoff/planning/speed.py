@@ -1,13 +1,11 @@
-"""Time of a token: what bytes, bandwidths and a hit rate make of it, and when each thing happens.
+"""Time of a token from bytes, bandwidths and a hit rate.
 
-Everything here is modelled. Letters: **L** layers with experts, **K** experts a token.
+Everything here is modelled. Letters: **L** layers with experts, **K** experts per token.
 
 `predict` adds up one token's time for any shape, scheme and machine: bytes of weights over the bandwidth that products
-reach, fixed work a token, a layer, an expert and a miss, and fetches that computing does not hide. Misses are drawn
-independently, so a layer has m of them with the binomial chance; while they come, the layer's residents are computed.
-With guesses, which reach over layers, the events of a `Step` are run instead.
-
-Does not know policies: the hit rate is given.
+reach, fixed work per token, layer, expert and miss, and fetches that computing does not hide. Misses are independent,
+so a layer has m of them with the binomial probability; during the fetches the layer's residents are computed. With
+guesses, which span layers, the events of a `Step` are simulated instead. The hit rate is given: no policy is modelled.
 """
 
 from __future__ import annotations
@@ -35,16 +33,24 @@ BACKGROUND_FROM = 1 << 20  # bytes; smaller experts are fetched by the thread th
 
 @dataclass(frozen=True)
 class Efficiency:
-    """What this implementation makes of a machine.
+    """How fast this implementation runs on a machine.
 
-    shares: of the fast tier's read bandwidth that a product reaches, by bits of a weight; WIDENED, for weights that are
-    stored in another dtype than that of the computation. layer_s: fixed work of a layer (norms, router, attention's
-    steps, Python). expert_s: of an expert. source: where the figures come from. token_s: of a token, beside its layers.
-    miss_s: of a miss, beside its bytes. guess_s: of guessing for one layer. shared_s: of a layer whose products several
-    threads share. cold_s: of a layer whose weights, EVICTING bytes or more, drive all else out of the core's cache, and
-    its part for one of fewer. All that holds for a core that takes `python_s` for a step of the loop in
-    `hardware.python_speed`. On one that takes twice as long, fixed work takes 1 + `fixed_slows` times as long, and
-    products of quantized weights 1 + `products_slow` times.
+    Attributes
+    ----------
+    shares: share of the fast tier's read bandwidth that a product reaches, by bits per weight; WIDENED is the share for
+        weights stored in another dtype than that of the computation
+    layer_s: fixed work of a layer (norms, router, attention's steps, Python)
+    expert_s: fixed work of an expert
+    source: origin of the figures
+    token_s: fixed work of a token, in addition to its layers
+    miss_s: fixed work of a miss, in addition to its bytes
+    guess_s: work of guessing for one layer
+    shared_s: additional work of a layer whose products several threads share
+    cold_s: additional work of a layer whose weights, EVICTING bytes or more, flush the core's cache; in proportion for
+        fewer bytes
+    python_s: seconds per step of the loop in `probe.python_speed` on the core that all figures hold for
+    fixed_slows: on a core that takes twice `python_s`, fixed work takes 1 + `fixed_slows` times as long
+    products_slow: likewise for products of quantized weights
     """
 
     shares: Mapping[int | str, float]
@@ -61,24 +67,24 @@ class Efficiency:
     products_slow: float = 0.0
 
     def on(self, hardware: Hardware) -> Efficiency:
-        """The same for that machine's cores, where their speed is known."""
+        """The figures for that machine's cores, if their speed is known."""
         if self.python_s is None or hardware.python_s is None:
             return self
         slower = hardware.python_s / self.python_s - 1
         fixed, products = (max(1 + share * slower, 0.1) for share in (self.fixed_slows, self.products_slow))
-        own = {name: fixed * getattr(self, name) for name in FIXED}
+        works = {name: fixed * getattr(self, name) for name in FIXED}
         quantized = {bits: share / products for bits, share in self.shares.items() if bits in CODES}
-        return replace(self, **own, shares={**self.shares, **quantized}, python_s=hardware.python_s)
+        return replace(self, **works, shares={**self.shares, **quantized}, python_s=hardware.python_s)
 
     def seconds(self, nbytes_by_bits: Mapping[int | str, int], Bps: float) -> float:
-        """Time to read and multiply so many bytes of weights."""
+        """Seconds to read and multiply these bytes of weights."""
         return sum(nbytes / (Bps * self.shares[bits]) for bits, nbytes in nbytes_by_bits.items())
 
 
-EVICTING = 2 << 20  # bytes of weights a layer, the second cache of a core
+EVICTING = 2 << 20  # bytes of weights per layer that fill the second cache of a core
 WIDENED = "widened"  # key of `shares`
 FIXED = ("layer_s", "expert_s", "token_s", "miss_s", "guess_s", "shared_s", "cold_s")
-CODES = (2, 3, 4, 8)  # bits of quantized weights, whose products are bound by instructions as much as by memory
+CODES = (2, 3, 4, 8)  # bits of quantized weights, whose products are limited by instructions as well as memory
 
 
 def _even(share: float) -> dict[int | str, float]:
@@ -90,7 +96,7 @@ CPU = (
     "fitted to twelve measured settings on two cores of an Intel Xeon (AVX-512), benchmarks/time_check.py, and held "
     "against eleven others in docs/benchmarks.md; 3, 8 and 32 bits and guess_s are assumed"
 )
-STEP_S = 14.5e-9  # of `hardware.python_speed`, the least on a core of that machine
+STEP_S = 14.5e-9  # result of `probe.python_speed`, the lowest on a core of that machine
 HERE = Efficiency(
     {2: 0.78, 3: 0.78, 4: 0.68, 8: 0.68, 16: 0.47, 32: 0.50, WIDENED: 0.218},
     layer_s=0.149e-3,
@@ -108,16 +114,16 @@ HERE = Efficiency(
 
 
 def _times(efficiency: Efficiency, products: float, fixed: float) -> Efficiency:
-    """So many times the products' speed, and the fixed work."""
-    own = {name: fixed * getattr(efficiency, name) for name in FIXED}
-    return replace(efficiency, **own, shares={bits: products * share for bits, share in efficiency.shares.items()})
+    """`products` times the speed of products, and `fixed` times the fixed work."""
+    works = {name: fixed * getattr(efficiency, name) for name in FIXED}
+    return replace(efficiency, **works, shares={bits: products * share for bits, share in efficiency.shares.items()})
 
 
 EFFICIENCY = {
     "cuda": {
-        "low": Efficiency(_even(0.25), 1.2e-3, 0.40e-3, GPU),
-        "expected": Efficiency(_even(0.5), 0.6e-3, 0.15e-3, GPU),
-        "high": Efficiency(_even(0.8), 0.4e-3, 0.08e-3, GPU),
+        "low": Efficiency(_even(0.25), layer_s=1.2e-3, expert_s=0.40e-3, source=GPU),
+        "expected": Efficiency(_even(0.5), layer_s=0.6e-3, expert_s=0.15e-3, source=GPU),
+        "high": Efficiency(_even(0.8), layer_s=0.4e-3, expert_s=0.08e-3, source=GPU),
     },
     "cpu": {"low": _times(HERE, 0.6, 2.0), "expected": HERE, "high": _times(HERE, 1.5, 0.6)},
 }
@@ -125,10 +131,12 @@ EFFICIENCY = {
 
 @dataclass(frozen=True)
 class Prediction:
-    """One token's time, modelled. terms: seconds by what they are spent on; they add up to the token's time.
+    """One token's time, modelled.
 
-    floors: seconds that no implementation can beat on this machine at this hit rate, by lane. inputs: every figure that
-    went in. step: the same token as events, for `gantt`; all its backbone and fixed work is `attention_s`.
+    terms: seconds by kind of work, which add up to the token's time
+    floors: seconds that no implementation can beat on this machine at this hit rate, by lane
+    inputs: every figure used
+    step: the same token as events, for `gantt`; its `attention_s` has all backbone and fixed work
     """
 
     terms: dict[str, float]
@@ -138,21 +146,21 @@ class Prediction:
 
     @property
     def seconds(self) -> float:
-        """Of one token."""
+        """Seconds per token."""
         return sum(self.terms.values())
 
     @property
     def tokens_per_s(self) -> float:
-        """Of decoding, batch 1."""
+        """Speed of decoding, batch 1."""
         return 1 / self.seconds
 
     @property
     def binds(self) -> str:
-        """What takes the largest share of the time."""
+        """The term with the largest share of the time."""
         return max(self.terms, key=lambda name: self.terms[name])
 
     def to_dict(self) -> dict:
-        """All figures under their names."""
+        """All figures by name."""
         return asdict(self) | {"seconds": self.seconds, "tokens_per_s": self.tokens_per_s, "binds": self.binds}
 
     def __str__(self) -> str:
@@ -171,14 +179,20 @@ def predict(
     ram_share: float | None = None,
     background: bool | None = None,
 ) -> Prediction:
-    """Tokens/s of decoding at batch 1.
+    """Tokens/s of decoding at batch 1. Raises MixoffError for rates outside 0 to 1.
 
-    shape: as for `presets.shape_of`. scheme: as for `sizes.sizes_of`. hit_rate: share of the experts asked for that the
-    cache holds. recall: share of the others that guesses had fetched, None without guesses; a wrong guess moves an
-    expert in vain. ram_share: of the misses that come from copies in RAM (or from files in the page cache), the others
-    come from the disk (default: all where RAM is another tier, none on a CPU). background: whether a layer's residents
-    are computed while its misses come (default: as the runtime does it, for experts of a MiB and more; copies within
-    RAM never are). Raises MixoffError for rates beyond 0 and 1.
+    Parameters
+    ----------
+    shape: `ModelShape`, configuration, folder or Hub id
+    scheme: as for `sizes.sizes_of`
+    hardware: the machine
+    hit_rate: share of the requested experts that the cache holds
+    recall: share of the other experts that guesses had fetched, None without guesses; a wrong guess wastes a fetch
+    efficiency: how fast this implementation runs; None is the expected one for the device
+    ram_share: share of the misses that come from RAM (copies, or cached files) rather than from the disk;
+        None is all with a card, and none on a CPU
+    background: whether a layer's residents are computed during its fetches; None follows the runtime, which does so
+        for experts of a MiB or more (copies within RAM are never in the background)
     """
     from mixoff.shapes.sizes import sizes_of
     from mixoff.store.describe import shape_of
@@ -204,7 +218,7 @@ def predict(
 def _computing(
     sizes: Sizes, compute: str, hardware: Hardware, efficiency: Efficiency, guesses: bool
 ) -> dict[str, float]:
-    """Seconds of a token by what the processor does."""
+    """Seconds per token by the processor's kind of work."""
     experts = efficiency.seconds(_widened(sizes.touched_experts(), compute), hardware.fast_Bps)
     layers, backbone = sizes.shape.config.get_text_config().num_hidden_layers, sizes.touched_backbone(compute)
     evicting = min(1.0, (sum(backbone.values()) + sum(sizes.touched_experts().values())) / layers / EVICTING)
@@ -218,7 +232,7 @@ def _computing(
 
 
 def _widened(touched: Mapping[int, int], compute: str) -> dict[int | str, int]:
-    """Bytes by bits, where what is not quantized and has another width than the computation is WIDENED."""
+    """Bytes by bits; unquantized weights of another width than the computation's are under WIDENED."""
     wide = 8 * dtype_nbytes(compute)
     return {WIDENED if 16 <= bits < wide else bits: nbytes for bits, nbytes in touched.items()}
 
@@ -231,7 +245,7 @@ def _step(
     rates: Mapping[str, float | None],
     copied: float,
 ) -> Step:
-    """A step of these terms; copied: share of the requests that RAM serves at once, which are no misses here."""
+    """A step of these terms. copied: share of the requests served from RAM at once, which count as hits here."""
     layers, experts = len(sizes.sites), sum(sizes.shape.top_k)
     fetch_s = sizes.requested() / experts / miss_Bps(hardware, 0.0 if copied else rates["ram_share"])
     return Step(
@@ -248,7 +262,7 @@ def _step(
 
 
 def _waiting(step: Step, top_k: Iterable[int]) -> float:
-    """Seconds of a token in which it waits for experts."""
+    """Seconds per token spent waiting for experts."""
     if step.recall is not None:
         return step.seconds() - replace(step, hit_rate=1.0).seconds(1)
     meanwhile = step.expert_s if step.overlap else 0.0
@@ -256,7 +270,7 @@ def _waiting(step: Step, top_k: Iterable[int]) -> float:
 
 
 def compute_dtype(hardware: Hardware, stored: str) -> str:
-    """What a model stored as `stored` is computed in: the card's 16-bit format; on a CPU fp32 for fp16, as `load` does.
+    """The dtype that `load` computes a `stored` model in: a card's 16-bit format; on a CPU, fp32 for fp16.
 
     >>> from mixoff.planning import probe
     >>> compute_dtype(probe.named("t4"), "bfloat16"), compute_dtype(probe.named("laptop"), "bfloat16")
@@ -268,14 +282,14 @@ def compute_dtype(hardware: Hardware, stored: str) -> str:
 
 
 def miss_Bps(hardware: Hardware, ram_share: float) -> float:
-    """Bytes a second of misses: over the link, or by a copy within RAM, or from the disk and then over the link."""
+    """Bytes per second of misses: over the link, by a copy within RAM, or from the disk and then over the link."""
     near = hardware.link_Bps or hardware.fast_Bps / 2  # a copy reads and writes
     far = 1 / (1 / hardware.disk_Bps + 1 / hardware.link_Bps) if hardware.link_Bps else hardware.disk_Bps
     return 1 / (ram_share / near + (1 - ram_share) / far)
 
 
 def exposed_s(top_k: int, hit_rate: float, fetch_s: float, expert_s: float) -> float:
-    """Seconds that a layer waits for its misses, on average, when its residents take `expert_s` each meanwhile.
+    """Mean seconds that a layer waits for its misses while its residents take `expert_s` each.
 
     >>> round(exposed_s(2, 0.5, fetch_s=1.0, expert_s=0.0), 3), round(exposed_s(2, 0.5, fetch_s=1.0, expert_s=1.0), 3)
     (1.0, 0.5)
@@ -285,7 +299,7 @@ def exposed_s(top_k: int, hit_rate: float, fetch_s: float, expert_s: float) -> f
 
 
 def floors(sizes: Sizes, compute: str, hardware: Hardware, hit_rate: float, ram_share: float) -> dict[str, float]:
-    """Seconds a token that bytes and nominal bandwidths alone demand: `memory` and `transfer`."""
+    """Seconds per token for bytes and nominal bandwidths alone: `memory` and `transfer`."""
     touched = sum(sizes.touched_backbone(compute).values()) + sum(sizes.touched_experts().values())
     moved = sizes.requested() * (1 - hit_rate)
     return {"memory": touched / hardware.fast_Bps, "transfer": moved / miss_Bps(hardware, ram_share)}

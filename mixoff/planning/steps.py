@@ -8,19 +8,21 @@ import numpy as np
 
 from mixoff.cache.events import Event
 
-# Events of a step -----------------------------------------------------------------------------------------------------
-
 
 @dataclass(frozen=True)
 class Step:
-    """One decode step of an engine on a machine, in seconds a layer; what happens in it is drawn from its rates.
+    """One decode step of an engine on a machine, in seconds per layer; its events are drawn at random from its rates.
 
-    host_s: work that hides no copy (Python, synchronisations). attention_s: the chip's, before the router is known.
-    expert_s: the chip's, of an expert. link_s, disk_s: moving one expert over the link, and from the disk before.
-    hit_rate: share of the experts asked for that the fast tier holds. disk_share: of the misses that start on disk.
-    recall: share of the misses that the prefetch guessed while the layer before was computed, None without prefetch;
-    each miss that it did not guess was guessed wrongly, so as many experts are moved in vain. overlap: whether a
-    layer's residents are computed while its misses come.
+    layers, top_k: L and K
+    host_s: work during which no copy runs (Python, synchronisations)
+    attention_s: the chip's work before the router's choice is known
+    expert_s: the chip's work for one expert
+    link_s, disk_s: time to move one expert over the link, and to read it from the disk before
+    hit_rate: share of the requested experts that the fast tier holds
+    disk_share: share of the misses that start on the disk
+    recall: share of the misses that were guessed while the layer before was computed, None without prefetch; each other
+        miss was guessed wrongly, and moved an expert in vain
+    overlap: whether a layer's residents are computed during its fetches
     """
 
     layers: int
@@ -36,10 +38,10 @@ class Step:
     overlap: bool = True
 
     def events(self, tokens: int = 1, seed: int = 0) -> list[Event]:
-        """What happens, by the same fields as the runtime's events, so that both make one Gantt chart.
+        """Events with the same fields as the runtime's, so that both fit one Gantt chart.
 
         Kinds: `compute` (expert -1: attention), `host`, `miss` and `prefetch` on the link, `read` on the disk. A miss
-        waits for the link until what was prefetched has passed; the last token ends the list.
+        waits for the link until earlier prefetches have passed.
         """
         return _Clock(self, np.random.default_rng(seed)).run(tokens)
 
@@ -49,10 +51,11 @@ class Step:
 
 
 class _Clock:
-    """Runs a step: one time for the processor, one for each lane of copies."""
+    """Simulates a step: one clock for the processor, and one per lane of copies."""
 
     def __init__(self, step: Step, rng: np.random.Generator) -> None:
-        self.step, self.rng, self.found = step, rng, []
+        self.step, self.rng = step, rng
+        self.events: list[Event] = []
         self.now = self.link = self.disk = 0.0
         self.guessed: list[float] = []  # when each guess for the next layer arrives
 
@@ -60,16 +63,16 @@ class _Clock:
         for token in range(1, tokens + 1):
             missing = self.rng.binomial(self.step.top_k, 1 - self.step.hit_rate, self.step.layers)  # (L,)
             right = self.rng.binomial(missing, self.step.recall or 0.0)  # (L,)
-            right[0] = 0  # nothing comes before the first layer
+            right[0] = 0  # no guess is possible before the first layer
             for layer in range(self.step.layers):
                 ahead = missing[layer + 1] if self.step.recall is not None and layer + 1 < self.step.layers else 0
                 self._layer((token, layer), missing[layer] - right[layer], right[layer], ahead)
-        return self.found
+        return self.events
 
     def _layer(self, at: tuple[int, int], demanded: int, right: int, ahead: int) -> None:
-        """Attention, then the misses that nobody guessed, the experts, guesses for the next layer, the host's work.
+        """One layer: attention, fetches of unguessed misses and of guesses for the next layer, experts, host work.
 
-        right: misses that were guessed: they came, or come, behind the layer before.
+        right: misses that were guessed, so their fetch began during the layer before
         """
         s = self.step
         self._compute(at, -1, s.attention_s)
@@ -93,7 +96,7 @@ class _Clock:
         self.now += seconds
 
     def _move(self, at: tuple[int, int], expert: int, kind: str) -> float:
-        """Bring one expert; returns when it is there."""
+        """Move one expert; returns its time of arrival."""
         ready = self.now
         if self.rng.random() < self.step.disk_share:
             start = max(self.disk, self.now)
@@ -106,4 +109,4 @@ class _Clock:
 
     def _tell(self, at: tuple[int, int], expert: int, kind: str, t0: float, seconds: float) -> None:
         if seconds:
-            self.found.append(Event(*at, expert, kind, 0, t0, t0 + seconds, "decode"))
+            self.events.append(Event(*at, expert, kind, 0, t0, t0 + seconds, "decode"))

@@ -1,10 +1,10 @@
-"""Knobs that trade quality for bytes: each changes what the model computes, and none is on unless you set it.
+"""Knobs that trade quality for bytes: each changes what the model computes, and all are off by default.
 
-    model.mixoff.reroute = mixoff.quality.dynamic_top_k(0.8)    # and None again to be exact
+    model.mixoff.reroute = mixoff.quality.dynamic_top_k(0.8)    # None is exact again
 
-Letters: **T** tokens, **K** experts a token, **E** experts, **L** sites. A knob is a function
-`(site, index (T, K), weights (T, K)) -> (index, weights)`, which has the last word on the router's choice. What one
-costs is measured by `quality`, in docs/quantization.md. Does not know models, files or how experts are computed.
+Letters: **T** tokens, **K** experts per token, **E** experts, **L** sites. A knob is a function
+`(site, index (T, K), weights (T, K)) -> (index, weights)` that may change the router's choice. docs/quantization.md has
+the cost of each, measured by `quality`.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from mixoff.cache.cache import ExpertCache
 from mixoff.errors import MixoffError
 from mixoff.trace.trace import MAX_EXPERTS
 
-NOBODY = MAX_EXPERTS  # no model has an expert of this number: transformers' mark for "no expert" is any from E on
+NOBODY = MAX_EXPERTS  # above all experts' numbers: transformers reads any index of E or more as "no expert"
 
 Reroute = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def leave_out(index: Tensor, weights: Tensor, dropped: Tensor) -> tuple[Tensor, Tensor]:
-    """The choice without what `dropped` (T, K) marks; the weights of a token's others are raised to the old sum.
+    """The choice without the experts marked in `dropped` (T, K); a token's other weights are scaled to the old sum.
 
     >>> leave_out(torch.tensor([[3, 1]]), torch.tensor([[0.75, 0.25]]), torch.tensor([[False, True]]))
     (tensor([[    3, 32767]]), tensor([[1., 0.]]))
@@ -55,7 +55,7 @@ def _share(name: str, value: float) -> float:
 
 
 def dynamic_top_k(mass: float = 0.8) -> Reroute:
-    """Lossy: of each token's experts the fewest whose weights make up `mass` of the sum, so a sure router asks for one.
+    """Lossy: keeps each token's fewest experts with `mass` of the weights, so a confident router needs only one.
 
     Source: Huang et al., Harder Tasks Need More Experts: Dynamic Routing in MoE Models (arXiv 2403.07652), there with
     routers trained for it.
@@ -64,7 +64,7 @@ def dynamic_top_k(mass: float = 0.8) -> Reroute:
 
     def reroute(site: int, index: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         ordered, order = shares(weights).sort(-1, descending=True)  # (T, K)
-        before = ordered.cumsum(-1) - ordered  # what the heavier ones make up
+        before = ordered.cumsum(-1) - ordered  # sum of the heavier ones
         superfluous = torch.zeros_like(before, dtype=torch.bool).scatter_(-1, order, before >= mass)
         return leave_out(index, weights, superfluous & ~heaviest(weights, 1))
 
@@ -72,7 +72,7 @@ def dynamic_top_k(mass: float = 0.8) -> Reroute:
 
 
 def skip_light(share: float = 0.2) -> Reroute:
-    """Lossy: experts with less than `share` of their token's weights are left out, but never a token's heaviest.
+    """Lossy: leaves out experts with less than `share` of their token's weights, but never a token's heaviest.
 
     Source: the dynamic skipping of Lu et al. (see `prune`), whose threshold is calibrated for each layer.
     """
@@ -85,14 +85,14 @@ def skip_light(share: float = 0.2) -> Reroute:
 
 
 def prune(counts: Sequence[Sequence[int]], keep: int) -> Reroute:
-    """Lossy: all but the `keep` most used experts of each site are gone; counts (L, E), as `Trace.counts` has them.
+    """Lossy: removes all but the `keep` most used experts of each site. counts: (L, E), from `Trace.counts`.
 
-    A token that has none of its experts left gets nothing from that layer. Source: Lu et al., Not All Experts are Equal
+    A token whose experts are all removed gets nothing from that layer. Source: Lu et al., Not All Experts are Equal
     (arXiv 2402.14800), who choose by reconstruction rather than by use.
     """
     counts = torch.as_tensor(counts)  # (L, E)
     if counts.ndim != 2 or not 1 <= keep <= counts.shape[1]:
-        raise MixoffError(f"cannot keep {keep!r} experts a layer of counts of shape {tuple(counts.shape)}: give (L, E)")
+        raise MixoffError(f"cannot keep {keep!r} experts per layer of counts {tuple(counts.shape)}: give counts (L, E)")
     gone = ~heaviest(counts, keep)  # (L, E)
 
     def reroute(site: int, index: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -111,11 +111,11 @@ class Tier(Protocol):
     def has(self, site: int, expert: int) -> bool: ...
 
     def ask(self, site: int, experts: list[int]) -> None:
-        """A token asks for these, distinct and in router order."""
+        """Note that a token asks for these, distinct and in router order."""
 
 
 class Live:
-    """The fast tier of a runtime; a prompt finds everything there, since it does not wait for single experts."""
+    """The fast tier of a runtime. In a prompt every expert counts as present: it asks for nearly all of them."""
 
     def __init__(self, runtime: object) -> None:
         self.runtime = runtime
@@ -124,12 +124,12 @@ class Live:
         return self.runtime.in_prompt() or (site, expert) in self.runtime.cache.slot_of
 
     def ask(self, site: int, experts: list[int]) -> None:
-        """The runtime will note it itself."""
+        """Nothing to do: the runtime notes it itself."""
 
 
 class Shadow:
-    """A cache of `slots` a site without weights, for evaluation: a window goes through the model at once, token by
-    token through this, with the hits that decoding would have.
+    """A cache of `slots` per site without weights, for evaluation: a window passes through the model at once, but
+    token by token through this cache, so that hits are those of decoding.
     """
 
     def __init__(self, slots: int, policy: str = "lru") -> None:
@@ -141,13 +141,14 @@ class Shadow:
 
     def ask(self, site: int, experts: list[int]) -> None:
         for grant in self.caches[site].access(0, experts):
-            self.hits, self.misses = self.hits + (grant.kind == "hit"), self.misses + (grant.kind != "hit")
+            self.hits += grant.kind == "hit"
+            self.misses += grant.kind != "hit"
 
 
 def _missing(tier: Tier, site: int, index: Tensor, drop: Callable[[int, Tensor], Tensor] | None = None) -> Tensor:
-    """Marks the experts that are not in the tier when their token comes, (T, K) bool.
+    """Marks the experts that are not in the tier when their token asks, (T, K) bool.
 
-    drop: `(t, missing (K,)) -> dropped (K,)`, what token t then does without; None: nothing.
+    drop: `(t, missing (K,)) -> dropped (K,)`, the experts that token t leaves out; None: no expert
     """
     marked = torch.zeros_like(index, dtype=torch.bool)
     for t, chosen in enumerate(index.tolist()):
@@ -160,10 +161,10 @@ def _missing(tier: Tier, site: int, index: Tensor, drop: Callable[[int, Tensor],
 
 
 def skip_misses(tier: object, keep: int = 1) -> Reroute:
-    """Lossy: an expert that is not in the fast tier is left out, unless it is one of a token's `keep` heaviest.
+    """Lossy: leaves out experts that are not in the fast tier, except a token's `keep` heaviest.
 
     tier: a runtime (`model.mixoff`), or a `Shadow` for evaluation. Source: HOBBIT (arXiv 2411.01433), which leaves out
-    the least important of what is missing, and takes others in lower precision.
+    the least important missing experts, and uses lower precision for others.
     """
     tier = tier if hasattr(tier, "ask") else Live(tier)
     if keep < 0:
@@ -177,9 +178,9 @@ def skip_misses(tier: object, keep: int = 1) -> Reroute:
 
 
 def coarse_misses(tier: Tier, num_experts: int) -> Reroute:
-    """Lossy, for evaluation: an expert that is missing is computed from its coarse twin, which is number + E.
+    """Lossy, for evaluation: computes a missing expert from its coarse twin, number + E.
 
-    The model has to hold the twins, as `quality.with_twins` makes it. Source: HOBBIT (arXiv 2411.01433).
+    The model must have the twins, as inside `quality.with_twins`. Source: HOBBIT (arXiv 2411.01433).
     """
 
     def reroute(site: int, index: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,10 +1,10 @@
-"""What a model's predictions are worth: perplexity, distance to another model, agreement, each with its error.
+"""How good a model's predictions are: perplexity, distance to another model, agreement, each with its error.
 
 Letters: **D** domains, **W** windows of a domain, **T** tokens of a window, **V** vocabulary, **N**, **K** outputs and
 inputs of a weight.
-The sampling units are windows, not tokens, which are far from independent; domains are taken as given (stratified).
-Variants see the same windows, so their differences are paired, and much surer than the figures themselves.
-Does not know stores, caches or offloading: any causal language model will do.
+The sampling units are windows, not tokens, which are far from independent; domains are fixed (stratified).
+Variants see the same windows, so their differences are paired, and have much smaller errors than the figures
+themselves. Works with any causal language model.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from mixoff.quantize.scheme import ROLES, Scheme
 from mixoff.shapes import config
 from mixoff.units import format_nbytes
 
-LENGTH = 256  # tokens of a window
-MOST_NBYTES = 4 << 30  # of a reference's predictions, all of which stay in memory
+LENGTH = 256  # tokens per window
+MOST_NBYTES = 4 << 30  # limit on a reference's predictions, which stay in memory
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Estimate:
 
 
 def estimate(values: Tensor) -> Estimate:
-    """Mean of values (D, W) and its standard error, the domains being given.
+    """Mean of values (D, W) and its standard error, with fixed domains.
 
     >>> estimate(torch.tensor([[1.0, 3.0], [5.0, 5.0]]))
     Estimate(mean=3.5, error=0.5)
@@ -68,17 +68,17 @@ class Windows:
 def windows(
     tokenizer: Any, texts: str | Sequence[str] | Mapping[str, str], count: int = 8, length: int = LENGTH
 ) -> Windows:
-    """`count` windows of each text, evenly spread; texts may have names. Raises MixoffError for a text too short."""
+    """`count` windows per text, evenly spread; texts may have names. Raises MixoffError for a short text."""
     named = texts if isinstance(texts, Mapping) else dict(enumerate([texts] if isinstance(texts, str) else texts))
     if not named or count < 2:
-        raise MixoffError("a standard error needs a text, and two windows of each: raise count to 2 or more")
+        raise MixoffError("a standard error needs at least one text, and two windows of each: raise count to 2 or more")
     chosen = []
     for name, text in named.items():
         ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
         if len(ids) < length * count:
             raise MixoffError(
                 f"text {name!r} has {len(ids):,} tokens, and {count} windows of {length} need {length * count:,}: "
-                "take fewer, shorter windows or longer texts"
+                "use fewer or shorter windows, or longer texts"
             )
         starts = torch.linspace(0, len(ids) - length, count).long()
         chosen.append(torch.stack([ids[start : start + length] for start in starts]))
@@ -86,7 +86,7 @@ def windows(
 
 
 def as_windows(tokenizer_or_ids: Any, texts: Any = None, count: int = 8, length: int = LENGTH) -> Windows:
-    """Windows of whatever is given: themselves, token ids (W, T) or (D, W, T), or a tokenizer with texts."""
+    """Windows from Windows, from token ids (W, T) or (D, W, T), or from a tokenizer with texts."""
     if isinstance(tokenizer_or_ids, Windows):
         return tokenizer_or_ids
     if isinstance(tokenizer_or_ids, Tensor):
@@ -94,34 +94,36 @@ def as_windows(tokenizer_or_ids: Any, texts: Any = None, count: int = 8, length:
         if ids.ndim != 3 or ids.shape[1] < 2 or ids.shape[2] < 2:
             raise MixoffError(
                 f"token ids have shape {tuple(tokenizer_or_ids.shape)}: give (windows, tokens), or (domains, windows, "
-                "tokens), two windows and two tokens at least"
+                "tokens), with at least two windows and two tokens"
             )
         return Windows(ids, tuple(map(str, range(len(ids)))))
     if texts is None:
-        raise MixoffError("a tokenizer alone says nothing: give texts as well, or token ids (windows, tokens)")
+        raise MixoffError("a tokenizer needs texts: give them too, or token ids (windows, tokens)")
     return windows(tokenizer_or_ids, texts, count, length)
 
 
 @torch.inference_mode()
 def predictions(model: nn.Module, over: Windows) -> list[Tensor]:
     """Log-probabilities of the next token, fp32 (T, V), of every window in order: a reference for `measure`."""
-    made: list[Tensor] = []
+    rows: list[Tensor] = []
     for window in over.ids.flatten(0, 1):
-        made.append(model(window[None]).logits[0].float().log_softmax(-1))
-        if (nbytes := made[0].nbytes * over.ids.shape[0] * over.ids.shape[1]) > MOST_NBYTES:
+        rows.append(model(window[None]).logits[0].float().log_softmax(-1))
+        if (nbytes := rows[0].nbytes * over.ids.shape[0] * over.ids.shape[1]) > MOST_NBYTES:
             raise MixoffError(
                 f"the reference's predictions take {format_nbytes(nbytes)}, more than {format_nbytes(MOST_NBYTES)}: "
-                "take fewer or shorter windows"
+                "use fewer or shorter windows"
             )
-    return made
+    return rows
 
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """Of one model, window by window, (D, W) each, in fp64.
+    """Scores of one model by window, (D, W) each, in fp64; kl and top1 are None without a reference.
 
-    loss: cross-entropy, nats a token. kl: Kullback-Leibler divergence from the reference's predictions to these, nats a
-    token. top1: share of tokens where both think the same token likeliest. The last two are None without a reference.
+    loss: cross-entropy, nats per token
+    kl: Kullback-Leibler divergence from the reference's predictions to the model's, nats per token
+    top1: share of tokens where both models give the highest probability to the same token
+    domains: names of the domains
     """
 
     loss: Tensor
@@ -131,11 +133,11 @@ class Scores:
 
     @property
     def perplexity(self) -> Estimate:
-        """exp of the loss; its error to first order."""
+        """exp of the loss, with its error to first order."""
         return _exponential(estimate(self.loss))
 
     def to_dict(self) -> dict:
-        """All values as lists, and `domains`; `from_dict` reads them."""
+        """All values as lists, and `domains`, for `from_dict`."""
         values = {name: getattr(self, name) for name in ("loss", "kl", "top1")}
         return {name: None if x is None else x.tolist() for name, x in values.items()} | {"domains": list(self.domains)}
 
@@ -158,27 +160,29 @@ def _exponential(x: Estimate) -> Estimate:
 
 @torch.inference_mode()
 def measure(model: nn.Module, over: Windows, reference: list[Tensor] | None = None) -> Scores:
-    """Scores of `model` over the windows; KL and agreement to `reference`, what `predictions` made of another model."""
+    """Scores of `model` over the windows, with KL and agreement to `reference`, another model's `predictions`."""
     rows = []
     for n, window in enumerate(over.ids.flatten(0, 1)):
-        found = model(window[None]).logits[0].float().log_softmax(-1)  # (T, V)
-        loss = -found[:-1].gather(1, window[1:, None]).mean()
+        predicted = model(window[None]).logits[0].float().log_softmax(-1)  # (T, V)
+        loss = -predicted[:-1].gather(1, window[1:, None]).mean()
         if reference is None:
             rows.append((loss, loss, loss))
             continue
         true = reference[n]
-        kl = (true.exp() * (true - found)).sum(-1).mean()
-        rows.append((loss, kl, (true.argmax(-1) == found.argmax(-1)).float().mean()))
+        kl = (true.exp() * (true - predicted)).sum(-1).mean()
+        rows.append((loss, kl, (true.argmax(-1) == predicted.argmax(-1)).float().mean()))
     loss, kl, top1 = torch.tensor(rows, dtype=torch.float64).t().view(3, *over.ids.shape[:2])
-    return Scores(loss, *((None, None) if reference is None else (kl, top1)), domains=over.domains)
+    if reference is None:
+        return Scores(loss, domains=over.domains)
+    return Scores(loss, kl=kl, top1=top1, domains=over.domains)
 
 
 def perplexity(
     model: nn.Module, tokenizer_or_ids: Any, texts: Any = None, *, count: int = 8, length: int = LENGTH
 ) -> Estimate:
-    """Perplexity of `model` with its standard error; texts: one, several, or by name.
+    """Perplexity of `model` with its standard error, over one text, several, or a dict by name.
 
-    `perplexity(model, tokenizer, mixoff.models.heldout())`, or with token ids (windows, tokens) instead of both.
+    `perplexity(model, tokenizer, mixoff.models.heldout())`, or token ids (windows, tokens) in place of both.
     """
     return measure(model, as_windows(tokenizer_or_ids, texts, count, length)).perplexity
 
@@ -190,9 +194,10 @@ COLUMNS = ("perplexity", "ratio", "KL, millinats", "top-1, %")
 
 @dataclass(eq=False)
 class Comparison:
-    """Models side by side over the same windows. scores: by name, the first is what the others are held to.
+    """Several models over the same windows. Displays itself; `to_dict` has all figures.
 
-    columns: more to show of each, by title and name. Displays itself; `to_dict` has all figures.
+    scores: scores by name of model; the first is the base that others are compared to
+    columns: further texts to show, by title, then by name of model
     """
 
     scores: dict[str, Scores]
@@ -200,17 +205,17 @@ class Comparison:
 
     @property
     def base(self) -> str:
-        """Name of the model that ratios are taken to."""
+        """Name of the model that others are compared to."""
         return next(iter(self.scores))
 
     def difference(self, name: str, other: str | None = None) -> dict[str, Estimate]:
-        """What `name` has more than `other` (the base), paired: loss and KL in nats a token, top1 as a share."""
+        """Scores of `name` minus those of `other` (the base), paired: loss and KL in nats per token, top1 a share."""
         a, b = self.scores[name], self.scores[self.base if other is None else other]
-        pairs = {what: (getattr(a, what), getattr(b, what)) for what in ("loss", "kl", "top1")}
-        return {what: estimate(x - y) for what, (x, y) in pairs.items() if x is not None and y is not None}
+        pairs = {score: (getattr(a, score), getattr(b, score)) for score in ("loss", "kl", "top1")}
+        return {score: estimate(x - y) for score, (x, y) in pairs.items() if x is not None and y is not None}
 
     def rows(self) -> Iterator[dict[str, str]]:
-        """One row a model, as text under the titles of the columns."""
+        """One row per model, as text by title of the column."""
         for name, scores in self.scores.items():
             ratio = _exponential(self.difference(name)["loss"])
             row = {"": name} | {title: values.get(name, "") for title, values in self.columns.items()}
@@ -261,13 +266,14 @@ def compare(
     count: int = 8,
     length: int = LENGTH,
 ) -> Comparison:
-    """An A/B table of `models` by name; the first is the reference for KL and agreement.
+    """A table of `models` by name; the first is the reference for KL and agreement.
 
-    A function in place of a model is called when its turn comes, so that one model at a time is in memory.
+    A function in place of a model is called when it is needed, so that only one model at a time is in memory.
     """
-    over, reference, scores = as_windows(tokenizer_or_ids, texts, count, length), None, {}
-    for name, made in models.items():
-        model = made if isinstance(made, nn.Module) else made()
+    over = as_windows(tokenizer_or_ids, texts, count, length)
+    reference, scores = None, {}
+    for name, model in models.items():
+        model = model if isinstance(model, nn.Module) else model()
         reference = predictions(model, over) if reference is None else reference
         scores[name] = measure(model, over, reference)
     return Comparison(scores)
@@ -277,7 +283,7 @@ def compare(
 
 
 def matrices(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Role and a view (N, K) of every weight that a scheme may quantize, gate and up as one matrix as in a store."""
+    """Role and view (N, K) of every weight that a scheme may quantize; gate and up are one matrix, as in a store."""
     for module in config.expert_modules(model).values():
         for weight in module.parameters(recurse=False):
             if weight.dim() == 3:
@@ -289,15 +295,17 @@ def matrices(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 @contextmanager
 def quantized(model: nn.Module, schemes: Scheme | Mapping[str, Scheme]) -> Iterator[dict[str, tuple[int, int]]]:
-    """Within `with`, the model's weights are what quantizing makes of them; afterwards they are the originals again.
+    """Replace the model's weights by their quantized values inside `with`, and restore the originals afterwards.
 
-    schemes: one for all, or by role. Yields `(bytes, weights)` by role, metadata included, 16 bits where it stays.
+    Yields `(bytes, weights)` by role, including metadata; weights that are not quantized count 16 bits.
+
+    schemes: one scheme for all roles, or schemes by role
     """
     by_role = schemes if isinstance(schemes, Mapping) else dict.fromkeys(ROLES, schemes)
     sizes, originals = {}, {}
     try:
         for role, w in matrices(model):
-            if w.data_ptr() in originals:  # a head that is its embedding, which came first
+            if w.data_ptr() in originals:  # a tied head: its embedding came first
                 continue
             q = by_role.get(role, Scheme()).quantize(w, role)
             nbytes, weights = sizes.get(role, (0, 0))
@@ -314,7 +322,7 @@ def quantized(model: nn.Module, schemes: Scheme | Mapping[str, Scheme]) -> Itera
 
 @contextmanager
 def with_twins(model: nn.Module, coarse: Scheme) -> Iterator[nn.Module]:
-    """Within `with`, every expert has a twin, number + E, that went through `coarse`: for `coarse_misses`."""
+    """Inside `with`, every expert has a twin, number + E, quantized by `coarse`: for `coarse_misses`."""
     modules = list(config.expert_modules(model).values())
     kept = [dict(module.named_parameters(recurse=False)) for module in modules]
     with quantized(model, {"experts": coarse}):

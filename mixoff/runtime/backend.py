@@ -12,10 +12,9 @@ from mixoff.transfer.arena import Weight
 
 
 class _Untrainable(torch.autograd.Function):
-    """Lets a forward pass through in any mode, and says in words that no gradient comes back.
+    """Identity in the forward pass; its backward pass raises an error that says why there is no gradient.
 
-    The backbone is not frozen instead: for a weight that requires no gradient ATen takes another path to the product,
-    with other last bits than plain transformers has.
+    Freezing the backbone instead would change bits: for weights without a gradient ATen computes products another way.
     """
 
     @staticmethod
@@ -32,8 +31,8 @@ def experts_forward(
 ) -> torch.Tensor:
     """The experts backend of transformers: hidden_states (T, D), choice and weights (T, K) -> (T, D).
 
-    All rows of an expert are one product, and each row's place and sum over K are those of transformers' `grouped_mm`,
-    which computes the experts of a model that was made from a served one's configuration and has no runtime.
+    All rows of an expert are one product, in the order of transformers' `grouped_mm`, and so is the sum over K.
+    `grouped_mm` itself computes models without a runtime, made from the configuration of a served one.
     """
     backend = _forward if "_mixoff" in vars(self) else ALL_EXPERTS_FUNCTIONS["grouped_mm"]
     return backend(self, hidden_states, top_k_index, top_k_weights)
@@ -68,8 +67,10 @@ def _served(
 
 
 def _of_one_token(top_k_index: torch.Tensor, top_k_weights: torch.Tensor, num_experts: int) -> dict[int, float] | None:
-    """The choice (1, K) of one token and what it gave each expert, nothing for what is not a number; None for several
-    tokens, and where it names an expert twice or none."""
+    """One token's choice (1, K) as weight by expert, 0 for NaN.
+
+    None for several tokens, or if the choice has a repeated index or one that means "no expert".
+    """
     if len(top_k_index) != 1:
         return None
     (experts,), (given,) = top_k_index.tolist(), top_k_weights.tolist()
@@ -78,22 +79,22 @@ def _of_one_token(top_k_index: torch.Tensor, top_k_weights: torch.Tensor, num_ex
 
 
 def _one_row(self: torch.nn.Module, x: torch.Tensor, weights: dict[int, float]) -> torch.Tensor:
-    """One token x (1, D) through each of its experts -> (K, 1, D), in their order; what the router gave them."""
+    """One token x (1, D) through each of its experts -> (K, 1, D), in router order. weights: the router's."""
     (runtime, site), experts = self._mixoff, list(weights)
     parts, order = [], []
 
     def place(expert: int) -> tuple[int, int]:
         return sum(other < expert for other in experts), len(experts)
 
-    def compute(found: dict[int, dict[str, Weight]]) -> None:
-        mine = {expert: found[expert] for expert in found if expert in experts}  # others where layers are fetched whole
+    def compute(loaded: dict[int, dict[str, Weight]]) -> None:
+        mine = {expert: loaded[expert] for expert in loaded if expert in experts}  # whole layers bring others too
         if mine:
             parts.append(expert_mlps(self, x, mine, runtime.scratch, runtime.exact, place))
             order.extend(mine)
 
     runtime.serve(site, experts, compute, None if runtime.in_prompt() else list(weights.values()))
     out = parts[0] if len(parts) == 1 else torch.cat(parts)
-    if order != experts:  # row by row, since for an index of its own a host would wait for its device
+    if order != experts:  # row by row: building an index tensor would make the host wait for the device
         rows = dict(zip(order, out.unbind(), strict=True))
         out = torch.stack([rows[expert] for expert in experts])
     return out
@@ -102,32 +103,33 @@ def _one_row(self: torch.nn.Module, x: torch.Tensor, weights: dict[int, float]) 
 def _rows(
     self: torch.nn.Module, hidden_states: torch.Tensor, where: dict[int, torch.Tensor], given: torch.Tensor
 ) -> torch.Tensor:
-    """Rows of hidden_states (T, D) through their experts -> (T * K, D), zeros where there is none.
+    """Rows of hidden_states (T, D) through their experts -> (T * K, D), zeros where there is no expert.
 
-    where: the positions (R,) of each expert's rows in the router's choice, flattened; given: its weights (T, K).
+    where: positions (R,) of each expert's rows in the flattened choice of the router
+    given: the router's weights (T, K)
     """
     runtime, site = self._mixoff
     K, weights = given.shape[1], None if runtime.in_prompt() else _given(where, given)
     out, where = hidden_states.new_zeros(given.numel(), hidden_states.shape[1]), _rows_on(hidden_states.device, where)
 
-    def compute(found: dict[int, dict[str, Weight]]) -> None:
-        for expert in found:
-            if (rows := where.get(expert)) is not None:  # of this expert, (R,); none where layers are fetched whole
+    def compute(loaded: dict[int, dict[str, Weight]]) -> None:
+        for expert in loaded:
+            if (rows := where.get(expert)) is not None:  # (R,); None for experts that only whole layers bring
                 at = functools.partial(_place, where, len(out), expert)
                 mine = hidden_states[rows // K]  # (R, D)
-                out[rows] = expert_mlp(self, mine, found[expert], runtime.scratch, runtime.exact, at)
+                out[rows] = expert_mlp(self, mine, loaded[expert], runtime.scratch, runtime.exact, at)
 
     runtime.serve(site, list(where), compute, weights)
     return out
 
 
 def _place(where: dict[int, torch.Tensor], rows: int, expert: int) -> tuple[int, int]:
-    """How many of a call's rows belong to experts of a lower index, and how many `rows` it has."""
+    """(rows of the call that belong to experts of a lower index, `rows`)."""
     return sum(len(r) for other, r in where.items() if other < expert), rows
 
 
 def to_host(*tensors: torch.Tensor) -> list[torch.Tensor]:
-    """Small tensors of a device, integers and floats, by one copy: as int64 and fp32."""
+    """Small tensors of a device, integers and floats, in one copy: as int64 and fp32."""
     raw = [t.float().view(torch.int32) if t.is_floating_point() else t.int() for t in tensors]
     host = torch.cat([t.flatten() for t in raw]).cpu().split([t.numel() for t in tensors])
     values = [r.view(torch.float32) if t.is_floating_point() else r.long() for r, t in zip(host, tensors, strict=True)]
@@ -135,7 +137,7 @@ def to_host(*tensors: torch.Tensor) -> list[torch.Tensor]:
 
 
 def _rows_on(device: torch.device, where: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]:
-    """Positions of rows on the device that computes, by one copy for which the host does not wait."""
+    """Positions of rows on the computing device, in one copy that the host does not wait for."""
     if device.type == "cpu" or not where:
         return where
     counts = [len(rows) for rows in where.values()]
@@ -144,9 +146,9 @@ def _rows_on(device: torch.device, where: dict[int, torch.Tensor]) -> dict[int, 
 
 
 def _given(where: dict[int, torch.Tensor], top_k_weights: torch.Tensor) -> list[float]:
-    """The router's weights for each expert, summed over the tokens; what is not a number counts nothing."""
-    given = top_k_weights.flatten().nan_to_num()
-    return [float(given[rows].sum()) for rows in where.values()]
+    """The router's weights for each expert, summed over the tokens; NaN counts as 0."""
+    weights = top_k_weights.flatten().nan_to_num()
+    return [float(weights[rows].sum()) for rows in where.values()]
 
 
 ALL_EXPERTS_FUNCTIONS.register("mixoff", experts_forward)

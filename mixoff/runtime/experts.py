@@ -1,7 +1,7 @@
 """What one MoE layer computes: which rows go to which expert, and one expert's steps, for any family.
 
-Letters: **T** tokens of a call, **K** experts a token, **R** rows of one expert, **D** model width, **F** expert width.
-Does not know where weights come from.
+Letters: **T** tokens of a call, **K** experts per token, **R** rows of one expert, **D** model width, **F** expert
+width.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ import torch
 from mixoff import kernels
 from mixoff.quantize.tensor import QTensor
 
-SILU = ("SiLU", "SiLUActivation")  # torch's and transformers' own class for it
-LANES = 64  # ATen computes that many elements at a time at most: two vectors of bf16 with AVX-512
+SILU = ("SiLU", "SiLUActivation")  # classes of torch and of transformers
+LANES = 64  # most elements that ATen computes at once: two vectors of bf16 with AVX-512
 
 
 def by_expert(top_k_index: torch.Tensor, num_experts: int) -> dict[int, torch.Tensor]:
     """Positions of each expert in the flattened (T, K) choice, experts in router order.
 
-    The sort is the one of transformers' `grouped_mm`, which is not stable: on several threads a row's last bit may
-    depend on its place among the rows of a product, so rows keep that order. An index of `num_experts` or more is
+    The sort is that of transformers' `grouped_mm`, which is not stable. On several threads a row's last bit may depend
+    on its place among the rows of a product, so rows keep that order. An index of `num_experts` or more is
     transformers' mark for "no expert" and is left out.
 
     >>> by_expert(torch.tensor([[3, 1], [1, 9]]), 8)
     {3: tensor([0]), 1: tensor([1, 2])}
     """
     flat = top_k_index.flatten()  # (T * K,)
-    router_order = dict.fromkeys(flat.tolist())  # the one look at the router's choice
+    router_order = dict.fromkeys(flat.tolist())  # the only read of the router's choice
     experts, order = torch.sort(flat)
     distinct, counts = torch.unique_consecutive(experts, return_counts=True)
     positions = dict(zip(distinct.tolist(), order.split(counts.tolist()), strict=True))
@@ -47,8 +47,8 @@ def expert_mlp(
 ) -> torch.Tensor:
     """One expert of any family that transformers decorates: x (R, D) -> (R, D), the steps of `grouped_mm` in order.
 
-    exact: activations stay fp32 in products with quantized weights. place: tells how many rows of the call belong to
-    experts of a lower index, and how many rows it has; without it x is all of them.
+    exact: activations stay fp32 in products with quantized weights
+    place: returns (rows of the call that belong to experts of a lower index, rows of the call); None: x is all rows
     """
     if fuses(module, x, weights, exact):
         return normed(module, kernels.gated_mlps(x, [_pair(weights)], exact)[0])
@@ -71,9 +71,9 @@ def expert_mlps(
     exact: bool = False,
     place: Callable[[int], tuple[int, int]] | None = None,
 ) -> torch.Tensor:
-    """One row through each of E experts, by index: x (1, D) -> (E, 1, D), bit for bit what `expert_mlp` makes of each.
+    """One row through each of E experts, by index: x (1, D) -> (E, 1, D), bit for bit what `expert_mlp` computes.
 
-    place: as there, for an index.
+    place: as there, for an expert's index
     """
     if fuses(module, x, next(iter(experts.values())), exact):
         return normed(module, kernels.gated_mlps(x, [_pair(weights) for weights in experts.values()], exact))
@@ -88,8 +88,8 @@ def _pair(weights: dict[str, torch.Tensor | QTensor]) -> tuple[QTensor, QTensor]
 def activated(module: torch.nn.Module, h: torch.Tensor, place: Callable[[], tuple[int, int]] | None) -> torch.Tensor:
     """`h` through the gate or the activation -> (R, F), with the bits of `grouped_mm`, which passes all rows at once.
 
-    On a CPU, ATen takes the last elements of a tensor, fewer than LANES, one by one, and its scalar `exp` may differ
-    from its vectorized one in the last bit. So where LANES do not divide F, rows of zeros stand in for other experts'.
+    On a CPU, ATen computes the last elements of a tensor, fewer than LANES, one by one, and its scalar `exp` may differ
+    from the vectorized one in the last bit. So if LANES does not divide F, rows of zeros replace other experts' rows.
     """
     activate = module._apply_gate if module.has_gate else module.act_fn
     even = LANES // math.gcd(LANES, h.shape[1] // 2 if module.has_gate else h.shape[1])  # rows that fill whole vectors
@@ -103,7 +103,7 @@ def activated(module: torch.nn.Module, h: torch.Tensor, place: Callable[[], tupl
 
 
 def normed(module: torch.nn.Module, h: torch.Tensor) -> torch.Tensor:
-    """`h` after the norm that some families end an expert with; transformers 5.15, Colab's, has no such flag yet."""
+    """`h` after the norm that ends an expert in some families; Colab's transformers 5.15 does not have the flag yet."""
     return module.post_expert_norm(h) if getattr(module, "has_post_expert_norm", False) else h
 
 

@@ -1,43 +1,30 @@
 """Guesses which experts the next layer will ask for, and has them fetched into spare slots while this one computes.
 
-Letters: **T** tokens of a call, **K** experts a token.
-The guess: the next layer's router, given what this layer's router is given (hidden states change little from layer to
-layer; Eliseev and Mazur, arXiv 2312.17238, section 3.2). What is fetched on a guess takes a spare slot, never one of
-the cache's, so a cached expert, which was asked for once, never gives way to one that may never be; the cache counts
-and evicts as if there were no guesses. A guess that proves wrong is dropped as soon as its layer is served.
-
-Does not know streams, files or policies.
+A guess is the next router's choice for the hidden states of this layer, which change little between layers (Eliseev and
+Mazur, arXiv 2312.17238, section 3.2). Guessed experts go into spare slots, never into the cache's: a cached expert is
+never evicted for a guess, and the cache counts and evicts as if there were no guesses. A wrong guess is dropped as soon
+as its layer is served.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
-from typing import TYPE_CHECKING
 
 from mixoff.cache.events import PREFETCH, Key, Landing
-from mixoff.shapes.config import top_k as configured_top_k
+from mixoff.shapes.config import configured_top_k as top_k  # noqa: F401  (benchmarks import it from here)
 from mixoff.transfer.transfer import Transfer
 
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
-
-
-WINDOW = 32  # guesses after which `auto` looks at what came of them
-PAYS_FROM = 0.5  # share of right guesses: a wrong one costs a read, a right one saves no more than a read
-
-
-def top_k(config: PretrainedConfig) -> int:
-    """Experts that the router chooses for a token, K; 2 where the configuration has no name for it that we know."""
-    found = configured_top_k(config)
-    return 2 if found is None else found
+WINDOW = 32  # guesses before `auto` decides whether they pay
+PAYS_FROM = 0.5  # share of right guesses: a wrong one costs a read, a right one saves at most a read
 
 
 class Guesses:
-    """Spare slots, what was fetched into them, and what came of it.
+    """Spare slots, the guesses fetched into them, and how many proved right.
 
-    mode: `auto` stops when too few guesses prove right. reason: whether it is on, and why. counts: `fetched` and `used`
-    guesses, `used_nbytes`; `named` experts of a prediction, `right` ones of these.
+    mode: `auto` stops when too few guesses prove right
+    reason: whether guessing is on, and why
+    counts: `fetched` and `used` guesses, `used_nbytes`; predicted experts (`named`), those asked for (`right`)
     """
 
     def __init__(self, spares: Sequence[int], transfer: Transfer, mode: str, reason: str) -> None:
@@ -48,21 +35,21 @@ class Guesses:
         self.counts: Counter[str] = Counter()
 
     def expect(self, site: int, experts: Sequence[int]) -> None:
-        """The router of `site` will choose `experts`, or so it seems; fetched once the layer before is under way."""
+        """Note that `site` will probably ask for `experts`; `fetch` gets them while the layer before computes."""
         self.expected[site] = list(experts)
 
     def reseat(self, spares: Sequence[int]) -> None:
-        """Other spare slots from now on, with nothing in them."""
+        """Use these spare slots from now on, all empty."""
         self.slot_of, self.spares = {}, list(spares)
 
     def judge(self, site: int, experts: Collection[int]) -> None:
-        """`site` asks for `experts` now: note how many of them were named."""
+        """Count how many of the `experts` that `site` now asks for were predicted."""
         named = self.expected.pop(site, ())
         self.counts["named"] += len(named)
         self.counts["right"] += len(set(named) & set(experts))
 
     def take(self, key: Key, instead: int) -> int | None:
-        """The slot with the expert `key`, there or on its way, for which `instead` becomes a spare one."""
+        """The slot that holds or will hold `key`, which the caller swaps for `instead`; None without a guess."""
         slot = self.slot_of.pop(key, None)
         if slot is not None:
             self.counts["used"] += 1
@@ -70,21 +57,21 @@ class Guesses:
         return slot
 
     def lend(self, instead: int, busy: Collection[int]) -> int | None:
-        """A spare slot that is not `busy`, for which `instead` becomes a spare one; None when there is none."""
+        """A spare slot that is not `busy`, which the caller swaps for `instead`; None if there is none."""
         slot = next((slot for slot in self.spares if slot not in busy), None)
         if slot is not None:
             self.spares[self.spares.index(slot)] = instead
         return slot
 
     def drop(self) -> list[tuple[Key, Landing]]:
-        """Give up every guess that was not taken, since its layer is served; returns those of which bytes came."""
+        """Drop every guess that was not taken, since its layer is served; returns those of which bytes arrived."""
         wrong = [(key, self.transfer.cancel(slot)) for key, slot in self.slot_of.items()]
         self.spares += self.slot_of.values()
         self.slot_of.clear()
         return [(key, landing) for key, landing in wrong if landing]
 
     def fetch(self, site: int, cached: Callable[[Key], bool]) -> None:
-        """Have the experts fetched that `site` is expected to want, unless they are `cached` or a mere copy away."""
+        """Fetch the experts that `site` is expected to ask for, unless they are `cached` or a copy in RAM away."""
         if not self.active:
             return
         for key in ((site, expert) for expert in self.expected.get(site, ())):
@@ -95,7 +82,7 @@ class Guesses:
         self._reconsider()
 
     def stop(self, why: str) -> None:
-        """Guess no more."""
+        """Stop guessing."""
         self.active, self.reason = False, f"off: {why}"
         self.expected.clear()
 

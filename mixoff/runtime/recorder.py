@@ -1,4 +1,4 @@
-"""Records what a runtime's routers ask for as a trace."""
+"""Records the choices of a runtime's routers as a trace."""
 
 from __future__ import annotations
 
@@ -12,13 +12,11 @@ from mixoff.errors import MixoffError
 from mixoff.trace.files import NO_EXPERT
 from mixoff.trace.trace import Trace
 
-# --- recording -------------------------------------------------------------------------------------------------------
-
 
 class Recorder:
-    """Collects what the router chooses, between `with` and its end; then `recorder.trace` is the `Trace`.
+    """Collects the routers' choices inside a `with` block; afterwards `recorder.trace` is the `Trace`.
 
-    A pass that began before the recording, or did not end, is left out.
+    Passes that began before the block, or did not finish, are left out.
     """
 
     def __init__(self, runtime: Any) -> None:
@@ -33,7 +31,7 @@ class Recorder:
         self._stop()
 
     def _note(self, token: int, is_prompt: bool, site: int, experts: Any, weights: Any) -> None:
-        """One call of a layer: tensors (T, K), copied at once, made arrays later. `token` tells passes apart."""
+        """One call of a layer: tensors (T, K), copied now, converted later. `token` identifies the pass."""
         now = time.perf_counter() - self._start
         calls = self.calls.setdefault(token, (is_prompt, now, {}))[2]
         named = self.runtime.guesses.expected.get(site, ())
@@ -68,13 +66,13 @@ class Recorder:
 
 
 def _array(values: Any, kind: type) -> np.ndarray:
-    """A tensor's values, from any device; NumPy knows no bfloat16."""
+    """A tensor's values, from any device; NumPy has no bfloat16."""
     values = values.float() if values.is_floating_point() else values
     return values.numpy(force=True).astype(kind)
 
 
 def _padded(named: list[list[Sequence[int]]], rows: list[int]) -> np.ndarray | None:
-    """What was named before each call of each pass, as `Trace.predicted`; passes have `rows` tokens."""
+    """Experts predicted before each call of each pass, as `Trace.predicted`; passes have `rows` tokens."""
     most = max(len(experts) for calls in named for experts in calls)
     if not most:
         return None

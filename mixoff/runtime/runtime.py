@@ -1,18 +1,18 @@
-"""The runtime: experts wait in the slow tier and are computed from the fast one, within a budget of bytes.
+"""The runtime: experts are stored in the slow tier and computed from the fast one, within a budget of bytes.
 
-Letters: **T** tokens of a call, **K** experts a token, **E** experts, **D** model width.
-transformers calls `experts_forward` in place of its own loop over experts. What a call lacks is on its way while what
-it has is computed, and is computed as it lands. A slot is computed from only after its bytes arrived, and fetched into
-only after it was computed from, so the output is that of the resident model, bit for bit, for any budget.
+Letters: **T** tokens of a call, **K** experts per token, **E** experts.
+transformers calls `experts_forward` in place of its own loop over experts. Missing experts are fetched in the
+background while resident ones are computed; each is computed as soon as it arrives (drawn in `call`). A slot is
+computed from only after its bytes arrived, and fetched into only after it was computed from. So the output is that of
+the resident model, bit for bit, for any budget.
 
 A call may end anywhere: at a pressed stop button, an exception from a listener, a failed read. Cache, arena, transfer
-and guesses share what they know of a slot, and no order of their changes is safe at every point. So nothing is repaired
-on the way out: a call notes that it has begun and that it has ended, and the next call that finds the first note
-without the second begins with an empty fast tier (`Runtime.renew`). A stop costs the fetches of what was resident;
-copies in RAM stay. The alternative, a `try` around each change, had left 4 to 9 % of the possible moments wrong.
+and guesses all know something about a slot, and no order of their changes is safe at every point. So nothing is
+repaired on the way out: `ended` is False during a call, and a call that finds it False begins with an empty fast tier
+(`Runtime.renew`). A stop costs the fetches of what was resident; copies in RAM stay. The alternative, a `try` around
+each change, left 4 to 9 % of the possible moments wrong.
 
 Source of the idea: Eliseev and Mazur, arXiv 2312.17238, section 3. Built in notebooks/00.
-Does not know file layouts.
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ from mixoff.transfer.tiers import open_transfer
 from mixoff.transfer.transfer import Transfer
 from mixoff.units import format_nbytes
 
-SHRINK = 8  # one slot of so many is given up at a time when memory runs out
+SHRINK = 8  # when memory runs out, one slot in this many is given up at a time
 FETCH = ("expert", "layer")
 _alive: weakref.WeakSet[Runtime] = weakref.WeakSet()
 
 
 class Source(Protocol):
-    """Where experts come from: a model folder (`store.Source`), or a model in memory."""
+    """Origin of experts: a model folder (`store.Source`), or a model in memory."""
 
     sites: tuple[Site, ...]
     scheme: Scheme
@@ -65,17 +65,26 @@ class Source(Protocol):
         """Bytes of the largest expert."""
 
     def close(self) -> None:
-        """Let go of files or memory."""
+        """Close files or free memory."""
 
 
 class Runtime:
-    """Serves the experts of one model from an arena of slots. `load` makes it; `model.mixoff` is it.
+    """Serves the experts of one model from an arena of slots. `load` makes one, as `model.mixoff`.
 
-    policy, scope, prefetch, exact, fetch: as for `load`. compute: dtype of the computation. ram_bytes: of the RAM tier,
-    0 for none. top_k: K. device: None is the CPU, whose fast tier is a share of RAM. Safe to use from several threads:
-    calls of MoE layers take turns. Usable as a context manager. Raises BudgetError.
-    reroute: None, or a function `(site, top_k_index, top_k_weights) -> (top_k_index, top_k_weights)` with the last word
-    on the router's choice (index E: no expert). Nothing else here can change what the model computes.
+    Safe to use from several threads: calls of MoE layers take turns. Usable as a context manager. Raises BudgetError.
+
+    `reroute` is None, or a function `(site, top_k_index, top_k_weights) -> (top_k_index, top_k_weights)` that may
+    change the router's choice (index E: no expert). Nothing else here can change what the model computes.
+
+    Parameters
+    ----------
+    source: origin of the experts
+    fast_bytes: budget of the fast tier
+    policy, scope, prefetch, exact, fetch: as for `load`
+    compute: dtype of the computation
+    ram_bytes: size of the RAM tier, 0 for none
+    top_k: K
+    device: GPU that holds the fast tier; None is the CPU, whose fast tier is a share of RAM
     """
 
     def __init__(
@@ -95,34 +104,38 @@ class Runtime:
     ) -> None:
         if fetch not in FETCH:
             raise MixoffError(f"unknown fetch {fetch!r}: choose one of {', '.join(FETCH)}")
-        self.source, self.scope, self.fast_bytes = source, scope, fast_bytes
-        self.exact, self.whole_layers = exact, fetch == "layer"
+        self.source, self.device = source, device
+        self.exact, self.whole_layers, self.scope = exact, fetch == "layer", scope
+        self._policy, self._compute = policy, compute
+        self._prefetch, self._top_k = prefetch, top_k
         self.reroute: Callable | None = None
         self._listeners: list[Callable[[Event], None]] = []
         self._routing: list[Callable] = []
         self._lock = threading.RLock()
         self.ended = True  # whether the last call did; set when one begins and ends, under the lock
-        self._forked = False
-        self._pass = threading.local()  # of each thread's forward pass: is it a prompt, which token does it end with
-        self._tokens, self._start, self._closed = 0, time.perf_counter(), False
-        self.device, self._policy, self._compute, self._prefetch = device, policy, compute, (prefetch, top_k)
+        self._forked = self._closed = False
+        self._pass = threading.local()  # each thread's forward pass: whether it is a prompt, and its last token
+        self._tokens = 0
+        self._start = time.perf_counter()
         self.transfer: Transfer | None = None
-        self._before: Counter[str] = Counter()  # counts that `reset_counts` put aside
         self.cache: ExpertCache | None = None
-        self._fast_nbytes = fast_bytes  # of it what is used: less after `make_room`
+        self._before: Counter[str] = Counter()  # counts at the last `reset_counts`
+        self.fast_bytes = fast_bytes
+        self._fast_nbytes = fast_bytes  # the part in use: less after `make_room`
         self._allocate(fast_bytes)
         self._empty()
         self._open_transfer(ram_bytes)
         _alive.add(self)
 
     def _allocate(self, fast_bytes: int) -> None:
-        """The fast tier within `fast_bytes`, with fewer slots where the system has not so much memory.
+        """Allocate the fast tier within `fast_bytes`, with fewer slots if the system lacks the memory.
 
-        Raises BudgetError where it has none for the least number of slots.
+        Raises BudgetError if there is not enough for the least number of slots.
         """
-        quantized = self.source.scheme.experts is not None  # then torch makes the blocks, and scratch is their bound
+        quantized = self.source.scheme.experts is not None  # then torch allocates the blocks; scratch bounds their size
         scratch = 0 if quantized else reference.scratch_nbytes(self.source.sites, self._compute)
-        empty, refused = self.device.empty if self.device else slab, 0
+        empty = self.device.empty if self.device else slab
+        refused = 0  # the first number of slots that did not fit
         while True:
             capacities, spare, reserved = self._divide(fast_bytes)
             slots = sum(capacities) + spare
@@ -134,36 +147,37 @@ class Runtime:
                 why = out_of_memory(error)
                 if why is None:
                     raise
-            fast_bytes, refused = self._fewer(slots, reserved, why), refused or slots
-        self.allocated_nbytes, self._capacities, self.arena = arena.numel() + reserved, capacities, arena
+            refused = refused or slots
+            fast_bytes = self._fewer(slots, reserved, why)
+        self.arena, self._capacities = arena, capacities
+        self.allocated_nbytes = arena.numel() + reserved
         if refused:
             self._warn(refused, why)
 
     def _empty(self) -> None:
-        """A cache that holds nothing, and goes on counting; and where in the arena each of its slots is."""
+        """Start with an empty cache that continues the counts; cache slot i is arena slot i again."""
         cache = ExpertCache(self._capacities, self._policy)
         if self.cache is not None:
             cache.count_on(self.cache)
         self.cache, self.place = cache, list(range(cache.capacity))
 
     def _divide(self, fast_bytes: int) -> tuple[list[int], int, int]:
-        """Slots of each pool, spare ones for guesses, and bytes beside them: scratch and the reader's buffers."""
+        """Slots of each pool, spare slots for guesses, and other bytes: scratch and the reader's buffers."""
         sites, size = self.source.sites, slot_nbytes(self.source.sites)
         reserved = reference.scratch_nbytes(sites, self._compute) + getattr(self.source.reader, "buffer_nbytes", 0)
-        prefetch, top_k = self._prefetch
         spare, self._why = set_aside(
-            prefetch,
+            self._prefetch,
             slots=(fast_bytes - reserved) // size,
             least=least_slots(sites, self.scope),
             experts=sum(site.num_experts for site in sites),
-            wanted=top_k,
+            wanted=self._top_k,
             direct=self.device is not None or getattr(self.source.reader, "direct", False),
             slot_nbytes=size,
         )
         return plan_slots(sites, fast_bytes - spare * size, reserved, self.scope), spare, reserved
 
     def _fewer(self, slots: int, reserved: int, why: str) -> int:
-        """A budget of about an eighth fewer slots. Raises BudgetError where there are no fewer that run."""
+        """A budget for about an eighth fewer slots. Raises BudgetError if fewer slots could not run."""
         sites, size = self.source.sites, slot_nbytes(self.source.sites)
         least = least_slots(sites, self.scope)
         if slots <= least:
@@ -177,18 +191,18 @@ class Runtime:
         size, now = self.arena.slot_nbytes, len(self.arena.slots)
         warnings.warn(
             f"no memory for {slots} slots, {format_nbytes(slots * size)} of experts ({why}): going on with {now}, "
-            f"{format_nbytes(now * size)}; to have no more made, set fast_bytes={self.arena.numel()}, shorten the "
-            "context, or use fewer bits",
+            f"{format_nbytes(now * size)}; to avoid this, set fast_bytes={self.arena.numel()}, shorten the context, "
+            "or use fewer bits",
             stacklevel=4,
         )
 
     def _open_transfer(self, ram_bytes: int) -> None:
-        """What fills the slots, with a tier of copies in RAM, as large as the system allows; and guesses, which use it.
+        """Open the transfer, with as large a RAM tier as the system allows, and the guesses, which use it.
 
-        Raises BudgetError where there is no memory for a single copy.
+        Raises BudgetError if there is no memory for a single copy.
         """
-        size = self.arena.slot_nbytes
-        slots = min(ram_bytes // size, sum(site.num_experts for site in self.source.sites))
+        size, experts = self.arena.slot_nbytes, sum(site.num_experts for site in self.source.sites)
+        slots = min(ram_bytes // size, experts)
         while True:
             try:
                 self.transfer, self.ram_nbytes = self._filler(slots)
@@ -200,12 +214,12 @@ class Runtime:
             if slots <= 1:
                 raise BudgetError(f"the system has no {format_nbytes(size)} for the RAM tier ({why}): lower ram_bytes")
             slots -= max(slots // SHRINK, 1)
-        if slots * size < ram_bytes - size and slots < sum(site.num_experts for site in self.source.sites):
+        if slots * size < ram_bytes - size and slots < experts:
             warnings.warn(f"the RAM tier takes {format_nbytes(self.ram_nbytes)}: there is no more memory", stacklevel=3)
-        self.guesses = Guesses(range(self.slots, len(self.arena.slots)), self.transfer, self._prefetch[0], self._why)
+        self.guesses = Guesses(range(self.slots, len(self.arena.slots)), self.transfer, self._prefetch, self._why)
 
     def _filler(self, ram_slots: int) -> tuple[Transfer, int]:
-        """The transfer of this device with so many copies in RAM, and the bytes that it takes there."""
+        """The transfer of this device with `ram_slots` copies in RAM, and the bytes that it takes there."""
         nbytes, reader = [site.expert_nbytes for site in self.source.sites], self.source.reader
         if self.device is None:
             return open_transfer(reader, self.arena.images, nbytes, ram_slots), ram_slots * self.arena.slot_nbytes
@@ -214,12 +228,12 @@ class Runtime:
         return transfer, transfer.memory.numel()
 
     def make_room(self, why: str) -> None:
-        """Memory ran out: about an eighth of the slots goes back to the system, and the cache begins again, empty.
+        """Free about an eighth of the slots after memory ran out; the cache starts again, empty.
 
-        Copies in RAM and all counts stay. Raises BudgetError, with the figures, where no slot can be spared.
+        Copies in RAM and all counts stay. Raises BudgetError, with the figures, if no slot can be spared.
         """
         with self._lock:
-            if self.arena is None:  # an earlier one was interrupted
+            if self.arena is None:  # an earlier `make_room` was interrupted
                 self.renew()
             slots, reserved = len(self.arena.slots), self.allocated_nbytes - self.arena.numel()
             self._fast_nbytes = self._fewer(slots, reserved, why)
@@ -231,9 +245,9 @@ class Runtime:
             self._tokens -= getattr(self._pass, "tokens", 0)  # the pass that failed will be repeated
 
     def renew(self) -> None:
-        """After a call that did not end: nothing is on its way, no expert is resident, counts and copies in RAM stay.
+        """Empty the fast tier after a call that did not end; counts and copies in RAM stay.
 
-        Takes nothing for granted but the memory, and may itself be interrupted: then the next call does it again.
+        Relies on nothing but the memory, and may itself be interrupted: then the next call does it again.
         """
         if self._forked and self.device:
             raise RuntimeError("a forked process cannot use its parent's GPU: load the model there, or use spawn")
@@ -251,18 +265,18 @@ class Runtime:
         self.ended = True
 
     def forked(self) -> None:
-        """This process is the child of a fork: locks may be held by threads that stayed with the parent."""
+        """Called in the child of a fork: locks may be held by threads that exist only in the parent."""
         self._lock, self.ended, self._forked = threading.RLock(), False, True
         self.transfer.forked()
 
     @property
     def slots(self) -> int:
-        """Slots in all, over all layers; those set aside for guesses are not counted."""
+        """Slots of all layers together, without those set aside for guesses."""
         return self.cache.capacity
 
     @property
     def bytes_moved(self) -> int:
-        """Bytes that came into the fast tier, by fetches of every kind."""
+        """Bytes moved into the fast tier, by fetches of every kind."""
         counts = self._counts()
         return sum(counts[kind] for kind in MOVES)
 
@@ -302,7 +316,7 @@ class Runtime:
         return counts
 
     def reset_counts(self) -> None:
-        """Start counting anew; residents stay where they are."""
+        """Set all counters to zero; residents stay."""
         with self._lock:
             self.cache.reset_counts()
             self._before = self.transfer.counts() + self.guesses.counts
@@ -327,16 +341,16 @@ class Runtime:
         return lambda: self._routing.remove(fn)
 
     def note_routing(self, site: int, experts: torch.Tensor, weights: torch.Tensor) -> None:
-        """Hand the router's choice to those who asked for it."""
+        """Pass the router's choice to the functions given to `on_routing`."""
         for fn in tuple(self._routing):
             fn(getattr(self._pass, "token", 0), self.in_prompt(), site, experts, weights)
 
     def trace(self) -> Recorder:
-        """Records routing: `with model.mixoff.trace() as recorder:` generate, then `recorder.trace` is the `Trace`."""
+        """A recorder of routing: generate in `with model.mixoff.trace() as recorder:`, then use `recorder.trace`."""
         return Recorder(self)
 
     def close(self) -> None:
-        """Give back the memory and close the files. The model cannot run afterwards. Once more does no harm."""
+        """Free the memory and close the files. The model cannot run afterwards. Safe to call twice."""
         with self._lock:
             self._closed = True
             self.transfer.close()
@@ -354,7 +368,7 @@ class Runtime:
         return f"Runtime({state})"
 
     def begin_pass(self, tokens: int, length: int) -> None:
-        """Note that a pass over `tokens` tokens begins, `length` of each sequence: more than one is a prompt."""
+        """Note that a pass over `tokens` tokens begins, `length` per sequence: more than one is a prompt."""
         with self._lock:
             self._tokens += tokens
             self._pass.prompt, self._pass.token, self._pass.tokens = length > 1, self._tokens, tokens
@@ -364,9 +378,9 @@ class Runtime:
         return getattr(self._pass, "prompt", False)
 
     def expect(self, site: int, chosen: torch.Tensor) -> None:
-        """The router of `site` will make this choice (T, K), or so it seems.
+        """Note a guess of the choice (T, K) at `site`.
 
-        What a device computed stays there until `look` reads it with the choice of the layer before.
+        A guess on a device stays there until `look` reads it together with the choice of the layer before.
         """
         if chosen.device.type != "cpu":
             self._pass.guess = site, chosen
@@ -375,7 +389,7 @@ class Runtime:
             self.guesses.expect(site, list(dict.fromkeys(chosen.t().flatten().tolist())))
 
     def look(self, site: int, experts: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The router's choice and weights (T, K) on the host: the one time in a layer that it waits for a device."""
+        """The router's choice and weights (T, K) on the host, which waits for the device only here in a layer."""
         if experts.device.type == "cpu":
             return experts, weights
         following, guess = getattr(self._pass, "guess", (None, None))
@@ -387,25 +401,28 @@ class Runtime:
         return experts, weights
 
     def wants_guesses(self) -> bool:
-        """Whether `expect` would lead to anything now."""
+        """Whether a guess would be used now."""
         return self.guesses.active and not self.in_prompt()
 
     def serve(self, site: int, experts: list[int], compute: Compute, weights: Sequence[float] | None = None) -> None:
-        """Call `compute(found)` with weights by expert until each of `experts` was among them: first with all that are
-        here, in router order, then with each as it lands. Where somebody listens, each is alone, so that it is timed.
+        """Call `compute` with weights by expert until all `experts` are computed.
 
-        experts: distinct, in router order; weights: what the router gave each of them, for policies that care. What
-        `compute` gets are views of slots, by part name, in the store's dtype, good during that call only.
+        The first call gets all residents, in router order; each further one an expert that has just arrived. With a
+        listener every expert gets its own call, so that it is timed. The weights are views of slots, by part name, in
+        the store's dtype, and valid during that call only.
+
+        experts: distinct, in router order
+        weights: the router's weight of each expert, for policies that use it
         """
         if self._lock._is_owned():
-            raise RuntimeError("a listener cannot run the model that it listens to: note the event, and run it later")
+            raise RuntimeError("a listener cannot run the model it listens to: store the event, run the model later")
         with self._lock:
             if self._closed:
                 raise RuntimeError("this model was closed: load it again to generate")
             Call(self, site, compute).run(experts, weights)
 
     def tell(self, key: Key, kind: str, nbytes: int, t0: float, t1: float) -> None:
-        """An event for those who listen; times of `time.perf_counter`."""
+        """Send an event to all listeners; times are those of `time.perf_counter`."""
         layer, token = self.source.sites[key[0]].layer, getattr(self._pass, "token", 0)
         phase = "prompt" if self.in_prompt() else "decode"
         event = Event(token, layer, key[1], kind, nbytes, t0 - self._start, t1 - self._start, phase)

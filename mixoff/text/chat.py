@@ -1,7 +1,4 @@
-"""A conversation with a model: questions are asked with the turns before them, as the model's own template writes them.
-
-Does not know where the experts are, nor how text is shown.
-"""
+"""A conversation with a model: each question is sent with the turns before it, formatted by the model's template."""
 
 from __future__ import annotations
 
@@ -20,21 +17,23 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-# for models that were never taught to chat: what was said, turn by turn, and the model continues it
+# for models without chat training: the turns, one per line, for the model to continue
 PLAIN = "{{ bos_token }}{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
 Message = dict[str, str]
-INSTRUCTIONS = ("system", "developer")  # roles of what is said before a conversation, and holds for all of it
-MOST_LINES = 1_000_000  # that a template may run: a thousand messages take some 20,000
-TEMPLATE = "<template>"  # the file that jinja names in frames of what it has compiled
+INSTRUCTIONS = ("system", "developer")  # roles of messages that apply to the whole conversation
+MOST_LINES = 1_000_000  # limit for a template: a thousand messages take about 20,000 lines
+TEMPLATE = "<template>"  # file name in frames of code that jinja has compiled
 
 
 @dataclass
 class Chat:
     """Turns of a conversation. Built in notebooks/15.
 
-    messages: dicts of `role` (`user` or `assistant`) and `content`, oldest first; what no longer fits into `context`
-    tokens, the answer's included, is forgotten, but for those of role `system` that come first. context: None is the
-    model's own. A tokenizer without a chat template gets PLAIN, and `own_template` is False.
+    A tokenizer without a chat template gets PLAIN, and `own_template` is False.
+
+    messages: dicts of `role` (`user` or `assistant`) and `content`, oldest first; the oldest are dropped when messages
+        and answer exceed `context` tokens, except `system` messages at the beginning
+    context: tokens; None is the model's own limit
     """
 
     model: PreTrainedModel
@@ -47,29 +46,31 @@ class Chat:
         """Whether the model comes with a template for conversations."""
         return bool(self.tokenizer.chat_template)
 
-    def ask(self, text: str, max_new_tokens: int = 128, **how: object) -> generation.Generation:
-        """The answer to `text`, which joins the conversation with it. how: as for `generation.generate`.
+    def ask(self, text: str, max_new_tokens: int = 128, **options: object) -> generation.Generation:
+        """The answer to `text`; both join the conversation. options: as for `generation.generate`.
 
-        Raises MixoffError where the question alone, and so many new tokens, exceed the context.
+        Raises MixoffError if the question alone and `max_new_tokens` exceed the context.
         """
         context = self.context or getattr(self.model.config, "max_position_embeddings", None)
         messages = [*self.messages, {"role": "user", "content": text}]
         if context:
             messages = recent(messages, lambda part: len(self._ids(part)), context - max_new_tokens)
-        how = {"add_special_tokens": False} | how
-        answer = generation.generate(self.model, self.tokenizer, self.prompt(messages), max_new_tokens, **how)
+        options = {"add_special_tokens": False} | options
+        answer = generation.generate(self.model, self.tokenizer, self.prompt(messages), max_new_tokens, **options)
         self.messages = [*messages, {"role": "assistant", "content": answer.text.strip()}]
         return answer
 
     def prompt(self, messages: list[Message]) -> str:
-        """What the model reads, special tokens written out. Raises MixoffError where the template refuses it."""
-        how = {} if self.own_template else {"chat_template": PLAIN}
+        """The text of `messages` for the model, with special tokens. Raises MixoffError if the template fails."""
+        template = None if self.own_template else PLAIN  # None is the tokenizer's own
         try:
             with bounded():
-                return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **how)
+                return self.tokenizer.apply_chat_template(
+                    messages, chat_template=template, tokenize=False, add_generation_prompt=True
+                )
         except MixoffError:
             raise
-        except Exception as error:  # templates raise any kind; to the user all of them are one
+        except Exception as error:  # templates raise errors of any kind; users need only one
             reason = (str(error).strip() or type(error).__name__).split("\n")[0]
             raise MixoffError(
                 f"the model's chat template refuses these messages: {reason}; change the messages, their roles or "
@@ -82,11 +83,11 @@ class Chat:
 
 @contextmanager
 def bounded(most: int = MOST_LINES) -> Iterator[None]:
-    """Ends a chat template of this thread, which comes from a model's files, after `most` lines, by a MixoffError.
+    """Stops a chat template, which comes from a model's files, with a MixoffError after `most` lines on this thread.
 
-    jinja compiles a template to Python, and its sandbox forbids calls but not loops in loops. Python's trace function
-    sees each line of such code alone, so a limit of lines needs no clock, no thread and no process. What one line asks
-    of C, as a power of two large numbers, is not bounded. Under a debugger, which needs that function, nothing is.
+    jinja compiles a template to Python, and its sandbox forbids calls but not nested loops. Python's trace function
+    counts each line of such code, so this needs no clock, thread or process. One long line, such as a power of two
+    large numbers, is not bounded. A debugger needs the trace function itself, so under one nothing is bounded.
     """
     lines = 0
 
@@ -110,9 +111,9 @@ def bounded(most: int = MOST_LINES) -> Iterator[None]:
 
 
 def recent(messages: list[Message], count: Callable[[list[Message]], int], room: int) -> list[Message]:
-    """The latest messages, from a question on, of which `count` is at most `room`; the last question in any case.
+    """The most messages from a question to the end with a `count` of at most `room`; at least the last question.
 
-    System messages before the first question stay too, and count.
+    System messages before the first question stay too, and are counted.
 
     >>> turns = [{"role": role, "content": "a b"} for role in ("user", "assistant", "user")]
     >>> words = lambda part: sum(len(message["content"].split()) for message in part)

@@ -1,7 +1,4 @@
-"""Text from a model, token by token, with the clock running.
-
-Does not know where the experts are: it times any transformers model.
-"""
+"""Text from any transformers model, token by token, with times."""
 
 from __future__ import annotations
 
@@ -23,8 +20,8 @@ if TYPE_CHECKING:
     from transformers.generation.streamers import BaseStreamer
 
 
-CUT = "\ufffd"  # what decoding puts for bytes that are no character, or not yet one
-# what a model's generation_config.json may ask for that has no place where one text is written token by token
+CUT = "\ufffd"  # decoded in place of bytes that are not a character, or not yet
+# overrides of generation_config.json where it asks for what cannot be streamed as one text
 ONE_TEXT = {
     "num_beams": 1, "num_return_sequences": 1, "return_dict_in_generate": False, "use_cache": True,
     "prompt_lookup_num_tokens": None, "penalty_alpha": None, "dola_layers": None, "assistant_early_exit": None,
@@ -34,10 +31,12 @@ ONE_TEXT = {
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen: at temperature 0 the likeliest, else at random from `seed`.
+    """How the next token is chosen. Raises MixoffError for values out of range.
 
-    top_p: the likeliest tokens that together have this share of the probability; top_k: so many of them; None is all.
-    Raises MixoffError for what is out of range.
+    temperature: 0 always takes the likeliest token
+    seed: seed of random choices
+    top_p: sample only from the likeliest tokens with this share of the probability; None is all
+    top_k: sample only from this many likeliest tokens; None is all
     """
 
     temperature: float = 0.0
@@ -60,13 +59,13 @@ class Sampling:
         if self.temperature > 0:
             limits = {"top_k": self.top_k or 0} | ({} if self.top_p is None else {"top_p": self.top_p})
             return {"do_sample": True, "temperature": self.temperature} | limits
-        # named, or transformers warns that a sampling parameter of the model's own is not used
+        # given, or transformers warns that the model's own sampling parameters are not used
         return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
 
 
 @dataclass
 class Generation:
-    """New tokens only. `times_s`: when each came, in seconds after the start; the first holds the prompt's cost."""
+    """New tokens only. times_s: when each came, in seconds after the start; the first includes reading the prompt."""
 
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
@@ -75,7 +74,7 @@ class Generation:
 
     @property
     def tokens_per_s(self) -> float:
-        """Speed of decoding: tokens after the first over the time since then; of one token alone, its own speed."""
+        """Speed of decoding: tokens after the first over their time; with a single token, that of the token."""
         if len(self.times_s) < 2:
             return 1 / self.times_s[0]
         return (len(self.times_s) - 1) / (self.times_s[-1] - self.times_s[0])
@@ -87,24 +86,24 @@ class Generation:
 
     @property
     def prompt_tokens_per_s(self) -> float:
-        """Speed of reading the prompt, the choice of the first token included."""
+        """Speed of reading the prompt, including the choice of the first token."""
         return self.prompt_tokens / self.first_s
 
 
 class Decoder:
-    """Text of tokens as they come: `add` returns what has become certain, `end` the rest.
+    """Text of tokens as they arrive: `add` returns text that is final, `end` the rest.
 
-    Each step decodes a few tokens: those of the piece before, since the first of a text may be decoded otherwise than
-    one amid it, and those after. Its work does not grow with the text. Tested against decoding all tokens at once.
+    Each step decodes the last piece again together with the new tokens, since the first token of a text may be decoded
+    differently. The work per step does not grow with the text. Tested against decoding all tokens at once.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer, self.text = tokenizer, ""
         self.ids: list[int] = []
-        self.before, self.read = 0, 0  # first tokens of the piece before, and of what is not certain yet
+        self.before, self.read = 0, 0  # index of the first token of the last piece, and of the first undecoded one
 
     def add(self, ids: list[int]) -> str:
-        """Take in tokens; returns text, empty while a character is not complete."""
+        """Add tokens; returns new text, empty while a character is incomplete."""
         self.ids += ids
         known, new = self._decode(self.before, self.read), self._decode(self.before, len(self.ids))
         if len(new) <= len(known) or new.endswith(CUT):  # the bytes of a character may come in several tokens
@@ -126,16 +125,18 @@ class Decoder:
 
 
 class _Clock:
-    """A transformers streamer: notes each new token and when it came, and hands on the text that has become certain."""
+    """A transformers streamer: notes each new token and its time, and passes on text that is final."""
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, on_text: Callable[[str], None] | None, other: BaseStreamer | None
     ) -> None:
-        self.decoder, self.on_text, self.other, self.result = Decoder(tokenizer), on_text, other, Generation()
-        self.prompt_seen, self.start = False, time.perf_counter()
+        self.on_text, self.other = on_text, other
+        self.decoder, self.result = Decoder(tokenizer), Generation()
+        self.prompt_seen = False
+        self.start = time.perf_counter()
 
     def put(self, ids: torch.Tensor) -> None:
-        """Take in the prompt, then each new token."""
+        """Receive the prompt, then each new token."""
         if self.other:
             self.other.put(ids)
         if not self.prompt_seen:  # transformers hands over the prompt first
@@ -163,7 +164,7 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
 
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # transformers raises many kinds here; to the user all of them are one
+    except Exception as error:  # transformers raises many kinds here; users need only one
         reason = str(error).strip().split("\n")[0]
         raise CheckpointError(f"{folder} has no tokenizer that transformers can load: {reason}") from error
 
@@ -184,12 +185,21 @@ def generate(
     stop: list[str] | None = None,
     context: int | None = None,
 ) -> Generation:
-    """Continue `prompt`: greedy at temperature 0, else sampled from `seed`. `on_text` gets each new piece of text.
+    """Continue `prompt`.
 
-    streamer: hears each token too. add_special_tokens: False where the prompt spells them out, as chat templates do.
-    top_p, top_k: as in `Sampling`. stop: texts after which generation ends. context: tokens at most, prompt and new
-    ones together; None is the model's own limit. Raises MixoffError when nothing can be generated within it, and where
-    the model computes numbers that are not finite.
+    Raises MixoffError if the context leaves no room, and if the model computes numbers that are not finite.
+
+    Parameters
+    ----------
+    model, tokenizer: any causal language model of transformers
+    prompt: text to continue
+    max_new_tokens: new tokens, at most
+    temperature, seed, top_p, top_k: as in `Sampling`; temperature 0 is greedy
+    on_text: called with each new piece of text
+    streamer: transformers streamer that gets each token too
+    add_special_tokens: False if the prompt spells them out, as chat templates do
+    stop: texts after which generation ends
+    context: limit on prompt and new tokens together; None is the model's own
     """
     import torch
 
@@ -197,29 +207,28 @@ def generate(
     ids = encode(model, tokenizer, prompt, add_special_tokens).to(model.device)
     limits = [n for n in (context, getattr(model.config, "max_position_embeddings", None)) if n]
     _check_room(ids["input_ids"].shape[1], max_new_tokens, min(limits, default=None))
-    how = ONE_TEXT | sampling.options() | ({"stop_strings": stop} if stop else {})
+    options = ONE_TEXT | sampling.options() | ({"stop_strings": stop} if stop else {})
     torch.manual_seed(seed)
     clock = _Clock(tokenizer, on_text, streamer)
     end = model.generation_config.eos_token_id
-    how |= {"pad_token_id": end[0] if isinstance(end, list) else end, "max_new_tokens": max_new_tokens}
+    options |= {"pad_token_id": end[0] if isinstance(end, list) else end, "max_new_tokens": max_new_tokens}
     with _explained(model):
-        model.generate(**ids, **how, streamer=clock, tokenizer=tokenizer, logits_processor=[_Finite(model)])
+        model.generate(**ids, **options, streamer=clock, tokenizer=tokenizer, logits_processor=[_Finite(model)])
     return clock.result
 
 
 def encode(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, add_special_tokens: bool = True
 ) -> BatchEncoding:
-    """The tokens of `prompt` as tensors, (1, T); one start token where the text begins with it already.
+    """The tokens of `prompt` as tensors (1, T), with one start token even if the text begins with it.
 
-    Raises MixoffError for text that is no Unicode, and for tokens that the model has no embedding for.
+    Raises MixoffError for text that is not valid Unicode, and for tokens without an embedding in the model.
     """
     try:
         prompt.encode()
     except UnicodeEncodeError as error:
         raise MixoffError(f"character {error.start + 1} of the prompt is not valid Unicode: give UTF-8 text") from None
-    how = {"return_token_type_ids": False, "add_special_tokens": add_special_tokens}
-    ids = tokenizer(prompt, return_tensors="pt", **how)
+    ids = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False, add_special_tokens=add_special_tokens)
     if ids["input_ids"][0, :2].tolist() == [tokenizer.bos_token_id] * 2 and add_special_tokens:
         for name in ids:
             ids[name] = ids[name][:, 1:]
@@ -234,7 +243,7 @@ def encode(
 
 @contextmanager
 def _explained(model: PreTrainedModel) -> Iterator[None]:
-    """Turns what transformers says against a generation_config.json, before it computes anything, into one line."""
+    """Turns errors of transformers about a model's configuration into one line."""
     begun = []
     hook = model.register_forward_pre_hook(lambda *_: begun.append(True))
     try:
@@ -252,13 +261,13 @@ def _explained(model: PreTrainedModel) -> Iterator[None]:
         if begun:
             raise
         reason = str(error).strip().split("\n")[0]
-        raise MixoffError(f"transformers refuses this model's generation_config.json ({reason}): mend it") from error
+        raise MixoffError(f"transformers refuses this model's generation_config.json ({reason}): correct it") from error
     finally:
         hook.remove()
 
 
 def _of_transformers(error: BaseException) -> bool:
-    """Whether an error was raised in the code of a model in transformers, rather than in ours or a listener's."""
+    """Whether an error was raised in transformers' code, rather than in mixoff's or a listener's."""
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     return "transformers" in frame.f_globals.get("__name__", "").split(".")[:1]
 
@@ -279,7 +288,7 @@ def _check_room(prompt_tokens: int, new_tokens: int, context: int | None) -> Non
 
 
 class _Finite:
-    """A logits processor that ends generation where the model computes NaN, or infinity in place of a logit."""
+    """A logits processor that ends generation if the model computes NaN or infinite logits."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model, self.prompt_tokens = model, None
@@ -295,14 +304,14 @@ def _not_finite(model: PreTrainedModel, ids: torch.Tensor, token: int) -> str:
     where = first_not_finite(model, ids)
     which = f", first in {where}" if where else ""
     dtype = str(model.dtype).removeprefix("torch.")
-    way_out = "its weights are damaged, or no model's: fetch or convert it again"
+    way_out = "its weights are damaged or not trained: download or convert it again"
     if dtype != "float32":
         way_out = f"load it with dtype float32, which has a wider range than {dtype}; if that fails too, {way_out}"
     return f"the model computes numbers that are not finite for new token {token}{which}: {way_out}"
 
 
 def first_not_finite(model: PreTrainedModel, ids: torch.Tensor) -> str | None:
-    """The first module whose output is not finite in one pass over ids (1, T); None where all are."""
+    """The first module whose output is not finite in one pass over ids (1, T); None if all are."""
     import torch
 
     found = []

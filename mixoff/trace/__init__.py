@@ -1,4 +1,4 @@
-"""What routers asked for, and what any cache would have made of it: traces, synthetic routers, replay, simulation.
+"""Which experts routers asked for, and how caches serve that: traces, synthetic routers, replay, simulation.
 
 Must not know torch, files of models, or the runtime.
 """

@@ -16,15 +16,12 @@ import numpy as np
 from mixoff.errors import MixoffError
 
 VERSION = 1
-OPTIONAL = ("weights", "times_s", "predicted", "scores")  # by token; what a trace may or may not know
+OPTIONAL = ("weights", "times_s", "predicted", "scores")  # arrays by token that a trace may lack
 FORMATS = (".npz", ".csv", ".jsonl", ".ndjson")
-NO_EXPERT = -1  # a place in a token's choice that names nobody
+NO_EXPERT = -1  # an empty place in a token's choice
 PHASES = ("decode", "prompt")
-# what zipfile and numpy raise for a file that is none, is damaged, or lies about its size
+# what zipfile and numpy raise for a file that is not a .npz, is damaged, or states a false size
 UNREADABLE = (zipfile.BadZipFile, zlib.error, OSError, ValueError, EOFError, KeyError, RuntimeError, MemoryError)
-
-
-# --- files -----------------------------------------------------------------------------------------------------------
 
 
 def npz_arguments(path: Path) -> dict[str, Any]:
@@ -32,7 +29,7 @@ def npz_arguments(path: Path) -> dict[str, Any]:
     arrays = read_arrays(path)
     if "version" not in arrays:
         raise MixoffError(
-            f"{path} holds the arrays {', '.join(arrays) or 'none'} and no version: it is no trace of mixoff; "
+            f"{path} is not a mixoff trace: it has no version (arrays found: {', '.join(arrays) or 'none'}); "
             "build one with mixoff.Trace.from_array"
         )
     if arrays["version"].shape != () or arrays["version"] != VERSION:
@@ -42,7 +39,7 @@ def npz_arguments(path: Path) -> dict[str, Any]:
     if lacking := {"experts", "is_prompt", "passes", "layers", "num_experts"} - arrays.keys() - scalars.keys():
         raise MixoffError(f"{path} lacks {', '.join(sorted(lacking))}: record or convert the trace again")
     if unknown := arrays.keys() - known:
-        raise MixoffError(f"{path} holds {', '.join(sorted(unknown))}, which no trace has: it is damaged or not ours")
+        raise MixoffError(f"{path} has unknown arrays {', '.join(sorted(unknown))}: it is damaged or not ours")
     for name, value in scalars.items():
         if value.shape != () or value.dtype.kind not in "iu":
             raise MixoffError(f"{path}: {name} is {value.dtype} {value.shape}, not one integer")
@@ -51,7 +48,7 @@ def npz_arguments(path: Path) -> dict[str, Any]:
 
 
 def read_arrays(path: str | Path) -> dict[str, np.ndarray]:
-    """Every array of a `.npz`, each header checked against the bytes that are there; never unpickles."""
+    """Every array of a `.npz`, each header checked against the bytes in the file; never unpickles."""
     try:
         with zipfile.ZipFile(path) as archive:
             return {info.filename.removesuffix(".npy"): _read_member(archive, info) for info in archive.infolist()}
@@ -71,7 +68,7 @@ def _read_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
             raise ValueError(f"{info.filename} holds {dtype}, not numbers")
         count, left = int(np.prod(shape, dtype=object)), info.file_size - file.tell()
         if count * dtype.itemsize != left:
-            raise ValueError(f"{info.filename} says {shape} {dtype} and has {left:,} bytes of it")
+            raise ValueError(f"{info.filename} says {shape} {dtype}, but has {left:,} bytes")
         flat = np.frombuffer(file.read(left), dtype, count)
     return flat.reshape(shape, order="F" if fortran else "C")
 
@@ -110,13 +107,13 @@ def json_rows(file: Iterable[str]) -> Iterator[tuple[int, dict]]:
             yield number, row
             continue
         if not isinstance(experts, list) or (weights is not None and len(weights) != len(experts)):
-            raise MixoffError(f"line {number}: experts is a list, and weights are as many")
+            raise MixoffError(f"line {number}: experts must be a list, and weights a list of the same length")
         for k, expert in enumerate(experts):
             yield number, row | {"expert": expert} | ({} if weights is None else {"weight": weights[k]})
 
 
 def row_arguments(rows: Iterable[tuple[int, dict]], num_experts: int | None) -> dict[str, Any]:
-    """The arguments of `Trace.from_array` for rows with `token`, `layer`, `expert` and what else is known."""
+    """The arguments of `Trace.from_array` for rows with `token`, `layer`, `expert` and optional columns."""
     table = [_parsed(number, row) for number, row in rows]
     if not table:
         raise MixoffError("no rows: a trace has at least one token")
@@ -150,7 +147,7 @@ NUMBERS = {"token": int, "layer": int, "expert": int, "weight": float, "pass": i
 
 
 def _parsed(number: int, row: dict) -> dict:
-    """A row's values as numbers; None for what is not there."""
+    """A row's values as numbers; None for missing ones."""
     row = {name: value for name, value in row.items() if value not in (None, "")}
     if lacking := [name for name in ("token", "layer", "expert") if name not in row]:
         raise MixoffError(f"line {number}: {' and '.join(lacking)} missing")
@@ -161,7 +158,7 @@ def _parsed(number: int, row: dict) -> dict:
 
 
 def _number(line: int, name: str, value: Any, kind: type) -> int | float:
-    """`value` as a whole number from 0, or as a float. Raises MixoffError."""
+    """`value` as a whole number of at least 0, or as a float. Raises MixoffError."""
     try:
         parsed = kind(value)
         right = isinstance(value, str) or (not isinstance(value, bool) and parsed == value)
@@ -190,7 +187,7 @@ def _places(group: np.ndarray) -> np.ndarray:
 
 
 def _by_token(name: str, table: list[dict], token: np.ndarray, T: int) -> np.ndarray | None:
-    """One value a token, or None when no row has it; rows of a token must agree."""
+    """One value per token, or None if no row has it; rows of a token must agree."""
     given = [row[name] for row in table]
     if all(value is None for value in given):
         return None

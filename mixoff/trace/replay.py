@@ -1,11 +1,9 @@
-"""The rules of `cache.ExpertCache`, the policies and the prefetcher once more, in arrays, so that they compile.
+"""The rules of `cache.ExpertCache`, the policies and the prefetcher again, on arrays, so that they compile.
 
-Letters: **L** MoE layers, **E** experts a layer, **R** requests, **M** guesses a call, **F** forecasts.
-Keys are `layer * E + expert`. Of a call, residents are found first, then guesses are fetched beside the cache, then
-each miss takes a free slot or that of a victim outside the call; recency follows router order. Every loop runs in plain
-Python too, with equal results. Tested against the cache, the policies and the runtime themselves.
-
-Does not know traces, names of policies, bytes or time.
+Letters: **L** MoE layers, **E** experts per layer, **R** requests, **M** guesses per call, **F** forecasts.
+Keys are `layer * E + expert`. A call first looks up residents, then fetches guesses outside the cache. Then each miss
+takes a free slot, or that of a victim outside the call; recency follows router order. Every loop runs in plain Python
+too, with equal results. Tested against the cache, the policies and the runtime themselves.
 """
 
 from __future__ import annotations
@@ -19,10 +17,10 @@ from mixoff.trace.requests import Requests
 LRU, FIFO, LFU, LFUDA, LFRU, RANDOM, LEAST_STALE, STATIC, BELADY, HALF_LIFE = range(10)
 CODES = {"lru": LRU, "fifo": FIFO, "lfu": LFU, "lfuda": LFUDA, "lfru": LFRU, "random": RANDOM}
 CODES |= {"least-stale": LEAST_STALE, "half-life": HALF_LIFE, "static": STATIC, "belady": BELADY}
-NEVER = 2**62  # the next use of what is not used again
-NONE, NAMED, POPULAR = range(3)  # where guesses come from: nowhere, a list, or what was asked for most so far
-COUNTERS = ("hits", "misses", "evictions", "prompt_hits", "prompt_misses", "restores")  # of the cache, int (L,) each
-OF_GUESSES = ("prefetches", "prefetch_hits", "predictions", "predictions_right")  # those of `prefetch.Guesses`
+NEVER = 2**62  # next use of a key that is not used again
+NONE, NAMED, POPULAR = range(3)  # source of guesses: none, a list, or the most requested experts so far
+COUNTERS = ("hits", "misses", "evictions", "prompt_hits", "prompt_misses", "restores")  # the cache's, int (L,) each
+OF_GUESSES = ("prefetches", "prefetch_hits", "predictions", "predictions_right")  # counters of `prefetch.Guesses`
 
 
 def replay(
@@ -30,8 +28,9 @@ def replay(
 ) -> np.ndarray:
     """COUNTERS and OF_GUESSES of each layer, int (10, L), after all requests went through pools of `capacity` slots.
 
-    code: of the policy. guesses: NONE, NAMED (in `named`, int (calls, M) keys, -1 for none) or POPULAR; at most `spare`
-    of them are fetched a call.
+    code: policy, one of CODES
+    guesses: NONE, NAMED (keys in `named`, int (calls, M), -1 for none) or POPULAR
+    spare: guesses that are fetched per call, at most
     """
     R, counters = requests.keys.size, np.zeros((len(COUNTERS + OF_GUESSES), L), np.int64)
     future, known = np.zeros(R, np.int64), np.zeros(L * E, np.int64)
@@ -41,7 +40,7 @@ def replay(
         decoded = np.repeat(~requests.is_prompt, np.diff(requests.starts))
         known = np.bincount(requests.keys[decoded], minlength=L * E)
     scores = np.zeros((0, E), np.float32) if requests.scores is None else requests.scores
-    steps = R * (E * len(FADES) // 4 if code == HALF_LIFE else 1)  # numba pays earlier where a request is more work
+    steps = R * (E * len(FADES) // 4 if code == HALF_LIFE else 1)  # numba pays earlier if a request is more work
     run = compiled(
         replay_loop, steps, (scramble, settled, arrive, touch, choose, admit, evict, forecast, guess, popular)
     )
@@ -53,7 +52,7 @@ def replay(
 
 
 def with_recall(requests: Requests, L: int, E: int, recall: float) -> np.ndarray:
-    """Guesses int (calls, M) which name each expert that will be asked for with chance `recall`, else a wrong one."""
+    """Guesses int (calls, M) that name each requested expert with chance `recall`, else a wrong one."""
     most = int(np.diff(requests.starts).max(initial=1))
     named = np.full((len(requests.site), min(most, E)), -1, np.int64)
     run = compiled(recall_loop, requests.keys.size, (scramble,))
@@ -64,7 +63,7 @@ def with_recall(requests: Requests, L: int, E: int, recall: float) -> np.ndarray
 def recall_loop(
     keys: np.ndarray, starts: np.ndarray, site: np.ndarray, E: int, below: int, called: np.ndarray, named: np.ndarray
 ) -> None:
-    """Fill `named`; draws are those of `scramble`, so the same everywhere."""
+    """Fill `named`; draws come from `scramble`, so they are the same on every machine."""
     for c in range(len(starts) - 1):
         for i in range(starts[c], starts[c + 1]):
             called[keys[i]] = c + 1
@@ -119,7 +118,7 @@ def replay_loop(
             missed += state[MISSED, key]
         free = capacity[p] - pools[p, SIZE]
         hits = starts[c + 1] - starts[c] - missed
-        if not is_prompt[c] and guesses != NONE and layer > 0:  # nothing is known before the first router was asked
+        if not is_prompt[c] and guesses != NONE and layer > 0:  # no guess is possible before the first router
             guess(c, layer, E, guesses, spare, named, state, counters)
         if not is_prompt[c] and code == HALF_LIFE:
             forecast(c, layer, E, fades, scores, rates, error, state, chance)
@@ -149,7 +148,7 @@ def replay_loop(
 def guess(
     c: int, layer: int, E: int, guesses: int, spare: int, named: np.ndarray, state: np.ndarray, counters: np.ndarray
 ) -> None:
-    """Fetch guesses for call `c` beside the cache, best first, unless they are resident; `spare` of them at most."""
+    """Fetch at most `spare` guesses for call `c` outside the cache, best first, unless they are resident."""
     for i in range(named.shape[1] if guesses == NAMED else spare):
         key = named[c, i] if guesses == NAMED else popular(c, layer, E, state)
         if key < 0:
@@ -163,7 +162,7 @@ def guess(
 
 
 def popular(c: int, layer: int, E: int, state: np.ndarray) -> int:
-    """The expert that decoding asked for most so far, of those that are neither resident nor guessed; -1 if none."""
+    """The most requested expert of decoding so far that is neither resident nor guessed; -1 if none."""
     best = -1
     for key in range(layer * E, layer * E + E):
         known = state[ASKED, key] > (state[ASKED, best] if best >= 0 else 0)
@@ -183,9 +182,10 @@ def forecast(
     state: np.ndarray,
     chance: np.ndarray,
 ) -> None:
-    """Of `half-life`: judge the layer's forecasts by this call, let them learn from it, and keep the best in `chance`.
+    """`half-life`: judge the layer's forecasts by this call, update them, and put the best into `chance`.
 
-    rates: (F, keys), those from scores after those from requests; error: (F, L). See `policies.HalfLife`.
+    rates: (F, keys), forecasts from scores after those from requests, as in `policies.HalfLife`
+    error: (F, L)
     """
     best, first = 0, layer * E
     for f in range(len(rates)):
@@ -213,7 +213,7 @@ def evict(
     members: np.ndarray,
     chance: np.ndarray,
 ) -> None:
-    """Take a victim's place from it: of those that this call did not ask for or else, in waves, of all."""
+    """Evict a member that this call did not ask for or, if there is none (waves), any member."""
     arrive(layer, pool)
     at = choose(code, call, E, state, pool, members, chance)
     if at < 0:
@@ -251,14 +251,14 @@ def touch(code: int, key: int, layer: int, state: np.ndarray, pool: np.ndarray) 
 
 
 def arrive(layer: int, pool: np.ndarray) -> None:
-    """Note which layer is at work; a new pass when layers start over."""
+    """Note which layer calls; a new pass begins when layer numbers start again."""
     if layer < pool[SITE]:
         pool[PASSES] += 1
     pool[SITE] = layer
 
 
 def settled(code: int, key: int, state: np.ndarray) -> int:
-    """Score of a member until it is used again: the least leaves. LRU's is 0, as age decides among equals."""
+    """Score of a member until its next use; the lowest is evicted. LRU's is 0: age decides among equals."""
     if code == FIFO:
         return state[SERIAL, key]
     if code == BELADY:
@@ -269,7 +269,7 @@ def settled(code: int, key: int, state: np.ndarray) -> int:
 def choose(
     code: int, call: int, E: int, state: np.ndarray, pool: np.ndarray, members: np.ndarray, chance: np.ndarray
 ) -> int:
-    """Place of the member of least score that `call` did not ask for, the longest unused of equals; -1 if none."""
+    """Index of the lowest-scored member that `call` did not ask for, oldest use first; -1 if none."""
     best, least, oldest = -1, 0.0, 0
     for i in range(pool[SIZE]):
         key = members[i]
@@ -292,7 +292,7 @@ def choose(
 def next_use_loop(
     keys: np.ndarray, starts: np.ndarray, is_prompt: np.ndarray, upcoming: np.ndarray, future: np.ndarray
 ) -> None:
-    """For each request, the call of decoding that asks for its key next, into `future`; backwards, from NEVER."""
+    """Put into `future` the decoding call that asks for each request's key next, going backwards from NEVER."""
     for c in range(len(starts) - 2, -1, -1):
         for i in range(starts[c], starts[c + 1]):
             future[i] = upcoming[keys[i]]

@@ -1,4 +1,4 @@
-"""What routers asked for as flat arrays, one row per request, and stack distances over them."""
+"""The requests of a trace as flat arrays, and stack distances over them."""
 
 from __future__ import annotations
 
@@ -13,9 +13,14 @@ from mixoff.jit import compiled
 class Requests:
     """Calls of MoE layers in the order in which a model makes them.
 
-    keys: int (R,), layer * E + expert; call c asks for `keys[starts[c]:starts[c + 1]]`. starts: int (P * L + 1,).
-    site: int (P * L,), which of the L layers calls. is_prompt: bool (P * L,). named: int (P * L, M), keys that a
-    predictor named before each call, -1 for none, or None. scores: float32 (P * L, E), the router's, or None.
+    Attributes
+    ----------
+    keys: int (R,), layer * E + expert; call c asks for `keys[starts[c]:starts[c + 1]]`
+    starts: int (P * L + 1,)
+    site: int (P * L,), index of the layer that calls
+    is_prompt: bool (P * L,)
+    named: int (P * L, M), keys that a predictor named before each call, -1 for none; or None
+    scores: float32 (P * L, E), the router's scores; or None
     """
 
     keys: np.ndarray
@@ -27,11 +32,11 @@ class Requests:
 
 
 def depths(requests: Requests, L: int, E: int, scope: str) -> np.ndarray:
-    """Histogram of the depth of each request in its pool's list of keys by last use: int (L, keys a pool + 1).
+    """Histogram of the depth of each request in its pool's list of keys by last use: int (L, keys per pool + 1).
 
-    scope: `layer`, a list a layer, or `global`, one for all. Last column: first uses.
+    The last column counts first uses. scope: `layer` (one list per layer) or `global` (one list).
     Source: Mattson et al., Evaluation techniques for storage hierarchies (1970): one pass gives LRU for all sizes.
-    Marks at each key's last use stand in a tree of sums (Fenwick, 1994), after Bennett and Kruskal (1975).
+    A tree of sums (Fenwick, 1994) has a mark at each key's last use, after Bennett and Kruskal (1975).
     """
     pools, size = (L, E) if scope == "layer" else (1, L * E)
     histogram, room = np.zeros((L, size + 1), np.int64), 2 * size
@@ -52,7 +57,8 @@ def depths_loop(
 ) -> None:
     """All depths of a call are looked up before any of its keys moves to the front, as a cache serves a token.
 
-    used: time of each key's last use, -1 for never; owner: the key last used at each time of a pool's, or -1.
+    used: time of each key's last use, -1 for never
+    owner: key last used at each time of a pool, or -1
     """
     clock, held = np.zeros(len(tree), np.int64), np.zeros(len(tree), np.int64)
     for c in range(len(starts) - 1):
@@ -75,7 +81,7 @@ def depths_loop(
 
 
 def marked(tree: np.ndarray, when: int) -> int:
-    """Marks up to and with the time `when`."""
+    """Number of marks up to and including the time `when`."""
     total, i = 0, when + 1
     while i > 0:
         total += tree[i]
@@ -84,7 +90,7 @@ def marked(tree: np.ndarray, when: int) -> int:
 
 
 def mark(tree: np.ndarray, when: int, by: int) -> None:
-    """Set a mark at the time `when`, or take it away."""
+    """Set a mark at the time `when` (by = 1), or remove it (-1)."""
     i = when + 1
     while i < len(tree):
         tree[i] += by
@@ -92,7 +98,7 @@ def mark(tree: np.ndarray, when: int, by: int) -> None:
 
 
 def renumber(tree: np.ndarray, owner: np.ndarray, used: np.ndarray) -> int:
-    """Times from 0 again, in the same order; returns the first that is free."""
+    """Renumber times from 0, in the same order; returns the first free one."""
     free = 0
     tree[:] = 0
     for when in range(len(owner)):

@@ -1,13 +1,13 @@
-"""Synthetic routers: traces with the locality of a known model where no real trace is at hand.
+"""Synthetic routers: traces with the locality of a known model, for when no real trace is available.
 
-Letters: **T** tokens, **L** MoE layers, **E** experts a layer, **K** experts a token.
-A layer's logits are `weight * slow + fast`: `slow` is what the text is about, an AR(1) process that keeps `rho` of
-itself from token to token; `fast` is the token's own, white noise. Both have unit variance, and the K largest sums are
-chosen. Two numbers so give a whole curve of hit rates. A third, `peak`, makes few experts stand out at once: Mixtral's
-last layer repeats first choices more often than a Gaussian does whose pairs overlap as much. Layers are independent of
-one another, and in the long run all experts are equally popular: what a real router has beyond that is not here.
+Letters: **T** tokens, **L** MoE layers, **E** experts per layer, **K** experts per token.
+A layer's logits are `weight * slow + fast`. `slow` models the topic: an AR(1) process that keeps `rho` of itself from
+token to token. `fast` models the single token: white noise. Both have unit variance, and the K largest sums are chosen.
+So two numbers give a whole curve of hit rates. A third, `peak`, makes few experts stand out at a time: Mixtral's last
+layer repeats first choices more often than a Gaussian with the same overlap of pairs. Layers are independent, and in
+the long run all experts are equally popular, unlike those of a real router.
 
-Presets are fitted to reported figures, which stand beside them. Does not know torch, models or caches beyond LRU.
+Presets are fitted to reported figures, listed next to them.
 """
 
 from __future__ import annotations
@@ -24,18 +24,21 @@ from mixoff.trace.trace import Trace
 
 CHUNK = 256  # tokens drawn at once: bounds the memory of long traces
 SAMPLE, WARM = 1600, 400  # tokens of the trace behind `hit_rate`, and how many of them only fill the cache
-ENOUGH = 4096  # experts in that trace, over its layers: more of them would move no third digit
-RHO = 0.97  # where only neighbouring tokens are known, which cannot tell weight and rho apart
+ENOUGH = 4096  # experts in that trace, over its layers: more would not change the third digit
+RHO = 0.97  # by convention: figures of neighbouring tokens alone cannot separate weight and rho
 
 
 @dataclass(frozen=True)
 class Router:
     """Top-k of `weight * slow + fast`, for `layers` MoE layers.
 
-    weight: how much the slow part counts, 0 is uniform routing. rho: what the slow part keeps from token to token, from
-    0 to below 1. peak: 0 is Gaussian; above, the slow part is log-normal, the exponential of `peak` times the AR(1).
-    Each may be a tuple of values from the first layer to the last, evenly spaced, straight in between.
-    Raises MixoffError for what is no router.
+    The first three below may be tuples of values from the first layer to the last, evenly spaced and interpolated.
+    Raises MixoffError for an invalid router.
+
+    weight: factor of the slow part; 0 is uniform routing
+    rho: share of the slow part that is kept from token to token, at least 0 and below 1
+    peak: 0 is Gaussian; above 0 the slow part is log-normal, the exponential of `peak` times the AR(1)
+    num_experts, top_k, layers: E, K and L
 
     >>> router = Router(num_experts=8, top_k=2, weight=0.0, rho=0.9)
     >>> round(router.hit_rate(4), 1), router.trace(3, layers=2)
@@ -52,23 +55,23 @@ class Router:
     def __post_init__(self) -> None:
         if not 1 <= self.top_k <= self.num_experts or self.layers < 1:
             raise MixoffError(
-                f"a router of {self.layers} layers, top-{self.top_k} of {self.num_experts} experts is none: "
+                f"invalid router: {self.layers} layers, top_k={self.top_k}, num_experts={self.num_experts}; "
                 "give 1 <= top_k <= num_experts and at least one layer"
             )
         if min(np.min(self.weight), np.min(self.rho), np.min(self.peak)) < 0 or np.max(self.rho) >= 1:
             raise MixoffError(
-                f"weight is {self.weight}, rho {self.rho}, peak {self.peak}: none is below 0, and rho is below 1"
+                f"weight is {self.weight}, rho {self.rho}, peak {self.peak}: give numbers from 0, and rho below 1"
             )
 
     def trace(self, tokens: int, layers: int | None = None, seed: int = 0, scores: bool = False) -> Trace:
-        """`tokens` of decoding, one a pass, over `layers` (None: its own). The first tokens do not depend on the last.
+        """A trace of `tokens` of decoding, one per pass, over `layers` (None: the router's own).
 
-        The trace's weights are the softmax of the chosen logits, as Mixtral's router gives them; `scores` adds what the
-        router thinks of all experts, K times the softmax and 1 at most.
+        Its weights are the softmax of the chosen logits, as in Mixtral; `scores` adds scores of all experts, K times
+        the softmax and at most 1. A shorter trace is the beginning of a longer one.
         """
         L = self.layers if layers is None else layers
         if tokens < 0 or L < 1:
-            raise MixoffError(f"{tokens} tokens of {L} layers make no trace: give at least 0 and 1")
+            raise MixoffError(f"cannot make a trace of {tokens} tokens and {L} layers: give at least 0 and 1")
         numbers = [spread(x, L)[:, None] for x in (self.weight, self.rho, self.peak)]  # (L, 1) each
         rng = np.random.default_rng(seed)
         slow = rng.standard_normal((L, self.num_experts), np.float32)
@@ -84,14 +87,14 @@ class Router:
         return Trace.from_array(np.concatenate(chosen), self.num_experts, **known)
 
     def hit_rate(self, slots: float) -> float:
-        """LRU's share of hits with `slots` a layer, mean over layers, once the cache is warm; modelled from a trace.
+        """LRU's hit rate with `slots` per layer, mean over layers, once the cache is warm; modelled from a trace.
 
-        A share of a slot is read off the straight line between whole ones, as reported curves need.
+        Fractions of a slot are interpolated, since reported curves use them.
         """
         return float(np.interp(slots, np.arange(self.num_experts + 1), self.hit_rates()))
 
     def hit_rates(self) -> np.ndarray:
-        """`hit_rate` for 0 to E slots a layer: float (E + 1,)."""
+        """`hit_rate` for 0 to E slots per layer: float (E + 1,)."""
         return _hit_rates(self)
 
     def repeat_rates(self) -> np.ndarray:
@@ -108,11 +111,11 @@ class Router:
         repeats: tuple[float, float] | None = None,
         layers: int = 32,
     ) -> Router:
-        """The router nearest to what was reported, by least squares over a grid that closes in; always the same one.
+        """The router closest to reported figures, by least squares over a grid that is refined; deterministic.
 
-        hit_rates: LRU's, by slots a layer; then weight and rho are fitted and peak is 0. repeats: same first choice,
-        and first or second, as in `repeat_rates`; then weight and peak are fitted and rho is 0.97 by convention, as
-        neighbours alone cannot tell it from weight.
+        hit_rates: LRU's, by slots per layer; fits weight and rho, with peak 0
+        repeats: rates of the same first choice, and of the first or second, as in `repeat_rates`; fits weight and
+            peak, with rho 0.97 by convention: neighbouring tokens alone cannot separate it from weight
         """
         if (hit_rates is None) == (repeats is None):
             raise MixoffError("give either hit_rates or repeats to fit a router to")
@@ -127,12 +130,12 @@ class Router:
         return replace(best, layers=layers)
 
     def rmse(self, hit_rates: Mapping[float, float]) -> float:
-        """Root mean square error against reported LRU hit rates by slots a layer."""
+        """Root mean square error against reported LRU hit rates by slots per layer."""
         return _distance([self.hit_rate(slots) for slots in hit_rates], [*hit_rates.values()])
 
 
 def spread(values: float | Sequence[float], layers: int) -> np.ndarray:
-    """A number, or values evenly spaced over the depth of the model, for each layer: float32 (layers,)."""
+    """A number, or values evenly spaced over the model's depth, as one value per layer: float32 (layers,)."""
     values = np.atleast_1d(np.asarray(values, np.float32))
     at = np.linspace(0, len(values) - 1, layers)
     return np.interp(at, np.arange(len(values)), values).astype(np.float32)
@@ -141,7 +144,7 @@ def spread(values: float | Sequence[float], layers: int) -> np.ndarray:
 def _logits(
     noise: np.ndarray, slow: np.ndarray, weight: np.ndarray, rho: np.ndarray, peak: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Logits (T, L, E) of noise (T, 2, L, E), and the slow part that the next token starts from, (L, E)."""
+    """Logits (T, L, E) from noise (T, 2, L, E), and the slow part (L, E) that the next token starts from."""
     news, levels = np.sqrt(1 - rho**2), noise[:, 0]
     for t in range(len(noise)):
         slow = levels[t] = rho * slow + news * levels[t]
@@ -169,7 +172,7 @@ def _softmax(logits: np.ndarray) -> np.ndarray:
 
 @functools.lru_cache(maxsize=256)
 def _hit_rates(router: Router) -> np.ndarray:
-    """Stack distances of all layers side by side: an expert's depth is how many were used after it."""
+    """Stack distances of all layers at once: an expert's depth is the number of experts used after it."""
     E, K, L = router.num_experts, router.top_k, min(router.layers, max(ENOUGH // router.num_experts, 2))
     experts = router.trace(SAMPLE, L).experts.astype(np.int64)  # (T, L, K)
     last = np.full((L, E), -1)  # when each expert was used last
@@ -183,9 +186,9 @@ def _hit_rates(router: Router) -> np.ndarray:
     return np.concatenate([[0], histogram[:-1].cumsum()]) / histogram.sum()
 
 
-def _distance(found: Sequence[float], wanted: Sequence[float]) -> float:
-    """Root mean square."""
-    return float(np.sqrt(np.mean((np.asarray(found) - wanted) ** 2)))
+def _distance(rates: Sequence[float], reported: Sequence[float]) -> float:
+    """Root mean square of the differences."""
+    return float(np.sqrt(np.mean((np.asarray(rates) - reported) ** 2)))
 
 
 WEIGHTS = (0.2, 0.4, 0.6, 0.8, 1.0, 1.25, 1.5, 2.0)
@@ -194,7 +197,7 @@ PEAKS = (0.0, 0.5, 1.0, 1.5, 2.0)
 
 
 def _closing_in(coarse: Iterable[Router], second: str, misfit: Callable[[Router], float]) -> Router:
-    """The best of a coarse grid, then of ever nearer neighbours in weight and a second number, to three digits."""
+    """The best of a coarse grid, then of ever closer neighbours in weight and a second number, to three digits."""
     best = min(coarse, key=misfit)
     for step in (0.3, 0.15, 0.08, 0.04):
         places = itertools.product((-step, 0, step), (-step, 0, step))
@@ -203,7 +206,7 @@ def _closing_in(coarse: Iterable[Router], second: str, misfit: Callable[[Router]
 
 
 def _moved(router: Router, second: str, by: float, by_second: float) -> Router:
-    """A neighbour: weight, and peak or else the memory 1 / (1 - rho), larger by these shares."""
+    """A neighbour: weight, and peak or else the memory 1 / (1 - rho), increased by these shares."""
     weight = router.weight * (1 + by)
     if second == "peak":
         return replace(router, weight=weight, peak=router.peak * (1 + by_second))
@@ -225,15 +228,15 @@ PRESETS = {
     "qwen3-235b": Router(128, 8, 1.5, 0.9752, layers=94),
     "glm-5.2": Router(256, 8, 1.04, 0.9592, layers=75),
     "uniform": Router(8, 2, 0.0, 0.0, layers=32),
-}  # as `Router.fit` finds them; tests/trace/test_routers.py fits them anew
+}  # as `Router.fit` finds them; tests/trace/test_routers.py fits them again
 
 
 def preset(name: str) -> Router:
-    """The router fitted to a known model. Raises MixoffError for a name that is none.
+    """The router fitted to a known model. Raises MixoffError for an unknown name.
 
     >>> preset("mixtral-8x7b").top_k
     2
     """
     if name not in PRESETS:
-        raise MixoffError(f"no router is called {name!r}: choose one of {', '.join(PRESETS)}, or make a Router")
+        raise MixoffError(f"unknown router {name!r}: choose one of {', '.join(PRESETS)}, or make a Router")
     return PRESETS[name]

@@ -1,10 +1,8 @@
 """Replay a trace through a policy: the hits, misses and bytes that a run would have, without the model.
 
-Letters: **L** MoE layers, **E** experts a layer, **S** slots a layer.
-The rules are those of `cache.ExpertCache` and `prefetch.Guesses`, in the arrays of `replay`. So it counts what the
-runtime counts, to the last hit; tests hold it to both.
-
-`mixoff.simulate` is the function below. Does not know torch, files or time.
+Letters: **L** MoE layers, **E** experts per layer.
+The rules are those of `cache.ExpertCache` and `prefetch.Guesses`, on the arrays of `replay`. Tests check that it counts
+exactly what the runtime counts. `mixoff.simulate` is the function below.
 """
 
 from __future__ import annotations
@@ -13,14 +11,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mixoff.cache.cache import SCOPES
 from mixoff.errors import BudgetError, MixoffError
 from mixoff.trace.replay import CODES, COUNTERS, NAMED, NONE, OF_GUESSES, POPULAR, replay, with_recall
 from mixoff.trace.requests import Requests, depths
 from mixoff.trace.trace import Trace
 from mixoff.units import format_nbytes
 
-SCOPES = ("layer", "global")
-OFFLINE = ("static", "belady")  # these know the trace, so no runtime can offer them
+OFFLINE = ("static", "belady")  # these need the whole trace, so no runtime can offer them
 PREFETCH = ("none", "next-router", "popularity", "oracle", "recall=0.86")
 
 
@@ -35,12 +33,21 @@ class LayerCounts:
 
 @dataclass(frozen=True)
 class Simulation:
-    """What a run over the trace would count. hits, misses, evictions: of decoding; prompts stand apart.
+    """The counts of a run over a trace.
 
-    slots: a layer, in both scopes. restores: experts that lent their slot to a prompt and were fetched again.
-    prefetches: experts fetched on a guess; prefetch_hits: those that were then asked for, which count as hits.
-    predictions, predictions_right: experts that the predictor named, cached ones included, and how many of them were
-    asked for. expert_nbytes: of one expert, or None where the trace does not know it; then no bytes are known either.
+    Attributes
+    ----------
+    policy, scope, prefetch: as given to `simulate`
+    slots: slots per layer, in both scopes
+    hits, misses, evictions: requests of decoding
+    prompt_hits, prompt_misses: requests of prompts
+    restores: experts that lent their slot to a prompt and were fetched again
+    per_layer: hits and misses of decoding in each layer
+    expert_nbytes: bytes of one expert, or None if unknown; then all properties in bytes are None
+    prefetches: experts fetched on a guess
+    prefetch_hits: the part of prefetches that was then asked for, counted in hits
+    predictions: experts that the predictor named, cached ones included
+    predictions_right: the part of predictions that was asked for
     """
 
     policy: str
@@ -67,7 +74,7 @@ class Simulation:
 
     @property
     def bytes_moved(self) -> int | None:
-        """Bytes from the slow tier while decoding: one fetch a miss, and one a guess."""
+        """Bytes from the slow tier while decoding: one fetch per miss, and one per guess."""
         return None if self.expert_nbytes is None else (self.misses + self.prefetches) * self.expert_nbytes
 
     @property
@@ -95,7 +102,7 @@ class Simulation:
     def __str__(self) -> str:
         rate = "no decoding" if self.hit_rate is None else f"hit rate {self.hit_rate:.3f}"
         moved = "" if self.bytes_moved is None else f", {format_nbytes(self.bytes_moved)} moved"
-        where = "a layer" if self.scope == "layer" else "a layer in one pool"
+        where = "per layer" if self.scope == "layer" else "per layer in one pool"
         guessed = f", {self.prefetch_hits:,} of {self.prefetches:,} prefetches used" if self.prefetch != "none" else ""
         return (
             f"{self.policy}, {self.slots} slots {where}: {self.hits:,} hits, {self.misses:,} misses ({rate}), "
@@ -122,19 +129,25 @@ def simulate(
 ) -> Simulation:
     """Count hits, misses and evictions of `policy` over `trace`, from an empty cache.
 
-    slots: of each layer; scope `global` puts slots x layers into one pool. Policies: those of the runtime, `static`
-    (keeps what the whole trace asks for most) and `belady` (gives up what is needed last: no policy has fewer misses,
-    shown by brute force in the tests). A call's experts are kept while it computes.
+    A call's experts are kept while it computes. Raises MixoffError, and BudgetError for fewer slots than experts per
+    token.
 
-    prefetch: whose guesses are fetched beside the cache while the layer before computes, as the runtime does: none,
-    `next-router` (the trace's `predicted`), `popularity` (what decoding asked for most so far), `oracle`, or
-    `recall=R`, a synthetic predictor that names each expert with chance R and a wrong one otherwise. prefetch_nbytes:
-    at most so many bytes a layer; None means K experts, the runtime's rule. Raises MixoffError; fewer slots than
-    experts a token is a BudgetError.
+    Parameters
+    ----------
+    trace: experts that routers asked for
+    policy: a policy of the runtime, `static` (keeps the most requested experts of the whole trace), or `belady` (evicts
+        what is needed last: no policy has fewer misses, which the tests check by brute force)
+    slots: slots per layer
+    scope: `layer`, or `global`, which puts slots x layers into one pool
+    expert_nbytes: bytes of one expert; None takes the trace's
+    prefetch: source of the guesses that are fetched outside the cache while the layer before computes: `none`,
+        `next-router` (the trace's `predicted`), `popularity` (the most requested experts so far), `oracle`, or
+        `recall=R` (a synthetic predictor that names each expert with chance R, and a wrong one otherwise)
+    prefetch_nbytes: bytes of guesses per layer, at most; None means K experts, the runtime's rule
 
     >>> trace = Trace.from_array([[[0, 1]], [[0, 2]], [[0, 1]]])
     >>> simulate(trace, "lru", slots=2), simulate(trace, "belady", slots=3).hits
-    (lru, 2 slots a layer: 2 hits, 4 misses (hit rate 0.333), 2 evictions, 3)
+    (lru, 2 slots per layer: 2 hits, 4 misses (hit rate 0.333), 2 evictions, 3)
     """
     _check(trace, policy, slots, scope)
     requests, L, E = trace.requests(), len(trace.layers), trace.num_experts
@@ -144,8 +157,8 @@ def simulate(
     spare = _spare(prefetch_nbytes, nbytes, trace.top_k)
     counters = replay(requests, L, E, np.array(capacity), CODES[policy], guesses, spare, named)
     totals = dict(zip(COUNTERS + OF_GUESSES, counters.sum(1).tolist(), strict=True))
-    hits, misses, used = counters[0], counters[1], counters[len(COUNTERS) + 1]
-    hits, misses = hits + used, misses - used  # as the runtime counts them
+    used = counters[len(COUNTERS) + OF_GUESSES.index("prefetch_hits")]
+    hits, misses = counters[0] + used, counters[1] - used  # as the runtime counts them
     totals |= {"hits": int(hits.sum()), "misses": int(misses.sum())}
     rows = zip(trace.layers, hits.tolist(), misses.tolist(), strict=True)
     per_layer = tuple(LayerCounts(*row) for row in rows)
@@ -153,7 +166,7 @@ def simulate(
 
 
 def _guesses(prefetch: str, requests: Requests, L: int, E: int) -> tuple[int, np.ndarray]:
-    """Where guesses come from, and the keys that are named, int (calls, M); none of them where that is not a list."""
+    """Source of guesses, and the keys that are named, int (calls, M); empty unless the source is a list."""
     if prefetch == "none" or prefetch == "popularity":
         return NONE if prefetch == "none" else POPULAR, np.zeros((0, 0), np.int64)
     if prefetch == "next-router":
@@ -173,31 +186,31 @@ def _guesses(prefetch: str, requests: Requests, L: int, E: int) -> tuple[int, np
 
 
 def _spare(prefetch_nbytes: int | None, expert_nbytes: int | None, top_k: int) -> int:
-    """Experts that may be fetched on guesses a layer."""
+    """Experts that may be fetched on guesses, per layer."""
     if prefetch_nbytes is None:
         return top_k
     if expert_nbytes is None:
-        raise MixoffError("a budget of bytes needs to know an expert's: give expert_nbytes")
+        raise MixoffError("prefetch_nbytes needs the size of an expert: give expert_nbytes")
     return prefetch_nbytes // expert_nbytes
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """All policies over one trace, and how much of the way from LRU to the optimum each of them goes."""
+    """All policies over one trace, and how far each gets from LRU towards the optimum."""
 
     results: tuple[Simulation, ...]
 
     def gap_closed(self, policy: str) -> float | None:
-        """Share of LRU's misses above Belady's that `policy` saves, before prefetch; None where there are none to save.
+        """Share of LRU's misses above Belady's that `policy` saves, before prefetch; None if there are none to save.
 
-        Below 0 for what is worse than LRU.
+        Below 0 for a policy that is worse than LRU.
         """
         misses = {r.policy: r.misses + r.prefetch_hits for r in self.results}
         gap = misses["lru"] - misses["belady"]
         return (misses["lru"] - misses[policy]) / gap if gap else None
 
     def to_dict(self) -> dict:
-        """One object a policy, with `gap_closed`."""
+        """One object per policy, with `gap_closed`."""
         return {"results": [r.to_dict() | {"gap_closed": self.gap_closed(r.policy)} for r in self.results]}
 
     def __str__(self) -> str:
@@ -209,13 +222,15 @@ class Comparison:
         return "\n".join(lines)
 
 
-def compare(trace: Trace, slots: int = 4, scope: str = "layer", expert_nbytes: int | None = None, **how) -> Comparison:
-    """`simulate` with every policy; `how` is its prefetch."""
-    return Comparison(tuple(simulate(trace, policy, slots, scope, expert_nbytes, **how) for policy in CODES))
+def compare(
+    trace: Trace, slots: int = 4, scope: str = "layer", expert_nbytes: int | None = None, **options
+) -> Comparison:
+    """`simulate` with every policy. options: its prefetch arguments."""
+    return Comparison(tuple(simulate(trace, policy, slots, scope, expert_nbytes, **options) for policy in CODES))
 
 
 def curve(trace: Trace, policy: str = "lru", scope: str = "layer") -> dict[int, float]:
-    """Hit rate of decoding by slots a layer, from top-k to all experts; for LRU without prompts in one pass.
+    """Hit rate of decoding by slots per layer, from top-k to all experts; one pass for LRU without prompts.
 
     >>> curve(Trace.from_array([[[0, 1]], [[0, 2]], [[0, 1]]], num_experts=4))
     {2: 0.3333333333333333, 3: 0.5, 4: 0.5}
@@ -240,8 +255,8 @@ def _check(trace: Trace, policy: str, slots: int, scope: str) -> None:
     if scope not in SCOPES:
         raise MixoffError(f"unknown scope {scope!r}: choose one of {', '.join(SCOPES)}")
     if isinstance(slots, bool) or not isinstance(slots, (int, np.integer)):
-        raise BudgetError(f"slots is {slots!r}: give a whole number, of each layer")
+        raise BudgetError(f"slots is {slots!r}: give a whole number of slots per layer")
     if slots < trace.top_k:
         raise BudgetError(
-            f"{slots} slots a layer cannot hold the {trace.top_k} experts of a token at once: give {trace.top_k}"
+            f"{slots} slots per layer cannot hold the {trace.top_k} experts of a token at once: give {trace.top_k}"
         )

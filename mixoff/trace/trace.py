@@ -1,10 +1,8 @@
 """Which experts a model asked for, token by token: recorded, stored, imported, counted.
 
-Letters: **T** tokens, **L** MoE layers, **K** experts a token, **E** experts a layer, **P** passes.
+Letters: **T** tokens, **L** MoE layers, **K** experts per token, **E** experts per layer, **P** passes.
 A pass is one forward pass of the model: a whole prompt, or one token of decoding (several, in a batch). Files are
-`.npz` with a version, read without pickle and checked before use; CSV and JSONL come in too.
-
-Does not know caches, nor models beyond the runtime's hook.
+`.npz` with a version, read without pickle and checked before use; CSV and JSONL can be imported.
 """
 
 from __future__ import annotations
@@ -37,20 +35,27 @@ from mixoff.trace.files import (
 )
 from mixoff.trace.requests import Requests, depths
 
-BESIDE = ("weights", "predicted")  # what `load_domains` reads beside a trace
+EXTRAS = ("weights", "predicted")  # what `load_domains` reads in addition to a trace
 MAX_EXPERTS = 2**15 - 1  # experts are stored as int16 at most
 
 
 @dataclass(frozen=True, eq=False)
 class Trace:
-    """Choices of a router. Make one with `from_array`, `load` or a runtime's `trace()`; all of them check it.
+    """Choices of a model's routers. Make one with `from_array`, `load` or a runtime's `trace()`: all of them check it.
 
-    experts: int (T, L, K), in router order; -1 where a token has fewer than K. num_experts: E, of every layer.
-    is_prompt: bool (T,). passes: int (T,), ascending; tokens of equal number went through the model together.
-    layers: (L,) numbers of the MoE layers in the model. weights: float32 (T, L, K), what the router gave each choice,
-    or None. times_s: float64 (T,), when the pass of each token began, or None. expert_nbytes: of one expert, or None.
-    predicted: int (T, L, M), experts that a prefetcher named before each call, best first, -1 for none, at the first
-    token of a pass, or None. scores: float16 (T, L, E), how the router liked every expert, from 0 to 1, or None.
+    Attributes
+    ----------
+    experts: int (T, L, K), in router order; -1 where a token has fewer than K
+    num_experts: E, the same in every layer
+    is_prompt: bool (T,)
+    passes: int (T,), ascending; tokens with the same number went through the model together
+    layers: (L,), numbers of the MoE layers in the model
+    weights: float32 (T, L, K), the router's weight of each choice; or None
+    times_s: float64 (T,), when the pass of each token began; or None
+    expert_nbytes: bytes of one expert; or None
+    predicted: int (T, L, M), experts that a prefetcher named before each call, best first, -1 for none, in the row of
+        the first token of a pass; or None
+    scores: float16 (T, L, E), the router's score of every expert, from 0 to 1; or None
     """
 
     experts: np.ndarray
@@ -64,7 +69,7 @@ class Trace:
     predicted: np.ndarray | None = None
     scores: np.ndarray | None = None
 
-    # --- where traces come from
+    # --- making traces
 
     @classmethod
     def from_array(
@@ -81,9 +86,9 @@ class Trace:
         predicted: np.ndarray | None = None,
         scores: np.ndarray | None = None,
     ) -> Trace:
-        """A trace of `experts`, int (T, L, K). Without `is_prompt` all is decoding, one token a pass.
+        """A trace of `experts`, int (T, L, K). Without `is_prompt` all is decoding, one token per pass.
 
-        Without `passes` every run of prompt tokens is one pass. Raises MixoffError for what cannot be a trace.
+        Without `passes` every run of prompt tokens is one pass. Raises MixoffError for invalid values.
 
         >>> Trace.from_array([[[0, 3], [1, 2]], [[0, 1], [2, 5]]])
         Trace(2 tokens, 2 layers, top-2 of 8 experts, 0 of a prompt)
@@ -106,16 +111,16 @@ class Trace:
             scores = _column("scores", scores, (T, L, int(num_experts)), "f").astype(np.float16)
         nbytes = None if expert_nbytes is None else int(expert_nbytes)
         return cls(
-            experts,
-            int(num_experts),
-            is_prompt,
-            passes.astype(np.int64),
-            tuple(layers.tolist()),
-            weights,
-            times_s,
-            nbytes,
-            predicted,
-            scores,
+            experts=experts,
+            num_experts=int(num_experts),
+            is_prompt=is_prompt,
+            passes=passes.astype(np.int64),
+            layers=tuple(layers.tolist()),
+            weights=weights,
+            times_s=times_s,
+            expert_nbytes=nbytes,
+            predicted=predicted,
+            scores=scores,
         )
 
     @classmethod
@@ -133,7 +138,7 @@ class Trace:
         if not os.path.isfile(path):
             known = [f"{name}/{domain}" for name in models.names() for domain in models.heldout()]
             with suppress(OSError, ValueError):
-                known += [str(beside) for beside in path.parent.iterdir() if beside.suffix in FORMATS]
+                known += [str(file) for file in path.parent.iterdir() if file.suffix in FORMATS]
             way_out = f"record one with `mixoff trace`, or check the path{suggestion(str(path), known)}"
             raise MixoffError(f"no trace at {path}: {way_out}")
         if path.suffix.lower() == ".csv":
@@ -148,7 +153,7 @@ class Trace:
     def from_csv(cls, path: str | Path, num_experts: int | None = None) -> Trace:
         """Import a table with a header: `token,layer,expert`, and if known `weight,phase,pass,time_s`.
 
-        One row an expert, those of a token and layer in router order. num_experts: None takes the highest number + 1.
+        One row per expert, those of a token and layer in router order. num_experts: None takes the highest number + 1.
         """
         with readable(path) as file, naming(path):
             table = csv.DictReader(file)
@@ -159,17 +164,17 @@ class Trace:
 
     @classmethod
     def from_jsonl(cls, path: str | Path, num_experts: int | None = None) -> Trace:
-        """Import one JSON object a line: `{"token": 0, "layer": 3, "experts": [5, 1]}`, router order.
+        """Import one JSON object per line: `{"token": 0, "layer": 3, "experts": [5, 1]}`, router order.
 
-        If known with `"weights": [...]`, `"phase": "prompt"`, `"pass"`, `"time_s"`; `"expert"` may be a single number.
+        Optional: `"weights": [...]`, `"phase": "prompt"`, `"pass"`, `"time_s"`; `"expert"` may be a single number.
         """
         with readable(path) as file, naming(path):
             return cls.from_array(**row_arguments(json_rows(file), num_experts))
 
     def save(self, path: str | Path) -> Path:
-        """Write the trace as compressed `.npz`; returns the path, which gets that suffix where it has none.
+        """Write the trace as compressed `.npz`; returns the path, with that suffix added if it has none.
 
-        The file appears under its name when it is complete. Raises MixoffError, also for another suffix.
+        The file appears under its name only when complete. Raises MixoffError, also for another suffix.
         """
         path = Path(path) if Path(path).suffix else Path(f"{path}.npz")
         if path.suffix != ".npz":
@@ -199,7 +204,7 @@ class Trace:
 
     @property
     def top_k(self) -> int:
-        """K, experts a token in each layer."""
+        """K, experts per token in each layer."""
         return self.experts.shape[2]
 
     @property
@@ -208,7 +213,7 @@ class Trace:
         return np.asarray(PHASES)[self.is_prompt.astype(int)]
 
     def select(self, which: np.ndarray | slice) -> Trace:
-        """The tokens of a mask (T,) or slice, as a trace of their own."""
+        """The tokens of a mask (T,) or slice, as a new trace."""
         cut = {name: getattr(self, name) for name in ("experts", "is_prompt", "passes", *OPTIONAL)}
         return replace(self, **{name: None if value is None else value[which] for name, value in cut.items()})
 
@@ -217,14 +222,14 @@ class Trace:
         return self.select(~self.is_prompt)
 
     def shuffled(self, seed: int = 0) -> Trace:
-        """The same choices in each layer with the order of tokens drawn at random: popularity stays, locality goes."""
+        """The same choices with tokens shuffled in each layer: popularity stays, locality is lost."""
         rng = np.random.default_rng(seed)
         orders = np.stack([rng.permutation(self.tokens) for _ in self.layers], axis=1)  # (T, L)
         drawn = {name: getattr(self, name) for name in ("experts", "weights", "scores")}
         drawn = {n: None if x is None else np.take_along_axis(x, orders[..., None], 0) for n, x in drawn.items()}
         return replace(self, **drawn, predicted=None)  # guesses belong to a token's layers together
 
-    # --- what can be said of it
+    # --- statistics
 
     def counts(self) -> np.ndarray:
         """How often each expert was chosen: int (L, E)."""
@@ -233,10 +238,10 @@ class Trace:
         return np.bincount(cells[self.experts >= 0], minlength=L * E).reshape(L, E)
 
     def reuse_distances(self) -> np.ndarray:
-        """How many other experts of the layer were used since an expert's last use: int (L, E + 1), a histogram.
+        """Histogram of the number of other experts of the layer used since an expert's last use: int (L, E + 1).
 
-        Column d counts uses at distance d, looked up before the pass changes anything; the last column, first uses. So
-        the columns below S are the hits of LRU with S slots a layer.
+        Column d counts uses at distance d, looked up before the pass changes anything; the last column counts first
+        uses. So the columns below S are the hits of LRU with S slots per layer.
         """
         return depths(self.requests(), len(self.layers), self.num_experts, "layer")
 
@@ -271,10 +276,12 @@ class Trace:
         return 1 / E, 1 - math.comb(E - k, k) / math.comb(E, k)
 
     def balance(self) -> dict[str, np.ndarray]:
-        """How evenly experts are used, by layer (L,).
+        """How evenly experts are used: arrays by layer, (L,).
 
-        entropy_bits: of the shares of use, log2(E) when even. effective: 2 ** entropy, experts as if evenly used.
-        largest_share: of the busiest expert. unused: experts that nobody asked for, a sign of collapse.
+        entropy_bits: entropy of the shares of use, log2(E) if even
+        effective: 2 ** entropy, the number of evenly used experts with this entropy
+        largest_share: share of the most used expert
+        unused: number of experts never asked for, a sign of collapse
         """
         counts = self.counts()
         shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)  # (L, E)
@@ -283,9 +290,9 @@ class Trace:
         return {"entropy_bits": bits, "effective": 2**bits, "largest_share": largest, "unused": unused}
 
     def overlap(self) -> np.ndarray:
-        """Requests that a pass of several tokens saves, as tokens share experts: 1 - distinct / asked for, float (L,).
+        """Share of requests that passes save because their tokens share experts: 1 - distinct / asked for, float (L,).
 
-        0 when every pass is a single token.
+        0 if every pass is a single token.
         """
         calls = np.unique(self.passes, return_inverse=True)[1]
         used = np.zeros((calls.max(initial=-1) + 1, *self._used().shape[1:]), bool)
@@ -294,13 +301,13 @@ class Trace:
         return 1 - used.sum((0, 2)) / np.maximum(asked, 1)
 
     def requests(self) -> Requests:
-        """What a cache is asked for: each distinct expert once a pass and layer, in router order."""
+        """The requests to a cache: each distinct expert once per pass and layer, in router order."""
         L, E = len(self.layers), self.num_experts
         calls = np.unique(self.passes, return_inverse=True)[1]  # (T,)
         P = int(calls.max(initial=-1)) + 1
         call = np.broadcast_to(calls[:, None, None] * L + np.arange(L)[:, None], self.experts.shape).reshape(-1)
         expert = self.experts.reshape(-1).astype(np.int64)
-        if self.tokens > P:  # tokens of a pass come layer by layer, and ask once for what they share
+        if self.tokens > P:  # the tokens of a pass go through a layer together, and ask once for shared experts
             order = np.argsort(call, kind="stable")
             call, expert = call[order], expert[order]
             first = np.sort(np.unique(call * (E + 1) + expert, return_index=True)[1])
@@ -349,13 +356,13 @@ def _shaded(count: int, most: int) -> str:
 
 
 def _experts(experts: np.ndarray, num_experts: int) -> np.ndarray:
-    """`experts` as the smallest signed integers that hold them, (T, L, K), once everything about them is right."""
+    """`experts` (T, L, K), checked, as the smallest signed integers that hold them."""
     experts, E = np.asarray(experts), int(num_experts)
     if not 1 <= E <= MAX_EXPERTS:
-        raise MixoffError(f"num_experts is {num_experts}: a trace holds 1 to {MAX_EXPERTS:,} experts a layer")
+        raise MixoffError(f"num_experts is {num_experts}: a trace holds 1 to {MAX_EXPERTS:,} experts per layer")
     if experts.dtype.kind not in "iu" or experts.ndim != 3 or experts.shape[1] < 1 or experts.shape[2] < 1:
         raise MixoffError(
-            f"experts is {experts.dtype} {experts.shape}: give integers of shape (tokens, layers, experts a token)"
+            f"experts is {experts.dtype} {experts.shape}: give integers of shape (tokens, layers, experts per token)"
         )
     if experts.size and (experts.min() < NO_EXPERT or experts.max() >= E):
         worst = experts.max() if experts.max() >= E else experts.min()
@@ -370,7 +377,7 @@ def _experts(experts: np.ndarray, num_experts: int) -> np.ndarray:
 
 
 def _predicted(predicted: np.ndarray, num_experts: int, shape: tuple[int, int]) -> np.ndarray:
-    """`predicted` (T, L, M), checked as experts are."""
+    """`predicted` (T, L, M), checked like `experts`."""
     predicted = np.asarray(predicted)
     if predicted.ndim != 3 or predicted.shape[:2] != shape:
         raise MixoffError(f"predicted has shape {predicted.shape}: give {shape} and guesses, -1 for none")
@@ -394,7 +401,7 @@ def _column(name: str, values: np.ndarray, shape: tuple[int, ...], kinds: str) -
 
 
 def _default_passes(is_prompt: np.ndarray) -> np.ndarray:
-    """A new pass with every token, but for one that goes on with a prompt."""
+    """A new pass for every token, except one that continues a prompt."""
     goes_on = is_prompt[1:] & is_prompt[:-1]
     return np.concatenate([[0][: len(is_prompt)], np.cumsum(~goes_on)]).astype(np.int64)
 
@@ -411,19 +418,19 @@ def _check_passes(passes: np.ndarray, is_prompt: np.ndarray) -> None:
 def load_domains(path: str | Path, num_experts: int = 8) -> dict[str, Trace]:
     """Traces by name from a `.npz` of plain arrays (L, T, K), as the bundled model has for its five domains.
 
-    NAME.weights and NAME.predicted, of the same order, may stand beside NAME. Raises MixoffError.
+    NAME.weights and NAME.predicted, in the same order, are optional. Raises MixoffError.
     """
-    traces, beside = {}, {}
+    traces, extras = {}, {}
     for name, array in read_arrays(path).items():
         array = np.moveaxis(array, 0, 1) if array.ndim == 3 else array
         of, _, what = name.rpartition(".")
-        if what in BESIDE:
-            beside.setdefault(of, {})[what] = array
+        if what in EXTRAS:
+            extras.setdefault(of, {})[what] = array
         else:
             traces[name] = array
-    if strange := sorted(beside.keys() - traces.keys()):
-        raise MixoffError(f"{path} knows {' and '.join(beside[strange[0]])} of {strange[0]}, but not its experts")
-    return {name: Trace.from_array(array, num_experts, **beside.get(name, {})) for name, array in traces.items()}
+    if strange := sorted(extras.keys() - traces.keys()):
+        raise MixoffError(f"{path} has {' and '.join(extras[strange[0]])} of {strange[0]}, but not its experts")
+    return {name: Trace.from_array(array, num_experts, **extras.get(name, {})) for name, array in traces.items()}
 
 
 def _bundled(path: Path) -> Trace:

@@ -1,7 +1,6 @@
-"""The fast tier as memory: how many slots a budget pays for, and an expert's weights as views of the slot it lies in.
+"""The fast tier as memory: slots, and an expert's weights as views of a slot.
 
-Letters: **S** slots.
-Does not know which expert is where.
+Letters: **S** slots. Which expert is in which slot is the cache's business.
 """
 
 from __future__ import annotations
@@ -19,10 +18,11 @@ Weight = torch.Tensor | QTensor | strided.StridedTensor
 
 
 class Arena:
-    """S slots of `slot_nbytes` each, allocated once, and each aligned to a page.
+    """S slots of `slot_nbytes` each, allocated once, each aligned to a page.
 
-    empty: allocates uint8 memory of a device; None is RAM, where `images` are the slots as writable bytes. Raises what
-    the allocator raises: `out_of_memory` tells which errors are about that.
+    Raises what the allocator raises: `out_of_memory` tells which errors mean that.
+
+    empty: allocator of uint8 memory on a device; None is RAM, where `images` are the slots as writable bytes
     """
 
     def __init__(self, slots: int, sites: tuple[Site, ...], empty: Callable[[int], torch.Tensor] | None = None) -> None:
@@ -30,15 +30,15 @@ class Arena:
         self.slots = (empty or slab)(slots * self.slot_nbytes).view(slots, -1)  # (S, slot_nbytes)
         self.images = [] if empty else [memoryview(slot.numpy()) for slot in self.slots]
         kinds = {}
-        self._kind = [kinds.setdefault(site.parts, i) for i, site in enumerate(sites)]  # sites alike share views
+        self._kind = [kinds.setdefault(site.parts, i) for i, site in enumerate(sites)]  # equal sites share views
         self._views: dict[tuple[int, int], dict[str, Weight]] = {}
 
     def numel(self) -> int:
-        """Bytes in all."""
+        """Total bytes."""
         return self.slots.numel()
 
     def weights(self, slot: int, site: int) -> dict[str, Weight]:
-        """The weights of the expert of `site` that lies in `slot`, by part's name, without a copy."""
+        """The weights of an expert of `site` in `slot`, by part's name, without a copy."""
         at = slot, self._kind[site]
         if at not in self._views:
             self._views[at] = {part.name: view(self.slots[slot], part) for part in self.sites[site].parts}
@@ -46,7 +46,7 @@ class Arena:
 
 
 def view(image: torch.Tensor, part: Part) -> Weight:
-    """A part of an expert's image (nbytes,), as the weight that it is, without a copy."""
+    """A part of an expert's image (nbytes,) as a weight, without a copy."""
     if part.form is not None and part.form[0] == strided.KIND:
         return strided.StridedTensor.from_buffer(image, part.offset, part.shape, strided.Form(*part.form[1:]))
     if part.form is not None:

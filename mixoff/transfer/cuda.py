@@ -1,10 +1,8 @@
 """A GPU as the runtime needs it: memory, page-locked RAM, streams, events, copies, and what the card can do.
 
-With `hardware`'s bandwidths and the kernels, the only module that calls torch.cuda: what it does there is thin, since
-it was never run on a GPU (docs/gpu.md). Tests hold every name it uses to the torch that is installed, and run what is
-above it on a simulated device.
-
-Does not know experts.
+Together with `probe`'s bandwidths and the kernels, the only module that calls torch.cuda. It is thin, since it was
+never run on a GPU (docs/gpu.md): tests check every name it uses against the installed torch, and run the modules above
+it on a simulated device.
 """
 
 from __future__ import annotations
@@ -20,15 +18,15 @@ from mixoff.errors import MixoffError
 from mixoff.pages import slab
 from mixoff.units import MIB, format_nbytes
 
-LEAST_SM = (7, 0)  # what Triton compiles for
-BF16_SM = (8, 0)  # older cards only emulate it, slowly, and call it supported
-MARGIN = 384 * MIB  # of free VRAM, once the context is there: workspaces of cuBLAS and fragments of the allocator
+LEAST_SM = (7, 0)  # the oldest that Triton compiles for
+BF16_SM = (8, 0)  # older cards emulate it slowly, yet torch reports it as supported
+MARGIN = 384 * MIB  # free VRAM to leave, once the context exists: cuBLAS's workspaces and the allocator's fragments
 REGISTER_PORTABLE = 1  # cudaHostRegisterPortable, as torch's own _pin_memory_utils passes it
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """A card. sm: compute capability. total_nbytes, free_nbytes: of its memory, now."""
+    """A card. sm: compute capability. total_nbytes, free_nbytes: its memory, now."""
 
     name: str
     sm: tuple[int, int]
@@ -37,7 +35,7 @@ class Gpu:
 
     @property
     def dtype(self) -> str:
-        """The 16-bit format that it computes in by itself.
+        """The 16-bit format that the card computes in natively.
 
         >>> Gpu("Tesla T4", (7, 5), 0, 0).dtype, Gpu("NVIDIA L4", (8, 9), 0, 0).dtype
         ('float16', 'bfloat16')
@@ -50,9 +48,9 @@ class Gpu:
 
 
 def pick(device: str | torch.device) -> Cuda | None:
-    """The device to serve experts on: None is the CPU. `"auto"` is the first GPU, where there is one.
+    """The device to serve experts on; None is the CPU. `"auto"` is the first GPU if there is one.
 
-    Raises MixoffError, with the reason, for a GPU that is not there or that kernels do not run on.
+    Raises MixoffError, with the reason, for a GPU that does not exist or that kernels do not run on.
     """
     try:
         wanted = None if device == "auto" else torch.device(device)
@@ -71,7 +69,7 @@ def pick(device: str | torch.device) -> Cuda | None:
 
 
 def obstacle(index: int = 0) -> str | None:
-    """Why the GPU of that number cannot serve experts, None where it can."""
+    """Why the GPU of that number cannot serve experts; None if it can."""
     if torch.version.cuda is None:
         return "this torch was built without CUDA: install it from pytorch.org for your driver"
     if not torch.cuda.is_available():
@@ -84,13 +82,13 @@ def obstacle(index: int = 0) -> str | None:
 
 
 def describe(index: int = 0) -> Gpu:
-    """The card of that number; makes its context, which takes about 300 MB of it."""
+    """The card of that number; creates its context, which takes about 300 MB of its memory."""
     free, total = torch.cuda.mem_get_info(index)
     return Gpu(torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index), total, free)
 
 
 class Cuda:
-    """A GPU with a stream for copies beside those that compute: `streams.Device`. index: its number."""
+    """A GPU with a separate stream for copies, as `streams.Device`. index: its number."""
 
     def __init__(self, index: int = 0) -> None:
         self.where = torch.device("cuda", index)
@@ -98,7 +96,7 @@ class Cuda:
         self.registered: set[int] = set()  # addresses of page-locked RAM
 
     def describe(self) -> Gpu:
-        """The card, with what is free of it now."""
+        """The card, with its free memory now."""
         return describe(self.where.index)
 
     def computing(self) -> torch.cuda.Stream:
@@ -114,10 +112,10 @@ class Cuda:
         return torch.empty(nbytes, dtype=torch.uint8, device=self.where)
 
     def pinned(self, nbytes: int) -> torch.Tensor:
-        """RAM of exactly that size, uint8, page-locked; pageable with a warning where the system refuses.
+        """RAM of exactly that size, uint8, page-locked; pageable, with a warning, if the system refuses.
 
-        torch's own allocator would round it up to a power of two: 1.43 times an expert of Mixtral in 4 bits. Raises
-        OSError where there is no such memory.
+        torch's allocator would round up to a power of two: 1.43 times an expert of Mixtral in 4 bits. Raises OSError
+        if there is not enough memory.
         """
         memory = slab(nbytes, inherited=False)
         error = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), nbytes, REGISTER_PORTABLE))
@@ -133,19 +131,19 @@ class Cuda:
         return memory
 
     def _clear_error(self) -> None:
-        """Let the next kernel report the error that a failed call of the CUDA runtime left behind, and forget it."""
+        """Let a kernel report the error that a failed call of the CUDA runtime left behind, and ignore it."""
         with suppress(RuntimeError):
             torch.zeros(1, device=self.where)
 
     def unpin(self, memory: torch.Tensor) -> None:
-        """Once all queued work is done, let go of what `pinned` gave."""
+        """Release memory from `pinned`, once all queued work is done."""
         self.synchronize()
         if memory.data_ptr() in self.registered:
             self.registered.remove(memory.data_ptr())
             torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        """Queue on `copying`: copy bytes between the card and RAM; the host goes on where RAM is page-locked."""
+        """Queue a copy between the card and RAM on `copying`; the host does not wait if the RAM is page-locked."""
         with torch.cuda.stream(self.copying):
             target.copy_(source, non_blocking=True)
 
@@ -154,7 +152,7 @@ class Cuda:
         torch.cuda.synchronize(self.where)
 
     def give_back(self) -> None:
-        """Let other users have the memory of tensors that are no more."""
+        """Return freed memory to the driver."""
         torch.cuda.empty_cache()
 
 
@@ -164,13 +162,13 @@ def is_wsl() -> bool:
 
 
 def link_bandwidths(nbytes: int = 256 * MIB, rounds: int = 3) -> dict[str, float]:
-    """Bytes a second of copies between RAM and the first GPU: `pinned`, `pageable` and `back` (pinned, to RAM).
+    """Bytes per second of copies between RAM and the first GPU: `pinned`, `pageable` and `back` (pinned, to RAM).
 
     Timed by the device's events, the best of `rounds` after one more to warm up. Needs a GPU.
     """
     device, target = Cuda(0), torch.empty(nbytes, dtype=torch.uint8, device="cuda:0")
     pinned, pageable = device.pinned(nbytes), slab(nbytes)
-    pageable.fill_(1)  # or its pages would not be there yet
+    pageable.fill_(1)  # or its pages would not exist yet
     pairs = {"pinned": (target, pinned), "pageable": (target, pageable), "back": (pinned, target)}
     try:
         return {name: nbytes / min(_seconds(*pair) for _ in range(rounds + 1)) for name, pair in pairs.items()}
@@ -179,6 +177,7 @@ def link_bandwidths(nbytes: int = 256 * MIB, rounds: int = 3) -> dict[str, float
 
 
 def _seconds(target: torch.Tensor, source: torch.Tensor) -> float:
+    """Seconds of one copy, by the device's clock. `planning.probe` has its own: neither room imports the other."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     target.copy_(source, non_blocking=True)

@@ -1,15 +1,14 @@
-"""Moves experts into the slots of a device that computes on its own time: disk, page-locked RAM, device memory.
+"""Moves experts into the slots of a device that computes asynchronously: disk, page-locked RAM, device memory.
 
-The host queues copies on one stream and products on another, and sleeps for neither. Events keep their order, both
-ways: what computes from a slot waits for the event that its copy records (`arrived`), and the next copy into that slot
-waits for the event that `release` records (`released`). Only a read from the disk goes into memory that no stream
-guards, so it takes a place whose last copy is over (`touched`).
+The host queues copies on one stream and products on another, and waits for neither. Events keep them in order, both
+ways: a product waits for the event that its slot's copy records (`arrived`), and the next copy into the slot waits for
+the event that `release` records (`released`). Only a read from the disk goes into memory that no stream guards, so it
+takes a place whose last copy has finished (`touched`).
 
-An expert that comes from the disk is read into a place in RAM, and its copy stays there while there is room. What
-leaves the device without having one is copied back, as long as RAM has a place that no other expert needs.
+An expert from the disk is read into a place in RAM, and stays there while there is room. An expert that leaves the
+device without a copy in RAM is copied back if RAM has a place that no other expert needs.
 
-Never run on a GPU so far: docs/gpu.md. Does not know policies, models or torch.cuda: `device` is `cuda.Cuda`, or the
-tests' simulation of one.
+Never run on a GPU so far: docs/gpu.md. `device` is `cuda.Cuda`, or the tests' simulation of one.
 """
 
 from __future__ import annotations
@@ -29,32 +28,32 @@ from mixoff.store.readers import Reader
 from mixoff.transfer.tiers import Copies, open_transfer
 from mixoff.transfer.transfer import Transfer
 
-STAGING = 3  # places that reads always find: one is read into while another is copied on, and one for a guess
+STAGING = 3  # places reserved for reads: one to read into, one being copied from, and one for a guess
 WAITING, READING, SENT, FAILED = "waiting", "reading", "sent", "failed"
 
 
 class Event(Protocol):
-    """A mark in a stream's queue, as `torch.cuda.Event`: before it is first recorded it counts as reached."""
+    """A mark in a stream's queue, as `torch.cuda.Event`; it counts as reached until it is first recorded."""
 
     def query(self) -> bool:
-        """Whether the device has passed where it was last recorded."""
+        """Whether the device has reached the point where it was last recorded."""
 
     def synchronize(self) -> None:
-        """Sleep until it has."""
+        """Sleep until the device has reached that point."""
 
 
 class Stream(Protocol):
     """A queue of work, done in order, as `torch.cuda.Stream`."""
 
     def wait_event(self, event: Event) -> None:
-        """Queue: go on only when the device has passed where `event` was last recorded."""
+        """Queue: wait until the device has reached the point where `event` was last recorded."""
 
     def record_event(self, event: Event) -> None:
-        """Queue: pass `event`."""
+        """Queue: record `event`."""
 
 
 class Device(Protocol):
-    """A device with memory and streams of its own. copying: the stream of all copies. where: for tensors."""
+    """A device with its own memory and streams. copying: stream of all copies. where: its name for tensors."""
 
     copying: Stream
     where: torch.device
@@ -69,27 +68,30 @@ class Device(Protocol):
         """Memory of the device, uint8. Raises torch.OutOfMemoryError."""
 
     def pinned(self, nbytes: int) -> torch.Tensor:
-        """RAM that copies can use while the host goes on, uint8, exactly so much, given back by `unpin`."""
+        """RAM of exactly that size, uint8, for copies that the host does not wait for; `unpin` releases it."""
 
     def unpin(self, memory: torch.Tensor) -> None:
-        """Once all queued work is done, let go of what `pinned` gave."""
+        """Release memory from `pinned`, once all queued work is done."""
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        """Queue on `copying`: copy bytes between the device and pinned RAM."""
+        """Queue a copy between the device and pinned RAM on `copying`."""
 
     def synchronize(self) -> None:
         """Sleep until all queued work is done."""
 
     def give_back(self) -> None:
-        """Let other users have the memory of tensors that are no more."""
+        """Return freed memory to the driver."""
 
 
 def open_device_transfer(
     device: Device, reader: Reader, slots: torch.Tensor, sizes: Sequence[int], ram_slots: int, experts: int
 ) -> DeviceTransfer:
-    """The transfer for `reader` and a device. slots: (S, bytes) in its memory. sizes: bytes of an expert, by site.
+    """The transfer for `reader` and a device.
 
-    ram_slots: copies that RAM has room for, of `experts` in all; a few are allocated whatever it says.
+    slots: device memory (S, bytes)
+    sizes: bytes of an expert, by site
+    ram_slots: copies that RAM has room for; at least STAGING places are allocated in any case
+    experts: number of experts in the model
     """
     places = min(max(ram_slots, STAGING), experts)
     kept = places if places == experts else places - STAGING
@@ -98,7 +100,7 @@ def open_device_transfer(
 
 @dataclass(eq=False)
 class _Fetch:
-    """An expert on its way. place: where in RAM it lies, or is read to. t0: when it was asked for."""
+    """An expert on its way. place: its place in RAM, or the one it is read into. t0: when it was asked for."""
 
     key: Key
     kind: str
@@ -111,9 +113,10 @@ class _Fetch:
 class DeviceTransfer:
     """Slots in the memory of `device`, filled from `places` in RAM, which `reading` fills from the disk.
 
-    kept: so many places may hold what the device lacks; the others are always there for reads. reading: makes the
-    transfer that reads into the places' memory. Times of landings are those of queueing: the host does not wait to see
-    a copy end.
+    A landing is timed when its copy is queued: the host does not wait for the copy to end.
+
+    kept: number of places that may hold experts the device lacks; the others are always available for reads
+    reading: makes the transfer that reads into the places' memory
     """
 
     def __init__(
@@ -131,15 +134,15 @@ class DeviceTransfer:
         self.reading = reading([memoryview(place.numpy()) for place in self.memory])
         self.copies = Copies(places)
         self.touched = [device.event() for _ in range(places)]  # the last copy from or to each place
-        self.unsettled: set[int] = set()  # free places that a read which was given up may still write to
+        self.unsettled: set[int] = set()  # free places that a cancelled read may still write to
         self.coming: dict[int, _Fetch] = {}
-        self.owner: dict[int, tuple[Key, str]] = {}  # whose copy into each slot was queued last, and its kind
+        self.owner: dict[int, tuple[Key, str]] = {}  # expert and kind of the last copy queued into each slot
         self.moved: Counter[str] = Counter()
         self.last = device.computing()
         self.reseat(slots)
 
     def enter(self) -> None:
-        """Another stream than the last one's computes: it comes after all that the last one was given so far."""
+        """If another stream computes now, make it wait for all that the last one was given so far."""
         now = self.device.computing()
         if now != self.last:
             switch = self.device.event()
@@ -152,7 +155,7 @@ class DeviceTransfer:
         self.cancel(slot)
         self._let_go(slot)
         for other in [other for other, (held, _) in self.owner.items() if held == key]:
-            del self.owner[other]  # where it only passed by; a copy in RAM is a double of the new one
+            del self.owner[other]  # it was a bypass there; a copy in RAM is now a double of this slot
         fetch = self.coming[slot] = _Fetch(key, kind)
         if key in self.copies:
             fetch.place = self.copies.double(key)
@@ -162,7 +165,7 @@ class DeviceTransfer:
             self._read_more()
 
     def wait(self, slots: Collection[int]) -> Landing:
-        """Let the computing stream wait for a copy that is queued; the host sleeps only while the disk is read."""
+        """Make the computing stream wait for a queued copy; the host itself waits only for the disk."""
         while (slot := self._sent(slots)) is None:
             self._read_more(slots)
             self._land(slots)
@@ -171,28 +174,28 @@ class DeviceTransfer:
         return self._landing(slot, fetch)
 
     def release(self, slot: int) -> None:
-        """What reads `slot` is queued: copies into it come after that."""
+        """The products that read `slot` are queued: make later copies into it wait for them."""
         self.device.computing().record_event(self.released[slot])
 
     def cancel(self, slot: int) -> Landing | None:
-        """Drop a read; a copy that is queued goes on, and the next one into the slot comes after it."""
+        """Drop a read; a queued copy goes on, and the next one into the slot comes after it."""
         fetch = self.coming.pop(slot, None)
         if fetch is None or fetch.state in (WAITING, FAILED):
             return None
         if fetch.state == READING:
             partly = self.reading.cancel(fetch.place)
-            self.copies.free.insert(0, fetch.place)  # to be used last
+            self.copies.free.insert(0, fetch.place)  # last in line: the cancelled read may still write to it
             self.unsettled.add(fetch.place)
             return partly and partly._replace(slot=slot)
         self._let_go(slot, passing=True)
         return self._landing(slot, fetch)
 
     def near(self, key: Key) -> bool:
-        """Never: each copy crosses the link, and a guess can hide that."""
+        """Always False: every copy crosses the link, which a guess can hide."""
         return False
 
     def counts(self) -> Counter[str]:
-        """Bytes to the device by kind of fetch; `ram`, `ram_hits`: what was not read; `kept`: bytes copied back."""
+        """Bytes to the device by kind of fetch; `ram`, `ram_hits`: fetches without a read; `kept`: copied back."""
         return self.moved.copy()
 
     def stop(self) -> None:
@@ -205,21 +208,21 @@ class DeviceTransfer:
         self._trim()
 
     def reseat(self, slots: torch.Tensor | Sequence) -> None:
-        """Other slots from now on; copies in RAM stay.
+        """Use other slots from now on; copies in RAM stay.
 
-        Nothing queued uses the slots that were any more, nor what was in these before the allocator handed them out.
+        After `stop` nothing queued uses the old slots, or what the allocator had in the new ones before.
         """
         self.stop()
         self.slots = slots
         self.arrived, self.released = ([self.device.event() for _ in slots] for _ in range(2))
 
     def forked(self) -> None:
-        """The device cannot be used here, nor is its page-locked RAM this process's to give back."""
+        """In the child of a fork the device cannot be used, and its page-locked RAM belongs to the parent."""
         self.reading.forked()
         self._unpin.detach()
 
     def close(self) -> None:
-        """End the reads, and give RAM back once all queued work is done."""
+        """End the reads, and free RAM once all queued work is done."""
         self.reading.close()
         self._unpin()
         self.memory, self.slots = None, ()
@@ -235,7 +238,7 @@ class DeviceTransfer:
         self.moved[fetch.kind] += nbytes
 
     def _sent(self, slots: Collection[int]) -> int | None:
-        """One of `slots` whose copy is queued. Raises what a read of one of them did."""
+        """One of `slots` whose copy is queued, else None. Raises the error of a failed read of one of them."""
         for slot in slots:
             if self.coming[slot].state == FAILED:
                 raise self.coming.pop(slot).error
@@ -245,34 +248,38 @@ class DeviceTransfer:
         return Landing(slot, self.sizes[fetch.key[0]], fetch.t0, time.perf_counter())
 
     def _read_more(self, wanted: Collection[int] = ()) -> None:
-        """Have experts read as far as there are places: those waited for first, guesses last."""
+        """Begin as many reads as there are places: `wanted` slots first, guesses last.
+
+        A place may be read into only after its last copy has finished (`touched`): a read is the one write that no
+        stream orders. Free places are tried before those of doubles, and no place is taken from a copy that is alone.
+        """
         waiting = [slot for slot, fetch in self.coming.items() if fetch.state == WAITING]
         for slot in sorted(waiting, key=lambda slot: (slot not in wanted, self.coming[slot].kind == PREFETCH)):
             place = self.copies.room(lambda place: self.touched[place].query())
             if place is None:
                 return
             fetch = self.coming[slot]
-            self.unsettled.discard(place)  # the next read settles it
+            self.unsettled.discard(place)  # this read waits for the cancelled one
             fetch.state, fetch.place = READING, place
             self.reading.fetch(fetch.key, place, fetch.kind)
 
     def _land(self, slots: Collection[int]) -> None:
-        """Sleep until a read is done, one for `slots` if there is any, and queue its copy."""
+        """Sleep until a read is done, preferably one for `slots`, and queue its copy."""
         under_way = {fetch.place: slot for slot, fetch in self.coming.items() if fetch.state == READING}
         mine = [place for place, slot in under_way.items() if slot in slots]
         if mine:
             self._pass_on(under_way[self.reading.wait(mine).slot])
-        elif under_way:  # all places are taken by reads that nobody waits for yet
+        elif under_way:  # reads for other slots hold all places
             self._land_other(*next(iter(under_way.items())))
-        else:  # all places are being copied from: the one case in which the host waits for a copy
+        else:  # copies hold all places: the only case in which the host waits for a copy
             self._places_in_use()[0].synchronize()
 
     def _land_other(self, place: int, slot: int) -> None:
-        """As for a read that is waited for; but if it failed, that is for those to hear who asked for it."""
+        """As `_land` for another slot's read; if it failed, the error is kept for the `wait` on that slot."""
         try:
             self.reading.wait([place])
         except (OSError, CheckpointError) as error:
-            if isinstance(error, TimeoutError):  # what handlers of alarms raise: not the read's
+            if isinstance(error, TimeoutError):  # from a handler of alarms, not from the read
                 raise
             fetch = self.coming[slot]
             fetch.state, fetch.error = FAILED, error
@@ -281,17 +288,17 @@ class DeviceTransfer:
             self._pass_on(slot)
 
     def _pass_on(self, slot: int) -> None:
-        """What was read for `slot` is a copy in RAM now, and goes on to the device."""
+        """The expert read for `slot` is a copy in RAM now: send it on to the device."""
         fetch = self.coming[slot]
         self.copies.doubles[fetch.key] = fetch.place
         self._send(slot, fetch)
 
     def _places_in_use(self) -> list[Event]:
-        """Events of the places that reads might take, had the device let go of them."""
+        """Events of the places that reads could take if the copies from them had finished."""
         return [self.touched[place] for place in (*self.copies.free, *self.copies.doubles.values())]
 
     def _let_go(self, slot: int, passing: bool = False) -> None:
-        """What leaves the device stays in RAM; but what only passed by takes no other's place."""
+        """Keep the expert that leaves `slot` in RAM; one that only passed by never replaces another."""
         key, kind = self.owner.pop(slot, (None, None))
         if key is None:
             return
@@ -302,7 +309,7 @@ class DeviceTransfer:
             self._keep(key, slot)
 
     def _keep(self, key: Key, slot: int) -> None:
-        """Queue a copy back to RAM, where a place is free or holds a double. It comes after those queued before it."""
+        """Queue a copy back to a free place or a double's in RAM; the stream runs it after those queued before."""
         place, nbytes = self.copies.room(lambda place: place not in self.unsettled), self.sizes[key[0]]
         if place is None:
             return
@@ -313,7 +320,7 @@ class DeviceTransfer:
         self._trim()
 
     def _trim(self, first: Key | None = None) -> None:
-        """Reads must find their places: the oldest copies go, or `first` does, where too many are alone."""
+        """Drop `first`, else the oldest copies, while more than `kept` are alone: reads need the other places."""
         alone = self.copies.alone
         while len(alone) > self.kept:
             self.copies.free.append(alone.pop(first if first in alone else next(iter(alone))))

@@ -1,12 +1,9 @@
-"""Moves experts into slots in the background, and says when their bytes are there.
+"""Moves experts into slots in the background, and reports when their bytes have arrived.
 
-A `Transfer` fills a slot between `fetch` and the `wait` that reports it; a computation that read a slot is followed by
-`release`, and only then may the slot be fetched into again. On a CPU worker threads read, and `release` has nothing to
-do; a GPU's copy stream would make the computing stream wait for the copy's event, and the copy for the event that
-`release` records. Tests run the runtime under a third, which delivers late and out of order, and poisons what is not
-there yet.
-
-Does not know policies or models.
+A `Transfer` fills a slot between `fetch` and the `wait` that reports it. After computing from a slot the caller calls
+`release`, and only then may the slot be fetched into again. On a CPU, worker threads read, and `release` does nothing.
+On a GPU (`streams`), products wait for the copy's event, and the next copy waits for the event that `release` records.
+Tests run the runtime under a third transfer, which delivers late and out of order, and poisons slots until then.
 """
 
 from __future__ import annotations
@@ -28,40 +25,40 @@ class Transfer(Protocol):
     """Fills slots of the fast tier. Called by one thread at a time."""
 
     def enter(self) -> None:
-        """A call of a layer begins, on the calling thread: what follows may use all that landed before."""
+        """A call of a layer begins on this thread: it may use everything that has landed so far."""
 
     def fetch(self, key: Key, slot: int, kind: str = MISS) -> None:
-        """Begin to fill `slot` with the expert `key`; kind: of `cache.Grant`, or `prefetch`, which waits for others."""
+        """Begin to fill `slot` with the expert `key`. kind: as in `cache.Grant`, or `prefetch`, which comes last."""
 
     def wait(self, slots: Collection[int]) -> Landing:
-        """Sleep until the fetch into one of `slots` is done, and report it once. Raises what went wrong with it."""
+        """Sleep until the fetch into one of `slots` is done, and report it once. Raises the error of a failed fetch."""
 
     def release(self, slot: int) -> None:
-        """What reads `slot` has been computed (or queued, on a device): it may be fetched into."""
+        """All products from `slot` are computed (queued, on a device): it may be fetched into."""
 
     def cancel(self, slot: int) -> Landing | None:
-        """Nobody wants what is on its way to `slot` any more: its content is undefined until it is fetched into.
+        """Give up the fetch into `slot`, whose content is undefined until the next fetch into it.
 
-        Returns what had arrived, None where nothing had.
+        Returns what had arrived, None if nothing had.
         """
 
     def near(self, key: Key) -> bool:
-        """Whether fetching `key` is a mere copy in memory, which a guess could not hide."""
+        """Whether fetching `key` is only a copy in RAM, which a guess could not hide."""
 
     def counts(self) -> Counter[str]:
-        """Bytes so far by kind of fetch; of all these, `ram`: bytes from a RAM tier, in `ram_hits` fetches."""
+        """Bytes so far by kind of fetch. `ram`: the part of them from a RAM tier, in `ram_hits` fetches."""
 
     def stop(self) -> None:
-        """Give up every fetch and forget what the slots hold; sleeps until nothing is written to a slot any more.
+        """Give up every fetch and forget what the slots hold; sleeps until nothing writes to a slot.
 
-        Works from whatever state an interrupted call left behind, and again if it is interrupted itself.
+        Works from any state that an interrupted call left behind, including an interrupted `stop`.
         """
 
     def reseat(self, slots: Sequence) -> None:
-        """`stop`, then fill these slots from now on; none lets go of memory."""
+        """`stop`, then fill these slots from now on; an empty sequence releases the old ones' memory."""
 
     def forked(self) -> None:
-        """This process is the child of a fork: the threads stayed with the parent. `stop` comes before any fetch."""
+        """Called in the child of a fork, where the threads do not exist. `stop` comes before any fetch."""
 
     def close(self) -> None:
         """End the fetches. Slots may be freed afterwards."""
@@ -69,7 +66,7 @@ class Transfer(Protocol):
 
 @dataclass(eq=False)
 class _Job:
-    """A fetch in the making: pieces left to finish, what came of those done."""
+    """A fetch in progress: the pieces left, and the results of those done."""
 
     key: Key
     slot: int
@@ -84,7 +81,7 @@ class _Job:
     cancelled: bool = False
 
     def finish(self, nbytes: int, t0: float, error: Exception | None) -> None:
-        """A piece is done. `left` comes last: whoever sees none left sees the rest as well."""
+        """A piece is done. `left` changes last: a thread that sees 0 sees the other fields as well."""
         self.nbytes += nbytes
         self.t0, self.t1 = min(self.t0, t0), max(self.t1, time.perf_counter())
         self.error = self.error or error
@@ -92,11 +89,11 @@ class _Job:
 
 
 class _Queue:
-    """Pieces for the workers to read. Workers hold this and not the transfer, so that it can be freed unclosed.
+    """Pieces for the workers to read. Workers reference this and not the transfer, so that it can be freed unclosed.
 
-    `work` and `done` carry tokens that say "look again": what there is to read or to report is in `pieces` and in
-    `_Job.left`. So a token too many, or one that an interrupt lost, changes nothing, and a thread that waits is inside
-    one call of C code. `threading.Condition` promises less: interrupted in its `wait`, it may leave its lock released.
+    `work` and `done` carry tokens that mean "check again"; the state itself is in `pieces` and `_Job.left`. So an extra
+    token, or one that an interrupt lost, changes nothing, and a waiting thread is inside one call of C code.
+    `threading.Condition` guarantees less: interrupted in its `wait`, it may leave its lock released.
     """
 
     def __init__(self) -> None:
@@ -105,7 +102,7 @@ class _Queue:
         self.reset()
 
     def reset(self) -> None:
-        """Begin with nothing to read, and with new locks: after a fork, threads of the parent may hold the old ones."""
+        """Start empty, with new locks: after a fork, threads of the parent may hold the old ones."""
         self.lock = threading.Lock()
         self.work: SimpleQueue[None] = SimpleQueue()
         self.done: SimpleQueue[None] = SimpleQueue()
@@ -113,14 +110,14 @@ class _Queue:
         self.reading = 0  # pieces that workers are reading now
 
     def put(self, job: _Job, pieces: Sequence[tuple[int, int | None]]) -> None:
-        """Have the pieces of `job` read."""
+        """Queue the pieces of `job`."""
         with self.lock:
             self.pieces.extend((job, start, stop) for start, stop in pieces)
         for _ in pieces:
             self.work.put(None)
 
     def take(self) -> tuple[_Job, int, int | None] | None:
-        """The next piece, urgent ones first; sleeps while there is none, None once closed."""
+        """The next piece, urgent ones first; sleeps while there is none; None once closed."""
         while True:
             self.work.get()
             with self.lock:
@@ -151,16 +148,16 @@ class _Queue:
             self.pieces = kept
 
     def clear(self) -> None:
-        """Forget all pieces that no worker has begun, and sleep until no worker reads any more."""
+        """Forget all pieces that no worker has begun, and sleep until no worker is reading."""
         with self.lock:
             self.pieces.clear()
         self.sleep_until(lambda: not self.reading)
 
     def sleep_until(self, look: Callable[[], Any]) -> Any:
-        """Sleep until `look()`, which workers can change by finishing, is true; returns its value."""
+        """Sleep until `look()` is true, which a worker that finishes may change; returns its value."""
         while True:
             while not self.done.empty():
-                self.done.get_nowait()  # what it tells of, `look` is about to see
+                self.done.get_nowait()  # drained before `look`, so that no later change is missed
             if value := look():
                 return value
             self.done.get()
@@ -171,7 +168,7 @@ class _Queue:
 
 
 def _work(queue: _Queue, reader: Reader) -> None:
-    """A worker: reads pieces until the queue closes, and holds nothing of the arena while it sleeps."""
+    """A worker: reads pieces until the queue closes; references nothing of the arena while it sleeps."""
     while (piece := queue.take()) is not None:
         t0 = time.perf_counter()
         nbytes, error = _read(reader, *piece)
@@ -180,7 +177,7 @@ def _work(queue: _Queue, reader: Reader) -> None:
 
 
 def _read(reader: Reader, job: _Job, start: int, stop: int | None) -> tuple[int, Exception | None]:
-    """Read one piece, or nothing where another one of the same expert failed; an error is left to the waiter."""
+    """Read one piece, or nothing if another piece of the expert failed; `wait` raises the error."""
     try:
         part = () if stop is None else (start, stop)
         return 0 if job.error else reader.read_into(*job.key, job.image, *part), None
@@ -189,9 +186,11 @@ def _read(reader: Reader, job: _Job, start: int, stop: int | None) -> tuple[int,
 
 
 class ThreadTransfer:
-    """Worker threads that read with the GIL released; a long expert is read in pieces, several at a time.
+    """Worker threads that read with the GIL released; a large expert is read in several pieces at a time.
 
-    images: memory of each slot. sizes: bytes of an expert, by site. workers: 0 reads within `fetch` itself.
+    images: memory of each slot
+    sizes: bytes of an expert, by site
+    workers: number of threads; 0 reads inside `fetch`
     """
 
     def __init__(self, reader: Reader, images: Sequence[memoryview], sizes: Sequence[int], workers: int) -> None:
@@ -202,10 +201,10 @@ class ThreadTransfer:
         weakref.finalize(self, self.queue.close)
 
     def enter(self) -> None:
-        """Nothing to do: what has landed is there for every thread."""
+        """Nothing to do: every thread sees what has landed."""
 
     def fetch(self, key: Key, slot: int, kind: str = MISS) -> None:
-        """Queue the pieces of an expert; where a cancelled fetch still writes to the slot, after that has ended."""
+        """Queue the pieces of an expert, once no cancelled fetch writes to the slot."""
         self._settle(slot)
         pieces = self._pieces(key[0])
         job = self.jobs[slot] = _Job(key, slot, self.images[slot], kind, len(pieces), kind != PREFETCH)
@@ -215,7 +214,7 @@ class ThreadTransfer:
             self._read_now(job)
 
     def wait(self, slots: Collection[int]) -> Landing:
-        """Sleep until the first of `slots` is filled; raises OSError or CheckpointError of a failed read."""
+        """Sleep until the first of `slots` is filled; raises the OSError or CheckpointError of a failed read."""
         if len(self.threads) < self.workers:
             raise RuntimeError("this process was forked in the middle of a call: its threads stayed with the parent")
         jobs = [self.jobs[slot] for slot in slots]
@@ -231,7 +230,7 @@ class ThreadTransfer:
         """Nothing to do: on a CPU a computation is over when it returns."""
 
     def cancel(self, slot: int) -> Landing | None:
-        """Drop what was not begun; what is being read ends on its own, before the slot is filled again."""
+        """Drop pieces that no worker has begun; the others end before the slot is filled again."""
         if (job := self.jobs.get(slot)) is None:
             return None
         job.cancelled = True
@@ -239,7 +238,7 @@ class ThreadTransfer:
         return Landing(slot, job.nbytes, job.t0, job.t1) if job.nbytes else None
 
     def near(self, key: Key) -> bool:
-        """Never: every fetch asks the reader."""
+        """Always False: every fetch asks the reader."""
         return False
 
     def counts(self) -> Counter[str]:
@@ -248,23 +247,23 @@ class ThreadTransfer:
             return self.queue.moved.copy()
 
     def stop(self) -> None:
-        """Forget every fetch, once no worker writes any more; after a fork, workers begin to work here too."""
+        """Forget every fetch, once no worker is writing; after a fork, this starts new workers."""
         self.queue.clear()
         self.jobs = {}
         self._start()
 
     def reseat(self, slots: Sequence[memoryview]) -> None:
-        """Other memory from now on, once nothing writes to what was."""
+        """Use other memory from now on, once nothing writes to the old one."""
         self.stop()
         self.images = slots
 
     def forked(self) -> None:
-        """No worker came along, and no read will end."""
+        """Forget the parent's workers and their reads."""
         self.threads = []
         self.queue.reset()
 
     def close(self) -> None:
-        """End the workers; a piece that is being read is waited for."""
+        """End the workers, after the pieces they are reading."""
         self.queue.close()
         for thread in self.threads:
             thread.join()
@@ -278,10 +277,10 @@ class ThreadTransfer:
             self.threads.append(thread)
 
     def _read_now(self, job: _Job) -> None:
-        """Read an expert on this thread. What goes wrong is for the waiter, but nobody may ever wait for a guess."""
+        """Read an expert on this thread. `wait` raises an error, except a guess's: it may never be waited for."""
         t0 = time.perf_counter()
         nbytes, error = _read(self.reader, job, 0, None)
-        if error and job.kind == PREFETCH:  # or it would be lost, and it may be the exception of a signal handler
+        if error and job.kind == PREFETCH:  # it would be lost otherwise, and may come from a signal handler
             raise error
         self.queue.moved[job.kind] += nbytes
         job.finish(nbytes, t0, error)

@@ -181,7 +181,7 @@ def decorated(change):
         (lambda m: m.register_parameter("mid_proj", nn.Parameter(torch.empty(E, 64, 64))), "mid_proj"),
         (lambda m: setattr(m, "down_proj", nn.Parameter(torch.empty(32, 64))), "weights .*down_proj"),
         (lambda m: m.double(), "float64: mixoff needs one of float32"),
-        (lambda m: m.to("meta"), "lie on meta"),
+        (lambda m: m.to("meta"), "experts are on meta"),
     ],
 )
 def test_what_would_be_computed_wrongly_is_refused_by_name(change, message):
@@ -533,7 +533,7 @@ def test_misuse_has_clear_errors():
     with pytest.raises(MixoffError, match="not offloaded"):
         mixoff.restore(model)
     with mixoff.load(mixoff.models.path(), "4MB") as loaded:
-        with pytest.raises(MixoffError, match="never were in memory"):
+        with pytest.raises(MixoffError, match="was loaded by mixoff, so there is nothing to restore"):
             mixoff.restore(loaded)
         with pytest.raises(MixoffError, match="offloaded already"):
             mixoff.offload(loaded)
@@ -558,7 +558,7 @@ def test_a_closed_runtime_can_still_be_restored(tmp_path):
         ({"scheme": "huge"}, "no scheme"),
         ({"scheme": Scheme(experts=Precision(4, 64))}, "64"),
         ({"scheme": Scheme(experts=FOUR, attention=Precision(4, 128))}, "128"),
-        ({"folder": "/no/such/folder"}, "no temporary file can be made"),
+        ({"folder": "/no/such/folder"}, "cannot create a temporary file"),
     ],
 )
 def test_an_error_leaves_the_model_as_it_was(arguments, message):

@@ -29,7 +29,7 @@ def test_the_t4_is_the_one_that_was_reported():
 
 
 def test_an_unknown_name_lists_the_known_ones():
-    with pytest.raises(MixoffError, match=r"no hardware 't5': choose one of t4, rtx-3060.*'here'"):
+    with pytest.raises(MixoffError, match=r"unknown hardware 't5': choose one of t4, rtx-3060.*'here'"):
         probe.named("t5")
 
 

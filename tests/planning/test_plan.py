@@ -320,7 +320,7 @@ def test_a_full_disk_is_said(mixtral):
     ("source", "how", "error", "words"),
     [
         (MIXTRAL, {"scheme": "tiny"}, MixoffError, "no scheme 'tiny': choose one of"),
-        (MIXTRAL, {"hardware": "t5"}, MixoffError, "no hardware 't5': choose one of"),
+        (MIXTRAL, {"hardware": "t5"}, MixoffError, "unknown hardware 't5': choose one of"),
         (MIXTRAL, {"context": 0}, MixoffError, "context is 0"),
         (MIXTRAL, {"batch": -1}, MixoffError, "batch -1"),
         (MIXTRAL, {"fast_bytes": "-1GB"}, BudgetError, "cannot read '-1GB' as a size"),

@@ -110,15 +110,15 @@ def test_comparisons_show_themselves(random_model, over):
     ("call", "message"),
     [
         (lambda t: quality.windows(t, "too short"), "tokens, and 8 windows"),
-        (lambda t: quality.windows(t, {}), "needs a text"),
+        (lambda t: quality.windows(t, {}), "needs at least one text"),
         (lambda t: quality.windows(t, "x", count=1), "raise count to 2"),
-        (lambda t: quality.as_windows(t), "give texts as well"),
+        (lambda t: quality.as_windows(t), "give them too"),
         (lambda t: quality.as_windows(torch.zeros(1, 5, dtype=int)), "give .windows, tokens"),
         (lambda t: quality.as_windows(torch.zeros(5, dtype=int)), "give .windows, tokens"),
         (lambda t: quality.dynamic_top_k(1.5), "from 0 to 1"),
         (lambda t: quality.skip_light(-0.1), "from 0 to 1"),
         (lambda t: quality.prune([[1, 2, 3]], 0), "cannot keep 0"),
-        (lambda t: quality.prune([1, 2, 3], 1), "give .L, E"),
+        (lambda t: quality.prune([1, 2, 3], 1), "give counts .L, E"),
         (lambda t: quality.skip_misses(Shadow(2), -1), "keep is -1"),
     ],
 )
@@ -128,7 +128,7 @@ def test_bad_arguments_name_the_way_out(call, message):
 
 
 def test_a_reference_too_large_is_refused(random_model, over, monkeypatch):
-    monkeypatch.setattr(quality, "MOST_NBYTES", 1000)
+    monkeypatch.setattr(quality.scores, "MOST_NBYTES", 1000)
     with pytest.raises(MixoffError, match="fewer or shorter windows"):
         quality.predictions(random_model, over)
 

@@ -6,7 +6,8 @@ import torch
 import mixoff
 from mixoff import BudgetError, MixoffError, simulate
 from mixoff.planning.budget import set_aside
-from mixoff.runtime.prefetch import WINDOW, top_k
+from mixoff.runtime.prefetch import WINDOW
+from mixoff.shapes.config import configured_top_k
 from mixoff.shapes.kv_cache import advance
 from tiny import BUNDLED, FAMILIES, budget, decode, resident, save_random
 
@@ -162,5 +163,5 @@ def test_families_can_be_asked_ahead(tmp_path, family):
 def test_top_k_of_configurations():
     from tiny import config_of
 
-    found = {family: top_k(config_of(family)) for family in FAMILIES}
+    found = {family: configured_top_k(config_of(family)) for family in FAMILIES}
     assert found.pop("olmoe") == 4 and set(found.values()) == {2}

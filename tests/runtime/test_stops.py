@@ -326,7 +326,7 @@ def test_real_signals_at_random_times(tiny, everything):
 def test_a_listener_that_runs_its_model_is_told_so(tiny):
     with load(tiny) as model:
         end = model.mixoff.on_event(lambda event: model(PROMPTS[0]))
-        with pytest.raises(RuntimeError, match="a listener cannot run the model"):
+        with pytest.raises(RuntimeError, match="a listener cannot run the model it listens to"):
             model(PROMPTS[0])
         end()
         check(model, tiny[1], "a listener that runs its model")

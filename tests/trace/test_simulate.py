@@ -295,6 +295,6 @@ def test_what_cannot_be_replayed_is_refused():
 
 def test_a_simulation_shows_itself():
     result = simulate(Trace.from_array([[[0, 1]], [[1, 2]]]), slots=2, expert_nbytes=1024)
-    assert repr(result) == "lru, 2 slots a layer: 1 hits, 3 misses (hit rate 0.250), 1 evictions, 3.00 KiB moved"
+    assert repr(result) == "lru, 2 slots per layer: 1 hits, 3 misses (hit rate 0.250), 1 evictions, 3.00 KiB moved"
     assert "<td>3</td>" in result._repr_html_() and result.to_dict()["bytes_moved"] == 3072
     assert simulate(Trace.from_array(np.zeros((0, 1, 2), int))).hit_rate is None

@@ -391,5 +391,5 @@ def test_memory_that_the_system_does_not_have_is_said_with_figures(tiny, monkeyp
 
 def test_tiers_beyond_all_memory_are_refused(tiny, monkeypatch):
     monkeypatch.setattr(mixoff.planning.probe, "memory_nbytes", lambda: (500_000, 100_000))
-    with pytest.raises(mixoff.BudgetError, match="this process may have 488 KiB"):
+    with pytest.raises(mixoff.BudgetError, match="this process may use 488 KiB"):
         mixoff.load(tiny[0], fast_bytes="1MB", ram_bytes="1MB")
