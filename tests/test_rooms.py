@@ -5,7 +5,6 @@ import pytest
 import rooms
 
 LONGEST = {  # files that are longer than 450 lines, none of which may grow
-    "mixoff/classroom/widgets/plan_explorer.py": 515,
     "mixoff/store/convert.py": 510,
 }
 

@@ -229,6 +229,17 @@ def _remaining(needs: Needs, machine: Hardware) -> int:
     return machine.fast_bytes - machine.reserved_nbytes - needs.fixed
 
 
+def needed_fast_nbytes(needs: Needs, machine: Hardware, slots: int = 1) -> int:
+    """Bytes of fast memory with which each layer has `slots` slots, in addition to the spare slots of prefetching."""
+    slots = min(slots, max(site.num_experts for site in needs.sizes.sites))
+    experts = needs.experts_in_fast(slots)
+    nbytes = needs.fixed + experts + machine.reserved_nbytes
+    if slots == 1:  # too few for spare slots
+        return nbytes
+    smaller = replace(needs, page_cache=min(needs.page_cache, nbytes))
+    return nbytes + smaller.spare(experts) * needs.sizes.slot_nbytes
+
+
 def ways_out(needs: Needs, machine: Hardware) -> list[str]:
     """Changes that make a model fit which does not, each enough by itself, the smallest first."""
     of, found = needs.sizes, []
@@ -237,15 +248,14 @@ def ways_out(needs: Needs, machine: Hardware) -> list[str]:
         found.append(f"free {format_nbytes(lacking)} of disk: the store takes {format_nbytes(of.stored)}")
     if not of.shape.sites:
         return found or [f"use a machine with {format_nbytes(needs.fixed + of.experts)} of fast memory"]
-    lacking = needs.fixed + needs.experts_in_fast(1) - (machine.fast_bytes - machine.reserved_nbytes)
-    if lacking <= 0:
+    need = needed_fast_nbytes(needs, machine)
+    if need <= machine.fast_bytes:
         return found
     shorter = _shorter_context(needs, machine)
     if shorter:
         found.append(f"use --context {shorter}: KV cache and workspace shrink with it")
     if scheme := _smaller_scheme(needs, machine):
         found.append(f"use --scheme {scheme}: a slot of each layer then fits")
-    need = machine.fast_bytes + lacking
     return [*found, f"raise --fast to {format_nbytes(need)} ({need:,} bytes): one slot for each MoE layer then fits"]
 
 
