@@ -202,7 +202,7 @@ def test_a_folder_that_is_no_group_is_no_limit(tmp_path, monkeypatch):
 
 
 def test_the_peak_sees_what_was_given_back():
-    before = limits.anonymous_nbytes()
+    before = limits.process_nbytes()
     with limits.Peak() as peak:
         block = pages(20 << 20)  # fresh: what a big process has freed counts as its own already
         block[::4096] = bytes([1]) * (20 << 8)
@@ -224,8 +224,8 @@ def parsed(*words):
 
 
 def test_the_whole_of_it_on_a_tiny_store(tiny_store, tmp_path, capfd, monkeypatch):
-    monkeypatch.setattr(compare.hardware, "read_bandwidth", lambda threads, rounds: 1e9)
-    monkeypatch.setattr(compare.hardware, "disk_bandwidth", lambda folder, nbytes, depth: 1e9)
+    monkeypatch.setattr(probe, "read_bandwidth", lambda threads, rounds: 1e9)
+    monkeypatch.setattr(probe, "disk_bandwidth", lambda folder, nbytes, depth: 1e9)
     from mixoff.commands.cli import main
 
     words = ["bench", tiny_store, "--json", "--tokens", 4, "--prompt-tokens", 5, "--runs", 1, "--fast-bytes", "2MB"]
