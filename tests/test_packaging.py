@@ -165,7 +165,7 @@ def test_wheel_and_sdist_hold_what_they_should(root, tmp_path):
     code = "import hatchling.build as b, sys; print(b.build_wheel(sys.argv[1]), b.build_sdist(sys.argv[1]))"
     done = subprocess.run([sys.executable, "-c", code, tmp_path], cwd=root, capture_output=True, text=True, check=True)
     wheel, sdist = (archive_names(tmp_path / name) for name in done.stdout.split()[-2:])
-    assert {"mixoff/__init__.py", "mixoff/classroom/checks.py", "mixoff/models/tiny-mixtral/config.json"} <= wheel
+    assert {"mixoff/__init__.py", "mixoff/classroom/checks/ch00.py", "mixoff/models/tiny-mixtral/config.json"} <= wheel
     assert [name for name in wheel if not name.startswith(("mixoff/", "mixoff-"))] == []
     inside = {name.split("/", 1)[1] for name in sdist if "/" in name}
     assert {"go.py", "tests/conftest.py", "course/nb.py", "notebooks/00_start_here.ipynb", "LICENSE"} <= inside

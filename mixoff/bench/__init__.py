@@ -1,8 +1,8 @@
-"""Speed of models on this machine, beside what its memory and disk allow.
+"""Speed of models on this machine, next to what its memory and disk allow.
 
 `budgets` measures the bundled model by budget. `compare` measures any store, its ablations and its peers in turns, each
-run in a process of its own (`contender`, `llama`), under a real memory limit if asked (`limits`). `routing` makes
-models with random weights choose experts as a trace says; `gguf_file` writes llama.cpp's file of a shape.
+run in its own process (`contender`, `llama`), under a real memory limit if requested (`limits`). `routing` makes
+models with random weights choose the experts of a trace; `gguf_file` writes a file of a shape for llama.cpp.
 
-Light to import: `llama` runs in an environment of its own, where torch may be missing. Does not know the command line.
+Light to import: `llama` runs in its own environment, where torch may be missing.
 """

@@ -1,7 +1,7 @@
-"""Speed of the bundled model by budget, beside what bytes and bandwidth allow.
+"""Speed of the bundled model by budget, next to what bytes and bandwidth allow.
 
-Modelled time of a token = time with every expert resident + bytes moved a token / bandwidth of the slow tier, both
-measured in the same run. It knows nothing of overlap: there is none in this version.
+Modelled time per token = time with every expert resident + bytes moved per token / bandwidth of the slow tier, both
+measured in the same run. The model ignores overlap, so the measured time can be shorter.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ PROMPTS = (
     "And the LORD said unto Moses,",
     "import os\n\ndef read_file(path):\n",
 )
-SLOTS = (1, 2, 3, 4, 6, 8)  # a layer
+SLOTS = (1, 2, 3, 4, 6, 8)  # per layer
 
 
 @dataclass(frozen=True)
 class Row:
-    """One budget. Times in ms a token; `measured_*` over all runs."""
+    """One budget. Times in ms per token; `measured_*` over all runs."""
 
     slots_per_layer: int
     fast_bytes: int
@@ -42,7 +42,7 @@ class Row:
     measured_max_ms: float
 
     def cells(self) -> list[str]:
-        """The row as text, a cell a column of `Table`."""
+        """The row as text, one cell per column of `Table`."""
         return [
             f"{self.slots_per_layer}",
             f"{self.fast_bytes:,}",
@@ -56,7 +56,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """All budgets, with what they are modelled from; prints itself as markdown."""
+    """All budgets, and the inputs of the model; prints itself as markdown."""
 
     rows: tuple[Row, ...]
     transformers_ms: float
@@ -72,11 +72,11 @@ class Table:
     def __str__(self) -> str:
         head = (
             f"slow tier {self.link_Bps / 1e9:.2f} GB/s (page cache), every expert resident {self.resident_ms:.1f} ms "
-            f"a token, plain transformers {self.transformers_ms:.1f} ms; medians of {self.runs} runs, "
+            f"per token, plain transformers {self.transformers_ms:.1f} ms; medians of {self.runs} runs, "
             f"{self.threads} thread(s), all measured\n"
         )
-        columns = "slots a layer,fast_bytes,hit rate (measured),MB a token (measured),ms a token (modelled)"
-        columns += ",ms a token (measured: median; min to max),tokens/s (measured)"
+        columns = "slots per layer,fast_bytes,hit rate (measured),MB per token (measured),ms per token (modelled)"
+        columns += ",ms per token (measured: median; min to max),tokens/s (measured)"
         rows = [columns.split(","), ["---"] * 7, *(row.cells() for row in self.rows)]
         return "\n".join([head, *(f"| {' | '.join(cells)} |" for cells in rows)])
 
@@ -85,10 +85,10 @@ def run(runs: int = 5, max_new_tokens: int = 64, threads: int = 1) -> Table:
     """Measure every budget and plain transformers in turns, `runs` times each, over the same three prompts."""
     torch.set_num_threads(threads)
     tokenizer, folder = generation.load_tokenizer(models.path()), models.path()
-    link, sizes = link_bandwidth(), budgets()
+    link, sizes = store_bandwidth(), budgets()
     loaded = [load.load(folder, fast_bytes=size) for size in sizes]
     contenders = [*loaded, resident_model()]
-    for model in contenders:  # one short run each, so that nobody pays for the first use of a library
+    for model in contenders:  # one short run each, so that no measurement pays for the first use of a library
         _decode_ms(model, tokenizer, 4)
     for model in loaded:
         model.mixoff.reset_counts()
@@ -97,14 +97,21 @@ def run(runs: int = 5, max_new_tokens: int = 64, threads: int = 1) -> Table:
         for i, model in enumerate(contenders):
             times[i].append(_decode_ms(model, tokenizer, max_new_tokens))
     resident = statistics.median(times[len(loaded) - 1])
-    rows = [_row(m, times[i], resident, link, sizes[i]) for i, m in enumerate(loaded)]
+    rows = tuple(_row(m, times[i], resident, link, sizes[i]) for i, m in enumerate(loaded))
     for model in loaded:
         model.mixoff.close()
-    return Table(tuple(rows), statistics.median(times[-1]), resident, link, runs, threads)
+    return Table(
+        rows=rows,
+        transformers_ms=statistics.median(times[-1]),
+        resident_ms=resident,
+        link_Bps=link,
+        runs=runs,
+        threads=threads,
+    )
 
 
-def link_bandwidth(rounds: int = 5) -> float:
-    """Bytes a second from the slow tier into a slot, every expert once a round; the best round."""
+def store_bandwidth(rounds: int = 5) -> float:
+    """Bytes/s from the slow tier into a slot, in the best of several rounds over all experts."""
     source = open_source(models.path())
     image = memoryview(slab(source.expert_nbytes).numpy())
     best = 0.0
@@ -117,7 +124,7 @@ def link_bandwidth(rounds: int = 5) -> float:
 
 
 def budgets() -> list[int]:
-    """`fast_bytes` that give each layer of the bundled model the numbers of slots in SLOTS."""
+    """The `fast_bytes` that give each layer of the bundled model the numbers of slots in SLOTS."""
     source = open_source(models.path())
     source.close()
     scratch = reference.scratch_nbytes(source.sites, torch.float32)
@@ -125,24 +132,30 @@ def budgets() -> list[int]:
 
 
 def _decode_ms(model: PreTrainedModel, tokenizer: object, max_new_tokens: int) -> float:
-    """Milliseconds a decoded token over all prompts, prompts themselves excluded."""
+    """Milliseconds per decoded token over all prompts; the prompts themselves are not counted."""
     results = [generation.generate(model, tokenizer, p, max_new_tokens) for p in PROMPTS]
     return 1000 * sum(1 / r.tokens_per_s for r in results) / len(results)
 
 
 def _row(model: PreTrainedModel, times: list[float], resident_ms: float, link_Bps: float, budget: int) -> Row:
     info = model.mixoff.info()
-    decoded = info.hits + info.misses
-    sites = model.mixoff.source.sites
-    tokens = decoded / (len(sites) * model.config.num_experts_per_tok)
+    layers = len(model.mixoff.source.sites)
+    tokens = (info.hits + info.misses) / (layers * model.config.num_experts_per_tok)
     nbytes = info.misses * info.expert_nbytes / tokens
-    modelled = resident_ms + 1000 * nbytes / link_Bps
-    median = statistics.median(times)
-    return Row(info.capacity // len(sites), budget, info.hit_rate, nbytes, modelled, median, min(times), max(times))
+    return Row(
+        slots_per_layer=info.capacity // layers,
+        fast_bytes=budget,
+        hit_rate=info.hit_rate,
+        bytes_per_token=nbytes,
+        modelled_ms=resident_ms + 1000 * nbytes / link_Bps,
+        measured_ms=statistics.median(times),
+        measured_min_ms=min(times),
+        measured_max_ms=max(times),
+    )
 
 
 def resident_model() -> PreTrainedModel:
-    """The bundled model in plain transformers, every expert resident: what offloading has to equal."""
+    """The bundled model in plain transformers with every expert resident: the reference for offloading."""
     return AutoModelForCausalLM.from_pretrained(
         models.path(), dtype=torch.float32, experts_implementation="grouped_mm"
     ).eval()

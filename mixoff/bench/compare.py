@@ -1,25 +1,24 @@
-"""Contenders in turns: a store, its ablations and its peers, each run in a process of its own.
+"""Contenders in turns: a store, its ablations and its peers, each run in its own process.
 
 Before every run the read bandwidth of memory is probed, so that a noisy neighbour shows. Under a memory limit the files
 of a contender are dropped from the page cache first, and the process runs inside a real limit.
-Does not know how a contender measures itself.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import json
 import os
 import platform
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mixoff.bench import limits
+from mixoff.bench.doctor import installed, processor
 from mixoff.bench.report import Report, Row, row
 from mixoff.bench.spec import Spec
 from mixoff.checkpoints import published
@@ -42,23 +41,28 @@ ABLATIONS = {
     "naive offloading (layer by layer)": {"prefetch": "none", "policy": "none", "fetch": "layer"},
 }
 PEERS = ("transformers", "accelerate", "mmap", "llama.cpp", "llama.cpp-mapped")
-PROBES = 5  # streaming reads behind a roofline, at least
+PROBES = 5  # least number of streaming reads behind a roofline
 TIMEOUT_S = 1800
-# torch's OpenMP threads would spin for milliseconds after each of its operations, on the cores that our kernels' want
+# otherwise torch's OpenMP threads spin for milliseconds after each operation, on the cores that our kernels need
 PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE"}
 ENVIRONMENT = {"mixoff": PASSIVE, "mmap": PASSIVE}
-PACKAGE = Path(__file__).parents[2]  # the folder that a contender's python finds mixoff in
+PACKAGE = Path(__file__).parents[2]  # folder from which a contender imports mixoff
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What to compare. rounds: turns, in each of which every contender runs once in a fresh process.
+    """What to compare. Fields that are not listed are those of `Spec`.
 
-    fast_bytes, io: of every contender that is ours; fast_bytes None takes what the plan leaves of the limit, or of free
-    memory.
-    memory_limit: bytes. checkpoint: 16-bit folder for transformers and accelerate. gguf: file for llama.cpp.
-    llama_python: an interpreter that has llama-cpp-python. name: of the model, where it has one that everybody knows.
-    Other fields are those of `Spec`.
+    rounds: number of turns; in each, every contender runs once in a new process.
+    fast_bytes: budget of our contenders; None for what the plan leaves of the limit, or of free memory.
+    io: kind of reads of our contenders.
+    memory_limit: bytes, page cache included.
+    peers: names in PEERS.
+    ablations: whether to run ABLATIONS.
+    checkpoint: 16-bit folder for transformers and accelerate.
+    gguf: file for llama.cpp.
+    llama_python: Python interpreter with llama-cpp-python.
+    name: public name of the model, None for a local folder.
     """
 
     store: str
@@ -85,58 +89,63 @@ class Settings:
 
 
 def compare(settings: Settings, on_line: Callable[[str], None] = lambda line: None) -> Report:
-    """Run every contender in turns; `on_line` hears of each run. Raises MixoffError where a limit is not to be had."""
+    """Run every contender in turns; `on_line` gets a line per run. Raises MixoffError if a limit is not possible."""
     machine, scheme = _machine(settings), scheme_of(settings.store)
     plan = planner.plan(settings.store, hardware=machine, context=settings.context, scheme=scheme)
     specs = _specs(settings, plan)
     reports, probes, disks = {spec.name: [] for spec in specs}, [], []
-    with _limited(settings.memory_limit) as limit:
+    with limits.limit(settings.memory_limit) if settings.memory_limit else contextlib.nullcontext() as limit:
         for _ in range(settings.rounds):
             for spec in specs:
                 probes += _probes(settings, len(specs))
                 reports[spec.name].append(_run(spec, limit, settings))
-                on_line(f"{spec.name}: {_said(reports[spec.name][-1])}, memory {probes[-1] / 1e9:.1f} GB/s")
-            if any(
-                sum(said[-1].get("moved_bytes") or [0]) for said in reports.values() if said[-1].get("kind") == "mixoff"
-            ):
+                on_line(f"{spec.name}: {_result(reports[spec.name][-1])}, memory {probes[-1] / 1e9:.1f} GB/s")
+            ours = [runs[-1] for runs in reports.values() if runs[-1].get("kind") == "mixoff"]
+            if any(sum(report.get("moved_bytes") or [0]) for report in ours):
                 disks.append(probe.disk_bandwidth(Path(settings.store).parent, PIECE, WORKERS))
     machine = _as_measured(machine, probes, disks)
     plan = planner.plan(settings.store, hardware=machine, context=settings.context, scheme=scheme)
-    rows = [_row(spec, reports[spec.name], machine, plan) for spec in specs]
-    disk, kind = max(disks, default=None), limit.kind if limit else None
-    said = {"model": settings.name or Path(settings.store).name, "threads": settings.threads, "runs": settings.rounds}
-    said |= {key: getattr(settings, key) for key in ("tokens", "prompt_tokens", "routing", "repeat", "warmup")}
-    figures = max(probes), tuple(probes), disk, settings.memory_limit, kind, said, versions()
     last = reports[specs[0].name][-1]
-    return Report(tuple(rows), *figures, settings.name, plan, last.get("counters", {}), last.get("time_line", []))
+    return Report(
+        rows=tuple(_row(spec, reports[spec.name], machine, plan) for spec in specs),
+        read_bandwidth_Bps=max(probes),
+        probes_Bps=tuple(probes),
+        disk_bandwidth_Bps=max(disks, default=None),
+        memory_limit=settings.memory_limit,
+        limit_kind=limit.kind if limit else None,
+        settings={
+            "model": settings.name or Path(settings.store).name,
+            "threads": settings.threads,
+            "runs": settings.rounds,
+            "tokens": settings.tokens,
+            "prompt_tokens": settings.prompt_tokens,
+            "routing": settings.routing,
+            "repeat": settings.repeat,
+            "warmup": settings.warmup,
+        },
+        versions=versions(),
+        name=settings.name,
+        plan=plan,
+        counters=last.get("counters", {}),
+        time_line=last.get("time_line", []),
+    )
 
 
 def scheme_of(folder: str) -> str | None:
-    """As a plan takes it: None for what is quantized already and for a store, `none` for a plain checkpoint."""
+    """The scheme to plan with: None for a store or a quantized checkpoint, `none` for a plain checkpoint."""
     as_it_is = (Path(folder) / manifest.MANIFEST).is_file() or published.is_published(Path(folder))
     return None if as_it_is else "none"
 
 
 def versions() -> dict[str, str]:
-    """Of what a figure depends on."""
-    names = ("mixoff", "torch", "transformers", "accelerate", "numba", "numpy")
-    found = {"python": platform.python_version(), "system": platform.platform(), "processor": hardware_name()}
-    for name in names:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
-
-
-def hardware_name() -> str:
-    """The processor's name, as the system tells it."""
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown")
-    return platform.processor() or platform.machine()
+    """System, processor and versions of the packages that a figure depends on."""
+    packages = installed(("mixoff", "torch", "transformers", "accelerate", "numba", "numpy"))
+    here = {"python": platform.python_version(), "system": platform.platform(), "processor": processor()[0]}
+    return here | {name: version for name, version in packages.items() if version}
 
 
 def _machine(settings: Settings) -> Hardware:
-    """This machine as the plan sees it: its GPU if it has one, else RAM within the limit, less the interpreter's."""
+    """This machine for the plan: its GPU if it has one, otherwise RAM within the limit."""
     if probe.gpu_name():
         return probe.probe()
     _, free = probe.memory_nbytes()
@@ -146,7 +155,7 @@ def _machine(settings: Settings) -> Hardware:
 
 
 def _as_measured(machine: Hardware, probes: list[float], disks: list[float]) -> Hardware:
-    """`machine` with the bandwidths of these runs; a GPU's memory was measured when the machine was probed."""
+    """`machine` with the bandwidths of these runs; the memory of a GPU was measured by the probe."""
     sources = {"disk_Bps": "measured: direct reads between runs, as large and as many as misses are"} if disks else {}
     machine = replace(machine, disk_Bps=max(disks, default=machine.disk_Bps), sources=machine.sources | sources)
     if machine.device == "cuda":
@@ -156,14 +165,14 @@ def _as_measured(machine: Hardware, probes: list[float], disks: list[float]) -> 
 
 
 def _specs(settings: Settings, plan: Plan) -> list[Spec]:
-    """Every contender of a round, ours first."""
+    """The contenders of a round, ours first."""
     keys = ("threads", "prompt_tokens", "tokens", "warmup", "routing", "repeat")
     common = {key: getattr(settings, key) for key in keys}
     ours = {"fast_bytes": plan.fast_bytes if settings.fast_bytes is None else settings.fast_bytes, "io": settings.io}
-    if plan.hardware.device == "cuda" and settings.fast_bytes is None:  # then `load` divides what is free by a plan
+    if plan.hardware.device == "cuda" and settings.fast_bytes is None:  # then `load` plans the free memory itself
         ours = {"context": settings.context, "io": settings.io}
     variants = ABLATIONS if settings.ablations else {"mixoff": {}}
-    specs = [Spec(name, "mixoff", settings.store, load=ours | own, **common) for name, own in variants.items()]
+    specs = [Spec(name, "mixoff", settings.store, load=ours | options, **common) for name, options in variants.items()]
     for peer in settings.peers:
         specs += _peer(peer, settings, common)
     return specs
@@ -172,7 +181,7 @@ def _specs(settings: Settings, plan: Plan) -> list[Spec]:
 def _peer(peer: str, settings: Settings, common: dict) -> list[Spec]:
     if peer == "mmap":
         return [Spec("memory-mapped, no cache", peer, settings.store, load={"fast_bytes": _least(settings)}, **common)]
-    if peer.startswith("llama.cpp"):  # by default it lays some weights out anew in memory
+    if peer.startswith("llama.cpp"):  # llama.cpp repacks some weights in memory by default
         path, repack = _given(settings.gguf, peer, "--gguf FILE"), peer == "llama.cpp"
         return [Spec(peer, "llama.cpp", path, load={"repack": repack}, **common)]
     path = _given(settings.checkpoint, peer, "--checkpoint FOLDER")
@@ -181,12 +190,12 @@ def _peer(peer: str, settings: Settings, common: dict) -> list[Spec]:
 
 def _given(path: str | None, peer: str, option: str) -> str:
     if path is None:
-        raise MixoffError(f"{peer} cannot read a store: name its own copy of the model with {option}")
+        raise MixoffError(f"{peer} cannot read a store: pass its copy of the model with {option}")
     return path
 
 
 def _least(settings: Settings) -> int:
-    """The least budget with which the store's experts load: the mapped contender uses no slot of it."""
+    """The smallest budget with which the store loads; the mapped contender does not use its slots."""
     from mixoff.kernels import reference
     from mixoff.shapes.sites import slot_nbytes, torch_dtype
 
@@ -199,17 +208,8 @@ def _least(settings: Settings) -> int:
 # Runs -----------------------------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def _limited(nbytes: int | None) -> Iterator[limits.Limit | None]:
-    if nbytes is None:
-        yield None
-        return
-    with limits.limit(nbytes) as limit:
-        yield limit
-
-
 def _probes(settings: Settings, contenders: int) -> list[float]:
-    """Streaming reads before one run: as many as it takes to have PROBES in the end."""
+    """Streaming reads before one run, enough for PROBES in total."""
     count = -(-PROBES // (settings.rounds * contenders))
     return [probe.read_bandwidth(settings.threads, rounds=1) for _ in range(count)]
 
@@ -229,19 +229,19 @@ def _run(spec: Spec, limit: limits.Limit | None, settings: Settings) -> dict:
     if done.returncode == 0:
         return json.loads(done.stdout.strip().splitlines()[-1])
     if done.returncode in (-9, 137):
-        return {"failure": "killed: it needs more memory than there is" + (" within the limit" if limit else "")}
+        return {"failure": "killed: out of memory" + (" within the limit" if limit else "")}
     last = (done.stderr.strip().splitlines() or ["no message"])[-1]
     return {"failure": f"exit code {done.returncode}: {last}"}
 
 
-def environment(threads: int, **own: str) -> dict[str, str]:
-    """Threads alike for every library, waiting as each does by default, and mixoff within reach of any interpreter."""
+def environment(threads: int, **variables: str) -> dict[str, str]:
+    """Environment of a contender: the same threads for every library, and mixoff on the path of any Python."""
     inherited = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
     counts = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"), str(threads))
-    return {**inherited, **counts, **own, "PYTHONPATH": str(PACKAGE), "HF_HUB_OFFLINE": "1"}
+    return {**inherited, **counts, **variables, "PYTHONPATH": str(PACKAGE), "HF_HUB_OFFLINE": "1"}
 
 
-def _said(report: dict) -> str:
+def _result(report: dict) -> str:
     if "failure" in report:
         return report["failure"]
     speeds = [len(times) / sum(times) for times in report["token_s"]]
@@ -249,33 +249,33 @@ def _said(report: dict) -> str:
 
 
 def _row(spec: Spec, reports: list[dict], machine: Hardware, plan: Plan) -> Row:
-    made = row(spec.name, reports, machine.fast_Bps)
-    if spec.kind != "mixoff" or made.failure:
-        return made
+    result = row(spec.name, reports, machine.fast_Bps)
+    if spec.kind != "mixoff" or result.failure:
+        return result
     source = open_source(spec.path)
     source.close()
     scheme = sizes.PUBLISHED if published.is_published(source.folder) else source.scheme
     here = replace(machine, threads=spec.threads, python_s=_python_s(reports))
-    rates = _rates(made, reports)
-    speed = None  # the time model knows fetches of single experts, not of whole layers
+    rates = _rates(result, reports)
+    speed = None  # the time model has fetches of single experts, not of whole layers
     if spec.load.get("fetch") != "layer":
-        speed = predict(describe.shape_of(spec.path), scheme, here, made.cached_rate, **rates).tokens_per_s
-    if machine.device == "cuda":  # its memory is planned apart, and another process's RAM is not
-        return replace(made, predicted_tokens_per_s=speed)
-    packed = source.folder / manifest.QUANTIZED  # the rest of the backbone stays in its files, mapped
+        speed = predict(describe.shape_of(spec.path), scheme, here, result.cached_rate, **rates).tokens_per_s
+    if machine.device == "cuda":  # the plan covers GPU memory, not the RAM of a process
+        return replace(result, predicted_tokens_per_s=speed)
+    packed = source.folder / manifest.QUANTIZED  # the rest of the backbone stays mapped from its files
     fixed = plan.bytes["kv_cache"] + plan.bytes["workspace"] + (packed.stat().st_size if packed.exists() else 0)
     planned = reports[0]["base_bytes"] + fixed + reports[0]["info"]["fast_bytes_peak"]
-    return replace(made, predicted_tokens_per_s=speed, planned_bytes=planned)
+    return replace(result, predicted_tokens_per_s=speed, planned_bytes=planned)
 
 
 def _python_s(reports: list[dict]) -> float | None:
-    """How fast the core was in the median run, by the loop between tokens."""
+    """Speed of the core in the median run, from the loop between tokens."""
     runs = [steps for report in reports for steps in report.get("python_s", [])]
     return statistics.median(map(statistics.mean, runs)) if runs else None
 
 
-def _rates(made: Row, reports: list[dict]) -> dict:
-    """What a prediction is told beside the cache's own hit rate: recall of the guesses, and where misses come from."""
-    found, lacked = (made.hit_rate or 0.0) - made.cached_rate, 1 - made.cached_rate
-    recall = min(found / lacked, 1.0) if found > 0 else None
+def _rates(result: Row, reports: list[dict]) -> dict:
+    """Inputs of a prediction in addition to the hit rate of the cache: recall of the guesses, and the share in RAM."""
+    guessed = (result.hit_rate or 0.0) - result.cached_rate
+    recall = min(guessed / (1 - result.cached_rate), 1.0) if guessed > 0 else None
     return {"recall": recall, "ram_share": 1.0 if reports[0]["info"].get("io") == "buffered" else None}

@@ -1,8 +1,7 @@
 """One contender, measured in this process: `python -m mixoff.bench.contender SPEC` prints one JSON object.
 
-Prompts and tokens are random ids, the same for every contender; tokens are fed, not sampled, so that all do the same
-work. Phases are timed in a run of their own, half as long, with hooks that cost a microsecond or two a layer.
-Does not know the other contenders.
+Prompts and tokens are random ids, the same for every contender. Tokens are given, not sampled, so that all contenders
+do the same work. Phases are timed in a separate run, half as long, with hooks that cost 1 to 2 us per layer.
 """
 
 from __future__ import annotations
@@ -39,12 +38,12 @@ PHASES = ("attention", "router", "experts", "waiting", "other")
 
 
 def run(spec: Spec) -> dict:
-    """Load and measure; every figure in plain numbers, times in seconds."""
+    """Load and measure; plain numbers, times in seconds."""
     torch.set_num_threads(spec.threads)
     with limits.Peak() as peak, torch.inference_mode():
-        report, start = {"base_bytes": limits.anonymous_nbytes()}, time.perf_counter()
+        report, start = {"base_bytes": limits.process_nbytes()}, time.perf_counter()
         model = LOADERS[spec.kind](spec)
-        report |= {"load_s": time.perf_counter() - start, "loaded_bytes": limits.anonymous_nbytes()}
+        report |= {"load_s": time.perf_counter() - start, "loaded_bytes": limits.process_nbytes()}
         if hasattr(model, "mixoff"):
             warmup.compile_for(model, lambda line: print(line, file=sys.stderr))
         report |= _measured(model, spec)
@@ -64,18 +63,25 @@ def _measured(model: nn.Module, spec: Spec) -> dict:
     with Phases(model) as phases:
         session.decode(ids[0, :4], ids[0, -max(spec.tokens // 2, 1) :])
     choice.detach()
-    report = {"prompt_s": [r.prompt_s for r in runs], "token_s": [r.token_s for r in runs]}
-    report |= {"prompt_read_bytes": [r.prompt_read for r in runs], "read_bytes": [r.read for r in runs]}
-    report |= {"moved_bytes": [r.moved for r in runs], "python_s": [r.python_s for r in runs]}
-    report |= {"phases_s": phases.per_token(), "repeat_rate": repeat_rate(experts)}
-    report |= {"counters": {name: counts[name] for name in COUNTED}, "time_line": phases.time_line()}
-    return report | _served(model, counts, spec)
+    return {
+        "prompt_s": [r.prompt_s for r in runs],
+        "token_s": [r.token_s for r in runs],
+        "prompt_read_bytes": [r.prompt_read for r in runs],
+        "read_bytes": [r.read for r in runs],
+        "moved_bytes": [r.moved for r in runs],
+        "python_s": [r.python_s for r in runs],
+        "phases_s": phases.per_token(),
+        "repeat_rate": repeat_rate(experts),
+        "counters": {name: counts[name] for name in COUNTED},
+        "time_line": phases.time_line(),
+        **_bytes_and_hits(model, counts),
+    }
 
 
 def _routing(model: nn.Module, spec: Spec) -> routing.Routing:
-    """The choice of experts: the model's own, or a trace, long enough that no run meets the same part of it.
+    """The choice of experts: the model's own, or a trace that is long enough for runs without repetition.
 
-    It begins with every expert once, in the warm-up, so that what has room for all of them holds all of them.
+    The trace begins with every expert once, in the warm-up, so that a cache with room for all experts holds them all.
     """
     if spec.routing == "model":
         return routing.Routing(model, None)
@@ -89,9 +95,14 @@ def _routing(model: nn.Module, spec: Spec) -> routing.Routing:
 
 @dataclass
 class Run:
-    """Seconds of a prompt, of each token after it, and of a step of `hardware.python_speed` in between.
+    """Figures of one run.
 
-    And bytes: read from storage for the prompt and for the tokens, and moved for the tokens.
+    prompt_s: seconds of the prompt.
+    prompt_read: bytes read from storage for the prompt.
+    token_s: seconds of each token after the prompt.
+    python_s: seconds of a step of `probe.python_speed` after each token.
+    read: bytes read from storage for the tokens.
+    moved: bytes moved into the fast tier for the tokens.
     """
 
     prompt_s: float
@@ -103,26 +114,32 @@ class Run:
 
 
 class Session:
-    """Feeds a model token by token, with a fresh KV cache for every run."""
+    """Runs a model token by token, with a new KV cache for every run."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
 
     def decode(self, prompt: torch.Tensor, tokens: torch.Tensor) -> Run:
         """Run `prompt` (T,) at once, then each of `tokens` (T,) alone."""
-        before = self._bytes()
+        read_before = limits.read_nbytes()
         prompt_s, cache = self._step(prompt, None)
-        between, token_s, python_s = self._bytes(), [], []
+        read_between, moved_between = limits.read_nbytes(), self._moved_nbytes()
+        token_s, python_s = [], []
         for token in tokens:
             seconds, cache = self._step(token.view(1), cache)
             token_s.append(seconds)
             python_s.append(probe.python_speed())
-        after = self._bytes()
-        return Run(prompt_s, _less(between[0], before[0]), token_s, python_s, *map(_less, after, between))
+        return Run(
+            prompt_s=prompt_s,
+            prompt_read=_difference(read_between, read_before),
+            token_s=token_s,
+            python_s=python_s,
+            read=_difference(limits.read_nbytes(), read_between),
+            moved=_difference(self._moved_nbytes(), moved_between),
+        )
 
-    def _bytes(self) -> tuple[int | None, int | None]:
-        """Read from storage so far, and moved into the fast tier."""
-        return limits.read_nbytes(), self.model.mixoff.bytes_moved if hasattr(self.model, "mixoff") else None
+    def _moved_nbytes(self) -> int | None:
+        return self.model.mixoff.bytes_moved if hasattr(self.model, "mixoff") else None
 
     def _step(self, ids: torch.Tensor, cache: object) -> tuple[float, object]:
         start = time.perf_counter()
@@ -135,48 +152,53 @@ class Session:
 
 
 def finish(device: torch.device) -> None:
-    """Wait until a GPU has done what it was told; a CPU has done it already."""
+    """Wait until a GPU has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def _less(after: int | None, before: int | None) -> int | None:
+def _difference(after: int | None, before: int | None) -> int | None:
     return None if after is None else after - before
 
 
-# What the runtime counted ---------------------------------------------------------------------------------------------
+# Bytes and hits -------------------------------------------------------------------------------------------------------
 
 
 def _counts(model: nn.Module) -> Counter:
-    """Counters of the runtime that serves the model; empty where none does."""
+    """Counters of the model's runtime; empty for a model without one."""
     if not hasattr(model, "mixoff"):
         return Counter()
     return Counter({k: v for k, v in model.mixoff.info().to_dict().items() if type(v) is int})
 
 
-def _served(model: nn.Module, counts: Counter, spec: Spec) -> dict:
-    """Bytes that a token touches, and what the runtime moved for decoding; of models without one, what files say."""
+def _bytes_and_hits(model: nn.Module, counts: Counter) -> dict:
+    """Bytes that a token touches, and hits and budget of the runtime; bytes alone for a model without one."""
     if not hasattr(model, "mixoff"):
         return {"touched_bytes": resident_touched_nbytes(model)}
     info, source = model.mixoff.info(), model.mixoff.source
-    requests, guessed = counts["hits"] + counts["misses"], counts["prefetch_hits"]
-    report = {"touched_bytes": touched_nbytes(model, source), "capacity": info.capacity}
-    report |= {"hit_rate": counts["hits"] / requests, "cached_rate": (counts["hits"] - guessed) / requests}
-    report |= {"expert_nbytes": source.expert_nbytes, "fast_bytes": info.fast_bytes, "info": info.to_dict()}
-    return report
+    requests = counts["hits"] + counts["misses"]
+    return {
+        "touched_bytes": touched_nbytes(model, source),
+        "capacity": info.capacity,
+        "hit_rate": counts["hits"] / requests,
+        "cached_rate": (counts["hits"] - counts["prefetch_hits"]) / requests,
+        "expert_nbytes": source.expert_nbytes,
+        "fast_bytes": info.fast_bytes,
+        "info": info.to_dict(),
+    }
 
 
 def touched_nbytes(model: nn.Module, source: Source) -> int:
-    """Bytes of weights that one token of decoding reads: the backbone but the embedding's table, and K experts a layer.
+    """Bytes of weights that one token of decoding reads: K experts per layer, and the backbone without embeddings.
 
-    The KV cache and activations, small beside them at batch 1, are not counted.
+    The KV cache and activations are not counted: they are much smaller at batch 1.
     """
     experts = sum(part.nbytes for site in source.sites for part in site.parts)
     return experts * top_k(model.config) + _backbone_nbytes(model)
 
 
 def resident_touched_nbytes(model: nn.Module) -> int:
-    """The same for a model of plain transformers."""
+    """`touched_nbytes` of a model in plain transformers."""
     experts = 0
     for module in expert_modules(model).values():
         weights = [p for _, p in module.named_parameters(recurse=False)]
@@ -198,10 +220,10 @@ def _backbone_nbytes(model: nn.Module) -> int:
 
 
 class Phases:
-    """Where a token's time goes, by hooks on its modules: `with Phases(model) as phases: ...; phases.per_token()`.
+    """Time per token by phase, from hooks on modules: `with Phases(model) as phases: ...; phases.per_token()`.
 
-    experts: computing them, by the runtime's events. waiting: the rest of the experts' layers, which is waiting for
-    fetches and the runtime's own work. Passes of more than one token are left out.
+    `experts` is their computation, from the runtime's events. `waiting` is the rest of the expert layers: waiting for
+    fetches, and the runtime itself. Passes of more than one token are left out.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -236,7 +258,7 @@ class Phases:
             self.computing += event.t1 - event.t0
 
     def time_line(self, tokens: int = 2) -> list[list]:
-        """What happened to experts in the last tokens: an event's fields, seconds from the first of them."""
+        """Events of the last tokens, as lists of their fields; times in seconds since the first of them."""
         last = [e for e in self.events if e.token > self.events[-1].token - tokens]
         start = min((e.t0 for e in last), default=0.0)
         return [[*astuple(e)[:5], e.t0 - start, e.t1 - start, e.phase] for e in last]
@@ -262,7 +284,7 @@ class Phases:
         self.handles += [module.register_forward_hook(after)]
 
     def per_token(self) -> dict[str, float]:
-        """Seconds a token by phase."""
+        """Seconds per token by phase."""
         s, computing = self.seconds, self.computing or self.seconds["experts"]
         parts = {"attention": s["attention"], "router": s["router"], "experts": computing}
         parts["waiting"] = s["experts"] - computing
@@ -271,7 +293,7 @@ class Phases:
 
 
 def _phase(name: str, experts: dict[str, nn.Module]) -> str | None:
-    """Which phase a module's time counts for; modules inside one are not looked at again."""
+    """The phase of a module; None for modules inside a phase, and outside of all."""
     if name in experts:
         return "experts"
     parent, _, last = name.rpartition(".")
@@ -288,7 +310,7 @@ def _load_mixoff(spec: Spec) -> nn.Module:
 
 
 def _load_mapped(spec: Spec) -> nn.Module:
-    """The store's files mapped into memory and computed from as they lie: whatever the page cache makes of it."""
+    """The store's files, mapped into memory and used in place: the page cache is the only cache."""
     model = load.load(spec.path, **{"prefetch": "none"} | spec.load)
     runtime, views = model.mixoff, {}
     for (site, expert), (extent, *_) in runtime.source.reader.extents.items():
@@ -307,12 +329,12 @@ def _load_mapped(spec: Spec) -> nn.Module:
 def _load_transformers(spec: Spec) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
-    how = {"dtype": "auto", "experts_implementation": "grouped_mm", "local_files_only": True}
-    return AutoModelForCausalLM.from_pretrained(spec.path, **how).eval()
+    options = {"dtype": "auto", "experts_implementation": "grouped_mm", "local_files_only": True}
+    return AutoModelForCausalLM.from_pretrained(spec.path, **options).eval()
 
 
 def _load_accelerate(spec: Spec) -> nn.Module:
-    """The backbone in memory, all experts on disk: accelerate's own way to run what does not fit."""
+    """The backbone in memory and all experts on disk, as accelerate runs a model that does not fit."""
     from transformers import AutoModelForCausalLM
 
     skeleton = skeleton_of(read_config(Path(spec.path)))
@@ -341,7 +363,7 @@ LOADERS: dict[str, Callable[[Spec], nn.Module]] = {
 
 
 def main(argv: list[str]) -> int:
-    """Print the measurement of the spec in argv as JSON; errors of ours go to standard error, exit code 2."""
+    """Print the measurement of the spec in argv as JSON; a MixoffError goes to standard error, with exit code 2."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()

@@ -1,6 +1,6 @@
-"""What is installed, what the machine can do, what will work on it and what will not: the text to paste into an issue.
+"""What is installed, what the machine can do, and what will work on it: the text to paste into an issue.
 
-Nothing here is a secret: no names of users or machines, no tokens, no paths but the cache folder's.
+It holds no secrets: no names of users or machines, no tokens, and no path except the cache folder's.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import contextlib
 import importlib.util
 import json
 import platform
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -21,7 +22,8 @@ PACKAGES = (
     "mixoff", "torch", "transformers", "huggingface_hub", "accelerate", "safetensors", "numpy", "numba", "triton",
     "hqq", "ipywidgets", "anywidget",
 )  # fmt: skip
-PINNED_PAYS = 1.1  # times the bandwidth of pageable RAM, below which locking pages gained nothing
+PINNED_PAYS = 1.1  # pinned over pageable bandwidth; below this, locking pages is no gain
+MISSING = "not installed"
 FEATURES = {"avx2": "AVX2", "avx512f": "AVX-512", "avx512_vnni": "VNNI", "avx_vnni": "AVX-VNNI", "asimd": "NEON"}
 
 
@@ -36,7 +38,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Card:
-    """A GPU: compute capability, memory, the 16-bit format of its own, and bytes a second of its link, measured."""
+    """A GPU: compute capability, memory, its fast 16-bit dtype, and the measured bandwidth of its link in bytes/s."""
 
     name: str
     sm: str
@@ -53,7 +55,7 @@ class Card:
 
 @dataclass(frozen=True)
 class Checkup:
-    """Versions, the machine as measured, and what follows; prints itself as text."""
+    """Versions, the measured machine, and findings; prints itself as text."""
 
     versions: dict[str, str]
     processor: str
@@ -85,43 +87,61 @@ class Checkup:
 
 
 def examine(cached: bool = True) -> Checkup:
-    """Look at this machine; bandwidths are measured once and kept, `cached=False` measures them anew."""
+    """Examine this machine; bandwidths are measured once and kept, and `cached=False` measures them again."""
     machine = probe.probe(cached)
     total, _ = probe.memory_nbytes()
-    model, flags = _processor()
-    known = ", ".join(name for flag, name in FEATURES.items() if flag in flags) or "no vector extension known to us"
-    found = {"python": platform.python_version(), "system": f"{platform.system()} {platform.release()}"} | _versions()
+    model, flags = processor()
+    extensions = ", ".join(name for flag, name in FEATURES.items() if flag in flags) or "no known vector extensions"
+    versions = {
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.release()}",
+        **{name: version or MISSING for name, version in installed(PACKAGES).items()},
+    }
     card = _card() if cuda.obstacle() is None else None
-    findings = tuple(_findings(found, machine, total, card))
-    processor = f"{model} ({known})"
-    return Checkup(found, processor, probe.threads_here(), total, probe.gpu_name(), card, machine, findings)
+    return Checkup(
+        versions=versions,
+        processor=f"{model} ({extensions})",
+        threads=probe.threads_here(),
+        memory_nbytes=total,
+        gpu=probe.gpu_name(),
+        card=card,
+        machine=machine,
+        findings=tuple(_findings(versions, machine, total, card)),
+    )
 
 
 def _card() -> Card:
     """The first GPU, with its link measured."""
     gpu = cuda.describe()
     sm = f"sm_{gpu.sm[0]}{gpu.sm[1]}"
-    return Card(gpu.name, sm, gpu.total_nbytes, gpu.free_nbytes, gpu.dtype, cuda.link_bandwidths())
+    return Card(
+        name=gpu.name,
+        sm=sm,
+        total_nbytes=gpu.total_nbytes,
+        free_nbytes=gpu.free_nbytes,
+        dtype=gpu.dtype,
+        link_Bps=cuda.link_bandwidths(),
+    )
 
 
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in PACKAGES:
-        found[name] = "not installed"
+def installed(packages: Iterable[str]) -> dict[str, str | None]:
+    """Version of each package, None if it is not installed."""
+    versions = dict.fromkeys(packages)
+    for name in versions:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
+            versions[name] = importlib.metadata.version(name)
+    return versions
 
 
-def _processor() -> tuple[str, set[str]]:
-    """Name and feature flags, as Linux tells them; elsewhere what Python knows."""
+def processor() -> tuple[str, set[str]]:
+    """Name and feature flags of the processor; on systems other than Linux, its name alone."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return platform.processor() or platform.machine(), set()
-    fields = dict(line.split(":", 1) for line in lines if ":" in line)
-    found = {key.strip(): value.strip() for key, value in fields.items()}
-    return found.get("model name", platform.machine()), set(found.get("flags", found.get("Features", "")).split())
+    pairs = (line.split(":", 1) for line in lines if ":" in line)
+    info = {key.strip(): value.strip() for key, value in pairs}
+    return info.get("model name", platform.machine()), set(info.get("flags", info.get("Features", "")).split())
 
 
 def _findings(versions: dict[str, str], machine: Hardware, total: int, card: Card | None) -> list[Finding]:
@@ -133,7 +153,7 @@ def _findings(versions: dict[str, str], machine: Hardware, total: int, card: Car
         Finding(
             "experts backend of transformers",
             supported,
-            f"transformers {versions['transformers']}, and 5.8 to 5.x is needed",
+            f"transformers {versions['transformers']}; 5.8 to 5.x is needed",
         ),
         Finding(
             "compiled products on the CPU",
@@ -144,21 +164,26 @@ def _findings(versions: dict[str, str], machine: Hardware, total: int, card: Car
         Finding(
             "reads past the page cache",
             direct,
-            "the disk takes direct I/O" if direct else "the file system refuses it: reads go through the page cache",
+            "the disk supports direct I/O" if direct else "the file system refuses it: reads use the page cache",
         ),
         *(_fit(name, scheme) for name, scheme in (("Mixtral-8x7B", "mixed"), ("Mixtral-8x7B", "small"))),
     ]
 
 
 def _gpu_findings(card: Card | None, versions: dict[str, str]) -> list[Finding]:
-    """What a card will do, and what it will not."""
+    """What works on a GPU, and what does not."""
     if card is None:
-        return [Finding("GPU", False, f"{cuda.obstacle()}; the CPU computes, and the fast tier is a share of RAM")]
-    own, triton = card.dtype == "bfloat16", versions["triton"] != "not installed"
+        return [Finding("GPU", False, f"{cuda.obstacle()}; the CPU computes, and the fast tier is in RAM")]
+    bfloat16 = card.dtype == "bfloat16"
+    triton = versions["triton"] != MISSING
     pinned, pageable = card.link_Bps["pinned"], card.link_Bps["pageable"]
     return [
-        Finding("GPU", True, f"{card.name} serves experts; never tested on one by us: docs/gpu.md has the command"),
-        Finding("bf16 on the GPU", own, f"{card.sm} has it" if own else f"{card.sm} only emulates it: float16 is used"),
+        Finding("GPU", True, f"{card.name} serves experts; untested on real GPUs: docs/gpu.md has the command"),
+        Finding(
+            "bf16 on the GPU",
+            bfloat16,
+            f"{card.sm} has it" if bfloat16 else f"{card.sm} only emulates it: float16 is used",
+        ),
         Finding(
             "fused products on the GPU",
             triton,
@@ -174,7 +199,7 @@ def _gpu_findings(card: Card | None, versions: dict[str, str]) -> list[Finding]:
 
 
 def _fit(name: str, scheme: str) -> Finding:
-    """What a plan says of a well-known model on this machine."""
+    """Whether a well-known model fits this machine, by a plan."""
     from mixoff.planning import planner
 
     plan = planner.plan(f"mistralai/{name}-Instruct-v0.1", scheme=scheme, hardware="here")

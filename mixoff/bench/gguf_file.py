@@ -1,8 +1,8 @@
-"""A GGUF file of a Mixtral's exact shape with random weights: `python -m mixoff.bench.gguf_file OUT CONFIG_JSON`.
+"""A GGUF file with the exact shape of a Mixtral and random weights: `python -m mixoff.bench.gguf_file OUT CONFIG_JSON`.
 
-Experts in Q2_K, attention in Q4_K, embeddings and head in Q6_K, as llama.cpp's Q2_K mixture has them. Blocks are random
-codes with scales that make weights of mean zero and a standard deviation of about 0.02; tensors are windows of one pool
-of blocks. Needs numpy and the `gguf` package alone. Does not know llama.cpp.
+Experts are in Q2_K, attention in Q4_K, embeddings and head in Q6_K, as in llama.cpp's Q2_K mixture. Blocks are random
+codes with scales that give weights of mean zero and a standard deviation of about 0.02. Tensors are windows of one pool
+of blocks. Needs only numpy and the `gguf` package.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
     from gguf import GGUFWriter
 
 POOL_BLOCKS = 1 << 18
-BLOCK = 256  # weights of a block
-NBYTES = {"Q2_K": 84, "Q4_K": 144, "Q6_K": 210}  # of a block
+BLOCK = 256  # weights per block
+NBYTES = {"Q2_K": 84, "Q4_K": 144, "Q6_K": 210}  # bytes per block
 MOSTLY_Q2_K = 10
 SEED = 0
 
 
 def pool(kind: str) -> np.ndarray:
-    """Random blocks of one kind, uint8 (POOL_BLOCKS, bytes of a block)."""
+    """Random blocks of one kind, uint8 (POOL_BLOCKS, bytes per block)."""
     rng = np.random.default_rng((SEED, NBYTES[kind]))
     blocks = rng.integers(0, 256, (POOL_BLOCKS, NBYTES[kind]), np.uint8)
     FILL[kind](blocks, 0.8 + 0.4 * rng.random((POOL_BLOCKS, 1), np.float32))
@@ -83,7 +83,7 @@ def nbytes(shape: tuple[int, ...], kind: str) -> int:
 
 
 def write(out: str, c: dict) -> None:
-    """Write the file under its name once it is complete; one that is there is kept."""
+    """Write the file, under its name only when it is complete; an existing file is kept."""
     if os.path.exists(out):
         return
     writer = _header(out + ".partial", c)
@@ -99,7 +99,7 @@ def write(out: str, c: dict) -> None:
 
 
 def _window(blocks: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
-    """`count` blocks: windows of half the pool, each from another place."""
+    """`count` blocks: windows of half the pool, at random offsets."""
     half, pieces = len(blocks) // 2, []
     while count > 0:
         start, size = int(rng.integers(half)), min(half, count)
@@ -142,7 +142,7 @@ def _header(path: str, c: dict) -> GGUFWriter:
 
 
 def _vocabulary(w: GGUFWriter, size: int) -> None:
-    """Three special tokens, 256 bytes, and made-up words: llama.cpp wants a tokenizer, and nobody uses it."""
+    """Three special tokens, 256 bytes and invented words, because llama.cpp requires a tokenizer."""
     special = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
     rest = size - len(special)
     w.add_tokenizer_model("llama")

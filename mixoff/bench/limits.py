@@ -1,7 +1,7 @@
-"""Memory of processes: what one takes at its peak, and real limits on what it may take.
+"""Memory of processes: the peak of this one, and real limits for others.
 
-A limit is a control group of the kernel (v1 or v2, below the one that we are in), or a scope of systemd. The page cache
-counts: pages of a file are charged to whoever reads them first, so `forget` them before. Does not know models.
+A limit is a control group of the kernel (v1 or v2, below our own group), or a scope of systemd. It includes the page
+cache: pages of a file are charged to the process that reads them first, so `forget` them before a run.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from pathlib import Path
 from mixoff.errors import MixoffError
 
 ROOT = Path("/sys/fs/cgroup")
-SAMPLE_S = 0.02  # seconds between two looks at the peak
+SAMPLE_S = 0.02  # seconds between samples
 
 
-# What a process takes -------------------------------------------------------------------------------------------------
+# Memory of this process -----------------------------------------------------------------------------------------------
 
 
-def anonymous_nbytes() -> int | None:
-    """Bytes of this process that no file backs: heap, arenas, shared memory of its own. None where nobody tells."""
+def process_nbytes() -> int | None:
+    """Bytes of this process that no file backs: heap, arenas, its shared memory. None if the system does not say."""
     try:
         lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -34,7 +34,7 @@ def anonymous_nbytes() -> int | None:
 
 
 def read_nbytes() -> int | None:
-    """Bytes that this process caused to be read from storage, by the kernel's own count; None where nobody tells."""
+    """Bytes that this process read from storage, by the kernel's count; None if the system does not say."""
     try:
         lines = Path("/proc/self/io").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -43,16 +43,16 @@ def read_nbytes() -> int | None:
 
 
 class Peak:
-    """The most anonymous memory between start and end: `with Peak() as peak: ...; peak.nbytes`."""
+    """The peak of anonymous memory inside a block: `with Peak() as peak: ...; peak.nbytes`."""
 
     def __init__(self) -> None:
-        self.nbytes = anonymous_nbytes()
+        self.nbytes = process_nbytes()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
     def _watch(self) -> None:
         while not self._over.wait(SAMPLE_S):
-            self.nbytes = max(self.nbytes, anonymous_nbytes())
+            self.nbytes = max(self.nbytes, process_nbytes())
 
     def __enter__(self) -> Peak:
         if self.nbytes is not None:
@@ -63,11 +63,11 @@ class Peak:
         self._over.set()
         if self.nbytes is not None:
             self._thread.join()
-            self.nbytes = max(self.nbytes, anonymous_nbytes())
+            self.nbytes = max(self.nbytes, process_nbytes())
 
 
 def forget(path: Path) -> None:
-    """Let the page cache forget a file, or all files below a folder; nothing happens where that cannot be asked."""
+    """Drop a file, or all files below a folder, from the page cache, on systems that allow it."""
     if not hasattr(os, "posix_fadvise"):
         return
     for file in [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]:
@@ -81,7 +81,11 @@ def forget(path: Path) -> None:
 
 @dataclass(frozen=True)
 class Limit:
-    """How a process is started under a limit: words before its command. kind: what enforces it."""
+    """How to start a process under a limit.
+
+    kind: mechanism that enforces it.
+    words: arguments to put before the command of the process.
+    """
 
     kind: str
     words: tuple[str, ...]
@@ -89,27 +93,24 @@ class Limit:
 
 @contextlib.contextmanager
 def limit(nbytes: int) -> Iterator[Limit]:
-    """A real limit of `nbytes` on the memory, page cache included, of what is started with its words.
+    """A real limit of `nbytes` on the memory, page cache included, of processes started with its `words`.
 
-    Raises MixoffError, with the reason of each way that was tried, where the system does not allow one.
+    Raises MixoffError, with the reason for each mechanism, if the system allows none.
     """
     refusals = []
-    for way in (_cgroup_v1, _cgroup_v2, _systemd):
-        try:
-            entered = way(nbytes)
-            found = entered.__enter__()
-        except (OSError, MixoffError) as error:
-            refusals.append(f"{way.__name__.strip('_')}: {error}")
-            continue
-        try:
-            yield found
-        finally:
-            entered.__exit__(None, None, None)
-        return
-    raise MixoffError(
-        f"this system allows no memory limit ({'; '.join(refusals)}): run as root, inside a delegated group or under "
-        "systemd, or leave --memory-limit out"
-    )
+    with contextlib.ExitStack() as stack:
+        for mechanism in (_cgroup_v1, _cgroup_v2, _systemd):
+            try:
+                limit = stack.enter_context(mechanism(nbytes))
+                break
+            except (OSError, MixoffError) as error:
+                refusals.append(f"{mechanism.__name__.strip('_')}: {error}")
+        else:
+            raise MixoffError(
+                f"this system allows no memory limit ({'; '.join(refusals)}): run as root, inside a delegated group or "
+                "under systemd, or leave --memory-limit out"
+            )
+        yield limit
 
 
 @contextlib.contextmanager
@@ -127,7 +128,7 @@ def _cgroup_v2(nbytes: int) -> Iterator[Limit]:
 
 
 def _own_group(controller: str) -> str:
-    """The group that this process is in: ours is made below it, so that its own limits go on to hold."""
+    """The group of this process; a new group below it keeps the limits of this one."""
     for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines():
         _, controllers, path = line.split(":", 2)
         if controller in controllers.split(","):
@@ -140,19 +141,19 @@ def _group(parent: Path, files: dict[str, str], needed: str) -> Iterator[Path]:
     folder = parent / f"mixoff-{os.getpid()}"
     folder.mkdir()
     try:
-        if not (folder / needed).exists():  # a folder that is no group, or one without this controller
+        if not (folder / needed).exists():  # a folder that is not a group, or has no memory controller
             raise MixoffError(f"{parent} has no memory controller")
         for name, text in files.items():
             if (folder / name).exists():
                 (folder / name).write_text(text, encoding="utf-8")
         yield folder
     finally:
-        with contextlib.suppress(OSError):  # what still runs inside keeps it
+        with contextlib.suppress(OSError):  # processes that still run inside keep it
             folder.rmdir()
 
 
 def _enter(tasks: Path) -> tuple[str, ...]:
-    """A shell that joins the group and becomes the command."""
+    """A shell that joins the group, then executes the command."""
     return "sh", "-c", f'echo $$ > "{tasks}" && exec "$@"', "sh"
 
 

@@ -1,7 +1,7 @@
 """llama.cpp as a contender: `python -m mixoff.bench.llama SPEC` prints one JSON object, as `contender` does.
 
-Runs in the environment that has llama-cpp-python, through its ctypes layer: nothing else of mixoff is loaded. Which
-experts were chosen is looked at in a context of its own, after the clock has stopped.
+Runs in an environment with llama-cpp-python, through its ctypes layer, and loads nothing else of mixoff. The chosen
+experts are read in a separate context, after the clock has stopped.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from mixoff.bench import limits
 from mixoff.bench.spec import Spec, repeat_rate
 
 CONTEXT = 1024  # tokens of the KV cache
-LOOKED_AT = 24  # tokens whose experts are noted
+LOOKED_AT = 24  # tokens whose experts are recorded
 
 
 class Llama:
-    """A model file and one context. load: `repack` lets it lay weights out anew in memory, its default."""
+    """A model file and one context. `repack` in `spec.load` lets llama.cpp repack weights in memory (its default)."""
 
     def __init__(self, spec: Spec) -> None:
         import llama_cpp as L
@@ -32,22 +32,22 @@ class Llama:
         self.log = L.llama_log_callback(lambda level, text, data: self.lines.append(text))
         L.llama_log_set(self.log, ctypes.c_void_p(0))
         L.llama_backend_init()
-        how = L.llama_model_default_params()
-        how.n_gpu_layers, how.use_extra_bufts = 0, spec.load.get("repack", True)
-        self.model = L.llama_model_load_from_file(spec.path.encode(), how)
+        params = L.llama_model_default_params()
+        params.n_gpu_layers, params.use_extra_bufts = 0, spec.load.get("repack", True)
+        self.model = L.llama_model_load_from_file(spec.path.encode(), params)
         if not self.model:
             sys.exit(f"llama.cpp cannot load {spec.path}: {b''.join(self.lines[-3:]).decode(errors='replace')}")
         self.threads = spec.threads
         self.context = self.new_context()
 
     def new_context(self, callback: object = None) -> object:
-        """A context with its own KV cache; `callback` sees the tensors of the graph."""
-        how = self.L.llama_context_default_params()
-        how.n_ctx, how.n_batch, how.n_ubatch = CONTEXT, CONTEXT, CONTEXT
-        how.n_threads = how.n_threads_batch = self.threads
+        """A context with its own KV cache; `callback` receives the tensors of the graph."""
+        params = self.L.llama_context_default_params()
+        params.n_ctx = params.n_batch = params.n_ubatch = CONTEXT
+        params.n_threads = params.n_threads_batch = self.threads
         if callback is not None:
-            how.cb_eval = ctypes.cast(callback, type(how.cb_eval))
-        return self.L.llama_init_from_model(self.model, how)
+            params.cb_eval = ctypes.cast(callback, type(params.cb_eval))
+        return self.L.llama_init_from_model(self.model, params)
 
     @property
     def vocabulary(self) -> int:
@@ -75,16 +75,21 @@ def run(spec: Spec) -> dict:
     with limits.Peak() as peak:
         start = time.perf_counter()
         llama = Llama(spec)
-        report = {"load_s": time.perf_counter() - start, "loaded_bytes": limits.anonymous_nbytes()}
+        report = {"load_s": time.perf_counter() - start, "loaded_bytes": limits.process_nbytes()}
         ids = spec.ids(llama.vocabulary)
         llama.decode(ids[0, :4])
         for token in ids[0, 4 : 4 + spec.warmup]:
             llama.decode(token[None])
         runs = [_run(llama, row, spec.prompt_tokens) for row in ids]
-    report |= {key: [r[key] for r in runs] for key in runs[0]}
-    report |= {"repeat_rate": _repeat_rate(llama, ids[0, : min(spec.tokens, LOOKED_AT)]), "peak_bytes": peak.nbytes}
-    report |= {"touched_bytes": touched_nbytes(spec.path)}
-    return asdict(spec) | report | {"versions": {"llama-cpp-python": llama.L.__version__}}
+    return {
+        **asdict(spec),
+        **report,
+        **{key: [r[key] for r in runs] for key in runs[0]},
+        "repeat_rate": _repeat_rate(llama, ids[0, : min(spec.tokens, LOOKED_AT)]),
+        "peak_bytes": peak.nbytes,
+        "touched_bytes": touched_nbytes(spec.path),
+        "versions": {"llama-cpp-python": llama.L.__version__},
+    }
 
 
 def touched_nbytes(path: str) -> int:
@@ -99,15 +104,20 @@ def touched_nbytes(path: str) -> int:
 
 def _run(llama: Llama, ids: np.ndarray, prompt_tokens: int) -> dict:
     llama.clear()
-    at_start = limits.read_nbytes()
-    prompt_s, at_prompt = llama.decode(ids[:prompt_tokens]), limits.read_nbytes()
+    read_before = limits.read_nbytes()
+    prompt_s = llama.decode(ids[:prompt_tokens])
+    read_between = limits.read_nbytes()
     token_s = [llama.decode(token[None]) for token in ids[prompt_tokens:]]
-    read, prompt_read = limits.read_nbytes() - at_prompt, at_prompt - at_start
-    return {"prompt_s": prompt_s, "token_s": token_s, "prompt_read_bytes": prompt_read, "read_bytes": read}
+    return {
+        "prompt_s": prompt_s,
+        "token_s": token_s,
+        "prompt_read_bytes": read_between - read_before,
+        "read_bytes": limits.read_nbytes() - read_between,
+    }
 
 
 def _repeat_rate(llama: Llama, ids: np.ndarray) -> float | None:
-    """How often experts are asked for again, over tokens fed one by one."""
+    """Share of experts that the previous token used too, over tokens decoded one by one."""
     base = ctypes.CDLL(str(Path(llama.L.__file__).parent / "lib" / "libggml-base.so"))
     base.ggml_get_name.restype, base.ggml_get_name.argtypes = ctypes.c_char_p, [ctypes.c_void_p]
     base.ggml_backend_tensor_get.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t]

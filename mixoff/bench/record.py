@@ -1,9 +1,8 @@
-"""One JSON file with all it takes to compare a machine with its prediction; nothing in it names a person or a place.
+"""One JSON file to compare a machine with its prediction; nothing in it names a person or a place.
 
-What was measured and what was modelled stand apart. It holds versions, the machine with its bandwidths, the plan, the
-figures of each run, the cache's counters, and when each thing happened in the last tokens. No user's or machine's name,
-no path, no text: a model is named if it is bundled, on the Hub, or made for the run; a folder of the user's own is not.
-Does not know how anything was measured.
+Measured and modelled figures are in separate parts. The file holds versions, the machine with its bandwidths, the plan,
+the figures of each run, the counters of the cache, and the events of the last tokens. It holds no name of a user or
+machine, no path and no text. A model is named if it is bundled, on the Hub, or made for the run.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ FORMAT = "mixoff-record/1"
 UNNAMED = "a local folder"
 COLUMNS = tuple(field.name for field in fields(Event))
 MODELLED = ("predicted_tokens_per_s", "planned_bytes", "roofline_tokens_per_s", "roofline_share")
-PLACES = {"disk_bytes": "measured: free space where files are kept"}  # sources of figures that tell a path
+PLACES = {"disk_bytes": "measured: free space where files are kept"}  # sources that would show a path
 
 
 def make(
@@ -39,17 +38,21 @@ def make(
     settings: Mapping[str, object] | None = None,
     model: str | None = None,
 ) -> dict:
-    """The record of runs of one model. Looks at this machine, which takes ten seconds the first time.
+    """The record of runs of one model. Examines this machine, which takes ten seconds the first time.
 
-    plan: made before. runs: figures of each run by its name, measured; those named in MODELLED are put apart. events:
-    of a few tokens of decoding, or their fields in lists. model: its name; None takes the plan's if others know it.
+    plan: plan of the model.
+    runs: figures of each run, by name; those in MODELLED are kept apart.
+    counters: counters of the cache.
+    events: events of a few decoded tokens, or lists of their fields.
+    settings: settings of the runs.
+    model: name of the model; None for the plan's, if it is public.
     """
     from mixoff.bench import doctor
 
     checkup = doctor.examine()
     modelled = {name: {key: run[key] for key in MODELLED if key in run} for name, run in runs.items()}
     planned = plan.to_dict()
-    hardware = {"planned": _placeless(planned.pop("hardware")), "measured": _placeless(asdict(checkup.machine))}
+    hardware = {"planned": _without_paths(planned.pop("hardware")), "measured": _without_paths(asdict(checkup.machine))}
     machine = {key: getattr(checkup, key) for key in ("processor", "threads", "memory_nbytes", "gpu")}
     return {
         "format": FORMAT,
@@ -67,16 +70,22 @@ def make(
 
 def of_report(report: Report) -> dict:
     """The record of what `mixoff bench` measured."""
-    rows = {row.name: asdict(row) for row in report.rows}
     settings = {key: value for key, value in report.settings.items() if key != "model"}
-    settings |= {"memory_limit": report.memory_limit, "limit_kind": report.limit_kind}
-    made = make(report.plan, rows, report.counters, report.time_line, settings, report.name)
-    made["measured"] |= {"memory_reads_Bps": report.probes_Bps, "disk_reads_Bps": report.disk_bandwidth_Bps}
-    return made
+    record = make(
+        plan=report.plan,
+        runs={row.name: asdict(row) for row in report.rows},
+        counters=report.counters,
+        events=report.time_line,
+        settings=settings | {"memory_limit": report.memory_limit, "limit_kind": report.limit_kind},
+        model=report.name,
+    )
+    record["measured"]["memory_reads_Bps"] = report.probes_Bps
+    record["measured"]["disk_reads_Bps"] = report.disk_bandwidth_Bps
+    return record
 
 
 def write(record: dict, path: str | Path) -> Path:
-    """Keep a record as JSON. Raises MixoffError where that cannot be."""
+    """Write a record as JSON. Raises MixoffError if that fails."""
     try:
         Path(path).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
@@ -85,7 +94,7 @@ def write(record: dict, path: str | Path) -> Path:
 
 
 def public_name(source: str) -> str:
-    """The name of a model that others can have too.
+    """The name of a public model, UNNAMED for a local folder.
 
     >>> public_name("tiny-mixtral"), public_name("org/model"), public_name("./here/store")
     ('tiny-mixtral', 'org/model', 'a local folder')
@@ -94,11 +103,11 @@ def public_name(source: str) -> str:
 
 
 def _figures(run: Mapping) -> dict:
-    """What was measured. Why a run failed may name files, so that it failed is all that is said."""
+    """The measured figures, without the message of a failure, which may name files."""
     figures = {key: value for key, value in run.items() if key not in (*MODELLED, "failure", "name")}
     return figures | {"failed": bool(run.get("failure"))}
 
 
-def _placeless(hardware: dict) -> dict:
-    known = {key: text for key, text in PLACES.items() if key in hardware["sources"]}
-    return hardware | {"sources": hardware["sources"] | known}
+def _without_paths(hardware: dict) -> dict:
+    replaced = {key: text for key, text in PLACES.items() if key in hardware["sources"]}
+    return hardware | {"sources": hardware["sources"] | replaced}

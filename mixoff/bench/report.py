@@ -1,6 +1,6 @@
-"""Figures of contenders: medians and spreads of their runs, beside the roofline of the machine; tables of them.
+"""Figures of contenders: medians and spreads of their runs, next to the roofline of the machine, and tables of them.
 
-Measured and modelled figures stand in columns of their own. Does not know how anything is run.
+Measured and modelled figures are in separate columns.
 """
 
 from __future__ import annotations
@@ -23,14 +23,23 @@ PEAKS = ("peak_bytes", "device_peak_bytes", "loaded_bytes")
 
 @dataclass(frozen=True)
 class Row:
-    """One contender over all its runs. failure: why there are no figures; then they are None.
+    """One contender over all its runs.
 
-    decode_*, prompt_*: tokens a second, median, least and most of the runs. ms_p50 to ms_p99: of a decoded token, over
-    all runs. phases_ms: of a decoded token. bytes_touched_per_token: of weights. bytes_moved_per_token: into the fast
-    tier; bytes_read_per_token: from storage, by the kernel's count. touched_Bps: touched bytes a second.
-    roofline_share: of tokens a second that the read bandwidth would allow. predicted_tokens_per_s, planned_bytes:
-    modelled; the latter is what the interpreter takes, the plan's parts, and the budget as far as it was taken.
-    peak_bytes: of RAM; device_peak_bytes: of a GPU's memory, None without one.
+    failure: reason why there are no figures; all other fields are then None.
+    decode_*, prompt_*: tokens/s, as median, minimum and maximum over the runs.
+    ms_p50, ms_p95, ms_p99: percentiles of the time per decoded token, over all runs.
+    phases_ms: time per decoded token, by phase.
+    bytes_touched_per_token: bytes of weights that a token reads.
+    bytes_moved_per_token: bytes moved into the fast tier.
+    bytes_read_per_token: bytes read from storage, by the kernel's count.
+    touched_Bps: touched bytes per second.
+    roofline_tokens_per_s: tokens/s that the read bandwidth allows (modelled).
+    roofline_share: measured share of those.
+    hit_rate, cached_rate: share of hits, with and without guessed experts.
+    repeat_rate: share of experts that the previous token used too.
+    peak_bytes, device_peak_bytes: peak of RAM, and of GPU memory (None without a GPU).
+    predicted_tokens_per_s: tokens/s (modelled).
+    planned_bytes: bytes of the interpreter, the plan's parts and the used budget (modelled).
     """
 
     name: str
@@ -65,56 +74,75 @@ class Row:
 
 
 def row(name: str, reports: Sequence[dict], read_Bps: float, predicted: dict | None = None) -> Row:
-    """The row of a contender from the reports of its processes, one or more, each of one run or more."""
+    """The row of a contender, from the reports of its processes, each with one run or more."""
     if failures := [r["failure"] for r in reports if "failure" in r]:
         return Row(name, failures[0])
     runs = [times for r in reports for times in r["token_s"]]
     decode = [len(times) / sum(times) for times in runs]
     prompts = [r["prompt_tokens"] / s for r in reports for s in r["prompt_s"]]
     p50, p95, p99 = np.percentile(1000 * np.concatenate(runs), (50, 95, 99)).tolist()
-    figures = {"decode_tokens_per_s": statistics.median(decode), "decode_min": min(decode), "decode_max": max(decode)}
-    figures |= {"prompt_tokens_per_s": statistics.median(prompts)}
-    figures |= {"prompt_min": min(prompts), "prompt_max": max(prompts), "ms_p50": p50, "ms_p95": p95, "ms_p99": p99}
-    return Row(name, **figures, **_bytes(reports, figures["decode_tokens_per_s"], read_Bps), **(predicted or {}))
+    return Row(
+        name=name,
+        decode_tokens_per_s=statistics.median(decode),
+        decode_min=min(decode),
+        decode_max=max(decode),
+        prompt_tokens_per_s=statistics.median(prompts),
+        prompt_min=min(prompts),
+        prompt_max=max(prompts),
+        ms_p50=p50,
+        ms_p95=p95,
+        ms_p99=p99,
+        **_bytes(reports, statistics.median(decode), read_Bps),
+        **(predicted or {}),
+    )
 
 
 def _bytes(reports: Sequence[dict], tokens_per_s: float, read_Bps: float) -> dict:
-    """What was touched, moved and kept, from all reports."""
+    """Touched, moved and kept bytes, and rates, from all reports."""
     tokens = sum(len(times) for r in reports for times in r["token_s"])
     first, touched = reports[0], reports[0].get("touched_bytes")
-    per_token = {key: _per_token(reports, key, tokens) for key in ("moved_bytes", "read_bytes")}
-    figures = {"bytes_touched_per_token": touched, "bytes_moved_per_token": per_token["moved_bytes"]}
-    figures |= {"bytes_read_per_token": per_token["read_bytes"]}
+    figures = {
+        "bytes_touched_per_token": touched,
+        "bytes_moved_per_token": _per_token(reports, "moved_bytes", tokens),
+        "bytes_read_per_token": _per_token(reports, "read_bytes", tokens),
+        "load_s": statistics.median(r["load_s"] for r in reports),
+        "fast_bytes": first.get("fast_bytes"),
+        "prefetch": first.get("info", {}).get("prefetch"),
+    }
     if touched:
-        figures |= {"touched_Bps": touched * tokens_per_s, "roofline_tokens_per_s": read_Bps / touched}
-        figures |= {"roofline_share": touched * tokens_per_s / read_Bps}
+        figures["touched_Bps"] = touched * tokens_per_s
+        figures["roofline_tokens_per_s"] = read_Bps / touched
+        figures["roofline_share"] = touched * tokens_per_s / read_Bps
     if "phases_s" in first:
         medians = {name: statistics.median(r["phases_s"][name] for r in reports) for name in first["phases_s"]}
         figures["phases_ms"] = {name: 1000 * s for name, s in medians.items()}
     for key in ("hit_rate", "cached_rate", "repeat_rate"):
         known = [r[key] for r in reports if r.get(key) is not None]
         figures[key] = statistics.mean(known) if known else None
-    figures |= {key: max(r[key] for r in reports) for key in PEAKS if first.get(key)}
-    figures["load_s"] = statistics.median(r["load_s"] for r in reports)
-    return figures | {"fast_bytes": first.get("fast_bytes"), "prefetch": first.get("info", {}).get("prefetch")}
+    return figures | {key: max(r[key] for r in reports) for key in PEAKS if first.get(key)}
 
 
 def _per_token(reports: Sequence[dict], key: str, tokens: int) -> float | None:
-    """Sum over reports, of which each has a number, or one a run, or nothing at all."""
-    found = [r.get(key) for r in reports]
-    if any(x is None or (isinstance(x, list) and None in x) for x in found):
+    """The sum over reports, each with a number, or one number per run; None if one is missing."""
+    values = [r.get(key) for r in reports]
+    if any(x is None or (isinstance(x, list) and None in x) for x in values):
         return None
-    return sum(sum(x) if isinstance(x, list) else x for x in found) / tokens
+    return sum(sum(x) if isinstance(x, list) else x for x in values) / tokens
 
 
 @dataclass(frozen=True)
 class Report:
-    """Contenders in turns on one machine; the first is the one that was asked for. memory_limit: bytes, or None.
+    """Contenders in turns on one machine; the first is the requested one.
 
-    read_bandwidth_Bps: the best streaming read of memory, probed before every run; probes_Bps: each of them.
-    disk_bandwidth_Bps: direct reads of the size and depth that a miss takes, or None where nothing is read.
-    name: of a model that everybody can have. plan: of it on the machine as it was measured. counters, time_line: of the
-    first contender's last process. These are for `record`; what is printed leaves them out.
+    read_bandwidth_Bps: best streaming read of memory.
+    probes_Bps: streaming reads of memory, one before every run.
+    disk_bandwidth_Bps: direct reads of the size and depth of a miss, None if nothing was read.
+    memory_limit: bytes, or None.
+    name: public name of the model.
+    plan: plan of the model on the measured machine.
+    counters, time_line: those of the last process of the first contender.
+
+    The last four fields are for `record`, and are not printed.
     """
 
     rows: tuple[Row, ...]
@@ -132,14 +160,14 @@ class Report:
 
     def to_dict(self) -> dict:
         """All figures: the first contender's at the top, every contender's under `contenders`."""
-        apart = ("rows", "name", "plan", "counters", "time_line")
-        rest = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in apart}
+        left_out = ("rows", "name", "plan", "counters", "time_line")
+        rest = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in left_out}
         return asdict(self.rows[0]) | rest | {"contenders": [asdict(row) for row in self.rows]}
 
     def __str__(self) -> str:
         lines = [self._head(), "", *_table(COLUMNS, self.rows)]
         if any(row.phases_ms for row in self.rows):
-            lines += ["", "ms of a decoded token by phase (measured):", "", *_phases(self.rows)]
+            lines += ["", "ms per decoded token, by phase (measured):", "", *_phases(self.rows)]
         return "\n".join([*lines, *(f"\n{row.name}: {row.failure}" for row in self.rows if row.failure)])
 
     def _head(self) -> str:
@@ -171,7 +199,7 @@ COLUMNS = {
     "tokens/s (modelled)": lambda r: _number(r.predicted_tokens_per_s),
     "ms p50 / p95 / p99": lambda r: " / ".join(_number(x, 0) for x in (r.ms_p50, r.ms_p95, r.ms_p99)),
     "prompt tokens/s": lambda r: _spread(r.prompt_tokens_per_s, r.prompt_min, r.prompt_max),
-    "GB a token touched / moved / read from disk": lambda r: " / ".join(
+    "GB per token touched / moved / read from disk": lambda r: " / ".join(
         _number(x, 2, 1e-9) for x in (r.bytes_touched_per_token, r.bytes_moved_per_token, r.bytes_read_per_token)
     ),
     "hit rate (cache alone)": lambda r: f"{_number(r.hit_rate, 3)} ({_number(r.cached_rate, 3)})",
@@ -188,7 +216,5 @@ def _table(columns: dict, rows: Sequence[Row]) -> list[str]:
 
 def _phases(rows: Sequence[Row]) -> list[str]:
     known = [row for row in rows if row.phases_ms]
-    names = list(known[0].phases_ms)
-    columns = {"contender": lambda r: r.name}
-    columns |= {name: lambda r, name=name: _number(r.phases_ms[name], 1) for name in names}
-    return _table(columns, known)
+    phases = {name: lambda r, name=name: _number(r.phases_ms[name], 1) for name in known[0].phases_ms}
+    return _table({"contender": lambda r: r.name, **phases}, known)

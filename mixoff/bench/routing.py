@@ -1,9 +1,8 @@
-"""Makes a model choose the experts of a trace, and notes which ones it chose.
+"""Makes a model choose the experts of a trace, and records the experts that it chose.
 
-Letters: **T** tokens, **L** MoE layers, **K** experts a token.
-Random weights route at random, or nearly so; a forced model asks for experts as the trace's model does, with the
-weights that its own router gives. Works on any transformers model with an experts interface, offloaded or not.
-Does not know what serves the experts.
+Letters: **T** tokens, **L** MoE layers, **K** experts per token.
+Random weights route almost at random. A forced model uses the experts of the trace, with the weights of its own router.
+Works on any transformers model with an experts interface, offloaded or not.
 """
 
 from __future__ import annotations
@@ -26,10 +25,11 @@ if TYPE_CHECKING:
 
 
 class Routing:
-    """Attached to a model: forces `trace`, experts (T, L, K), from its first token on, around and around.
+    """Hooks on a model that replace its choice of experts.
 
-    trace None leaves the choice to the model. guesses: like the trace, what a runtime's prefetch expects instead of
-    what the routers' random weights would make it expect. chosen: what each pass of one token asked for, (L, K) each.
+    trace: experts (T, L, K) to use, repeated from the start when it ends; None leaves the choice to the model.
+    guesses: experts (T, L, K) that prefetching expects, in place of those of random routers.
+    chosen: experts (L, K) of each pass of one token.
     """
 
     def __init__(self, model: nn.Module, trace: np.ndarray | None, guesses: np.ndarray | None = None) -> None:
@@ -52,24 +52,25 @@ class Routing:
 
     def _hook(self, layer: int) -> Callable:
         def hook(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-            own = args[1] if len(args) > 1 else kwargs["top_k_index"]
-            choice = own if self.trace is None else self._forced(layer, own)
-            self._note(layer, choice)
+            original = args[1] if len(args) > 1 else kwargs["top_k_index"]
+            choice = original if self.trace is None else self._forced(layer, original)
+            self._record(layer, choice)
             if len(args) > 1:
                 return (args[0], choice, *args[2:]), kwargs
             return args, kwargs | {"top_k_index": choice}
 
         return hook
 
-    def _forced(self, layer: int, own: torch.Tensor) -> torch.Tensor:
+    def _forced(self, layer: int, original: torch.Tensor) -> torch.Tensor:
         first = self.next % len(self.trace)
-        if len(own) > 1:
-            return self.table[np.arange(first, first + len(own)) % len(self.trace), layer, 0].to(own)  # (T, K)
-        if self.forced[0] != self.next:  # what a hook does counts as the model's time: one token is cut once for all
-            self.forced = self.next, self.table[first].to(own).unbind()
+        if len(original) > 1:
+            tokens = np.arange(first, first + len(original)) % len(self.trace)
+            return self.table[tokens, layer, 0].to(original)  # (T, K)
+        if self.forced[0] != self.next:  # hooks count as the model's time, so a token is split into layers once
+            self.forced = self.next, self.table[first].to(original).unbind()
         return self.forced[1][layer]  # (1, K)
 
-    def _note(self, layer: int, choice: torch.Tensor) -> None:
+    def _record(self, layer: int, choice: torch.Tensor) -> None:
         if len(choice) == 1:
             self.now.append(choice)
         if layer == self.layers - 1:
@@ -79,17 +80,17 @@ class Routing:
             self.now = []
 
     def _guess(self, guesses: Guesses) -> None:
-        own = guesses.expect
+        expect_next = guesses.expect
 
         def expect(site: int, experts: list[int]) -> None:
-            own(site, self.guesses[self.next % len(self.guesses), site].tolist())
+            expect_next(site, self.guesses[self.next % len(self.guesses), site].tolist())
 
         guesses.expect = expect
-        self.undo.callback(setattr, guesses, "expect", own)
+        self.undo.callback(setattr, guesses, "expect", expect_next)
 
 
 def guessed(trace: np.ndarray, num_experts: int, recall: float) -> np.ndarray:
-    """Guesses (T, L, K) of which a share `recall` is what the trace chose, and the others are experts that it did not.
+    """Guesses (T, L, K): a share `recall` of them are in the trace, and the others are not.
 
     >>> trace = synthetic("uniform", None, 8, 2, layers=4, tokens=2000)
     >>> float((guessed(trace, 8, 0.5) == trace).mean().round(1))
@@ -105,7 +106,7 @@ def guessed(trace: np.ndarray, num_experts: int, recall: float) -> np.ndarray:
 def synthetic(preset: str, repeat: float | None, num_experts: int, top_k: int, layers: int, tokens: int) -> np.ndarray:
     """Experts (T, L, K) of a synthetic router: a preset of `mixoff.trace.routers`, its locality tuned to a repeat rate.
 
-    repeat: share of the previous token's experts asked for again, reached within a point; None keeps the preset's.
+    repeat: share of experts that the previous token used too, to within 0.01; None keeps the preset's.
     """
     from mixoff.trace import routers
 
@@ -118,7 +119,7 @@ def synthetic(preset: str, repeat: float | None, num_experts: int, top_k: int, l
 
 
 def every_expert(num_experts: int, top_k: int, layers: int) -> np.ndarray:
-    """Experts (T, L, K) of as few tokens as ask for each expert.
+    """Experts (T, L, K) of the fewest tokens that use every expert.
 
     >>> every_expert(4, 2, layers=1).tolist()
     [[[0, 1]], [[2, 3]]]
@@ -129,7 +130,7 @@ def every_expert(num_experts: int, top_k: int, layers: int) -> np.ndarray:
 
 
 def _tuned(draw: Callable[[float], np.ndarray], repeat: float) -> np.ndarray:
-    """Bisection over the weight of what the text is about: the repeat rate grows with it."""
+    """Bisection over the weight of the topic: the repeat rate grows with it."""
     low, high = 0.0, 16.0
     for _ in range(12):
         middle = (low + high) / 2

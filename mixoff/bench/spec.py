@@ -1,6 +1,6 @@
-"""What a contender is asked to do, and what all of them are told alike. Knows no library but numpy.
+"""The task of a contender, the same for all of them. Imports only numpy, since llama.cpp's environment has no torch.
 
-Letters: **T** tokens, **L** MoE layers, **K** experts a token.
+Letters: **T** tokens, **L** MoE layers, **K** experts per token.
 """
 
 from __future__ import annotations
@@ -11,16 +11,20 @@ from dataclasses import asdict, dataclass, field
 import numpy as np
 
 SEED, FIRST_ID = 0, 300  # ids below are bytes and special tokens in most vocabularies
-RECALL = 0.86  # of the bundled model, two experts guessed, measured: what a forced guess is given in its place
+RECALL = 0.86  # recall of two guessed experts on the bundled model, measured; forced guesses have the same
 
 
 @dataclass(frozen=True)
 class Spec:
-    """One contender. kind: `mixoff`, `mmap`, `transformers`, `accelerate` or `llama.cpp`. path: its model.
+    """One contender.
 
-    warmup: tokens decoded before the clock runs, which also fill the cache. routing: a preset of `trace.routers`,
-    or `model` for the model's own choice. repeat: the repeat rate to tune it to. recall: share of a forced choice that
-    the next-router guess names, since routers with random weights know nothing of it. load: options of the loader.
+    kind: `mixoff`, `mmap`, `transformers`, `accelerate` or `llama.cpp`.
+    path: folder or file of its model.
+    warmup: tokens decoded before the clock starts, which also fill the cache.
+    routing: preset of `trace.routers`, or `model` for the model's own choice.
+    repeat: repeat rate to tune the routing to.
+    recall: share of a forced choice that the guess names, since random routers cannot guess it.
+    load: options of the loader.
     """
 
     name: str
@@ -44,13 +48,13 @@ class Spec:
         return cls(**json.loads(text))
 
     def ids(self, vocabulary: int) -> np.ndarray:
-        """Random ids of each run, its prompt and then what is decoded: int64 (runs, prompt_tokens + tokens)."""
+        """Random ids of each run, prompt first: int64 (runs, prompt_tokens + tokens)."""
         shape = (self.runs, self.prompt_tokens + self.tokens)
         return np.random.default_rng(SEED).integers(min(FIRST_ID, vocabulary // 2), vocabulary, shape)
 
 
 def repeat_rate(chosen: np.ndarray) -> float | None:
-    """Share of a token's experts that the previous token had asked for too, chosen (T, L, K); None for one token.
+    """Share of experts that the previous token used too, for chosen (T, L, K); None for one token.
 
     >>> repeat_rate(np.array([[[0, 1]], [[1, 2]], [[1, 2]]]))
     0.75

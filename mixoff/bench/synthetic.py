@@ -1,11 +1,9 @@
-"""Stores and checkpoints of an exact shape with random weights, to measure speed where the real model is not at hand.
+"""Stores and checkpoints of an exact shape with random weights, to measure speed without the real model.
 
 Letters: **N** outputs (rows), **K** inputs (columns).
-Only pools are drawn and quantized, a few thousand rows of each kind; every weight is then put together from blocks or
-windows of a pool, picked at random, at the speed of memory. So each weight is a valid one of its scheme, with a
-standard deviation of about 0.02, and no two experts are the same. Everything follows from the seed.
-
-Does not know what is measured on them; says nothing about quality.
+Only pools are drawn and quantized, a few thousand rows of each kind. Every weight is then assembled from random blocks
+or windows of a pool, at the speed of memory. Each weight is valid in its scheme, with a standard deviation of about
+0.02, and no two experts are the same. Everything follows from the seed. These models say nothing about quality.
 """
 
 from __future__ import annotations
@@ -43,7 +41,7 @@ if TYPE_CHECKING:
 
 
 SIGMA = 0.02  # standard deviation of weights, about that of trained language models
-POOL_BLOCKS = 16  # blocks of rows in the pool of a width
+POOL_BLOCKS = 16  # blocks of rows in the pool of each width
 ENDS = 4  # variants of a matrix's last block, which may be shorter
 POOL_VALUES = 1 << 23  # values in the pool of weights in 16 bits
 SEED = 0
@@ -59,9 +57,9 @@ SHAPES = {"mixtral-8x7b": {}} | SMALLER
 
 
 def config_of(shape: str | PretrainedConfig, dtype: str = "bfloat16") -> PretrainedConfig:
-    """The configuration of a shape: one of SHAPES, what `presets.read` knows by name, or a configuration itself.
+    """The configuration of a shape: one of SHAPES, a name that `describe.read` takes, or a configuration itself.
 
-    Raises CheckpointError for a name that is none.
+    Raises CheckpointError for an unknown name.
     """
     from transformers import MixtralConfig
 
@@ -79,7 +77,7 @@ def config_of(shape: str | PretrainedConfig, dtype: str = "bfloat16") -> Pretrai
 
 
 def store_nbytes(shape: str | PretrainedConfig, scheme: str | Scheme) -> int:
-    """Bytes that `write_store` will write, manifest and configuration aside."""
+    """Bytes that `write_store` writes, without manifest and configuration."""
     model, sites, scheme = _described(config_of(shape), scheme)
     experts = sum(site.num_experts * stride(site) for site in sites)
     return experts + sum(_backbone_nbytes(tensor, scheme, role) for _, tensor, role in _backbone(model))
@@ -88,9 +86,9 @@ def store_nbytes(shape: str | PretrainedConfig, scheme: str | Scheme) -> int:
 def write_store(shape: str | PretrainedConfig, scheme: str | Scheme, folder: str | Path, seed: int = SEED) -> Path:
     """A store of that shape and scheme in `folder`, with random weights and all hashes; returns the folder.
 
-    A store of the same shape and scheme that is there already is kept. Disk space is looked at first, and the folder
-    appears under its name only when it is complete. There is no tokenizer. Raises MixoffError where space is short,
-    CheckpointError where the folder holds something else.
+    An existing store of the same shape and scheme is kept. The folder appears under its name only when it is complete,
+    and has no tokenizer. Raises MixoffError if the disk is too small, CheckpointError if the folder holds another
+    model or scheme.
     """
     config, folder = config_of(shape), Path(folder)
     model, sites, scheme = _described(config, scheme)
@@ -108,7 +106,7 @@ def write_store(shape: str | PretrainedConfig, scheme: str | Scheme, folder: str
 
 
 def _described(config: PretrainedConfig, scheme: str | Scheme) -> tuple[torch.nn.Module, tuple[Site, ...], Scheme]:
-    """The model without memory, its sites as they are stored, the scheme itself."""
+    """The model without weights, its sites as they are stored, and the scheme."""
     scheme = Scheme.preset(scheme) if isinstance(scheme, str) else scheme
     model = skeleton(config)
     return model, quantized_sites(expert_sites(model, _dtype(config)), scheme), scheme
@@ -134,7 +132,7 @@ def _make_partial(folder: Path, nbytes: int) -> Path:
     free = shutil.disk_usage(folder.parent).free
     if nbytes > free:
         raise MixoffError(
-            f"{folder} will take {format_nbytes(nbytes)}, and {format_nbytes(free)} are free: choose another folder"
+            f"{folder} needs {format_nbytes(nbytes)}, but {format_nbytes(free)} are free: choose another folder"
         )
     partial.mkdir()
     return partial
@@ -159,13 +157,13 @@ def _write_site(folder: Path, i: int, site: Site, scheme: Scheme, seed: int) -> 
 
 
 def _open(path: Path) -> FileIO:
-    """Open a file for writing past the page cache where that is possible: several times as fast here."""
+    """Open a file for writing past the page cache if possible, which is several times as fast."""
     direct = os.O_DIRECT if probe.direct_io(path.parent) else 0
     return FileIO(os.open(path, os.O_WRONLY | os.O_CREAT | direct, 0o644), "wb")
 
 
 def _fill(image: torch.Tensor, part: Part, scheme: Scheme, key: tuple[int, ...]) -> str:
-    """Put a random weight where `part` stands in an image (nbytes,); returns its hash."""
+    """Write a random weight at the offset of `part` in an image (nbytes,); returns its hash."""
     rng, place = np.random.default_rng(key), image[part.offset : part.offset + part.nbytes]
     if part.form is None:
         place.copy_(plain(part.shape, part.dtype, rng).view(-1).view(torch.uint8))
@@ -175,7 +173,7 @@ def _fill(image: torch.Tensor, part: Part, scheme: Scheme, key: tuple[int, ...])
 
 
 def plain(shape: tuple[int, ...], dtype: str, rng: np.random.Generator) -> torch.Tensor:
-    """Random weights in 16 or 32 bits: a window of the pool, repeated as often as it takes."""
+    """Random weights in 16 or 32 bits: a window of the pool, repeated to the size of the weight."""
     pool, size = _values(dtype), math.prod(shape)
     start = int(rng.integers(len(pool) // 2))
     window = pool[start : start + len(pool) // 2]
@@ -189,9 +187,9 @@ def _values(dtype: str) -> torch.Tensor:
 
 
 def pick(q: QTensor, scheme: Scheme, role: str, rng: np.random.Generator) -> QTensor:
-    """Fill `q` (N, K) with a random weight as `scheme` stores it in that role: blocks of rows picked from a pool.
+    """Fill `q` (N, K) with random blocks of rows from a pool, as `scheme` quantizes a weight of that role.
 
-    Blocks of rows lie one behind the other in every part of a `QTensor`, so any sequence of them is a matrix again.
+    Blocks of rows are contiguous in every part of a `QTensor`, so any sequence of blocks is a valid matrix.
     """
     whole = (q.shape[0] - 1) // BLOCK
     blocks, ends = _pool(q.shape[1], q.shape[0] - whole * BLOCK, scheme, role)
@@ -203,7 +201,7 @@ def pick(q: QTensor, scheme: Scheme, role: str, rng: np.random.Generator) -> QTe
 
 @functools.lru_cache(maxsize=16)
 def _pool(width: int, end: int, scheme: Scheme, role: str) -> tuple[list[QTensor], list[QTensor]]:
-    """Blocks of rows, quantized once, and blocks of `end` rows for a matrix's end."""
+    """Blocks of rows, quantized once, and blocks of `end` rows for the end of a matrix."""
     generator = torch.Generator().manual_seed(SEED)
 
     def draw(rows: int) -> QTensor:
@@ -216,7 +214,7 @@ def _pool(width: int, end: int, scheme: Scheme, role: str) -> tuple[list[QTensor
 
 
 def _backbone(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor, str | None]]:
-    """Name, shape-only tensor and role of each weight that is not an expert's; a tied head is the embedding."""
+    """Name, shape-only tensor and role of each weight of the backbone, without a head tied to the embedding."""
     roles = backbone_roles(model)
     experts = tuple(f"{name}." for name in expert_modules(model))
     tied = ("lm_head.weight",) if model.config.tie_word_embeddings else ()
@@ -272,9 +270,9 @@ def _save(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]
 
 
 def write_checkpoint(shape: str | PretrainedConfig, folder: str | Path, seed: int = SEED) -> Path:
-    """A plain checkpoint of that shape in the Hub's layout, as transformers saves it; returns the folder.
+    """A plain checkpoint of that shape in the layout of the Hub; returns the folder.
 
-    Takes the whole model's memory, twice for a moment. An existing folder with a config.json is kept.
+    Needs twice the memory of the model for a moment. An existing folder with a config.json is kept.
     """
     config, folder = config_of(shape), Path(folder)
     if (folder / "config.json").exists():

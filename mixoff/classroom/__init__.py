@@ -1,6 +1,6 @@
 """What only a notebook needs: one-call setup, figures with captions, and checks of exercises that never raise.
 
-`import mixoff` does not load this. Does not know how models run.
+`import mixoff` does not load this.
 """
 
 from mixoff.classroom import checks as check

@@ -1,7 +1,6 @@
-"""Figures of the chapters: one look, colours that everybody can tell apart, and a caption that says what is seen.
+"""Figures of the chapters: one style, a colour-blind-safe palette, and a caption that states the finding.
 
 Categories are Okabe and Ito's colours, magnitudes are cividis; hit, miss and resident differ by letter and shade too.
-Takes numbers, gives figures. Does not know models.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ STYLE = {
     "hatch.linewidth": 0.6,
 }
 
-# What an expert can be at one token, in the order of the codes of a grid: label, letter, colour
+# States of an expert at one token, in the order of the codes of a grid: label, letter, colour
 STATES = (
     ("in the slow tier", "", "#FFFFFF"),
     ("resident, not asked for", "", "#D9D9D9"),
@@ -59,20 +58,20 @@ LINE = "#999999"
 
 
 def use_style() -> None:
-    """Makes every figure from now on look like the course."""
+    """Set the style of the course for all later figures."""
     plt.rcParams.update(STYLE)
 
 
 def show(fig: Figure, caption: str, alt: str | None = None) -> None:
-    """Displays a figure with its caption below, and closes it.
+    """Display a figure with its caption below, and close it.
 
-    The caption states the finding with its numbers. It is the image's text, so nbval compares it. `alt` tells readers
-    who cannot see the figure what is drawn (default: the caption).
+    caption: the finding with its numbers; it is the text of the image, so nbval compares it.
+    alt: description of the figure for readers who cannot see it (default: the caption).
     """
     from IPython.display import display
 
     buffer = io.BytesIO()
-    fig.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})  # no version of matplotlib in the file
+    fig.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})  # without matplotlib's version
     plt.close(fig)
     image = {"image/png": base64.b64encode(buffer.getvalue()).decode(), "text/plain": caption}
     display(image, raw=True, metadata={"image/png": {"alt": alt or caption}})
@@ -81,7 +80,7 @@ def show(fig: Figure, caption: str, alt: str | None = None) -> None:
 
 
 def byte_bars(parts: Mapping[str, float], limits: Mapping[str, float], unit: str) -> Figure:
-    """One stacked horizontal bar of `parts`, with a dashed line at each of `limits`; all numbers in `unit`."""
+    """One stacked horizontal bar of `parts`, with a dashed line at each of `limits`, all in `unit`."""
     fig, ax = plt.subplots(figsize=(7.5, 2.1))
     start, hatches = 0.0, ("", "//", "..", "xx", "\\\\")
     for (name, size), colour, hatch in zip(parts.items(), OKABE_ITO.values(), hatches, strict=False):
@@ -98,9 +97,9 @@ def byte_bars(parts: Mapping[str, float], limits: Mapping[str, float], unit: str
 
 
 def expert_grids(grids: Sequence[np.ndarray], titles: Sequence[str], columns: int = 3) -> Figure:
-    """Small multiples, one grid a token: layers down, experts across, each cell one of STATES by colour and letter.
+    """Small multiples, one grid per token: layers down, experts across, each cell one of STATES by colour and letter.
 
-    grids: arrays of codes AWAY, RESIDENT, HIT, MISS, PREFETCHED or EVICTED, each (L, E); the legend names those seen.
+    grids: arrays (L, E) of the codes AWAY, RESIDENT, HIT, MISS, PREFETCHED and EVICTED; the legend names those used.
     """
     L, E = grids[0].shape
     rows = -(-len(grids) // columns)
@@ -122,7 +121,7 @@ def expert_grids(grids: Sequence[np.ndarray], titles: Sequence[str], columns: in
 
 
 def draw_grid(ax: Axes, grid: np.ndarray) -> None:
-    """Draws the states of one token, (L, E), into `ax`."""
+    """Draw the states of one token, (L, E), into `ax`."""
     colours = ListedColormap([colour for _, _, colour in STATES])
     ax.pcolormesh(grid, cmap=colours, vmin=0, vmax=len(STATES) - 1, edgecolors=LINE, linewidth=0.5, clip_on=False)
     for (layer, expert), code in np.ndenumerate(grid):
@@ -132,24 +131,25 @@ def draw_grid(ax: Axes, grid: np.ndarray) -> None:
     ax.tick_params(length=0)
 
 
-LANES = {  # of a Gantt chart, from the top: which kinds of event are on it, and how each is drawn
+LANES = {  # lanes of a Gantt chart, from the top, and the kinds of event in each
     "compute": ("compute", "host"),
     "link": ("miss", "prefetch"),
     "disk": ("read",),
 }
-LOOKS = {  # Okabe and Ito's colours; hatches tell them apart without colour
-    "compute": ("#0072B2", ""), "host": ("#999999", "//"), "miss": ("#D55E00", "xx"), "prefetch": ("#56B4E9", ".."),
-    "read": ("#CC79A7", "\\\\"),
-}  # fmt: skip
+LOOKS = {  # colour and hatch of each kind
+    "compute": (OKABE_ITO["blue"], ""),
+    "host": (LINE, "//"),
+    "miss": (OKABE_ITO["vermillion"], "xx"),
+    "prefetch": (OKABE_ITO["sky"], ".."),
+    "read": (OKABE_ITO["purple"], "\\\\"),
+}
 
 
 def gantt(events: Iterable[Event], ax: Axes | None = None, title: str = "", modelled: bool = True) -> Axes:
-    """Draw a time line, lanes below each other, time in ms; of a step, or of what a runtime told.
+    """Draw the time line of a modelled step or of a runtime's events, in ms, one row per lane.
 
     Modelled spans have dashed outlines, measured ones solid: draw both into one `ax` to compare.
     """
-    import matplotlib.pyplot as plt
-
     ax = ax or plt.subplots(figsize=(8, 1.8), layout="constrained")[1]
     spans = {kind: [(1e3 * e.t0, 1e3 * (e.t1 - e.t0)) for e in events if e.kind == kind] for kind in LOOKS}
     lanes = [lane for lane, kinds in LANES.items() if any(spans[kind] for kind in kinds)]

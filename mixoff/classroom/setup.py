@@ -1,7 +1,4 @@
-"""One call at the top of each chapter, the same at home and on Colab, safe to repeat.
-
-Does not know which chapter it is in.
-"""
+"""One call at the top of each chapter, the same at home and on Colab, safe to repeat."""
 
 from __future__ import annotations
 
@@ -9,14 +6,16 @@ import os
 
 
 def setup(threads: int = 1, seed: int = 0, gpu: bool = True) -> None:
-    """Makes what follows repeatable and quiet: one thread, seeded generators, no progress bars, one look for figures.
+    """Make a chapter repeatable and quiet: seeded generators, no progress bars, one style of figures.
 
-    One thread is as fast as two for the small models of the course, and sums run in the same order on every machine.
-    gpu: whether torch may see one; chapters that load a model say no, so that they count and print the same on Colab.
-    Call it before torch is imported, or the order of sums is the processor's own.
+    Call it before torch is imported; otherwise the order of sums depends on the processor.
+
+    threads: threads of torch; one is as fast as two for small models, and sums in the same order on every machine.
+    seed: random seed of torch.
+    gpu: whether torch may use a GPU; chapters that load a model pass False, so that they print the same on Colab.
     """
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # else tokenizers warn about forks on stderr
-    # processors with and without AVX-512 would sum in other orders; these two keep to what both have, as fast here
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # otherwise tokenizers warn about forks on stderr
+    # processors with AVX-512 would sum in another order; AVX2 is on all of them, and as fast here
     os.environ.setdefault("MKL_CBWR", "AVX2")
     os.environ.setdefault("ATEN_CPU_CAPABILITY", "avx2")
     if not gpu:

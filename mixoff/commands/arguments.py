@@ -1,7 +1,7 @@
-"""Values on the command line, read and checked before torch is imported: a typo answers at once.
+"""Values on the command line, read and checked before torch is imported, so that a typo is answered at once.
 
-Functions named after a kind of value are types of argparse options. They return what the commands take, or raise
-`argparse.ArgumentTypeError`. Does not know commands.
+Functions named after a kind of value are types of argparse options: they return the value or raise
+`argparse.ArgumentTypeError`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import math
 import os
 import re
 import stat
-import sys
 import tempfile
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -20,56 +19,59 @@ from pathlib import Path
 
 from mixoff import models
 from mixoff.checkpoints.names import missing, parse
+from mixoff.commands import terminal
 from mixoff.errors import CheckpointError, MixoffError, suggestion
 from mixoff.units import parse_nbytes
 
-# names that are defined where torch is imported; tests/commands/test_cli.py holds them to the code
+# copies of names that are defined where torch is imported; tests/commands/test_cli.py compares them
 SCHEMES = ("mixed", "paper", "small", "quality", "none")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-SHORT = {"fp32": "float32", "f32": "float32", "float": "float32", "bf16": "bfloat16", "fp16": "float16"}
-SHORT |= {"f16": "float16", "half": "float16"}
+SHORT = {
+    "fp32": "float32", "f32": "float32", "float": "float32", "bf16": "bfloat16",
+    "fp16": "float16", "f16": "float16", "half": "float16",
+}  # fmt: skip
 IO = ("auto", "direct", "buffered")
 PREFETCH = ("auto", "none", "next-router")
 SCOPES = ("layer", "global")
-MOST = 10**12  # of anything that is counted
+MOST = 10**12  # largest count of anything
 
 
 def choice(what: str, names: Iterable[str], short: dict[str, str] | None = None) -> Callable[[str], str]:
-    """One of `names`; an error begins with `what`, and says which there are, and which may have been meant."""
+    """One of `names`, or a key of `short`. An error about an unknown `what` lists the names and suggests one."""
     names, short = list(names), short or {}
 
     def read(text: str) -> str:
         if (name := short.get(text.lower(), text)) in names:
             return name
-        known = f"{what} {text!r}: choose one of {', '.join(names)}"
+        known = f"unknown {what} {text!r}: choose one of {', '.join(names)}"
         raise argparse.ArgumentTypeError(known + suggestion(text, [*names, *short]))
 
     return read
 
 
 def policy(text: str) -> str:
-    """A policy of the runtime."""
+    """A cache policy of the runtime."""
     from mixoff.cache.policies import POLICIES
 
-    return choice("unknown policy", [*sorted(POLICIES), "none"])(text)
+    return choice("policy", [*sorted(POLICIES), "none"])(text)
 
 
 def simulated_policy(text: str) -> str:
-    """A policy of the simulator, or all of them."""
+    """A cache policy of the simulator, or `all`."""
     from mixoff.trace.replay import CODES
 
-    return choice("unknown policy", [*sorted(CODES), "all"])(text)
+    return choice("policy", [*sorted(CODES), "all"])(text)
 
 
 def machine(text: str) -> str:
-    """The name of a machine, in any of its spellings."""
+    """The name of a machine, in any spelling."""
     from mixoff.planning import hardware
 
     return _explained(lambda: hardware.named_as(text))
 
 
 def size(text: str) -> str:
-    """Bytes as people write them."""
+    """Bytes, as in 500MB or 6GiB."""
     _explained(lambda: parse_nbytes(text))
     return text
 
@@ -87,10 +89,10 @@ def _explained(work: Callable[[], str | int]) -> str | int:
 
 
 def device(text: str) -> str:
-    """A device that torch may have."""
+    """A name of a torch device."""
     if re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", text):
         return text
-    raise argparse.ArgumentTypeError(f"no device {text!r}: choose auto, cpu, cuda or cuda:N")
+    raise argparse.ArgumentTypeError(f"unknown device {text!r}: choose auto, cpu, cuda or cuda:N")
 
 
 def whole(name: str, way_out: str, least: int = 1, most: int = MOST) -> Callable[[str], int]:
@@ -122,11 +124,11 @@ def real(name: str, way_out: str, least: float = 0.0, most: float = 1e6) -> Call
 
 
 def words(text: str) -> str:
-    """Text that is UTF-8."""
+    """Text that can be encoded as UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise argparse.ArgumentTypeError(f"character {error.start + 1} is not valid UTF-8: give text in it") from None
+        raise argparse.ArgumentTypeError(f"character {error.start + 1} is not valid UTF-8: pass UTF-8 text") from None
     return text
 
 
@@ -134,12 +136,12 @@ def words(text: str) -> str:
 
 
 def model(path: str) -> None:
-    """Refuse what cannot be a model's folder, and say what is going to be looked up on the Hub. Raises MixoffError."""
+    """Check that `path` can be a model, and announce a look-up on the Hub. Raises MixoffError."""
     if path in models.names():
         return
-    if (found := parse(path)) is not None:
+    if (repository := parse(path)) is not None:
         if os.environ.get("HF_HUB_OFFLINE", "").upper() not in ("1", "ON", "YES", "TRUE"):
-            print(f"mixoff: no folder at {found}: looking for it on the Hugging Face Hub", file=sys.stderr, flush=True)
+            terminal.say(f"no folder at {repository}: looking for it on the Hugging Face Hub")
         return
     folder = Path(os.path.expanduser(path))
     if os.path.isfile(folder):
@@ -151,7 +153,7 @@ def model(path: str) -> None:
 
 
 def plan_source(path: str) -> str:
-    """A model to plan: what `model` takes, a configuration's file, or the name of a well-known model, made full."""
+    """A model to plan: what `model` takes, a config.json, or the name of a well-known model, returned in full."""
     from mixoff.shapes.known import PRESETS, named_as
 
     if os.path.isfile(path) or (path := named_as(path)) in PRESETS:
@@ -164,24 +166,24 @@ def plan_source(path: str) -> str:
 
 
 def new_file(path: str, *suffixes: str) -> None:
-    """Refuse a file that could not be written, before the work whose result it is to hold. Raises MixoffError."""
+    """Check, before the work starts, that a file can be written. Raises MixoffError."""
     if suffixes and Path(path).suffix not in suffixes:
         raise MixoffError(f"cannot write {path}: name it {Path(path).stem or 'trace'}{suffixes[0]}")
     if os.path.isdir(path):
-        raise MixoffError(f"cannot write {path}: it is a folder, name a file in it")
+        raise MixoffError(f"cannot write {path}: it is a folder; name a file in it")
     _writable(path, Path(path).absolute().parent)
 
 
 def new_folder(path: str) -> None:
-    """Refuse a folder that is there already or could not be made. Raises MixoffError."""
+    """Check that a folder does not exist and can be created. Raises MixoffError."""
     target = Path(path).absolute()
     if os.path.lexists(target) and not os.path.isfile(f"{target}.partial/journal"):
-        raise CheckpointError(f"{path} exists already: choose another folder, or remove it first")
+        raise CheckpointError(f"{path} already exists: choose another folder, or remove it first")
     _writable(path, next(parent for parent in target.parents if os.path.lexists(parent)))
 
 
 def _writable(path: str, folder: Path) -> None:
-    """Try it: permissions alone do not tell of disks that are read-only, nor of folders that are not on a disk."""
+    """Write a temporary file: permissions do not show read-only disks, or folders that are not on a disk."""
     try:
         with suppress(FileNotFoundError):
             if stat.S_ISREG(os.lstat(path).st_mode) and not os.access(path, os.W_OK):
@@ -190,4 +192,4 @@ def _writable(path: str, folder: Path) -> None:
             pass
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise MixoffError(f"cannot write {path}: {reason}; choose a place in a folder that you may write in") from error
+        raise MixoffError(f"cannot write {path}: {reason}; choose a folder that you can write to") from error

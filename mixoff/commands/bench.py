@@ -1,12 +1,12 @@
-"""The options of `mixoff bench`, and what follows from them: models to write first, contenders to compare.
+"""`mixoff bench`: speed of a store or shape, of its peers, and of the bundled model.
 
-Without a store or a shape it measures the bundled model, by budget unless that is to be recorded. Does not know any
-arithmetic.
+Without a store or a shape it measures the bundled model by budget, unless the result is recorded.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mixoff import models
-from mixoff.commands import arguments
+from mixoff.commands import arguments, options, terminal
 from mixoff.errors import MixoffError, suggestion
 from mixoff.units import format_nbytes, parse_nbytes
 
@@ -25,77 +25,58 @@ if TYPE_CHECKING:
     from mixoff.bench.report import Report
 
 
+HELP = "tokens/s of a store, a shape or the bundled model, next to the limits of this machine"
 ROUTINGS = {"mixtral": "mixtral-8x7b", "uniform": "uniform", "model": "model"}
-ASK_FROM = 1 << 30  # bytes of files that are not written without a word
+ASK_FROM = 1 << 30  # bytes: ask before writing files larger than this
 
 
-def add_options(command: argparse.ArgumentParser) -> None:
-    """Every option of `mixoff bench`."""
-    add = command.add_argument
-    add("store", nargs="?", metavar="STORE", help="folder of a store, or a Hub id; none: the bundled model by budget")
-    add("--shape", help="a store of this shape, random weights: mixtral-8x7b, mixtral-3b, mixtral-700m, or a Hub id")
-    scheme, count = arguments.choice("no scheme", arguments.SCHEMES), arguments.whole
-    add(
-        "--scheme",
-        type=scheme,
-        default="mixed",
-        help="quantization of --shape: mixed, paper, small, quality or none (mixed)",
-    )
-    add("--folder", metavar="FOLDER", help="where what --shape needs is written, and kept (the user's cache folder)")
+def add(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    add, whole, size = parser.add_argument, arguments.whole, arguments.size
+    add("store", nargs="?", metavar="STORE", help="folder of a store, or Hub id (default the bundled model, by budget)")
+    add("--shape", help="store of this shape, random weights: mixtral-8x7b, mixtral-3b, mixtral-700m, or a Hub id")
+    options.scheme(add, "quantization of --shape: SCHEMES", "mixed")
+    text = "where files for --shape are written and kept (default the user's cache folder)"
+    add("--folder", metavar="FOLDER", help=text)
     add("--yes", action="store_true", help="write large files without asking")
-    add("--routing", default="mixtral", help="mixtral, uniform, or model for the model's own routers (mixtral)")
-    share = arguments.real("repeat", "give a share of 0 to 1", 0.0, 1.0)
-    add("--repeat", type=share, metavar="R", help="tune the routing to this share of experts asked for again")
-    add(
-        "--fast-bytes",
-        type=arguments.size,
-        metavar="SIZE",
-        help="experts in the fast tier (what the plan leaves of memory)",
-    )
-    add(
-        "--io",
-        type=arguments.choice("no io", arguments.IO),
-        default="auto",
-        help="how misses are read: auto, direct (past the page cache) or buffered (auto)",
-    )
-    add(
-        "--memory-limit",
-        type=arguments.size,
-        metavar="SIZE",
-        help="run every contender inside a real limit: 9G, page cache included",
-    )
-    add(
-        "--threads",
-        type=count("threads", "give at least one thread, of at most 1024", 1, 1024),
-        default=1,
-        help="of every contender (1)",
-    )
-    tokens = count("tokens", "give at least one token, and at most a million", 1, 10**6)
-    add("--tokens", "--max-new-tokens", type=tokens, metavar="N", help="decoded in each run (32; bundled model: 64)")
-    add("--prompt-tokens", type=tokens, default=64, metavar="N", help="read before them (64)")
-    add(
-        "--warmup",
-        type=count("warmup", "give 0 or more tokens", 0, 10**6),
-        default=8,
-        metavar="N",
-        help="decoded before the clock runs (8)",
-    )
-    add(
-        "--runs",
-        type=count("runs", "measure at least once", 1, 10**6),
-        help="of each contender, in turns (3; bundled model: 5)",
-    )
-    add("--peers", default="", metavar="LIST", help="of transformers,accelerate,mmap,llama.cpp,llama.cpp-mapped")
-    add("--llama-python", default=sys.executable, metavar="PATH", help="interpreter with llama-cpp-python (this one)")
+    add("--routing", default="mixtral", help="mixtral, uniform, or model for the model's own routers")
+    repeat = arguments.real("repeat", "give a share of 0 to 1", 0.0, 1.0)
+    add("--repeat", type=repeat, metavar="R", help="tune the routing to this share of experts used again")
+    text = "experts in the fast tier (default what the plan leaves of memory)"
+    add("--fast-bytes", type=size, metavar="SIZE", help=text)
+    options.io(add)
+    text = "real memory limit for every contender, page cache included: 9G (default none)"
+    add("--memory-limit", type=size, metavar="SIZE", help=text)
+    options.threads(add, "threads of every contender", 1)
+    tokens = whole("tokens", "give at least one token, and at most a million", 1, 10**6)
+    text = "tokens decoded in each run (default 32; bundled model: 64)"
+    add("--tokens", "--max-new-tokens", type=tokens, metavar="N", help=text)
+    add("--prompt-tokens", type=tokens, default=64, metavar="N", help="tokens of the prompt")
+    warmup = whole("warmup", "give 0 or more tokens", 0, 10**6)
+    add("--warmup", type=warmup, default=8, metavar="N", help="tokens decoded before the clock starts")
+    runs = whole("runs", "measure at least once", 1, 10**6)
+    add("--runs", type=runs, metavar="N", help="runs of each contender, in turns (default 3; bundled model: 5)")
+    text = "any of transformers,accelerate,mmap,llama.cpp,llama.cpp-mapped (default none)"
+    add("--peers", metavar="LIST", help=text)
+    text = "Python with llama-cpp-python (default this one)"
+    add("--llama-python", default=sys.executable, metavar="PATH", help=text)
     add("--checkpoint", metavar="FOLDER", help="16-bit copy of STORE, for transformers and accelerate")
     add("--gguf", metavar="FILE", help="copy of STORE for llama.cpp")
-    add("--ablations", action="store_true", help="also without pre-loading, without a cache, and layer by layer")
-    add("--record", metavar="FILE", help="write all that compares this machine with its prediction")
+    add("--ablations", action="store_true", help="measure without pre-loading, without a cache, and by layer, too")
+    add("--record", metavar="FILE", help="file for all figures that compare this machine with its prediction")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Measure, and print a table."""
+    report = run(args)
+    print(json.dumps(report.to_dict()) if args.json else report)
+    return 0
 
 
 def run(args: argparse.Namespace) -> Table | Report:
     """Measure what was asked for; progress goes to standard error."""
     check(args)
+    terminal.quiet_transformers()
     if args.store is None and args.shape is None and not args.record:
         from mixoff.bench import budgets
 
@@ -111,36 +92,35 @@ def run(args: argparse.Namespace) -> Table | Report:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Refuse what can be seen to be wrong before anything is imported or written."""
+    """Check what can be checked before anything is imported or written. Raises MixoffError."""
     if args.store is not None:
         arguments.model(args.store)
     if args.routing not in ROUTINGS:
         way_out = f"choose one of {', '.join(ROUTINGS)}{suggestion(args.routing, ROUTINGS)}"
-        raise MixoffError(f"no routing {args.routing!r}: {way_out}")
+        raise MixoffError(f"unknown routing {args.routing!r}: {way_out}")
     if peers := _peers(args):
         from mixoff.bench.compare import PEERS
 
         if unknown := sorted(set(peers) - set(PEERS)):
-            way_out = f"choose among {', '.join(PEERS)}{suggestion(unknown[0], PEERS)}"
-            raise MixoffError(f"no peer {unknown[0]!r}: {way_out}")
+            way_out = f"choose from {', '.join(PEERS)}{suggestion(unknown[0], PEERS)}"
+            raise MixoffError(f"unknown peer {unknown[0]!r}: {way_out}")
     if args.record is not None:
         arguments.new_file(args.record)
     for path in (args.checkpoint, args.gguf):
         if path is not None and not os.path.exists(path):
-            raise MixoffError(f"nothing is at {path}: check the path")
+            raise MixoffError(f"{path} does not exist: check the path")
 
 
 def _peers(args: argparse.Namespace) -> tuple[str, ...]:
-    return tuple(filter(None, args.peers.split(",")))
+    return tuple(filter(None, (args.peers or "").split(",")))
 
 
 def _settings(args: argparse.Namespace) -> Settings:
     from mixoff.bench.compare import Settings
 
-    limit = None if args.memory_limit is None else parse_nbytes(args.memory_limit)
     files = {"checkpoint": args.checkpoint, "gguf": args.gguf} | _named(args.store or models.names()[0])
     if args.shape:
-        files = _written(args, _peers(args)) | {"name": f"{args.shape} as {args.scheme}, random weights"}
+        files = _write_files(args, _peers(args)) | {"name": f"{args.shape} as {args.scheme}, random weights"}
     return Settings(
         **files,
         threads=args.threads,
@@ -152,7 +132,7 @@ def _settings(args: argparse.Namespace) -> Settings:
         repeat=args.repeat,
         fast_bytes=None if args.fast_bytes is None else parse_nbytes(args.fast_bytes),
         io=args.io,
-        memory_limit=limit,
+        memory_limit=None if args.memory_limit is None else parse_nbytes(args.memory_limit),
         peers=_peers(args),
         ablations=args.ablations,
         llama_python=args.llama_python,
@@ -160,31 +140,33 @@ def _settings(args: argparse.Namespace) -> Settings:
 
 
 def _named(model: str) -> dict[str, str | None]:
-    """Folder and name of a model; one that is on the Hub is fetched. A folder of the user's own has no name."""
+    """Folder and name of a model, downloaded if it is on the Hub. A local folder has no name."""
     from mixoff.checkpoints import hub, names
 
     if model in models.names():
         return {"store": str(models.path(model)), "name": model}
-    if (found := names.parse(model)) is not None:
-        return {"store": str(hub.snapshot(found)), "name": model}
+    if (repository := names.parse(model)) is not None:
+        return {"store": str(hub.snapshot(repository)), "name": model}
     return {"store": model, "name": None}
 
 
 # Files ----------------------------------------------------------------------------------------------------------------
 
 
-def _written(args: argparse.Namespace, peers: tuple[str, ...]) -> dict[str, str | None]:
-    """The store of the shape, and what its peers need beside it, written where they are missing."""
+def _write_files(args: argparse.Namespace, peers: tuple[str, ...]) -> dict[str, str | None]:
+    """The store of the shape and the files that its peers need, written unless they exist."""
     from mixoff import folders
     from mixoff.bench import synthetic
 
     folder = Path(args.folder) if args.folder else folders.cache_folder() / "bench"
     name = Path(args.shape).name.lower()
     paths = {"store": folder / f"{name}-{args.scheme}"}
-    paths |= {"checkpoint": folder / f"{name}-16bit"} if {"transformers", "accelerate"} & set(peers) else {}
-    paths |= {"gguf": folder / f"{name}-q2_k.gguf"} if any(peer.startswith("llama.cpp") for peer in peers) else {}
+    if {"transformers", "accelerate"} & set(peers):
+        paths["checkpoint"] = folder / f"{name}-16bit"
+    if any(peer.startswith("llama.cpp") for peer in peers):
+        paths["gguf"] = folder / f"{name}-q2_k.gguf"
     schemes = {"store": args.scheme, "checkpoint": "none", "gguf": "mixed"}  # a Q2_K file is as large as a mixed store
-    makers: dict[str, Callable[[Path], object]] = {
+    writers: dict[str, Callable[[Path], object]] = {
         "store": lambda path: synthetic.write_store(args.shape, args.scheme, path),
         "checkpoint": lambda path: synthetic.write_checkpoint(args.shape, path),
         "gguf": lambda path: _write_gguf(args, path),
@@ -192,17 +174,18 @@ def _written(args: argparse.Namespace, peers: tuple[str, ...]) -> dict[str, str 
     for kind, path in paths.items():
         if not path.exists():
             _ask(path, synthetic.store_nbytes(args.shape, schemes[kind]), args.yes)
-        makers[kind](path)
+        writers[kind](path)
     return {kind: str(path) for kind, path in paths.items()}
 
 
 def _ask(path: Path, nbytes: int, yes: bool) -> None:
-    """Ask whether a large file may be written. Raises MixoffError for a no, and where nobody can answer."""
+    """Ask whether a large file may be written. Raises MixoffError if the answer is no, or without a terminal."""
     if nbytes < ASK_FROM or yes:
         return
-    text = f"{path} does not exist yet: write {format_nbytes(nbytes)} of random weights there?"
+    size = format_nbytes(nbytes)
     if not sys.stdin.isatty():
-        raise MixoffError(f"{text} Say --yes, or name another place with --folder")
+        raise MixoffError(f"refusing to write {size} to {path} without confirmation: pass --yes or --folder")
+    text = f"{path} does not exist yet: write {size} of random weights there?"
     print(f"{text} [y/N] ", end="", file=sys.stderr, flush=True)
     if sys.stdin.readline().strip().lower() not in ("y", "yes"):
         raise MixoffError("nothing was written")
@@ -217,4 +200,4 @@ def _write_gguf(args: argparse.Namespace, path: Path) -> None:
     done = subprocess.run(words, capture_output=True, text=True, env=environment(1))
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise MixoffError(f"could not write {path} ({last}): --llama-python names an interpreter with llama-cpp-python")
+        raise MixoffError(f"could not write {path} ({last}): --llama-python names a Python with llama-cpp-python")

@@ -244,6 +244,17 @@ def _remaining(needs: Needs, machine: Hardware) -> int:
     return machine.fast_bytes - machine.reserved_nbytes - needs.fixed
 
 
+def needed_fast_nbytes(needs: Needs, machine: Hardware, slots: int = 1) -> int:
+    """Bytes of fast memory with which each layer has `slots` slots, in addition to the spare slots of prefetching."""
+    slots = min(slots, max(site.num_experts for site in needs.sizes.sites))
+    experts = needs.experts_in_fast(slots)
+    nbytes = needs.fixed + experts + machine.reserved_nbytes
+    if slots == 1:  # too few for spare slots
+        return nbytes
+    smaller = replace(needs, page_cache=min(needs.page_cache, nbytes))
+    return nbytes + smaller.spare(experts) * needs.sizes.slot_nbytes
+
+
 def ways_out(needs: Needs, machine: Hardware) -> list[str]:
     """Changes that make the model fit, each enough by itself, the smallest first; empty if it fits."""
     of, ways = needs.sizes, []
@@ -252,15 +263,14 @@ def ways_out(needs: Needs, machine: Hardware) -> list[str]:
         ways.append(f"free {format_nbytes(lacking)} of disk: the store takes {format_nbytes(of.stored)}")
     if not of.shape.sites:
         return ways or [f"use a machine with {format_nbytes(needs.fixed + of.experts)} of fast memory"]
-    lacking = needs.experts_in_fast(1) - _remaining(needs, machine)
-    if lacking <= 0:
+    need = needed_fast_nbytes(needs, machine)
+    if need <= machine.fast_bytes:
         return ways
     shorter = _shorter_context(needs, machine)
     if shorter:
         ways.append(f"use --context {shorter}: KV cache and workspace shrink with it")
     if scheme := _smaller_scheme(needs, machine):
         ways.append(f"use --scheme {scheme}: a slot of each layer then fits")
-    need = machine.fast_bytes + lacking
     return [*ways, f"raise --fast to {format_nbytes(need)} ({need:,} bytes): one slot for each MoE layer then fits"]
 
 

@@ -14,7 +14,7 @@ from rich.console import Console
 import mixoff
 from damage import DAMAGE
 from mixoff import MixoffError, models
-from mixoff.commands import demo
+from mixoff.commands import demo, grid
 from mixoff.commands.cli import main
 from tiny import BUNDLED
 
@@ -184,7 +184,9 @@ def test_demo_states_its_figures_and_that_the_tokens_are_equal(capsys, tmp_path)
 
 
 def test_demo_fails_when_tokens_differ(capsys, monkeypatch):
-    honest, calls = demo.generation.generate, []
+    from mixoff.text import generation
+
+    honest, calls = generation.generate, []
 
     def tamper(*args, **kwargs):
         calls.append(honest(*args, **kwargs))
@@ -192,7 +194,7 @@ def test_demo_fails_when_tokens_differ(capsys, monkeypatch):
             calls[-1].token_ids[-1] ^= 1
         return calls[-1]
 
-    monkeypatch.setattr(demo.generation, "generate", tamper)
+    monkeypatch.setattr(generation, "generate", tamper)
     assert demo.run("6MB", max_new_tokens=4) == 1
     assert "DIFFERENT" in capsys.readouterr().out
 
@@ -207,11 +209,11 @@ def test_grid_marks_what_happened_to_the_newest_token(capsys):
     from mixoff.text.generation import generate, load_tokenizer
 
     with load.load(BUNDLED, fast_bytes="6MB") as model:
-        grid = demo.Grid(model.mixoff)
-        model.mixoff.on_event(grid.note)
+        experts = grid.Grid(model.mixoff)
+        model.mixoff.on_event(experts.note)
         generate(model, load_tokenizer(BUNDLED), PROMPT, 6)
         resident = model.mixoff.resident()
-        text = grid.render().plain.splitlines()
+        text = experts.render().plain.splitlines()
     rows = [line.split()[2:10] for line in text[:8]]
     assert all(len(row) == 8 for row in rows)
     marks = {(layer, e): mark for layer, row in enumerate(rows) for e, mark in enumerate(row)}
@@ -223,7 +225,7 @@ def test_demo_redraws_in_a_terminal(monkeypatch):
     """Every piece of text is a new frame; the last frame is what is left on the screen."""
     frames = []
     console = Console(force_terminal=True, width=100, file=open("/dev/null", "w"))  # noqa: SIM115
-    with demo._display(console, lambda: frames.append(1) or "frame") as show:
+    with grid.Display(console, lambda: frames.append(1) or "frame") as show:
         for _ in range(5):
             show()
     assert len(frames) == 6
@@ -273,11 +275,11 @@ EARLY = {  # argv, and what its error holds
     "policy": ([*RUN, "--policy", "lur"], "did you mean 'lru'?"),
     "scheme": (
         [*RUN, "--scheme", "mixd"],
-        "no scheme 'mixd': choose one of mixed, paper, small, quality, none; did",
+        "unknown scheme 'mixd': choose one of mixed, paper, small, quality, none; did",
     ),
     "size": ([*RUN, "--fast-bytes", "6 parsecs"], "as in 500MB or 6GiB"),
     "reads": ([*RUN, "--io", "direkt"], "did you mean 'direct'?"),
-    "dtype": ([*RUN, "--dtype", "fp8"], "no dtype 'fp8': choose one of auto, float32"),
+    "dtype": ([*RUN, "--dtype", "fp8"], "unknown dtype 'fp8': choose one of auto, float32"),
     "scope": ([*RUN, "--scope", "Layer"], "did you mean 'layer'?"),
     "guesses": ([*RUN, "--prefetch", "next"], "choose one of auto, none, next-router"),
     "device": ([*RUN, "--device", "cuda0"], "choose auto, cpu, cuda or cuda:N"),
@@ -288,7 +290,7 @@ EARLY = {  # argv, and what its error holds
     "model": (["run", "tiny-mixtrl", "--prompt", "a"], "did you mean 'tiny-mixtral'?"),
     "missing": (["run", "./models/x", "--prompt", "a"], "no model folder at ./models/x"),
     "beside": (["run", "here/mistyped", "--prompt", "a"], "did you mean 'here/mistyper'?"),
-    "target": (["convert", "tiny-mixtral", "here"], "here exists already"),
+    "target": (["convert", "tiny-mixtral", "here"], "here already exists"),
     "place": (["convert", "tiny-mixtral", "/proc/x"], "cannot write /proc/x: No such file or directory"),
     "trace": (["simulate", "tiny-mixtral/novle"], "did you mean 'tiny-mixtral/novel'?"),
     "simulated": (["simulate", "tiny-mixtral/novel", "--policy", "belady2"], "did you mean 'belady'?"),
@@ -340,10 +342,10 @@ def test_a_name_on_the_hub_is_announced_before_any_request(capsys, monkeypatch):
     [
         (
             KeyError("float64\n\x1b[31m"),
-            "KeyError: 'float64\\n\\x1b[31m'; this is a fault of mixoff: please",
+            "KeyError: 'float64\\n\\x1b[31m'; this is a bug in mixoff: please",
         ),
-        (OSError(30, "Read-only file system", "/x"), "the system refuses: /x: Read-only file system; check that path"),
-        (MemoryError(), "memory ran out: lower --fast-bytes"),
+        (OSError(30, "Read-only file system", "/x"), "system error: /x: Read-only file system; check that path"),
+        (MemoryError(), "out of memory: lower --fast-bytes"),
         (mixoff.CheckpointError("a\x1b[2Jb\nc\u202e"), "a\\x1b[2Jb c\\u202e"),
     ],
 )
@@ -431,11 +433,11 @@ def test_a_plan_says_for_what_it_is(capsys):
 
 
 def test_a_conversion_without_a_terminal_tells_its_progress(capsys, tmp_path, monkeypatch):
-    from mixoff.commands import cli
+    from mixoff.commands import convert as command
     from mixoff.store import convert
 
     put = convert.Making.put
-    monkeypatch.setattr(cli, "EVERY_S", 0.01)
+    monkeypatch.setattr(command, "EVERY_S", 0.01)
     monkeypatch.setattr(convert.Making, "put", lambda *args: (time.sleep(0.01), put(*args))[1])
     assert main(["convert", str(BUNDLED), str(tmp_path / "store")]) == 0
     lines = capsys.readouterr().err.splitlines()
@@ -453,7 +455,7 @@ def test_a_terminal_shows_something_before_libraries_are_imported(monkeypatch, t
         raise MixoffError("libraries")
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("mixoff.commands.cli._quiet_transformers", stop)
+    monkeypatch.setattr("mixoff.commands.terminal.quiet_transformers", stop)
     monkeypatch.setattr(sys, "stderr", Terminal())
     assert main(words) == 2
     text = sys.stderr.getvalue()
@@ -461,11 +463,11 @@ def test_a_terminal_shows_something_before_libraries_are_imported(monkeypatch, t
 
 
 def test_a_model_s_text_cannot_drive_a_terminal(monkeypatch):
-    from mixoff.commands import cli
+    from mixoff.commands import run
 
     monkeypatch.setattr(sys, "stdout", Terminal())
-    cli._show("a\x1b[2J\tb\n\u202e")
+    run._show("a\x1b[2J\tb\n\u202e")
     assert sys.stdout.getvalue() == "a\\x1b[2J\tb\n\\u202e"
     monkeypatch.setattr(sys, "stdout", io.StringIO())
-    cli._show("a\x1b")
+    run._show("a\x1b")
     assert sys.stdout.getvalue() == "a\x1b", "a file gets what the model wrote"

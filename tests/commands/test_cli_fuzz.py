@@ -217,7 +217,7 @@ def faults(code, out, err, codes):
         yield "not one line"
     if any(not c.isprintable() for c in err.removesuffix("\n")) or len(err) > 2500:
         yield "control characters, or too long"
-    if "fault of mixoff" in err or "Traceback" in err:
+    if "bug in mixoff" in err or "Traceback" in err:
         yield "the last resort"
     if out:
         yield "text on standard output"

@@ -224,7 +224,7 @@ def test_a_cut_store_fails_without_full(copy, capsys):
 
 def test_what_is_no_store_is_a_bad_request(capsys):
     assert main(["verify", str(BUNDLED)]) == 2
-    assert "is no store" in capsys.readouterr().err
+    assert "is not a mixoff store" in capsys.readouterr().err
 
 
 DAMAGE = {

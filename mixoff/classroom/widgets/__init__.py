@@ -1,7 +1,7 @@
-"""Widgets of the chapters: a cache at work, live or replayed; an eviction taken step by step; a plan to play with.
+"""Widgets of the chapters: a cache at work, live or replayed; evictions step by step; an interactive plan.
 
-They take events, traces and shapes; the runtime never imports them. Each has a still twin (`.figure()`) and a text
-summary, and works in JupyterLab, Notebook 7, VS Code and Colab without an extension. Does not know weights.
+Each has a still twin (`.figure()`) and a text summary, and works in JupyterLab, Notebook 7, VS Code and Colab without
+an extension.
 """
 
 from mixoff.classroom.widgets.cache_view import CacheView

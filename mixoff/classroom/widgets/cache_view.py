@@ -1,8 +1,8 @@
 """A grid of layers by experts that shows a cache at work: live from a runtime's events, or replayed from a trace.
 
-Letters: **L** MoE layers, **E** experts a layer, **T** tokens.
-One frame a token: a byte for each expert. Frames travel to the browser as base64 in one JSON trait (Colab drops binary
-buffers of new widgets), at most MAX_FPS a second, the last one always. Does not know models or policies.
+Letters: **L** MoE layers, **E** experts per layer, **T** tokens.
+One frame per token, one byte per expert. Frames are sent to the browser as base64 in one JSON trait, because Colab
+drops binary buffers of new widgets. At most MAX_FPS are sent per second, and always the last one.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import traitlets
 from mixoff.cache.cache import ExpertCache
 from mixoff.cache.events import HIT as GRANTED
 from mixoff.classroom import plots
+from mixoff.classroom.plots import AWAY, EVICTED, HIT, MISS, PREFETCHED, RESIDENT
 from mixoff.errors import MixoffError
 from mixoff.units import format_nbytes
 
@@ -31,13 +32,11 @@ if TYPE_CHECKING:
     from mixoff.trace.trace import Trace
 
 HERE = Path(__file__).parent
-STATES = ("in the slow tier", "resident", "hit", "miss", "prefetched", "evicted")
-AWAY, RESIDENT, HIT, MISS, PREFETCHED, EVICTED = range(len(STATES))
 CODES = {"hit": HIT, "miss": MISS, "prefetch": PREFETCHED, "evict": EVICTED}
-AFTERWARDS = bytes([AWAY, RESIDENT, RESIDENT, RESIDENT, PREFETCHED, AWAY]).ljust(256, b"\0")  # each state a token later
+AFTERWARDS = bytes([AWAY, RESIDENT, RESIDENT, RESIDENT, PREFETCHED, AWAY]).ljust(256, b"\0")  # the next token's
 MAX_FPS = 20
 MAX_RECORDED = 2_000_000  # bytes of frames kept for replay; longer runs keep the last tokens
-RATES = 200  # hit rates in the line
+RATES = 200  # hit rates in the sparkline
 
 
 def _text(data: bytes) -> str:
@@ -45,12 +44,14 @@ def _text(data: bytes) -> str:
 
 
 class CacheView(anywidget.AnyWidget):
-    """Live: `view = CacheView(model.mixoff, tokenizer)`, display it, and `model.generate(..., streamer=view)` in `with
-    view:`. The streamer shows tokens beside the grid; without it the grid still moves. After the `with` the run can be
-    replayed: play, step, scrub.
+    """The grid, live or replayed.
 
-    hits, misses, nbytes: of decoding; a prompt fills the first frame and is counted apart. tokens: of the whole run, of
-    which the last can be replayed, as many as MAX_RECORDED bytes hold.
+    Live: create `view = CacheView(model.mixoff, tokenizer)`, display it, and call `model.generate(..., streamer=view)`
+    inside `with view:`. The streamer shows tokens next to the grid, which moves without it as well. After the `with`
+    block the run can be replayed: play, step, scrub.
+
+    hits, misses, nbytes: counts of decoding; the prompt is the first frame and is not counted.
+    tokens: number of tokens of the run; the last MAX_RECORDED bytes of frames can be replayed.
     """
 
     _esm = (HERE / "theme.js").read_text("utf-8") + (HERE / "cache_view.js").read_text("utf-8")
@@ -65,8 +66,8 @@ class CacheView(anywidget.AnyWidget):
             sites = runtime.source.sites
             shape = {"layers": [site.layer for site in sites], "experts": max(site.num_experts for site in sites)}
         super().__init__(**shape)
-        self._row = {layer: i * self.experts for i, layer in enumerate(self.layers)}  # where each begins in the cells
-        self._cells = bytearray(len(self.layers) * self.experts)  # states, (L, E); plain bytes are written fastest
+        self._row = {layer: i * self.experts for i, layer in enumerate(self.layers)}  # first cell of each layer
+        self._cells = bytearray(len(self.layers) * self.experts)  # states, (L, E); plain bytes are the fastest to write
         self._tokenizer, self._stop, self._due = tokenizer, None, 0.0
         self._token, self._prompt_seen, self._dirty = None, False, False
         self.tokens = self.hits = self.misses = self.nbytes = 0
@@ -82,7 +83,7 @@ class CacheView(anywidget.AnyWidget):
     def replay(
         cls, trace: Trace, slots: int = 4, policy: str = "lru", scope: str = "layer", words: Sequence[str] = ()
     ) -> CacheView:
-        """The cache that `mixoff.simulate` counts, token by token. words: text of each token, shown beside the grid."""
+        """The cache of `mixoff.simulate`, token by token. words: text of each token, shown next to the grid."""
         if scope not in ("layer", "global"):
             raise MixoffError(f"unknown scope {scope!r}: choose one of layer, global")
         view = cls(layers=[int(layer) for layer in trace.layers], experts=trace.num_experts)
@@ -106,11 +107,9 @@ class CacheView(anywidget.AnyWidget):
             hit = grant.kind == GRANTED
             self._mark(*grant.key, HIT if hit else MISS)
             if not prompt:
-                self.hits, self.misses, self.nbytes = (
-                    self.hits + hit,
-                    self.misses + (not hit),
-                    self.nbytes + (not hit) * nbytes,
-                )
+                self.hits += hit
+                self.misses += not hit
+                self.nbytes += (not hit) * nbytes
 
     def _mark(self, row: int, expert: int, state: int) -> None:
         self._cells[row * self.experts + expert] = state
@@ -118,7 +117,7 @@ class CacheView(anywidget.AnyWidget):
     # live
 
     def note(self, event: Event) -> None:
-        """Take in one event of a runtime."""
+        """Record one event of a runtime."""
         state = CODES.get(event.kind)
         if state is None:
             return
@@ -136,7 +135,7 @@ class CacheView(anywidget.AnyWidget):
                 self.nbytes += event.nbytes
 
     def put(self, ids: Any) -> None:
-        """As a streamer of transformers: the prompt first, then one new token at a time."""
+        """Streamer of transformers: receive the prompt, then one new token at a time."""
         if not self._prompt_seen:
             self._prompt_seen = True
             return
@@ -144,7 +143,7 @@ class CacheView(anywidget.AnyWidget):
         self._end_token(text)
 
     def end(self) -> None:
-        """As a streamer of transformers: the text is complete."""
+        """Streamer of transformers: the text is complete."""
         self._prompt_seen = False
         self.flush()
 
@@ -172,12 +171,12 @@ class CacheView(anywidget.AnyWidget):
             }  # fmt: skip
 
     def close(self) -> None:
-        """Stop listening, then close as any widget."""
+        """Stop listening, then close the widget."""
         self.detach()
         super().close()
 
     def detach(self) -> None:
-        """Stop listening, and make the run so far replayable."""
+        """Stop listening, and publish the run for replay."""
         if self._stop is not None:
             if self._dirty:
                 self._end_token("")
@@ -205,14 +204,13 @@ class CacheView(anywidget.AnyWidget):
         return f"{self.tokens} tokens: {self.hits} hits, {self.misses} misses, hit rate {rate}{moved}"
 
     def figure(self, tokens: Sequence[int] = (0, -1)) -> Figure:
-        """Frames as a still figure: `tokens` count from the first that can be replayed, negative from the last."""
+        """Frames as a still figure: `tokens` count from the first frame, or from the last if negative."""
         shape = (len(self.layers), self.experts)
         grids = [np.frombuffer(self._frames[t], np.uint8).reshape(shape) for t in tokens]
-        to_plot = np.array([plots.AWAY, plots.RESIDENT, plots.HIT, plots.MISS, plots.PREFETCHED, plots.EVICTED])
         first = self.tokens - len(self._frames)
         places = [range(len(self._frames))[t] for t in tokens]
         titles = [f"token {first + t} {self._words[t]!r}" if self._words[t] else f"token {first + t}" for t in places]
-        return plots.expert_grids([to_plot[grid] for grid in grids], titles, columns=min(3, len(grids)))
+        return plots.expert_grids(grids, titles, columns=min(3, len(grids)))
 
     def __repr__(self) -> str:
         return f"CacheView({len(self.layers)} layers, {self.experts} experts)"

@@ -1,7 +1,7 @@
-"""One layer's cache, request by request: what is asked for, what sits in the slots, and whom a policy gives up.
+"""The cache of one layer, request by request: the requested expert, the slots, and the expert that a policy evicts.
 
-Letters: **S** slots. All steps are worked out in Python with the package's own policies; the browser shows them, so the
-widget lives without a kernel. Does not know models.
+Letters: **S** slots. All steps are computed in Python with the package's policies and shown by the browser, so the
+widget works without a kernel.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ NEVER = 2**31
 
 
 def belady_steps(requests: Sequence[int], slots: int) -> list[dict]:
-    """Steps of the optimum, which knows the future: it gives up what is needed last."""
+    """Steps of the optimum, which knows the future and evicts the expert that is needed last."""
     residents: list[int | None] = [None] * slots
     steps = []
     for i, expert in enumerate(requests):
@@ -40,14 +40,14 @@ def belady_steps(requests: Sequence[int], slots: int) -> list[dict]:
 
 
 def _farthest(residents: Sequence[int | None], future: Sequence[int]) -> int:
-    """Place of an empty slot, or of the resident whose next use is farthest away."""
+    """Index of an empty slot, or of the resident whose next use is farthest away."""
     future = list(future)
     due = [NEVER if e is None else future.index(e) if e in future else NEVER - 1 for e in residents]
     return due.index(max(due))
 
 
 def policy_steps(requests: Sequence[int], slots: int, policy: str) -> list[dict]:
-    """Steps of one of the runtime's policies."""
+    """Steps of a policy of the runtime."""
     cache = ExpertCache([slots], policy)
     residents: list[int | None] = [None] * slots
     steps = []
@@ -60,7 +60,7 @@ def policy_steps(requests: Sequence[int], slots: int, policy: str) -> list[dict]
 
 
 def steps_of(requests: Sequence[int], slots: int, policy: str) -> list[dict]:
-    """Each request's expert, whether it was a hit, whom it evicted, and the slots afterwards."""
+    """The expert of each request, whether it was a hit, the evicted expert, and the slots afterwards."""
     return belady_steps(requests, slots) if policy == "belady" else policy_steps(requests, slots, policy)
 
 
@@ -71,7 +71,7 @@ def _step(expert: int, hit: bool, evicted: int | None, residents: Sequence[int |
 class EvictionStepper(anywidget.AnyWidget):
     """Step through `requests`, experts of one layer in order, with `slots` slots and any of `policies`.
 
-    The reader guesses the victim before each eviction: clicking a slot answers, and the score is kept.
+    The reader guesses the victim before each eviction by clicking a slot, and the widget keeps the score.
 
     >>> EvictionStepper([1, 2, 3, 1], slots=2).summary()
     'lru: 0 hits of 4, evicts 1 2; belady: 1 hit of 4, evicts 2'
@@ -89,13 +89,10 @@ class EvictionStepper(anywidget.AnyWidget):
         if unknown:
             raise MixoffError(f"unknown policy {unknown[0]!r}: choose from belady, {', '.join(sorted(POLICIES))}")
         requests = [int(e) for e in requests]
-        made = {
-            p: belady_steps(requests, slots) if p == "belady" else policy_steps(requests, slots, p) for p in policies
-        }
-        super().__init__(requests=requests, steps=made)
+        super().__init__(requests=requests, steps={policy: steps_of(requests, slots, policy) for policy in policies})
 
     def summary(self) -> str:
-        """Hits and victims of each policy, in one line."""
+        """Hits and evicted experts of each policy, in one line."""
         parts = []
         for policy, steps in self.steps.items():
             hits = sum(step["hit"] for step in steps)
@@ -105,7 +102,7 @@ class EvictionStepper(anywidget.AnyWidget):
         return "; ".join(parts)
 
     def figure(self) -> Figure:
-        """All steps as a still figure: one row a policy, one column a request, hits and misses by letter."""
+        """All steps as a still figure: one row per policy, one column per request, hits and misses by letter."""
         S, T = len(next(iter(self.steps.values()))[0]["slots"]), len(self.requests)
         size = (0.42 * T + 1.2, 0.32 * (S + 1.4) * len(self.steps))
         fig, axes = plt.subplots(len(self.steps), 1, figsize=size, squeeze=False)
@@ -125,7 +122,7 @@ class EvictionStepper(anywidget.AnyWidget):
 
 
 def draw_step(ax: Axes, t: int, step: dict) -> None:
-    """The slots after request t, one below the other; the expert that was asked for shows hit or miss."""
+    """Draw the slots after request t, one below the other; the requested expert shows hit or miss."""
     _, letter, colour = plots.STATES[plots.HIT if step["hit"] else plots.MISS]
     for s, expert in enumerate(step["slots"]):
         asked = expert == step["expert"]

@@ -1,14 +1,13 @@
-"""What a model takes on a machine, control by control: bytes by tier, whether they fit, what would make them fit.
+"""A plan with controls: bytes per tier, whether they fit, and the smallest change that makes them fit.
 
-Every figure comes from `mixoff.plan` and `mixoff.shapes.sizes`, in the kernel: the browser sends what the controls
-say, and draws what comes back. Letters: **S** slots of a layer, **E** experts of a layer. Does not know weights or
-tensors.
+Every figure comes from `mixoff.plan` and `mixoff.shapes.sizes` in the kernel: the browser sends the values of the
+controls and draws the answer.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -47,17 +46,25 @@ MODELS = (
     "Qwen/Qwen3-30B-A3B", "Qwen/Qwen3-235B-A22B", "openai/gpt-oss-20b", "openai/gpt-oss-120b",
     "deepseek-ai/DeepSeek-V2-Lite", "allenai/OLMoE-1B-7B-0924", "ibm-granite/granite-3.1-1b-a400m-instruct",
 )  # fmt: skip
-PLAIN = 16  # bits of what is not quantized
+PLAIN = 16  # bits of weights that are not quantized
 CONTEXTS = tuple(512 << i for i in range(9))  # 512 to 131,072 tokens
-ATTENTION_GROUP = 64  # of attention and shared experts, as in every preset
+ATTENTION_GROUP = 64  # group size of attention and shared experts, as in every preset
 SCALES = {"experts": (*BITS, PLAIN), "attention": (*BITS, PLAIN), "group": GROUP_SIZES, "context": CONTEXTS}
-PARTS = {"backbone": "", "KV cache": "..", "workspace": "xx", "experts": "//", "kept free": "--"}  # and their hatches
+PARTS = {"backbone": "", "KV cache": "..", "workspace": "xx", "experts": "//", "kept free": "--"}  # with hatches
 COLOURS = dict(zip(PARTS, plans.COLOURS.values(), strict=True))
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What the controls say. experts, attention: bits. group: of the experts. slots: of a layer; 0 is all that fit."""
+    """Values of the controls.
+
+    model: name that `mixoff.plan` takes.
+    experts, attention: bits per weight.
+    group: group size of the experts.
+    context: tokens in the KV cache.
+    slots: slots per layer; 0 for as many as fit.
+    hardware: name of a machine.
+    """
 
     model: str = MODELS[0]
     experts: int = 2
@@ -69,7 +76,7 @@ class Choice:
 
     @property
     def scheme(self) -> Scheme:
-        """Bits and groups of each part. Raises MixoffError for a number of bits, or a group, that there is not."""
+        """Bits and groups of each part. Raises MixoffError for unknown bits or group sizes."""
         experts, attention = _precision(self.experts, self.group), _precision(self.attention, ATTENTION_GROUP)
         return Scheme(attention=attention, experts=experts, shared_experts=attention)
 
@@ -85,7 +92,7 @@ def _precision(bits: int, group: int) -> Precision | None:
 
 @functools.lru_cache(maxsize=32)
 def _shape(model: str, compute: str | None = None) -> ModelShape:
-    """The shape of a model, in the dtype that a card computes in: reading it takes seconds, and a plan ten ms."""
+    """The shape of a model, in the dtype of a GPU; cached, because reading it takes seconds and a plan 10 ms."""
     return describe.shape_of(model) if compute is None else _shape(model).with_dtype(compute)
 
 
@@ -96,22 +103,11 @@ def _needs(choice: Choice, machine: Hardware) -> Needs:
     return Needs.of(sizes.sizes_of(shape, choice.scheme), machine, choice.context, 1)
 
 
-def _fast_bytes(needs: Needs, machine: Hardware, slots: int) -> int:
-    """The fast memory that gives each layer so many slots, beside the spare ones that prefetching takes."""
-    slots = min(slots, max(site.num_experts for site in needs.sizes.sites))
-    experts = needs.experts_in_fast(slots)
-    nbytes = needs.fixed + experts + machine.reserved_nbytes
-    if slots == 1:
-        return nbytes
-    smaller = replace(needs, page_cache=min(needs.page_cache, nbytes))
-    return nbytes + smaller.spare(experts) * needs.sizes.slot_nbytes
-
-
 def lacking_nbytes(choice: Choice) -> int:
-    """Bytes of fast memory, or of disk, by which a choice is too large; 0 or less where it fits."""
+    """Bytes of fast memory, or of disk, by which a choice is too large; 0 or less if it fits."""
     machine = probe.named(choice.hardware)
     needs = _needs(choice, machine)
-    fast = _fast_bytes(needs, machine, choice.slots or 1) - machine.fast_bytes
+    fast = planner.needed_fast_nbytes(needs, machine, choice.slots or 1) - machine.fast_bytes
     return fast if machine.disk_bytes is None else max(fast, needs.sizes.stored - machine.disk_bytes)
 
 
@@ -119,9 +115,10 @@ def lacking_nbytes(choice: Choice) -> int:
 
 
 def smallest_change(choice: Choice) -> Choice | None:
-    """The choice that fits with one control moved as little as possible; None where no single control is enough.
+    """The choice that fits with one control moved as little as possible; None if no single control is enough.
 
-    Slots cost speed alone, so they come first; then sliders, fewest steps first; then the smallest machine that does.
+    Fewer slots only cost speed, so they come first. Sliders follow, fewest steps first, then machines by size.
+    `planner.ways_out` answers the same question in options of the command line, among presets instead of sliders.
     """
     return next((moved for moved in _moves(choice) if _fits(moved)), None)
 
@@ -144,32 +141,36 @@ def _moves(choice: Choice) -> Iterator[Choice]:
 
 
 def _smaller(name: str, value: int) -> list[int]:
-    """Values of a control that take fewer bytes, the nearest first: larger groups have less metadata."""
+    """Values of a control that take fewer bytes, nearest first; larger groups have less metadata."""
     if name == "group":
         return [size for size in GROUP_SIZES if size > value]
     return [size for size in reversed(SCALES[name]) if size < value]
 
 
-def _said(choice: Choice, moved: Choice | None) -> str:
+def _describe(choice: Choice, moved: Choice | None) -> str:
     """The change in words."""
     if moved is None:
         return "no single control is enough: move several"
     before, after = asdict(choice), asdict(moved)
     name = next(name for name in before if before[name] != after[name])
     if name == "slots":
-        return f"as many slots as fit, {explore(moved).slots} a layer instead of {choice.slots}"
-    unit = {"context": "a context of {:,}", "group": "groups of {}", "experts": "{} bits for experts"}
-    unit |= {"attention": "{} bits for attention", "hardware": "{}"}
-    was = f"{before[name]:,}" if name == "context" else before[name]
-    return f"{unit[name].format(after[name])} instead of {was}"
+        return f"as many slots as fit, {explore(moved).slots} per layer instead of {choice.slots}"
+    text = {
+        "context": "a context of {:,} instead of {:,}",
+        "group": "groups of {} instead of {}",
+        "experts": "{} bits for experts instead of {}",
+        "attention": "{} bits for attention instead of {}",
+        "hardware": "{} instead of {}",
+    }
+    return text[name].format(after[name], before[name])
 
 
-# What a choice amounts to ---------------------------------------------------------------------------------------------
+# The outcome of a choice ----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Tier:
-    """What one memory would hold. parts: bytes by what they are. limit: bytes that it has, None where not known."""
+    """Contents of one memory. parts: bytes by name. limit: size in bytes, None if unknown."""
 
     name: str
     parts: dict[str, int]
@@ -186,7 +187,11 @@ class Tier:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A choice on its machine. slots: of a layer, as asked for or as many as fit. change: what would make it fit."""
+    """A choice on its machine.
+
+    slots: slots per layer, as chosen or as many as fit.
+    change: smallest change that makes the choice fit, in words.
+    """
 
     choice: Choice
     plan: Plan
@@ -208,12 +213,12 @@ class Outcome:
 
     @property
     def rates(self) -> dict[str, float]:
-        """Tokens/s, `low`, `expected` and `high`; empty where the model does not run."""
+        """Tokens/s, `low`, `expected` and `high`; empty if the model does not run."""
         return self.plan.tokens_per_s if self.fits else {}
 
     @property
     def speed(self) -> str:
-        """The band of tokens/s, in words."""
+        """The range of tokens/s, in words."""
         if not self.fits:
             return "no speed: it does not run"
         low, expected, high = (f"{rate:.1f}" if rate >= 1 else f"{rate:.2g}" for rate in self.rates.values())
@@ -225,7 +230,7 @@ class Outcome:
         return f"{self.choice}: {self.verdict}; {tiers}; {then}"
 
     def to_dict(self) -> dict:
-        """What the browser draws."""
+        """The figures that the browser draws."""
         tiers = [
             {"text": str(t), "name": t.name, "limit": t.limit, "nbytes": t.nbytes, "parts": list(t.parts.items())}
             for t in self.tiers
@@ -236,17 +241,17 @@ class Outcome:
 
 
 def explore(choice: Choice) -> Outcome:
-    """What `choice` amounts to. Raises MixoffError for one that cannot be planned."""
+    """Plan a choice. Raises MixoffError for one that cannot be planned."""
     machine = probe.named(choice.hardware)
     needs = _needs(choice, machine)
     choice = replace(choice, slots=min(choice.slots, max(site.num_experts for site in needs.sizes.sites)))
     lacking = lacking_nbytes(choice)
-    nbytes = _fast_bytes(needs, machine, choice.slots) if choice.slots and lacking <= 0 else None
+    nbytes = planner.needed_fast_nbytes(needs, machine, choice.slots) if choice.slots and lacking <= 0 else None
     plan = mixoff.plan(needs.sizes.shape, nbytes, context=choice.context, scheme=choice.scheme, hardware=machine)
     slots = choice.slots or max(plan.slots_per_layer, 1)
     experts = needs.experts_in_fast(slots) if lacking > 0 else plan.tiers["fast"] - needs.fixed
     tiers = _tiers(plan, machine, experts)
-    change = _said(choice, smallest_change(choice)) if lacking > 0 else ""
+    change = _describe(choice, smallest_change(choice)) if lacking > 0 else ""
     return Outcome(choice, plan, slots, tiers, lacking <= 0, max(lacking, 0), change)
 
 
@@ -265,16 +270,16 @@ def _tiers(plan: Plan, machine: Hardware, experts: int) -> tuple[Tier, ...]:
 class PlanExplorer(anywidget.AnyWidget):
     """Choose a model, bits, groups, context, slots and a machine, and see where the bytes go and whether they fit.
 
-    `choice` is what the controls say; `.outcome` is what it amounts to, `.summary()` the same as one line of text and
-    `.figure()` as a still. Arguments are those of `Choice`; a model may be anything that `mixoff.plan` takes by name.
-    Raises MixoffError for a choice that cannot be planned.
+    `.choice` holds the values of the controls and `.outcome` their plan; `.summary()` is the plan in one line, and
+    `.figure()` a still figure. Arguments are the fields of `Choice`. Raises MixoffError for a choice that cannot be
+    planned.
     """
 
     _esm = (HERE / "theme.js").read_text("utf-8") + (HERE / "plan_explorer.js").read_text("utf-8")
     _css = HERE / "plan_explorer.css"
     options = traitlets.Dict().tag(sync=True)
-    choice = traitlets.Dict().tag(sync=True)  # fields of Choice, and `asked`, a count of what was asked
-    answer = traitlets.Dict().tag(sync=True)  # the outcome, or an `error`; `asked` says to which question
+    choice = traitlets.Dict().tag(sync=True)  # fields of Choice, and `asked`, the number of the question
+    answer = traitlets.Dict().tag(sync=True)  # the outcome, or an `error`, and the number of its question
 
     def __init__(self, model: str = MODELS[0], **controls: int | str) -> None:
         self.outcome = explore(Choice(model, **controls))
@@ -285,7 +290,7 @@ class PlanExplorer(anywidget.AnyWidget):
         self.observe(self._answer, "choice")
 
     def _answer(self, _: object) -> None:
-        """Work out what the browser asks for; a choice that cannot be planned is answered by the reason."""
+        """Answer the browser, with a reason for a choice that cannot be planned."""
         asked, values = self.choice.get("asked", 0), {k: v for k, v in self.choice.items() if k != "asked"}
         try:
             self.outcome = explore(Choice(**values))
@@ -295,11 +300,11 @@ class PlanExplorer(anywidget.AnyWidget):
             self.answer = self.outcome.to_dict() | {"asked": asked}
 
     def summary(self) -> str:
-        """The choice and what it amounts to, in one line."""
+        """The choice and its outcome, in one line."""
         return self.answer.get("error") or str(self.outcome)
 
     def figure(self) -> Figure:
-        """The bars of the tiers as a still figure; dashed lines are what the machine has."""
+        """The bars of the tiers as a still figure; dashed lines are the sizes of the machine's memories."""
         tiers = self.outcome.tiers
         fig, ax = plt.subplots(figsize=(7.5, 0.75 * len(tiers) + 1.0))
         for row, tier in enumerate(tiers):
@@ -317,8 +322,8 @@ class PlanExplorer(anywidget.AnyWidget):
         return f"PlanExplorer({self.outcome.choice})"
 
 
-def _with(names: object, own: str) -> list[str]:
-    return list(dict.fromkeys([*names, own]))
+def _with(names: Iterable[str], name: str) -> list[str]:
+    return list(dict.fromkeys([*names, name]))
 
 
 def _draw(ax: Axes, row: int, tier: Tier) -> None:

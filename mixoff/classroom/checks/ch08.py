@@ -1,0 +1,28 @@
+"""Exercises of notebooks/08_cache_policies.ipynb."""
+
+from mixoff.classroom.checks.machinery import Check
+
+# (residents, future requests) -> the expert that Belady's policy evicts
+belady_victim = Check(
+    (
+        (([1, 2], [2, 1]), 1),
+        (([1, 2, 3], [3, 1, 2, 3]), 2),
+        (([1, 2, 3], [2, 3]), 1),
+        (([4, 5, 6], []), 4),
+        (([4, 5, 6], [4, 9, 4, 5]), 6),
+    )
+)
+
+# (experts used, slots) -> misses of a first-in first-out cache
+fifo_misses = Check(
+    (
+        (([], 2), 0),
+        (([1, 1, 2, 1], 2), 2),
+        (([1, 2, 1, 3, 1], 2), 4),
+        (([1, 2, 3, 4, 1, 2, 5, 1, 2, 3, 4, 5], 3), 9),
+        (([1, 2, 3, 4, 1, 2, 5, 1, 2, 3, 4, 5], 4), 10),
+    )
+)
+
+# (misses, misses of LRU, misses of the optimum) -> share of the gap that is closed
+gap_closed = Check((((100, 100, 60), 0.0), ((60, 100, 60), 1.0), ((90, 100, 60), 0.25), ((110, 100, 60), -0.25)))

@@ -1,0 +1,35 @@
+"""Exercises of notebooks/09_live_cache.ipynb."""
+
+from mixoff.classroom.checks.machinery import Check
+
+# kinds of events -> hits over requests
+hit_rate = Check(
+    (
+        ((["hit", "miss"],), 0.5),
+        ((["miss", "evict", "miss", "prefetch", "hit", "hit"],), 0.5),
+        ((["hit"],), 1.0),
+        ((["miss", "evict", "miss"],), 0.0),
+    )
+)
+
+# (kind, expert) of one layer -> residents at the end
+residents = Check(
+    (
+        (([],), set()),
+        (([("miss", 1), ("miss", 2), ("hit", 1)],), {1, 2}),
+        (([("miss", 1), ("miss", 2), ("evict", 1), ("miss", 3)],), {2, 3}),
+        (([("miss", 1), ("prefetch", 4), ("evict", 1), ("miss", 1)],), {1, 4}),
+    )
+)
+
+# (token, kind, expert) of one layer -> number of tokens that each evicted expert was resident
+stays = Check(
+    (
+        (([(1, "miss", 0), (2, "hit", 0)],), []),
+        (([(1, "miss", 0), (4, "evict", 0), (4, "miss", 2)],), [3]),
+        (
+            ([(1, "miss", 0), (1, "miss", 1), (2, "evict", 1), (5, "miss", 1), (9, "evict", 0), (9, "evict", 1)],),
+            [1, 8, 4],
+        ),
+    )
+)

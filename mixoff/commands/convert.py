@@ -1,0 +1,82 @@
+"""`mixoff convert`: write a checkpoint as a store, with progress on standard error."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+from mixoff.commands import arguments, options, terminal
+
+HELP = "write a checkpoint as a store: one aligned byte range per expert"
+EVERY_S = 10.0  # seconds between lines of progress where standard error is not a terminal
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    add = parser.add_argument
+    add("source", metavar="SOURCE", help="folder of a plain checkpoint, bundled model, or Hub id (org/model@revision)")
+    add("target", metavar="TARGET", help="folder to create; must not exist")
+    options.scheme(add, "quantization: SCHEMES", "none")
+    options.threads(add, "threads that quantize (default all cores)", name="jobs")
+    add("--restart", action="store_true", help="start from scratch, even if an earlier run was interrupted")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Convert, and print the store's size, time and memory."""
+    arguments.new_folder(args.target)
+    arguments.model(args.source)
+    with terminal.starting(f"converting {args.source}"):
+        from mixoff.loading import warmup
+        from mixoff.quantize.scheme import Scheme
+        from mixoff.store import convert
+        from mixoff.units import format_nbytes
+
+    compile_s = warmup.compile_solvers(Scheme.preset(args.scheme), terminal.say)
+    settings = {"jobs": args.jobs, "restart": args.restart, "progress": False if args.json else None}
+    with _progress_lines(args.target, quiet=args.json):
+        done = convert.run(args.source, args.target, args.scheme, **settings)
+    nbytes = sum(p.stat().st_size for p in done.target.iterdir())
+    rate = done.source_nbytes / done.seconds / 1e6
+    if args.json:
+        report = {
+            "target": str(done.target),
+            "nbytes": nbytes,
+            "source_nbytes": done.source_nbytes,
+            "compile_s": compile_s,
+            "seconds": done.seconds,
+            "MB_per_s": rate,
+            "peak_nbytes": done.peak_nbytes,
+        }
+        print(json.dumps(report))
+        return 0
+    took = f"{done.seconds:.1f} s, {rate:.0f} MB/s of weights, {format_nbytes(done.peak_nbytes)} of memory (measured)"
+    print(f"wrote {done.target}: {format_nbytes(nbytes)} in {took}")
+    return 0
+
+
+@contextmanager
+def _progress_lines(target: str, quiet: bool) -> Iterator[None]:
+    """Print a line of progress from time to time where standard error is not a terminal, which shows a bar."""
+    ended = threading.Event()
+    if not quiet and not sys.stderr.isatty():
+        threading.Thread(target=_print_progress, args=(f"{target}.partial/store", ended), daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
+
+
+def _print_progress(store: str, ended: threading.Event) -> None:
+    from mixoff.units import format_nbytes
+
+    while not ended.wait(EVERY_S):
+        with suppress(OSError):  # files come and go
+            stats = [entry.stat() for entry in os.scandir(store)]
+            # files have their final size from the start: what was written shows in their blocks
+            written = sum(min(512 * getattr(s, "st_blocks", s.st_size // 512), s.st_size) for s in stats)
+            terminal.say(f"converted {format_nbytes(written)} of {format_nbytes(sum(s.st_size for s in stats))}")

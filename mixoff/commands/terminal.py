@@ -1,0 +1,36 @@
+"""What commands print next to their result: a line while they start, and messages on standard error."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from mixoff.errors import printable
+
+
+@contextmanager
+def starting(activity: str) -> Iterator[None]:
+    """In a terminal, show `activity` at once, while libraries are imported and files opened."""
+    shown = sys.stderr.isatty()
+    if shown:
+        print(f"{printable(activity)} ...", end="", file=sys.stderr, flush=True)
+    try:
+        quiet_transformers()
+        yield
+    finally:
+        if shown:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+def quiet_transformers() -> None:
+    """Import transformers, and turn off its progress bars and warnings."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
+def say(line: str) -> None:
+    """Print a message to standard error."""
+    print(f"mixoff: {line}", file=sys.stderr, flush=True)
