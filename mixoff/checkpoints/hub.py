@@ -22,14 +22,13 @@ from mixoff.checkpoints.model_files import MAX_HEADER, WHOLE
 from mixoff.checkpoints.names import HubId
 from mixoff.checkpoints.published import open_checkpoint
 from mixoff.checkpoints.shards import SIDE_FILES, read_side_files
-from mixoff.errors import CheckpointError
+from mixoff.errors import AGAIN, CheckpointError
 
 # at first, of a model that is loaded: what chooses its other files; a store may be on the Hub too
 WANTED = (*SIDE_FILES, WHOLE, "quantized.safetensors", "experts-*.bin")
 STRAY = re.compile(r"\.[0-9a-f]{8}\.incomplete$")  # named at random by huggingface_hub 2, which never goes on with one
 FIRST = 100_000  # bytes asked for at first: nearly every header ends before
 CONNECTIONS = 8  # headers that are fetched at a time
-AGAIN = "run the same command again, and it goes on where it stopped"
 
 
 # Whole models, for loading --------------------------------------------------------------------------------------------

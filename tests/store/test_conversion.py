@@ -30,7 +30,7 @@ from mixoff.checkpoints.shards import kept_nbytes, walk
 from mixoff.commands.cli import main
 from mixoff.quantize.scheme import Precision
 from mixoff.quantize.solve import is_finite
-from mixoff.store import convert
+from mixoff.store import convert, making
 from mixoff.store.blueprint import lay_out
 from mixoff.store.journal import Journal
 from tiny import save_random
@@ -144,7 +144,7 @@ def test_the_journal_names_only_what_is_synced(small, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", synced)
     monkeypatch.setattr(convert.Making, "_write", written)
     monkeypatch.setattr(Journal, "commit", committed)
-    monkeypatch.setattr(convert, "COMMIT", 10_000)
+    monkeypatch.setattr(making, "COMMIT", 10_000)
     mixoff.convert(small, tmp_path / "store", SCHEME)
     assert not dirty
 
@@ -226,14 +226,14 @@ def test_what_was_changed_meanwhile_is_begun_anew(small, tmp_path, monkeypatch, 
 
 def test_a_shard_that_changes_under_the_conversion_is_noticed(small, tmp_path, monkeypatch):
     source = shutil.copytree(small, tmp_path / "model")
-    write = convert._write
+    write = convert.write
 
     def written(*args):
         nbytes = write(*args)
         CHANGES["a shard"](source)
         return nbytes
 
-    monkeypatch.setattr(convert, "_write", written)
+    monkeypatch.setattr(convert, "write", written)
     with pytest.raises(CheckpointError, match="was changed while it was converted"):
         mixoff.convert(source, tmp_path / "store", SCHEME)
     assert not (tmp_path / "store").exists()
@@ -304,7 +304,7 @@ def full_after(nbytes, monkeypatch):
 
 def test_a_full_disk_is_an_error_that_can_be_continued(fifty, stores, small_disk, monkeypatch):
     folder, mounted = small_disk
-    monkeypatch.setattr(convert, "COMMIT", 100_000)
+    monkeypatch.setattr(making, "COMMIT", 100_000)
     usage = shutil.disk_usage(folder)._replace(free=1 << 40)
     with (
         contextlib.nullcontext() if mounted else full_after(1 << 20, monkeypatch),
