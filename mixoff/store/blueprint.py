@@ -171,7 +171,8 @@ def _place_quantized(plan: Blueprint, roles: dict[str, str], backbone: dict) -> 
         tensors, described[name] = empty.to_tensors()
         parts[name] = {f"{name}.{part}": (STORED_NAMES[t.dtype], t.shape, t.nbytes) for part, t in tensors.items()}
     wanted = {key: entry for of_name in parts.values() for key, entry in of_name.items()}
-    ordered = dict(sorted(wanted.items(), key=lambda item: (-ITEM_BITS[item[1][0]], item[0])))  # wide items first
+    # widest items first, so that each is aligned to its own size
+    ordered = dict(sorted(wanted.items(), key=lambda item: (-ITEM_BITS[item[1][0]], item[0])))
     offsets = _place_tensors(plan, QUANTIZED, ordered, {"mixoff": json.dumps(described)}, 0)
     for name, role in roles.items():
         t, extent = backbone[name]

@@ -18,8 +18,8 @@ from mixoff.quantize.tensor import QTensor
 MANIFEST = "mixoff.json"
 QUANTIZED = "quantized.safetensors"
 FORMAT, VERSION = "mixoff-store", 1
-# `experts_implementation` in a store's config.json. transformers refuses the name; otherwise it would load such a folder
-# with random experts.
+# `experts_implementation` in a store's config.json: transformers refuses the name, and would otherwise load the folder
+# with random experts
 FOR_MIXOFF = "a mixoff store: load this folder with mixoff.load"
 
 

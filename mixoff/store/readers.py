@@ -196,9 +196,7 @@ def _open_direct(path: Path) -> FileIO:
 
 
 def _ended(x: Extent) -> CheckpointError:
-    return CheckpointError(
-        f"{x.file} ends before byte {x.offset + x.nbytes}: it was changed or truncated; fetch it again"
-    )
+    return CheckpointError(f"{x.file} ends before byte {x.offset + x.nbytes}: it was changed or cut; fetch it again")
 
 
 def past_page_cache(reader: ExpertReader, buffers: int) -> ExpertReader:

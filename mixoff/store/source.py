@@ -92,7 +92,7 @@ def _open_store(folder: Path) -> Source:
 
 
 def _described(folder: Path, manifest: dict) -> Source:
-    """The store in `folder`. Its sites follow from configuration and scheme, and the manifest must describe the same."""
+    """The store in `folder`. Its sites follow from configuration and scheme; the manifest must describe the same."""
     try:
         scheme = Scheme.from_json(json.dumps(manifest["scheme"]))
         dtype = manifest["dtype"]

@@ -17,7 +17,7 @@ from mixoff.store.source import Source, _described
 def verify(path: str | Path, full: bool = False) -> dict:
     """Check the store at `path`: every file and every size.
 
-    - path: a folder, or a Hub id in the local Hub cache.
+    - path: a folder or a Hub id.
     - full: whether to check the SHA-256 of every tensor as well.
 
     Returns counts of what was checked: `{"experts": n, "tensors": n, "nbytes": n}`. Raises CheckpointError, which names
