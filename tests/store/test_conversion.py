@@ -243,7 +243,7 @@ def test_two_conversions_into_one_target(small, stores, tmp_path):
     target = tmp_path / "store"
     pid, status = crash.start(small, target, SCHEME, 60, kill=signal.SIGSTOP)
     assert os.WIFSTOPPED(status)
-    with pytest.raises(CheckpointError, match="another conversion into .* is at work"):
+    with pytest.raises(CheckpointError, match="another conversion into .* is running"):
         mixoff.convert(small, target, SCHEME)
     os.kill(pid, signal.SIGKILL)
     assert crash.answer() == [pid, signal.SIGKILL]
@@ -254,7 +254,7 @@ def test_a_folder_that_is_not_ours_is_not_touched(small, tmp_path):
     theirs = tmp_path / "store.partial"
     theirs.mkdir()
     (theirs / "thesis.txt").write_text("mine")
-    with pytest.raises(CheckpointError, match="'thesis.txt', which is not of a conversion"):
+    with pytest.raises(CheckpointError, match="'thesis.txt', which no conversion wrote"):
         mixoff.convert(small, tmp_path / "store", SCHEME, restart=True)
     assert [p.name for p in theirs.iterdir()] == ["thesis.txt"]
 

@@ -193,9 +193,9 @@ def test_mixed_dtypes_are_refused(tmp_path):
 
 
 STORE_DAMAGE = {
-    "an expert file is cut": (lambda d: cut(d / "experts-004.bin", 1), "the copy is incomplete"),
+    "an expert file is cut": (lambda d: cut(d / "experts-004.bin", 1), "incomplete copy"),
     "an expert file is missing": (lambda d: (d / "experts-004.bin").unlink(), "lacks experts-004.bin"),
-    "the backbone is cut": (lambda d: cut(d / SHARD, 9), "the copy is incomplete"),
+    "the backbone is cut": (lambda d: cut(d / SHARD, 9), "incomplete copy"),
     "another version": (lambda d: edit_json(d / MANIFEST, lambda m: m.update(version=99)), "not a store of version"),
     "a manifest without sites": (lambda d: edit_json(d / MANIFEST, lambda m: m.pop("sites")), "is damaged"),
     "a site without parts": (lambda d: edit_json(d / MANIFEST, lambda m: m["sites"][0].pop("parts")), "is damaged"),
