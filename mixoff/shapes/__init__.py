@@ -1,6 +1,3 @@
-"""What a model is made of: parameters by part, experts, the cache of keys and values, and their bytes under a scheme.
-
-Must not know folders of weights, the Hub, or machines.
-"""
+"""What a model is made of: parameters by part, experts, the KV cache, and their bytes under a scheme."""
 
 from mixoff.shapes.config import skeleton as skeleton
