@@ -40,7 +40,8 @@ MOST_EXP = np.float32(87)  # exp of more leaves fp32's range
 # - image: byte image of the weight; out: results (T, N)
 # - kind, narrow: 1 if x and out are bf16, else fp32
 JOB = (
-    "x", "kind", "gate", "T", "padded", "K", "values", "scales", "sums", "image", "nbytes", "N", "size", "out", "narrow",
+    "x", "kind", "gate", "T", "padded", "K", "values", "scales", "sums",
+    "image", "nbytes", "N", "size", "out", "narrow",
 )  # fmt: skip
 assert len(JOB) == FIELDS
 
