@@ -35,7 +35,7 @@ from mixoff.quantize.layout import (
 STAMP = zlib.crc32(Path(layout.__file__).read_bytes())  # part of the cache key: numba does not notice changes there
 ABREAST = 2**11  # weights whose groups are fitted side by side: with their products they stay in the first cache
 HQQ, LSQ = SOLVERS.index("hqq"), SOLVERS.index("lsq")
-ZERO, ONE, TWO = np.float32(0), np.float32(1), np.float32(2)
+ZERO, ONE = np.float32(0), np.float32(1)
 FINEST, LEAST_SCALE = np.float32(RESOLUTION), np.float32(SMALLEST_SCALE)
 LEVELS, WIDER = np.float32(256), np.float32(256 / 255)  # codes of a grid; its span is that of the values times WIDER
 NORMAL = np.float32(2.0**-14)  # fp16's smallest normal number

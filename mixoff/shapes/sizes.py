@@ -149,7 +149,7 @@ def _published_form(_: Site, part: Part) -> strided.Form:
 
 
 def _part_bits(part: Part) -> int:
-    """Bits per weight of an expert, without metadata."""
+    """Bits per weight of a part, without metadata."""
     if part.form is None:
         return 8 * dtype_nbytes(part.dtype)
     return part.form[1] if part.form[0] == strided.KIND else part.form[0]

@@ -25,7 +25,7 @@ import triton.language as tl
 BLOCK = tl.constexpr(128)  # outputs whose codes are next to each other, and groups per grid of metadata
 
 
-# What lies in an image ------------------------------------------------------------------------------------------------
+# What is in an image --------------------------------------------------------------------------------------------------
 
 
 @triton.jit

@@ -24,7 +24,7 @@ from mixoff.quantize.tensor import QTensor
 KINDS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 DEVICES = ("cuda",)  # where the kernels run; Triton's interpreter runs them on a CPU
 MAGIC = 150 << 23  # 2**23 in fp32, as bits
-DEQUANTIZED_GROUPS, DEQUANTIZED_WARPS = 8, 8  # of a block that a program dequantizes, and of that program
+DEQUANTIZED_GROUPS, DEQUANTIZED_WARPS = 8, 8  # groups per program, and its warps
 
 
 @functools.cache
@@ -39,7 +39,7 @@ def loops() -> ModuleType | None:
 
 @functools.cache
 def chip(device: torch.device) -> int:
-    """Which chip a device is: 75 for sm_75; the oldest for what is no card, such as the interpreter's CPU."""
+    """The chip of a device: 75 for sm_75; the oldest if it is not a card, such as the interpreter's CPU."""
     if device.type != "cuda":
         return OLDEST
     major, minor = torch.cuda.get_device_capability(device)

@@ -22,7 +22,7 @@ from mixoff.quantize.strided import BLOCK, StridedTensor
 ROWS = 2  # rows of activations per program
 SUMS = 16  # sums per program, outputs times rows; for each of a thread's four words they take 64 registers
 WORDS, WARPS = 512, 4  # per program: four words of codes per thread, one 16-byte load
-WEIGHT_WORDS, WEIGHT_WARPS = 512, 4  # the same for a program that dequantizes
+WEIGHT_WORDS, WEIGHT_WARPS = 512, 4  # the same per program that dequantizes
 
 
 def serves(x: torch.Tensor, w: StridedTensor) -> bool:
@@ -77,7 +77,7 @@ def dequantize(w: StridedTensor, matrix: int, first: int, out: torch.Tensor) -> 
 
 
 def settings(bits: int, group: int, rows: int) -> dict:
-    """Constants and options of a launch: the rows of codes in all, those of a program, and its words of each.
+    """Constants and options of a launch: rows of codes in total, rows per program, and words per row.
 
     >>> settings(2, 16, 1)["P"], settings(4, 64, 1)["P"], settings(4, 64, 1)["HEIGHT"]
     (4, 8, 32)
