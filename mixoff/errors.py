@@ -1,4 +1,4 @@
-"""The errors a user can cause, each a sentence that names the cause and the way out.
+"""The errors that a user can cause, each a sentence that names the cause and the way out.
 
 The command line turns every `MixoffError` into that one line and exit code 2; anything else is a bug of ours.
 """
@@ -9,11 +9,12 @@ import difflib
 import unicodedata
 from collections.abc import Iterable
 
-LONGEST = 2000  # characters of an error in a terminal: a file may put any number of them into one
+LONGEST = 2000  # characters of an error in a terminal; text from a file can be any length
+AGAIN = "run the same command again, and it goes on where it stopped"  # way out of what can be resumed
 
 
 class MixoffError(ValueError):
-    """Base of all errors that are about what was asked for rather than about mixoff."""
+    """Base of all errors about a request rather than about mixoff itself."""
 
 
 class CheckpointError(MixoffError):
@@ -25,7 +26,7 @@ class BudgetError(MixoffError):
 
 
 def one_line(text: object) -> str:
-    r"""`text` on one line of at most LONGEST characters, with nothing in it that a terminal would obey.
+    r"""`text` on one line of at most LONGEST characters, without control characters that a terminal would obey.
 
     >>> print(one_line("red:\x1b[31m\nend"))
     red:\x1b[31m end
@@ -35,9 +36,9 @@ def one_line(text: object) -> str:
 
 
 def printable(text: str, kept: str = "") -> str:
-    r"""`text` with control characters, all but those `kept`, and lone surrogates written out, as in \x1b.
+    r"""`text` with control characters and lone surrogates escaped, as in \x1b, except those in `kept`.
 
-    Characters that turn the direction of writing count as well: with them, a name can look like another.
+    Characters that change the direction of writing are escaped too: they can make one name look like another.
     """
     return "".join(c if c in kept or not _acts(c) else ascii(c)[1:-1] for c in text)
 
@@ -49,11 +50,11 @@ def _acts(character: str) -> bool:
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:
-    """What to add to an error about `word`, where one of the `known` words is much like it.
+    """A hint to append to an error about `word` if it resembles one of the `known` words.
 
     >>> suggestion("lur", ("lru", "lfu")), suggestion("elephant", ("lru", "lfu"))
     ("; did you mean 'lru'?", '')
     """
     plain = {name.lower(): name for name in known}
-    near = difflib.get_close_matches(str(word).lower()[:100], plain, 1)
-    return f"; did you mean {plain[near[0]]!r}?" if near else ""
+    matches = difflib.get_close_matches(str(word).lower()[:100], plain, 1)
+    return f"; did you mean {plain[matches[0]]!r}?" if matches else ""

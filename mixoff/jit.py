@@ -1,4 +1,4 @@
-"""Loops compiled by numba, kept on disk where there is a folder for it. Knows nothing of what they compute."""
+"""Loops compiled by numba, cached on disk where there is a folder for it."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ if TYPE_CHECKING:
 
 
 def jit(loop: Callable, error_model: str = "python") -> Callable:
-    """`loop` compiled; it holds no lock. error_model: `"numpy"` divides by zero as NumPy does, without a branch.
+    """`loop` compiled, to run without the GIL. Raises ImportError where numba is not installed.
 
-    Raises ImportError where numba is not installed.
+    error_model: `"numpy"` divides by zero as NumPy does, without a branch.
     """
     import numba
 
@@ -21,9 +21,9 @@ def jit(loop: Callable, error_model: str = "python") -> Callable:
 
 
 def function(loop: Callable, error_model: str = "python") -> CFunc:
-    """`loop`, of three numbers that it takes as int64, compiled as a function that has an address.
+    """`loop`, a function of three int64, compiled as a C function. Raises ImportError where numba is not installed.
 
-    Whoever calls it there holds no lock and hears of no error. Raises ImportError where numba is not installed.
+    It is called by its address, so the GIL is not held and exceptions are lost.
     """
     import numba
 
@@ -39,11 +39,11 @@ def _kept(compiler: Callable, loop: Callable) -> Callable:
 
 # --- loops, compiled by numba where that pays ------------------------------------------------------------------------
 
-COMPILE_FROM = 20_000  # requests, two seconds in Python; numba starts in one once it has compiled, which takes ten
+COMPILE_FROM = 20_000  # requests: two seconds in Python; numba takes ten to compile once, then one to start
 
 
 def compiled(loop: Callable, requests: int = COMPILE_FROM, helpers: tuple[Callable, ...] = ()) -> Callable:
-    """`loop`, or its compiled twin with equal results when there are many requests and numba is installed."""
+    """`loop` itself, or compiled, with equal results, if there are many requests and numba is installed."""
     return loop if requests < COMPILE_FROM else _compile(loop, helpers)
 
 

@@ -1,4 +1,4 @@
-"""Memory in huge pages, where the system has them to give. Knows nothing of what lies in it."""
+"""Memory in huge pages, where the system has them."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ LINE = 64  # bytes of a cache line
 
 
 def pages(nbytes: int) -> mmap.mmap:
-    """Fresh private memory that begins at a page, in huge pages where the system has them to give.
+    """Fresh private memory that begins at a page, in huge pages where the system has them. Raises OSError.
 
-    Private, since only that counts as the process's own; huge, since direct I/O pins every page it writes to, which
-    took a third of a core at 3 GB/s with pages of 4 KiB and a tenth of that with huge ones, and since a product that
-    streams through weights finds their addresses sooner (docs/kernels.md). Raises OSError.
+    Private, because only private memory counts as the process's own. Huge, for two reasons:
+
+    - Direct I/O pins every page that it writes to. At 3 GB/s that took a third of a core with pages of 4 KiB, and a
+      tenth of that with huge ones.
+    - A product that streams through weights spends less time translating addresses (docs/kernels.md).
     """
     if not hasattr(mmap, "MAP_PRIVATE"):
         return mmap.mmap(-1, nbytes)
@@ -28,9 +30,9 @@ def pages(nbytes: int) -> mmap.mmap:
 
 
 def slab(nbytes: int, inherited: bool = True) -> torch.Tensor:
-    """`nbytes` of memory as a uint8 tensor, aligned to a page, allocated once and given back with its last view.
+    """`nbytes` of memory as a uint8 tensor, aligned to a page; freed with its last view.
 
-    inherited: whether the child of a fork has it too. Of page-locked memory Linux would copy every page at once.
+    inherited: whether the child of a fork gets it too. If it is page-locked, Linux copies every page at the fork.
     """
     if nbytes == 0:
         return torch.empty(0, dtype=torch.uint8)
@@ -44,14 +46,17 @@ ALLOCATORS = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDA out o
 
 
 def out_of_memory(error: Exception) -> str | None:
-    """What an error says, in a sentence, if it is about memory that was not to be had; None for any other.
+    """The message of an error about lack of memory, as one sentence; None for any other error.
 
     >>> out_of_memory(MemoryError("no room")), out_of_memory(ValueError("no sense"))
     ('no room', None)
     """
-    lacking = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-    lacking = lacking or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
-    words = str(error)
-    if lacking or (isinstance(error, RuntimeError) and any(mark in words for mark in ALLOCATORS)):
-        return ". ".join(words.strip().split("\n")[0].split(". ")[:2]) or type(error).__name__
-    return None
+    message = str(error)
+    lacking = (
+        isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+        or (isinstance(error, RuntimeError) and any(mark in message for mark in ALLOCATORS))
+    )
+    if not lacking:
+        return None
+    return ". ".join(message.strip().split("\n")[0].split(". ")[:2]) or type(error).__name__

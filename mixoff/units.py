@@ -1,7 +1,4 @@
-"""Bytes as people write them, and back.
-
-Built in notebooks/00. Does not know what the bytes are for.
-"""
+"""Bytes as people write them, and back. Built in notebooks/00."""
 
 from __future__ import annotations
 
@@ -13,12 +10,12 @@ from mixoff.errors import BudgetError
 UNITS = {"": 1, "B": 1}
 UNITS |= {f"{p}B": 1000**i for i, p in enumerate("KMGT", 1)} | {f"{p}IB": 1024**i for i, p in enumerate("KMGT", 1)}
 UNITS |= {p: 1024**i for i, p in enumerate("KMGT", 1)}  # a bare letter, as the kernel, dd and docker read it
-MOST = 2**63  # bytes: beyond it is no size of anything
+MOST = 2**63  # bytes: nothing is larger
 SIZE = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([A-Za-z]*)\s*")
 
 
 def parse_nbytes(size: int | float | str) -> int:
-    """Bytes in `size`: an int, or a number with a unit (decimal `MB`, binary `MiB`, a bare letter binary as well).
+    """Bytes in `size`: a number, or text with a unit (`MB` is decimal, `MiB` and a bare `M` are binary).
 
     Raises BudgetError for a negative, infinite, absurd or unreadable size.
 
@@ -49,7 +46,12 @@ def format_nbytes(nbytes: int | float) -> str:
         if abs(value) < 1024 or unit == "TiB":
             break
         value /= 1024
-    digits = 0 if unit == "B" or abs(value) >= 100 else 1 if abs(value) >= 10 else 2
+    if unit == "B" or abs(value) >= 100:
+        digits = 0
+    elif abs(value) >= 10:
+        digits = 1
+    else:
+        digits = 2
     return f"{value:.{digits}f} {unit}"
 
 

@@ -1,4 +1,1 @@
-"""Files of models as others publish them: which files are a model, their layouts, the Hub, shards one at a time.
-
-Must not know stores, caches, budgets or kernels.
-"""
+"""Files of models as others publish them: which files are a model, their layouts, the Hub, shards one at a time."""

@@ -1,7 +1,7 @@
 """The backbone of a model, all but its experts: whether files hold what transformers needs, and how they are opened.
 
 transformers itself decides which names and shapes a model needs, and which it renames or ignores: it loads the names on
-the meta device, where tensors have shapes and no memory. Does not know stores, schemes or experts' files.
+the meta device, where tensors have shapes and no memory.
 """
 
 from __future__ import annotations
@@ -27,17 +27,20 @@ INCOMPLETE = "the download is incomplete, fetch it again"
 
 
 def check(folder: Path, sizes: Mapping[str, tuple[int, ...]]) -> set[str]:
-    """Refuse a backbone that lacks a tensor of the model of config.json, or has one in another shape.
+    """Refuse a backbone that lacks a tensor of config.json's model, or has one in another shape.
 
-    sizes: shapes of all its tensors by name. Returns the names of those that the model does not use, which
-    transformers leaves out. Raises CheckpointError, which names the tensor.
+    - folder: the model folder.
+    - sizes: shapes of all tensors by name.
+
+    Returns the names of tensors that the model does not use; transformers ignores them. Raises CheckpointError, which
+    names the tensor.
     """
     config = read_config(folder)
     missing, unused, misshapen = rehearse(config, sizes)
     if misshapen:
-        name, found, wanted = misshapen[0]
+        name, stored, wanted = misshapen[0]
         raise CheckpointError(
-            f"{name} of {folder} has shape {found}, config.json says {wanted}{_setting(config, found, wanted)}: "
+            f"{name} of {folder} has shape {stored}, config.json says {wanted}{_setting(config, stored, wanted)}: "
             "copy config.json again from the source of the weights"
         )
     if missing:
@@ -48,7 +51,10 @@ def check(folder: Path, sizes: Mapping[str, tuple[int, ...]]) -> set[str]:
 def rehearse(
     config: PretrainedConfig, sizes: Mapping[str, tuple[int, ...]]
 ) -> tuple[list[str], set[str], list[tuple[str, tuple[int, ...], tuple[int, ...]]]]:
-    """What loading tensors of these names and shapes lacks, leaves out, and finds in another shape than it needs."""
+    """Load tensors of these names and shapes without memory.
+
+    Returns names that are missing, names that are unused, and (name, shape, expected shape) of those that do not fit.
+    """
     import torch
 
     config = copy.deepcopy(config)
@@ -70,12 +76,12 @@ def rehearse(
         raise CheckpointError(f"transformers cannot load this model's backbone: {reason}") from error
     modules = expert_modules(model).items()
     experts = {f"{name}.{key}" for name, module in modules for key, _ in module.named_parameters(recurse=False)}
-    misshapen = [(name, tuple(found), tuple(wanted)) for name, found, wanted in sorted(report["mismatched_keys"])]
+    misshapen = [(name, tuple(stored), tuple(wanted)) for name, stored, wanted in sorted(report["mismatched_keys"])]
     return sorted(set(report["missing_keys"]) - experts), set(report["unexpected_keys"]), misshapen
 
 
 def _remedy(missing: str, unused: set[str]) -> str:
-    """The way out, where a name only carries a prefix too many as well."""
+    """What to do about a missing name, which may only have a prefix too many."""
     longer = next((name for name in sorted(unused) if name.endswith(f".{missing}")), None)
     if longer is None:
         return INCOMPLETE
@@ -83,16 +89,16 @@ def _remedy(missing: str, unused: set[str]) -> str:
     return f"its names carry the prefix {prefix!r}, as in {longer}; save the model again without it"
 
 
-def _setting(config: PretrainedConfig, found: tuple[int, ...], wanted: tuple[int, ...]) -> str:
-    """The settings of a configuration that ask for the size that differs: ` (vocab_size = 5)`."""
-    sizes = [w for f, w in zip(found, wanted, strict=False) if f != w] or list(wanted)
+def _setting(config: PretrainedConfig, stored: tuple[int, ...], wanted: tuple[int, ...]) -> str:
+    """The setting of a configuration that gives the size that differs: ` (vocab_size = 5)`."""
+    sizes = [w for s, w in zip(stored, wanted, strict=False) if s != w] or list(wanted)
     values = config.to_dict() | config.get_text_config().to_dict()
     named = [key for key, value in values.items() if type(value) is int and value == sizes[0]]
     return f" ({named[0]} = {sizes[0]})" if len(named) == 1 else ""
 
 
 def refuse_overflow(model: PreTrainedModel, compute: torch.dtype, stored: str) -> None:
-    """Refuse fp16 for a backbone with weights beyond its range, stored in a dtype with a wider one."""
+    """Refuse fp16 for a backbone that was stored in a wider dtype and has weights beyond fp16's range."""
     if str(compute) != "torch.float16" or stored == "float16":
         return
     for name, weight in model.named_parameters():
@@ -104,7 +110,7 @@ def refuse_overflow(model: PreTrainedModel, compute: torch.dtype, stored: str) -
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    """Without transformers' report, warnings and bar: what it would say is said in our words."""
+    """Silence transformers' report, warnings and bars: our own messages replace them."""
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
     from transformers.utils import logging
 
@@ -118,14 +124,14 @@ def _quietly() -> Iterator[None]:
         finally:
             logging.set_verbosity(level)
             if bar:
-                logging.enable_progress_bar()  # the Hub's bars too
+                logging.enable_progress_bar()  # this enables the Hub's bars as well
             if hidden:
                 disable_progress_bars()
 
 
 @contextlib.contextmanager
 def opened(folder: Path, tensors: Mapping[str, TensorRange]) -> Iterator[dict[str, object]]:
-    """The tensors by name as transformers reads them: slices, whose bytes are looked at when they are asked for."""
+    """The tensors by name as transformers reads them: slices, whose bytes are read on demand."""
     from safetensors import SafetensorError, safe_open
 
     with contextlib.ExitStack() as files:

@@ -1,7 +1,7 @@
 """Reads model folders in the layout of the Hugging Face Hub, expert by expert.
 
 Every byte range comes from headers that are checked before use: sizes, shapes, dtypes, names of files. Nothing is
-unpickled, evaluated or imported from a model folder. Does not know caches or budgets.
+unpickled, evaluated or imported from a model folder.
 """
 
 from __future__ import annotations
@@ -16,28 +16,18 @@ from mixoff.checkpoints.model_files import MAX_HEADER, ModelFiles, parse_json, r
 from mixoff.errors import CheckpointError
 from mixoff.shapes.sites import DTYPES, Part, Site, dtype_nbytes, torch_dtype
 
-ITEM_BITS = {
-    "F64": 64,
-    "I64": 64,
-    "U64": 64,
-    "F32": 32,
-    "I32": 32,
-    "U32": 32,
-    "F16": 16,
-    "BF16": 16,
-    "I16": 16,
-    "U16": 16,
-}
-ITEM_BITS |= {"F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "I8": 8, "U8": 8, "BOOL": 8}
+ITEM_BITS = dict.fromkeys(("F64", "I64", "U64"), 64) | dict.fromkeys(("F32", "I32", "U32"), 32)
+ITEM_BITS |= dict.fromkeys(("F16", "BF16", "I16", "U16"), 16)
+ITEM_BITS |= dict.fromkeys(("F8_E4M3", "F8_E5M2", "F8_E8M0", "I8", "U8", "BOOL"), 8)
 MAX_DIMENSIONS = 64  # torch's own limit
 LOAD_FIRST = "not supported; load the model with transformers, then call mixoff.offload(model)"
 
-Read = Callable[[str, int, memoryview], None]  # of a file, from an offset, until the view is full
+Read = Callable[[str, int, memoryview], None]  # read(file, offset, view) fills the view
 
 
 @dataclass(frozen=True)
 class TensorRange:
-    """One tensor in a safetensors file: `offset` and `nbytes` in the file, dtype by safetensors' name."""
+    """One tensor in a safetensors file; `dtype` by safetensors' name, `offset` and `nbytes` in the file."""
 
     file: str
     dtype: str
@@ -48,7 +38,7 @@ class TensorRange:
 
 @dataclass(frozen=True)
 class Extent:
-    """`nbytes` at `offset` of `file` belong at `place` of an expert's image."""
+    """`nbytes` bytes at `offset` of `file`, which belong at byte `place` of an expert's image."""
 
     file: str
     offset: int
@@ -56,19 +46,20 @@ class Extent:
     nbytes: int
 
     def ranges(self) -> list[tuple[str, int, int]]:
-        """File, offset and size of all that has to be read for it."""
+        """All byte ranges to read: file, offset, size."""
         return [(self.file, self.offset, self.nbytes)]
 
     def fill(self, image: memoryview, read: Read) -> None:
-        """Fill its place in `image`; `read(file, offset, view)` fills a view with bytes of a file."""
+        """Fill `place` in `image`; `read(file, offset, view)` fills a view with bytes of a file."""
         read(self.file, self.offset, image[self.place : self.place + self.nbytes])
 
 
 @dataclass(frozen=True)
 class WidenedExtent(Extent):
-    """Numbers of a narrower dtype than the image has: they are widened, which changes none of them.
+    """Numbers of a narrower dtype than the image has; widening them is exact.
 
-    nbytes: in the image. dtypes: in the file and in the image, by torch's names.
+    - nbytes: bytes in the image.
+    - dtypes: dtypes in the file and in the image, by torch's names.
     """
 
     dtypes: tuple[str, str] = ("", "")
@@ -92,7 +83,7 @@ class WidenedExtent(Extent):
 
 
 def read_header(path: Path) -> dict[str, TensorRange]:
-    """The tensors of one safetensors file, each range checked against its shape, its dtype and the file's size."""
+    """The tensors of one safetensors file; each range is checked against shape, dtype and the file's size."""
     try:
         size = path.stat().st_size
         with path.open("rb") as f:
@@ -108,7 +99,7 @@ def parse_header(path: Path, raw: bytes, size: int) -> dict[str, TensorRange]:
     length = int.from_bytes(raw[:8], "little")
     if len(raw) < 8 or not 2 <= length <= min(size - 8, len(raw) - 8, MAX_HEADER):
         raise CheckpointError(
-            f"{path} is truncated or no safetensors file ({size} bytes): copy it again from its source"
+            f"{path} is truncated or not a safetensors file ({size} bytes): copy it again from its source"
         )
     try:
         header = parse_json(raw[8 : 8 + length])
@@ -126,13 +117,14 @@ def parse_header(path: Path, raw: bytes, size: int) -> dict[str, TensorRange]:
         end += t.nbytes
     if end != size:
         raise CheckpointError(
-            f"{path} holds {size} bytes, its header promises {end}: the copy is incomplete, fetch it again"
+            f"{path} is {size} bytes, its header promises {end}: the copy is incomplete, fetch it again"
         )
     return tensors
 
 
 def _tensor_range(file: str, entry: dict, base: int) -> TensorRange:
-    dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+    dtype, shape = entry["dtype"], entry["shape"]
+    begin, end = entry["data_offsets"]
     if dtype not in ITEM_BITS:
         raise ValueError(f"unknown dtype {dtype!r}")
     if len(shape) > MAX_DIMENSIONS or not all(type(n) is int and 0 <= n < 2**63 for n in [*shape, begin, end]):
@@ -145,13 +137,16 @@ def _tensor_range(file: str, entry: dict, base: int) -> TensorRange:
 class Checkpoint:
     """The safetensors files of one model folder. Opening it reads headers only.
 
-    `tensors`: every tensor by its name in the files; of two with one name the later file's, as transformers takes them.
-    found: which files, and headers: their tensors by file, where the files are elsewhere. Raises CheckpointError for
-    anything missing, damaged or unsafe.
+    - folder: the folder with config.json.
+    - found: the model's files; None looks into the folder.
+    - headers: tensors by file, where the files are elsewhere.
+    - tensors: every tensor by its name in the files; the later file wins if two have one name, as in transformers.
+
+    Raises CheckpointError for anything missing, damaged or unsafe.
     """
 
     widens = True  # whether experts of several dtypes are read as the widest
-    method: str | None = None  # of the quantization that this class reads
+    method: str | None = None  # name of the quantization that this class reads
 
     def __init__(
         self,
@@ -180,13 +175,13 @@ class Checkpoint:
 
     @property
     def not_in_place(self) -> str | None:
-        """What keeps experts from being served from these files as they are; None where nothing does."""
+        """Why experts cannot be served from these files as they are; None if they can."""
         dtypes = {self.tensors[name].dtype for name in self.expert_names()}
         mixed = len(dtypes) > 1 and dtypes <= DTYPES.keys()
         return f"{self.folder}: experts are stored as {', '.join(sorted(dtypes))}" if mixed else None
 
     def stored_sites(self, sites: Iterable[Site]) -> tuple[Site, ...]:
-        """The sites with their parts as this checkpoint has them: its experts may be quantized already."""
+        """The sites with their parts as this checkpoint stores them, which may already be quantized."""
         return tuple(sites)
 
     def expert_names(self) -> set[str]:
@@ -194,13 +189,13 @@ class Checkpoint:
         return {name for name in self.tensors if keys.parse(name)}
 
     def backbone(self) -> dict[str, tuple[TensorRange, Extent]]:
-        """Every tensor that is no expert's by name: as it is once it has been read, and how to read it."""
+        """Every tensor of the backbone by name: its description once it is read, and how to read it."""
         experts = self.expert_names()
         whole = {name: t for name, t in self.tensors.items() if name not in experts}
         return {name: (t, self._extent(name, 0, t.nbytes, 0)) for name, t in whole.items()}
 
     def side_changes(self) -> dict[str, bytes]:
-        """Small files that a store has otherwise than this checkpoint."""
+        """Small files that differ in a store of this checkpoint."""
         return {}
 
     def _extent(self, name: str, start: int, nbytes: int, place: int) -> Extent:
@@ -209,26 +204,24 @@ class Checkpoint:
         return Extent(t.file, t.offset + start, place, nbytes)
 
     def expert_dtype(self) -> str:
-        """The dtype of the experts, by torch's name: where they have several, float32, which holds all of them."""
-        found = {self.tensors[name].dtype: name for name in sorted(self.expert_names(), reverse=True)}
-        if not found:
+        """The dtype of the experts, by torch's name; float32, which holds all others, if they have several."""
+        examples = {self.tensors[name].dtype: name for name in sorted(self.expert_names(), reverse=True)}
+        if not examples:
             if interleaved := next((name for name in self.tensors if name.endswith(keys.INTERLEAVED)), None):
-                raise CheckpointError(
-                    f"{interleaved} has the rows of gate and up in turns, as in Inkling: {LOAD_FIRST}"
-                )
+                raise CheckpointError(f"{interleaved} interleaves the rows of gate and up, as in Inkling: {LOAD_FIRST}")
             raise CheckpointError(
                 f"{self.folder} has no expert weights under a name that mixoff knows (…layers.0.….experts.0.w1.weight)"
             )
-        if not found.keys() <= DTYPES.keys() or (len(found) > 1 and not self.widens):
-            examples = ", ".join(f"{name} in {dtype}" for dtype, name in sorted(found.items()))
+        if not examples.keys() <= DTYPES.keys() or (len(examples) > 1 and not self.widens):
+            listed = ", ".join(f"{name} in {dtype}" for dtype, name in sorted(examples.items()))
             raise CheckpointError(
-                f"experts are stored as {', '.join(sorted(found))} ({examples}): "
+                f"experts are stored as {', '.join(sorted(examples))} ({listed}): "
                 f"mixoff reads checkpoints that have one of {', '.join(DTYPES)} for all experts"
             )
-        return "float32" if len(found) > 1 else DTYPES[found.popitem()[0]]
+        return "float32" if len(examples) > 1 else DTYPES[examples.popitem()[0]]
 
     def extents(self, sites: Sequence[Site]) -> dict[tuple[int, int], list[Extent]]:
-        """Where the bytes of each expert stand, by (site, expert). Every part of every expert is covered, once."""
+        """Where the bytes of each expert are, by (site, expert). Every part of every expert is covered exactly once."""
         places = keys.by_place(self.tensors, sites)
         return {
             (i, e): [extent for part in site.parts for extent in self._part_extents(places, sites, i, e, part)]
@@ -237,7 +230,7 @@ class Checkpoint:
         }
 
     def _part_extents(self, places: dict[keys.Place, str], sites: Sequence[Site], i: int, e: int, part: Part) -> list:
-        """Where a part of expert `e` of site `i` stands: a slice of a tensor, or a tensor for each of its matrices."""
+        """Where a part of expert `e` of site `i` is: a slice of one tensor, or one tensor per matrix of the part."""
         site = sites[i]
         if name := places.get((i, None, part.name)):
             self._expect(self.tensors[name], (site.num_experts, *part.shape), site, e)
@@ -253,7 +246,7 @@ class Checkpoint:
         return extents
 
     def _expert_extent(self, name: str, start: int, nbytes: int, place: int, dtype: str) -> Extent:
-        """How to read `nbytes` of an image, which has that dtype, from byte `start` of a tensor in it."""
+        """How to read `nbytes` of an image in `dtype`, from byte `start` of a tensor counted in that dtype."""
         t = self.tensors[name]
         if (stored := DTYPES[t.dtype]) == dtype:
             return self._extent(name, start, nbytes, place)
@@ -267,10 +260,10 @@ class Checkpoint:
                 "the download is incomplete, fetch it again"
             )
         if t.shape != shape and len(shape) == 3 and t.shape == (shape[0], shape[2], shape[1]):
-            what = (
-                f"the experts of layer {site.layer} stand in {t.file} with inputs before outputs, as Qwen3-VL-MoE's do"
+            raise CheckpointError(
+                f"the experts of layer {site.layer} in {t.file} have inputs before outputs, as in Qwen3-VL-MoE: "
+                f"{LOAD_FIRST}"
             )
-            raise CheckpointError(f"{what}: {LOAD_FIRST}")
         if t.shape != shape:
             raise CheckpointError(
                 f"expert {e} of layer {site.layer} has shape {t.shape} in {t.file}, config.json says {shape}"

@@ -1,10 +1,8 @@
 """Checkpoints whose weights are encoded, decoded while they are read: fp8 with scales of blocks, and MXFP4.
 
-DeepSeek-V3 stores `….weight` in fp8 beside `….weight_scale_inv`, one number for a block of 128 x 128. gpt-oss stores
-experts as `…_proj_blocks`, 32 numbers of 4 bits in 16 bytes, beside `…_proj_scales`, one exponent for those. Decoded
-they are bf16, as transformers reads them; so only a conversion can use them, and its store is an ordinary one.
-
-Does not know stores, schemes or caches.
+DeepSeek-V3 stores `….weight` in fp8 and `….weight_scale_inv`, one number per block of 128 x 128. gpt-oss stores experts
+as `…_proj_blocks`, 32 numbers of 4 bits in 16 bytes, and `…_proj_scales`, one exponent per 32 numbers. Both are decoded
+to bf16, as in transformers. Only a conversion can read them, and its store is an ordinary one.
 """
 
 from __future__ import annotations
@@ -24,15 +22,15 @@ from mixoff.errors import CheckpointError
 SCALE = "_scale_inv"
 FP8 = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 SCALES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F8_E8M0": torch.float8_e8m0fnu}
-UNUSED = (".input_scale", ".activation_scale")  # of activations, which are not encoded here
-FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # and the same below zero; OCP Microscaling Formats 1.0, section 5.3.3
+UNUSED = (".input_scale", ".activation_scale")  # scales of activations, which are not encoded here
+FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # and their negatives; OCP Microscaling Formats 1.0, section 5.3.3
 GROUP = 32  # numbers of MXFP4 that share an exponent
-BIAS = 127  # of that exponent
+BIAS = 127  # bias of that exponent
 PIECE = 1 << 22  # numbers decoded at a time
 
 
 def checkpoint_class(folder: Path) -> type[Checkpoint]:
-    """The class that reads the checkpoint in `folder`, by what its config.json says of its encoding."""
+    """The class that reads the checkpoint in `folder`, according to the encoding in its config.json."""
     config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     quantization = config.get("quantization_config")
     method = quantization.get("quant_method") if isinstance(quantization, dict) else None
@@ -40,7 +38,7 @@ def checkpoint_class(folder: Path) -> type[Checkpoint]:
 
 
 class EncodedCheckpoint(Checkpoint):
-    """A checkpoint of encoded weights; `tensors` describes them as they are once decoded, under transformers' names."""
+    """A checkpoint of encoded weights; `tensors` describes them decoded, under transformers' names."""
 
     widens = False
 
@@ -59,7 +57,7 @@ class EncodedCheckpoint(Checkpoint):
         return f"{self.folder} stores weights as {self.method}, from which experts cannot be served"
 
     def _decode_names(self) -> None:
-        """Replace encoded tensors in `tensors` by what they become, and note in `encoded` how."""
+        """Replace encoded tensors in `tensors` by decoded ones, and note in `encoded` how to decode them."""
         raise NotImplementedError
 
     def _extent(self, name: str, start: int, nbytes: int, place: int) -> Extent:
@@ -69,7 +67,7 @@ class EncodedCheckpoint(Checkpoint):
 
     def _add(self, name: str, shape: tuple[int, ...], extent: Extent) -> None:
         if name in self.tensors:
-            raise CheckpointError(f"{self.folder} has {name} twice, encoded and plain: keep one of them")
+            raise CheckpointError(f"{name} appears twice in {self.folder}, encoded and plain: keep one")
         self.tensors[name] = TensorRange(extent.file, "BF16", shape, extent.offset, 2 * math.prod(shape))
         self.encoded[name] = extent
 
@@ -85,7 +83,7 @@ class EncodedCheckpoint(Checkpoint):
 
 @dataclass(frozen=True)
 class Fp8Extent(Extent):
-    """A matrix of fp8, and the scales of its blocks. nbytes: of the decoded matrix, bf16."""
+    """A matrix of fp8 and the scales of its blocks; `nbytes` counts the decoded matrix, bf16."""
 
     weight: TensorRange | None = None
     scale: TensorRange | None = None
@@ -99,7 +97,7 @@ class Fp8Extent(Extent):
         out = torch.frombuffer(image[self.place : self.place + self.nbytes], dtype=torch.bfloat16).view(rows, columns)
         scales = _read(self.scale, self.scale.offset, self.scale.nbytes, SCALES[self.scale.dtype], read).float()
         scales = scales.view(-(-rows // height), -(-columns // width)).repeat_interleave(width, 1)[:, :columns]
-        step = max(1, PIECE // (height * columns)) * height  # rows, whole blocks of them
+        step = max(1, PIECE // (height * columns)) * height  # rows decoded at a time, whole blocks
         for start in range(0, rows, step):
             n = min(step, rows - start)
             offset = self.weight.offset + start * columns
@@ -109,7 +107,7 @@ class Fp8Extent(Extent):
 
 
 class Fp8Checkpoint(EncodedCheckpoint):
-    """fp8 as DeepSeek-V3 has it: `weight_block_size` in the configuration, or one scale for each weight."""
+    """fp8 as in DeepSeek-V3: `weight_block_size` in the configuration, or one scale per matrix."""
 
     method = "fp8"
 
@@ -124,7 +122,7 @@ class Fp8Checkpoint(EncodedCheckpoint):
             if block is None:
                 raise CheckpointError(
                     f"{name} is {scale.dtype} {scale.shape} for a weight that is {weight.dtype} {weight.shape}: "
-                    "mixoff knows fp8 matrices with a scale for each block; use the 16-bit original of this model"
+                    "mixoff knows fp8 matrices with one scale per block; use the 16-bit original of this model"
                 )
             place = weight.file, weight.offset, 0, 2 * math.prod(weight.shape)
             self._add(name.removesuffix(SCALE), weight.shape, Fp8Extent(*place, weight, scale, block))
@@ -132,7 +130,7 @@ class Fp8Checkpoint(EncodedCheckpoint):
             raise CheckpointError(f"{self.folder} has no scale for {plain[0]}: fetch it again, or use a 16-bit copy")
 
     def _block(self, shape: tuple[int, ...], scale: TensorRange) -> tuple[int, int] | None:
-        """Rows and columns that share a scale: as configured, or what the grid says. None for what is no such grid."""
+        """Rows and columns that share a scale, as configured or as the grid implies; None if the grid does not fit."""
         size = read_json(self.folder / "config.json")["quantization_config"].get("weight_block_size")
         grid = (1, 1) if math.prod(scale.shape) == 1 else scale.shape
         if len(shape) != 2 or len(grid) != 2 or 0 in (*shape, *grid):
@@ -151,7 +149,9 @@ class Fp8Checkpoint(EncodedCheckpoint):
 class Mxfp4Extent(Extent):
     """Experts' matrices of MXFP4, transposed: codes (outputs, inputs), decoded (inputs, outputs).
 
-    blocks, scales: of all experts. first, count: which of them. nbytes: decoded, bf16.
+    - nbytes: bytes of the decoded matrices, bf16.
+    - blocks, scales: tensors of all experts.
+    - first, count: range of experts to read.
     """
 
     blocks: TensorRange | None = None
@@ -179,7 +179,7 @@ class Mxfp4Extent(Extent):
                 out[i, :, start : start + n] = decode_mxfp4(packed.view(n, groups, -1), exponents.view(n, groups)).T
 
     def _sizes(self) -> list[tuple[TensorRange, int]]:
-        """Blocks and scales, and how many bytes of each an expert has."""
+        """Blocks and scales, with bytes per expert."""
         return [(t, t.nbytes // t.shape[0]) for t in (self.blocks, self.scales)]
 
 
@@ -195,7 +195,7 @@ def decode_mxfp4(packed: torch.Tensor, exponents: torch.Tensor) -> torch.Tensor:
 
 
 class Mxfp4Checkpoint(EncodedCheckpoint):
-    """gpt-oss: experts in MXFP4, all of a layer in one tensor, all else in bf16."""
+    """gpt-oss: experts in MXFP4, all experts of a layer in one tensor, everything else in bf16."""
 
     method = "mxfp4"
 
@@ -206,7 +206,7 @@ class Mxfp4Checkpoint(EncodedCheckpoint):
             if scales is None or len(blocks.shape) != 4 or 0 in blocks.shape or blocks.shape[-1] != GROUP // 2:
                 raise CheckpointError(f"{name} {blocks.shape} has no scales or is not MXFP4: fetch {blocks.file} again")
             if scales.shape != blocks.shape[:-1] or {blocks.dtype, scales.dtype} != {"U8"}:
-                raise CheckpointError(f"{name} {blocks.shape} does not suit its scales {scales.shape}: fetch it again")
+                raise CheckpointError(f"{name} {blocks.shape} does not match its scales {scales.shape}: fetch it again")
             experts, outputs, groups, _ = blocks.shape
             shape = (experts, groups * GROUP, outputs)
             extent = Mxfp4Extent(blocks.file, blocks.offset, 0, 2 * math.prod(shape), blocks, scales, 0, experts)

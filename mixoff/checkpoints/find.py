@@ -1,4 +1,4 @@
-"""Where the model that a path or a Hub id names is, fetched if need be."""
+"""Finds the folder or the shards of a model by path or Hub id, and fetches them if needed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mixoff.checkpoints.shards import LocalShards, Shards
 
 
 def local_folder(path: str | Path) -> Path:
-    """The folder of a model: itself, a bundled model's, or in the Hub's cache that of a model on the Hub, fetched."""
+    """The folder of a model: a path, a bundled model's folder, or a Hub model's in the Hub cache, fetched if needed."""
     if str(path) in models.names():
         return models.path(str(path))
     model = parse(path)
@@ -20,10 +20,10 @@ def local_folder(path: str | Path) -> Path:
 
 
 def open_shards(source: str | Path, downloads: Path) -> Shards:
-    """The shards of a checkpoint: a folder, a bundled model, or a model on the Hub.
+    """The shards of a checkpoint.
 
-    downloads: the folder for shards that have to be fetched, made when the first one is. Without a connection, the
-    shards in the Hub's cache have to do.
+    - source: a folder, a bundled model, or a Hub id; in offline mode the model has to be in the Hub cache.
+    - downloads: folder for shards that are fetched; created with the first one.
     """
     model = parse(source)
     if model is None:

@@ -1,8 +1,8 @@
-"""Models on the Hugging Face Hub, through `huggingface_hub` alone: its token, cache, endpoint and offline mode hold.
+"""Models on the Hugging Face Hub, through `huggingface_hub` alone: its token, cache, endpoint and offline mode apply.
 
-A model is named `org/model` or `org/model@revision` (a branch, a tag or a commit). For loading, its files come into the
-cache that transformers uses too. For conversion only headers are read at first, by ranges; then shard after shard is
-fetched, verified, and deleted once it is consumed. Does not know stores or schemes.
+A model is named `org/model` or `org/model@revision` (a branch, a tag or a commit). For loading, its files are fetched
+into the cache that transformers uses too. For conversion, only headers are fetched at first, by range requests; then
+each shard is fetched, verified, and deleted once it is consumed.
 """
 
 from __future__ import annotations
@@ -22,33 +22,33 @@ from mixoff.checkpoints.model_files import MAX_HEADER, WHOLE
 from mixoff.checkpoints.names import HubId
 from mixoff.checkpoints.published import open_checkpoint
 from mixoff.checkpoints.shards import SIDE_FILES, read_side_files
-from mixoff.errors import CheckpointError
+from mixoff.errors import AGAIN, CheckpointError
 
-# at first, of a model that is loaded: what chooses its other files; a store may be on the Hub too
+# files fetched first to load a model: they tell which others are needed; a store may be on the Hub too
 WANTED = (*SIDE_FILES, WHOLE, "quantized.safetensors", "experts-*.bin")
-STRAY = re.compile(r"\.[0-9a-f]{8}\.incomplete$")  # named at random by huggingface_hub 2, which never goes on with one
-FIRST = 100_000  # bytes asked for at first: nearly every header ends before
+STRAY = re.compile(r"\.[0-9a-f]{8}\.incomplete$")  # huggingface_hub 2 names them at random and never resumes one
+FIRST = 100_000  # bytes of the first request: nearly every header fits
 CONNECTIONS = 8  # headers that are fetched at a time
-AGAIN = "run the same command again, and it goes on where it stopped"
 
 
 # Whole models, for loading --------------------------------------------------------------------------------------------
 
 
 def snapshot(model: HubId) -> Path:
-    """The folder in the Hub's cache with all that loading needs, fetched where it lacks. Raises CheckpointError."""
+    """The folder in the Hub cache with all that loading needs, fetched if needed. Raises CheckpointError."""
     from huggingface_hub import snapshot_download
 
     with advice(model):
         folder = Path(snapshot_download(model.repo, revision=model.revision, allow_patterns=list(WANTED)))
-        found = model_files.here(folder)
-        if found and not all((folder / name).exists() for name in found.names):  # of the same commit
-            snapshot_download(model.repo, revision=folder.name, allow_patterns=list(found.names))
+        weights = model_files.here(folder)
+        if weights and not all((folder / name).exists() for name in weights.names):
+            # folder.name is the commit: the branch may have moved since
+            snapshot_download(model.repo, revision=folder.name, allow_patterns=list(weights.names))
     return folder
 
 
 def config_folder(model: HubId) -> Path:
-    """A folder with the model's config.json, which is all that is fetched. Raises CheckpointError."""
+    """A folder with the model's config.json; nothing else is fetched. Raises CheckpointError."""
     from huggingface_hub import hf_hub_download
 
     with advice(model):
@@ -56,7 +56,7 @@ def config_folder(model: HubId) -> Path:
 
 
 class HubShards:
-    """A model on the Hub at one commit: opening it reads small files, and of each shard the header."""
+    """A model on the Hub at one commit. Opening it fetches the small files and the header of each shard."""
 
     transient = True
 
@@ -64,15 +64,17 @@ class HubShards:
         from huggingface_hub import HfApi, constants
 
         with advice(model):
-            how = {"files_metadata": True, "timeout": constants.HF_HUB_ETAG_TIMEOUT}
-            info = HfApi().model_info(model.repo, revision=model.revision, **how)
-        self.model, self.downloads = HubId(model.repo, info.sha), downloads
+            info = HfApi().model_info(
+                model.repo, revision=model.revision, files_metadata=True, timeout=constants.HF_HUB_ETAG_TIMEOUT
+            )
+        self.model = HubId(model.repo, info.sha)
+        self.downloads = downloads
         self.listed = {entry.rfilename: entry for entry in info.siblings or []}
         folder = self._side_folder()
-        found = model_files.find(folder, self.listed, self.model)
+        files = model_files.find(folder, self.listed, self.model)
         with ThreadPoolExecutor(CONNECTIONS) as pool:
-            headers = dict(zip(found.names, pool.map(self._header, found.names), strict=True))
-        self.checkpoint = open_checkpoint(folder, found, headers)
+            headers = dict(zip(files.names, pool.map(self._header, files.names), strict=True))
+        self.checkpoint = open_checkpoint(folder, files, headers)
 
     def identity(self) -> str:
         return f"{self.model} {[(file, self.listed[file].size) for file in self.checkpoint.files]}"
@@ -86,17 +88,24 @@ class HubShards:
         if path := self._cached(file):
             return path
         path = self.downloads / file
-        for stray in self.downloads.rglob("*.incomplete"):  # of a process that was killed
+        for stray in self.downloads.rglob("*.incomplete"):  # left by a process that was killed
             if STRAY.search(stray.name):
                 stray.unlink()
         for attempt in range(2):
             with advice(self.model):
-                where = {"local_dir": self.downloads, "force_download": attempt > 0}
-                hf_hub_download(self.model.repo, file, revision=self.model.revision, **where)
+                hf_hub_download(
+                    self.model.repo,
+                    file,
+                    revision=self.model.revision,
+                    local_dir=self.downloads,
+                    force_download=attempt > 0,
+                )
             if self._is_sound(path, file):
                 return path
             path.unlink()
-        raise CheckpointError(f"{file} of {self.model} came twice with other bytes than the Hub lists: {AGAIN}")
+        raise CheckpointError(
+            f"{file} of {self.model} was downloaded twice and both copies differ from the Hub's checksum: {AGAIN}"
+        )
 
     def release(self, file: str) -> None:
         (self.downloads / file).unlink(missing_ok=True)
@@ -105,14 +114,14 @@ class HubShards:
         pass
 
     def _side_folder(self) -> Path:
-        """The folder in the Hub's cache with config.json, the index and the other small files."""
+        """The folder in the Hub cache with config.json, the index and the other small files."""
         from huggingface_hub import hf_hub_download
 
         plain = [name for name in self.listed if "/" not in name]
         names = [name for name in plain if any(fnmatch.fnmatch(name, pattern) for pattern in SIDE_FILES)]
         if "config.json" not in names:
             model_files.refuse_adapter(names, self.downloads, self.model)
-            raise CheckpointError(f"{self.model} has no config.json: it is no model that transformers can load")
+            raise CheckpointError(f"{self.model} has no config.json: it is not a model that transformers can load")
         with advice(self.model):
             paths = [Path(hf_hub_download(self.model.repo, n, revision=self.model.revision)) for n in names]
         return paths[names.index("config.json")].parent
@@ -134,21 +143,21 @@ class HubShards:
         raw = b""
         with advice(self.model), get_session().stream("GET", url, headers=headers, follow_redirects=True) as response:
             hf_raise_for_status(response)
-            for piece in response.iter_bytes():  # a server without ranges sends all: the rest stays there
+            for piece in response.iter_bytes():  # a server without range requests sends everything: stop reading
                 raw += piece
                 if len(raw) >= nbytes:
                     break
         return raw[:nbytes]
 
     def _cached(self, file: str) -> Path | None:
-        """The shard in the Hub's cache, if somebody fetched it before; that copy is not ours to delete."""
+        """The shard in the Hub cache, if it was fetched before; that copy is not ours to delete."""
         from huggingface_hub import try_to_load_from_cache
 
         path = try_to_load_from_cache(self.model.repo, file, revision=self.model.revision)
         return Path(path) if isinstance(path, str) else None
 
     def _is_sound(self, path: Path, file: str) -> bool:
-        """Whether a fetched file has the size and, where the Hub lists one, the SHA-256 that it should have."""
+        """Whether a fetched file has the size and, if the Hub lists one, the SHA-256 of the Hub's entry."""
         entry = self.listed[file]
         if path.stat().st_size != entry.size or not entry.lfs:
             return path.stat().st_size == entry.size
@@ -164,7 +173,7 @@ class HubShards:
 
 @contextmanager
 def advice(model: HubId) -> Iterator[None]:
-    """Turns what huggingface_hub raises into one line that says what to do. A full disk stays what it is."""
+    """Turn errors of huggingface_hub into one line that says what to do. "Disk full" passes through unchanged."""
     from huggingface_hub import errors
 
     try:
@@ -181,7 +190,7 @@ def _explain(error: Exception, model: HubId) -> str:
     from huggingface_hub import errors
 
     if isinstance(error, errors.LocalEntryNotFoundError) and isinstance(error.__cause__, errors.HfHubHTTPError):
-        error = error.__cause__  # the Hub did answer, and the cache is only where huggingface_hub looked next
+        error = error.__cause__  # the Hub answered; huggingface_hub only looked into the cache afterwards
     page, revision = f"https://huggingface.co/{model.repo}", model.revision or "main"
     known = (
         (errors.GatedRepoError, f"{model.repo} is gated: accept its terms at {page}, then log in with `hf auth login`"),
@@ -201,7 +210,7 @@ def _explain(error: Exception, model: HubId) -> str:
             return text
     status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else 0
     if status in (401, 403):
-        return f"the Hub refuses access to {model} ({status}): log in with `hf auth login`, by a token that may read it"
+        return f"the Hub refuses access to {model} ({status}): use `hf auth login` with a token that can read it"
     if status:
         return f"the Hub answers {status} to a request for {model}: wait a little, then {AGAIN}"
     return _unreachable(error, model)

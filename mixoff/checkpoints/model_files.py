@@ -1,9 +1,8 @@
-"""Which safetensors files are a model's weights: as transformers decides, or a refusal in words.
+"""Which safetensors files are a model's weights, as transformers decides; or why there are none.
 
-`model.safetensors` comes first, then the files that its index names; `transformers_weights` in config.json comes before
-both. Files that neither is or names (variants, other formats) are not looked at. Loading, converting, planning, and
-both for the Hub, ask here, so a backbone and its experts cannot come from different files. Reads names and small JSON
-files; does not know tensors.
+`transformers_weights` in config.json comes first, then `model.safetensors`, then the files that its index names. Other
+files (variants, other formats) are ignored. Loading, converting and planning all ask here, for folders and for the Hub,
+so a backbone and its experts cannot come from different files. Only names and small JSON files are read.
 """
 
 from __future__ import annotations
@@ -28,8 +27,8 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 class ModelFiles:
     """The files of a model's weights.
 
-    names: in order; where two files hold a tensor of the same name, the later one counts. weight_map: file by tensor's
-    name, where an index chose them.
+    - names: names in order; if two files hold a tensor of the same name, the later one counts.
+    - weight_map: file by tensor's name, if an index names the files.
     """
 
     names: tuple[str, ...]
@@ -39,23 +38,26 @@ class ModelFiles:
 def find(folder: Path, listed: Collection[str] | None = None, model: object = None) -> ModelFiles:
     """The files that hold the weights of the model in `folder`.
 
-    listed: names of all files that there are; None looks into the folder. model: its name in errors, the folder's by
-    default. Raises CheckpointError where transformers would find no weights, and for unsafe names.
+    - folder: folder with config.json.
+    - listed: names of all files of the model; None looks into the folder.
+    - model: name of the model in errors, by default the folder.
+
+    Raises CheckpointError if transformers would find no weights, and for unsafe names.
     """
     names = _files_of(folder) if listed is None else set(listed)
     refuse_adapter(names, folder, model or folder)
-    found = chosen(folder, names)
-    if found is None:
+    files = chosen(folder, names)
+    if files is None:
         _refuse_without_weights(names, folder, model)
-    if lacking := [name for name in found.names if name not in names]:
-        by, remedy = "index" if found.weight_map else "config.json", "the download is incomplete, fetch it again"
-        remedy = "tell the owner of that model" if model else remedy
-        raise CheckpointError(f"{model or folder} lacks {lacking[0]}, which its {by} names: {remedy}")
-    return found
+    if lacking := [name for name in files.names if name not in names]:
+        listing = "index" if files.weight_map else "config.json"
+        remedy = "tell the owner of that model" if model else "the download is incomplete, fetch it again"
+        raise CheckpointError(f"{model or folder} lacks {lacking[0]}, which its {listing} names: {remedy}")
+    return files
 
 
 def chosen(folder: Path, names: Collection[str]) -> ModelFiles | None:
-    """What decides among `names`: the configuration, the whole file or the index; None where nothing does."""
+    """The files that configuration, whole file or index choose among `names`; None if there is none of these."""
     first = _configured(folder) or next((name for name in (WHOLE, INDEX) if name in names), None)
     if first is None:
         return None
@@ -66,12 +68,12 @@ def chosen(folder: Path, names: Collection[str]) -> ModelFiles | None:
 
 
 def here(folder: Path) -> ModelFiles | None:
-    """`chosen` among the files that are in the folder."""
+    """`chosen` among the files in the folder."""
     return chosen(folder, _files_of(folder)) if folder.is_dir() else None
 
 
 def begun(folder: Path) -> bool:
-    """Whether a folder has weights, or part of them, or says where they are; without, a configuration is all it has."""
+    """Whether a folder has any weights or an index of them, rather than a configuration alone."""
     return any(name.endswith((".safetensors", INDEX_ENDING)) for name in _files_of(folder))
 
 
@@ -85,7 +87,9 @@ def refuse_adapter(names: Collection[str], folder: Path, model: object) -> None:
         return
     base = read_json(folder / ADAPTER).get("base_model_name_or_path") if (folder / ADAPTER).is_file() else None
     of = f" of {base}" if isinstance(base, str) and base.isprintable() and base else ""
-    what = f"holds an adapter (LoRA){of} beside a model" if "config.json" in names else f"is an adapter (LoRA){of}"
+    what = (
+        f"holds an adapter (LoRA){of} in addition to a model" if "config.json" in names else f"is an adapter (LoRA){of}"
+    )
     raise CheckpointError(
         f"{model} {what} ({ADAPTER}): merge it into the model with PEFT (merge_and_unload, then save_pretrained), "
         "and give mixoff the merged folder"
@@ -103,7 +107,7 @@ def _configured(folder: Path) -> str | None:
 
 
 def _weight_map(path: Path) -> dict[str, str]:
-    """The file of each tensor by an index. Raises CheckpointError for all but plain names."""
+    """The file of each tensor, from an index. Raises CheckpointError for anything but plain names of files."""
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise CheckpointError(f"{path} has no weight_map: copy it again from its source")
@@ -115,7 +119,7 @@ def _weight_map(path: Path) -> dict[str, str]:
 def _expect_plain(file: object, path: Path, endings: tuple[str, ...]) -> None:
     if not isinstance(file, str) or set(file) & set("/\\:") or not file.isprintable() or not file.endswith(endings):
         raise CheckpointError(
-            f"{path} points to {file!r}, which is no plain name of a *.safetensors file: do not trust this folder"
+            f"{path} points to {file!r}, which is not a plain name of a *.safetensors file: do not trust this folder"
         )
 
 
@@ -149,7 +153,7 @@ def _refuse_without_weights(names: Collection[str], folder: Path, model: object)
 
 
 def read_json(path: Path) -> dict:
-    """A JSON object from `path`. Raises CheckpointError when it is missing, no JSON, or no object."""
+    """A JSON object from `path`. Raises CheckpointError if the file is missing, not JSON, or not an object."""
     try:
         if (size := path.stat().st_size) > MAX_HEADER:
             raise ValueError(f"{size} bytes")
@@ -168,12 +172,12 @@ def read_json(path: Path) -> dict:
 
 
 def parse_json(raw: bytes) -> object:
-    """The value of a JSON text in UTF-8. Raises ValueError, also for a key that stands twice, or RecursionError."""
+    """The value of a JSON text in UTF-8. Raises ValueError, also for a duplicate key, or RecursionError."""
 
     def unique(pairs: list[tuple[str, object]]) -> dict:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            raise ValueError("a key stands twice")
-        return found
+        values = dict(pairs)
+        if len(values) != len(pairs):
+            raise ValueError("duplicate key")
+        return values
 
     return json.loads(raw.decode("utf-8"), object_pairs_hook=unique)

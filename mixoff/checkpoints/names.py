@@ -16,7 +16,7 @@ NAME = re.compile(r"^(?P<repo>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>[\w./-]+))?$"
 
 @dataclass(frozen=True)
 class HubId:
-    """A model on the Hub; revision None is its default branch."""
+    """A model on the Hub; without a revision, its default branch."""
 
     repo: str
     revision: str | None = None
@@ -28,21 +28,22 @@ class HubId:
 def parse(path: str | Path, revision: str | None = None) -> HubId | None:
     """The model on the Hub that `path` names; None for an existing folder, a bundled model, or any other path.
 
-    `a/b` without a revision is a path where a folder `a` exists: a mistyped path is never looked up on the Hub.
+    `a/b` without a revision counts as a path if a folder `a` exists, so a mistyped path is never looked up on the Hub.
 
     >>> parse("org/model@v1.0"), parse("./org/model"), parse("org/model", revision="refs/pr/1").revision
     (HubId(repo='org/model', revision='v1.0'), None, 'refs/pr/1')
     """
     m = NAME.match(str(path))
-    if not m or str(path) in models.names() or os.path.exists(path):  # which raises nothing, whatever the name
+    if not m or str(path) in models.names() or os.path.exists(path):  # os.path.exists raises nothing, whatever the name
         return None
     revision = revision or m["revision"]
     return HubId(m["repo"], revision) if revision or not os.path.isdir(m["repo"].split("/")[0]) else None
 
 
 def missing(path: str | Path) -> str:
-    """What to say of a path that is no folder, with what may have been meant."""
-    parent, known = Path(os.path.expanduser(path)).parent, models.names()
+    """The message about a path that is not a folder, with suggestions."""
+    parent = Path(os.path.expanduser(path)).parent
+    known = models.names()
     with contextlib.suppress(OSError, ValueError):
         known = [*known, *(str(p) for p in parent.iterdir() if p.is_dir())]
     text = f"no model folder at {path}: give the folder that holds config.json and *.safetensors"
@@ -52,9 +53,9 @@ def missing(path: str | Path) -> str:
 
 
 def pinned(path: str | Path, revision: str | None) -> str | Path:
-    """`path` with the revision that an argument gives. Raises CheckpointError where there is nothing to pin."""
+    """`path` with the revision of an argument. Raises CheckpointError if `path` is not a Hub id."""
     if revision is None:
         return path
     if (model := parse(path, revision)) is None:
-        raise CheckpointError(f"{path} is no model on the Hub, so it has no revision {revision!r}: leave revision out")
+        raise CheckpointError(f"{path} is not a Hub model id, so revision {revision!r} does not apply: leave it out")
     return str(model)

@@ -1,11 +1,11 @@
 """Reads the published Mixtral checkpoint with 2-bit experts as it is, and others in its layout.
 
-`lavawolfiee/Mixtral-8x7B-Instruct-v0.1-offloading-demo` came with Eliseev and Mazur, arXiv 2312.17238: a trunk, whose
-attention is in hqq's parts (`….q_proj.W_q`, `….q_proj.meta.scale_q`), and one file an expert, whose tensors have no
-prefix (`w1.W_q`): only the index tells which expert a file holds. Nothing is repacked: an expert's parts are gathered
-into its image, and `strided` computes from them.
+`lavawolfiee/Mixtral-8x7B-Instruct-v0.1-offloading-demo` was published with Eliseev and Mazur, arXiv 2312.17238:
 
-Does not know caches or budgets.
+- One file, the trunk, holds the backbone, with attention in hqq's parts (`….q_proj.W_q`, `….q_proj.meta.scale_q`).
+- One file per expert holds tensors without a prefix (`w1.W_q`): only the index tells which expert it is.
+
+Nothing is repacked: an expert's parts are gathered into its image, and `strided` computes from them.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from mixoff.shapes.sites import Part, Site, strided_sites
 
 EXPERT = re.compile(r"^(?:.*\.)?layers\.(\d+)\..*\bexperts\.(\d+)\.")  # up to the name of the matrix
 PARTS = U8_PARTS + FP16_PARTS
-CODES = ".W_q"  # the ending of what holds a quantized weight's codes
-MATRICES = {"gate_up_proj": ("w1", "w3"), "down_proj": ("w2",)}  # one above the other
+CODES = ".W_q"  # ending of the tensor with a quantized weight's codes
+MATRICES = {"gate_up_proj": ("w1", "w3"), "down_proj": ("w2",)}  # matrices of a part, one above the other
 DTYPES = {torch.uint8: "U8", torch.float16: "F16"}
 
 
 def is_published(folder: Path) -> bool:
-    """Whether the weights of a model folder are found through an index with the keys of this layout."""
+    """Whether a model folder has an index with the keys of this layout."""
     return _is_published(model_files.here(folder))
 
 
@@ -47,23 +47,25 @@ def open_checkpoint(
     found: ModelFiles | None = None,
     headers: Mapping[str, dict[str, TensorRange]] | None = None,
 ) -> Checkpoint:
-    """The checkpoint in `folder`, in whichever layout it is; `found` and `headers` as in `Checkpoint`."""
+    """The checkpoint in `folder`, in any layout; `found` and `headers` as in `Checkpoint`."""
     published = _is_published(found or model_files.here(Path(folder)))
     kind = PublishedCheckpoint if published else encoded.checkpoint_class(Path(folder))
     return kind(folder, found, headers)
 
 
 class PublishedCheckpoint(Checkpoint):
-    """A checkpoint in the published layout; `tensors` have the names that its index gives them."""
+    """A checkpoint in the published layout; `tensors` are named as in its index."""
 
     def _full_names(self, file: str, tensors: dict[str, TensorRange]) -> dict[str, TensorRange]:
-        """The tensors of a file under the index's names, which begin with the expert that the file holds."""
+        """The tensors of a file under the index's names, which add the expert as a prefix."""
         wanted = {name for name, holder in self.found.weight_map.items() if holder == file}
-        prefixes = {m[0] for name in wanted if (m := EXPERT.match(name))} if wanted.isdisjoint(tensors) else {""}
+        prefixes = {""}
+        if wanted.isdisjoint(tensors):
+            prefixes = {m[0] for name in wanted if (m := EXPERT.match(name))}
         named = {f"{prefix}{name}": t for prefix in prefixes for name, t in tensors.items()}
         if len(prefixes) != 1 or named.keys() != wanted:
             raise CheckpointError(
-                f"{self.folder / file} holds other tensors than its index says: it is mixed up, fetch it again"
+                f"{self.folder / file} does not hold the tensors that its index lists: fetch it again"
             )
         return named
 
@@ -75,7 +77,7 @@ class PublishedCheckpoint(Checkpoint):
         return None
 
     def expert_dtype(self) -> str:
-        """What the weights were before they were quantized."""
+        """The dtype before quantization."""
         return "float16"
 
     def stored_sites(self, sites: Iterable[Site]) -> tuple[Site, ...]:
@@ -92,11 +94,11 @@ class PublishedCheckpoint(Checkpoint):
 
     def _places(self) -> dict[tuple[int, int, str], TensorRange]:
         """Tensors of experts by (layer, expert, name within the expert)."""
-        found = ((EXPERT.match(name), t) for name, t in self.tensors.items())
-        return {(int(m[1]), int(m[2]), m.string[m.end() :]): t for m, t in found if m}
+        matches = ((EXPERT.match(name), t) for name, t in self.tensors.items())
+        return {(int(m[1]), int(m[2]), m.string[m.end() :]): t for m, t in matches if m}
 
     def _form(self, places: dict, site: Site, part: Part) -> Form:
-        """How a part of all experts is stored, read off the first one's shapes."""
+        """How a part is stored in all experts, from the shapes of the first one."""
         names = MATRICES.get(part.name)
         if names is None:
             raise CheckpointError(f"{self.folder} quantizes {part.name}, which mixoff does not read in this layout")
@@ -117,7 +119,7 @@ class PublishedCheckpoint(Checkpoint):
 
 
 def stored_sites(sites: tuple[Site, ...], entries: list[dict]) -> tuple[Site, ...]:
-    """The sites in the form that a store's manifest gives to all weights, where it is one of this layout."""
+    """The sites in the forms that a store's manifest gives, if it was converted from this layout."""
     forms = {part["name"]: part["form"] for entry in entries for part in entry["parts"]}
     if not any(form and form[0] == strided.KIND for form in forms.values()):
         return sites
@@ -125,7 +127,7 @@ def stored_sites(sites: tuple[Site, ...], entries: list[dict]) -> tuple[Site, ..
 
 
 def merge(extents: Iterable[Extent]) -> list[Extent]:
-    """Neighbours in file and image as one: an expert of the published files is six reads, not 21."""
+    """Join extents that are neighbours in both file and image: an expert takes six reads, not 21."""
     merged: list[Extent] = []
     for x in extents:
         last = merged[-1] if merged else Extent("", 0, 0, 0)
@@ -140,7 +142,7 @@ def merge(extents: Iterable[Extent]) -> list[Extent]:
 
 
 def form_of(folder: Path, shape: tuple[int, int], parts: Mapping[str, TensorRange | None], name: str) -> Form:
-    """How a matrix (N, K) is stored, from the shapes of its parts."""
+    """How a matrix (N, K) is stored, according to the shapes of its parts."""
     codes, scales = parts["W_q"], parts["meta.scale_q"]
     if codes is None or scales is None or len(codes.shape) != 2 or 0 in codes.shape or len(scales.shape) != 2:
         raise CheckpointError(f"{folder} lacks weights of {name}: the download is incomplete, fetch it again")
@@ -154,20 +156,21 @@ def form_of(folder: Path, shape: tuple[int, int], parts: Mapping[str, TensorRang
 
 
 def matrices(folder: Path, ranges: Mapping[str, TensorRange]) -> dict[str, tuple[tuple[int, int], Form]]:
-    """Shape and form of the backbone's quantized weights by name (`….q_proj.weight`). `ranges`: its tensors."""
+    """Shape and form of the backbone's quantized weights by name (`….q_proj.weight`), from its tensors `ranges`."""
     layers = [name.removesuffix(CODES) for name in ranges if name.endswith(CODES)]
     weights = dict(config.skeleton(config.read_config(folder)).named_parameters()) if layers else {}
-    found = {}
+    described = {}
     for layer in layers:
         if (name := f"{layer}.weight") not in weights:
             raise CheckpointError(f"{folder} quantizes {layer}, and config.json describes a model without it")
         shape = tuple(weights[name].shape)
-        found[name] = shape, form_of(folder, shape, {part: ranges.get(f"{layer}.{part}") for part in PARTS}, layer)
-    return found
+        parts = {part: ranges.get(f"{layer}.{part}") for part in PARTS}
+        described[name] = shape, form_of(folder, shape, parts, layer)
+    return described
 
 
 def plain_names(ranges: Iterable[str]) -> list[str]:
-    """Those of the backbone's tensors that are not parts of a quantized weight."""
+    """Names of the backbone's tensors that are not parts of a quantized weight."""
     layers = [name.removesuffix(CODES) for name in ranges if name.endswith(CODES)]
     parts = {f"{layer}.{part}" for layer in layers for part in PARTS}
     return [name for name in ranges if name not in parts]
@@ -176,10 +179,10 @@ def plain_names(ranges: Iterable[str]) -> list[str]:
 def read_matrices(
     folder: Path, ranges: Mapping[str, TensorRange], read: Callable[[str], torch.Tensor]
 ) -> dict[str, StridedTensor]:
-    """The backbone's quantized weights by name; `read(name)` gives a tensor of the files."""
-    found = {}
+    """The backbone's quantized weights by name; `read(name)` reads a tensor of the files."""
+    weights = {}
     for name, (shape, form) in matrices(folder, ranges).items():
         layer = name.removesuffix(".weight")
         parts = {part: read(f"{layer}.{part}") for part in PARTS if f"{layer}.{part}" in ranges}
-        found[name] = StridedTensor.from_parts(shape, form, parts)
-    return found
+        weights[name] = StridedTensor.from_parts(shape, form, parts)
+    return weights

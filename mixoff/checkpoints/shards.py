@@ -1,7 +1,7 @@
-"""Where a conversion takes its bytes from: the shards of a model, at hand or fetched one at a time.
+"""Where a conversion gets its bytes: the shards of a model, on disk or fetched one at a time.
 
-The headers of all shards are known before any shard is: so it is known up front which expert stands where, how large
-the store will be, and which shard completes which expert. Does not know stores, schemes or progress.
+The headers of all shards are read before any shard. They tell where every expert is, how large the store will be, and
+which shard completes which expert.
 """
 
 from __future__ import annotations
@@ -25,36 +25,36 @@ SIDE_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "README.md", "LICENSE*", 
 
 
 class Shards(Protocol):
-    """The shards of one model, in any place.
+    """The shards of one model, wherever they are. Implemented by `LocalShards` and `hub.HubShards`.
 
-    checkpoint: their headers, and the folder with config.json. transient: whether a released shard is gone, so that
-    what is still needed of it has to be kept elsewhere first. Implemented by `LocalShards`, and for the Hub in `hub`.
+    - checkpoint: headers of all shards, and the folder with config.json.
+    - transient: whether a released shard is gone, so that ranges needed later have to be kept elsewhere first.
     """
 
     checkpoint: Checkpoint
     transient: bool
 
     def identity(self) -> str:
-        """A text that changes when the content of a shard may have: sizes and times of files, a commit of the Hub."""
+        """A text that changes when a shard may have changed: sizes and times of files, or a commit of the Hub."""
 
     def side_files(self) -> dict[str, bytes]:
-        """The small files of the store by plain name: config.json as the store shall have it, tokenizer, card."""
+        """The small files of the store by plain name: tokenizer, card, and config.json as it should appear there."""
 
     def acquire(self, file: str) -> Path:
-        """The path of that shard, which stays there until it is released. Raises CheckpointError when it cannot be had.
+        """The path of a shard, valid until it is released. Raises CheckpointError if it cannot be fetched.
 
-        It may be asked for again after a crash, even if it was released before.
+        After a crash a shard may be acquired again, even if it was released before.
         """
 
     def release(self, file: str) -> None:
-        """The shard is not needed any more; one that was fetched for us, by this process or before, is deleted."""
+        """Release a shard; one that was fetched for the conversion, now or before a crash, is deleted."""
 
     def close(self) -> None:
-        """Give back what is held; shards that were kept by somebody else stay."""
+        """Release all resources; shards that were there before stay."""
 
 
 class LocalShards:
-    """A model folder on disk: every shard is at hand, and stays."""
+    """A model folder on disk: every shard is there, and stays."""
 
     transient = False
 
@@ -79,18 +79,21 @@ class LocalShards:
 
 
 def read_side_files(folder: Path) -> dict[str, bytes]:
-    """The small files of a model folder, without the index of its shards, which a store writes anew."""
-    found = {p.name: p for pattern in SIDE_FILES for p in folder.glob(pattern) if p.is_file()}
-    return {name: path.read_bytes() for name, path in sorted(found.items()) if not name.endswith(".index.json")}
+    """The small files of a model folder, except the index of its shards: a store has its own."""
+    paths = {p.name: p for pattern in SIDE_FILES for p in folder.glob(pattern) if p.is_file()}
+    return {name: path.read_bytes() for name, path in sorted(paths.items()) if not name.endswith(".index.json")}
 
 
 # One shard at a time --------------------------------------------------------------------------------------------------
 
 
 def walk(files: Iterable[str], needs: Iterable[Iterable[Range]]) -> list[str]:
-    """The shards in an order that leaves little to be kept of them, when each of `needs` is read as soon as it can be.
+    """An order of the shards in which few bytes of them have to be kept for later.
 
-    That is the order of `files`, or a greedy one where its peak is lower.
+    - files: names of the shards.
+    - needs: ranges of each weight, which is read as soon as its last shard is there.
+
+    Returns the order of `files`, or a greedy one if its peak is lower.
 
     >>> walk("abc", [[("a", 0, 9), ("c", 0, 9)], [("b", 0, 5), ("c", 9, 5)]])
     ['b', 'c', 'a']
@@ -100,7 +103,7 @@ def walk(files: Iterable[str], needs: Iterable[Iterable[Range]]) -> list[str]:
 
 
 def kept_nbytes(order: list[str], needs: Iterable[Iterable[Range]]) -> int:
-    """The most bytes of released shards that are kept at any time."""
+    """Peak number of bytes kept of released shards."""
     return max(_kept(order, list(map(_sizes, needs))), default=0)
 
 
@@ -113,8 +116,9 @@ def _sizes(ranges: Iterable[Range]) -> Counter[str]:
 
 
 def _kept(order: list[str], split: list[Counter[str]]) -> list[int]:
-    """Bytes that are kept after each shard of an order: of all that a later one completes."""
-    place, change = {file: i for i, file in enumerate(order)}, [0] * len(order)
+    """Bytes kept after each shard of an order: ranges of weights that a later shard completes."""
+    place = {file: i for i, file in enumerate(order)}
+    change = [0] * len(order)
     for sizes in split:
         for file, nbytes in sizes.items():
             change[place[file]] += nbytes
@@ -123,8 +127,10 @@ def _kept(order: list[str], split: list[Counter[str]]) -> list[int]:
 
 
 def _greedy(files: Iterable[str], split: list[Counter[str]]) -> list[str]:
-    """Next is always the shard after which the least is kept."""
-    left, order, missing = list(files), [], [set(sizes) for sizes in split]
+    """An order whose next shard is always the one after which the fewest bytes are kept."""
+    left = list(files)
+    order = []
+    missing = [set(sizes) for sizes in split]
     users = {file: [i for i, sizes in enumerate(split) if file in sizes] for file in left}
 
     def growth(file: str) -> int:
@@ -140,9 +146,10 @@ def _greedy(files: Iterable[str], split: list[Counter[str]]) -> list[str]:
 
 
 class Ranges:
-    """Ranges of shards: read from a shard while it is at hand, and from what was kept of it afterwards.
+    """Reads ranges of shards: from the shard while it is there, later from the copy that was kept.
 
-    folder: where parts of shards are kept, each in a file of its own. needs: by shard, the ranges that outlive it.
+    - folder: folder for kept ranges, one file per shard.
+    - needs: ranges to keep, by shard.
     """
 
     def __init__(self, folder: Path, needs: dict[str, Iterable[Range]]) -> None:
@@ -156,7 +163,7 @@ class Ranges:
         self.paths[file] = path
 
     def leave(self, file: str) -> None:
-        """Read `file` from what was kept of it from now on."""
+        """Read `file` from its kept ranges from now on."""
         if file in self.paths:
             self._close(self.paths.pop(file))
 
@@ -170,7 +177,7 @@ class Ranges:
             self.files.pop(path).close()
 
     def read(self, file: str, offset: int, view: memoryview) -> None:
-        """Fill `view` with the bytes of a shard from `offset`. Raises CheckpointError when it ends too early."""
+        """Fill `view` with the bytes of a shard from `offset`. Raises CheckpointError if it ends too early."""
         path = self.paths.get(file, self._kept(file))
         if path not in self.files:
             self.files[path] = path.open("rb", buffering=0)
@@ -181,7 +188,7 @@ class Ranges:
             view = view[n:]
 
     def keep(self, file: str) -> None:
-        """Write the ranges that outlive a shard, to the disk for certain."""
+        """Write and sync the ranges of a shard that are needed later."""
         piece = memoryview(bytearray(CHUNK))
         self.folder.mkdir(exist_ok=True)
         with self._kept(file).open("wb") as out:
@@ -194,7 +201,7 @@ class Ranges:
         sync(self.folder)
 
     def forget(self, file: str) -> None:
-        """Remove what was kept of a shard."""
+        """Remove the kept ranges of a shard."""
         self._close(self._kept(file))
         self._kept(file).unlink(missing_ok=True)
 
@@ -202,14 +209,14 @@ class Ranges:
         return self.folder / f"{file}.kept"
 
     def _place(self, file: str, offset: int) -> int:
-        """Where a byte of a shard stands in what is kept of it."""
+        """Offset of a shard's byte in its file of kept ranges."""
         ranges = self.needs[file]
         i = bisect_right(ranges, offset, key=lambda r: r[0]) - 1
         return sum(nbytes for _, nbytes in ranges[:i]) + offset - ranges[i][0]
 
 
 def _merged(ranges: Iterable[Range]) -> list[tuple[int, int]]:
-    """Offset and size of ranges of one file, ascending, those that touch as one.
+    """Offset and size of the ranges of one file, ascending; ranges that touch are joined.
 
     >>> _merged([("a", 4, 2), ("a", 0, 3), ("a", 6, 1), ("a", 4, 1)])
     [(0, 3), (4, 3)]

@@ -1,4 +1,4 @@
-"""What a checkpoint holds, from its headers."""
+"""The contents of a checkpoint, from its headers."""
 
 from __future__ import annotations
 
@@ -18,9 +18,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Survey:
-    """What a checkpoint holds: its experts' sites, dtype and bytes, and the tensors of its backbone by name.
+    """The contents of a checkpoint.
 
-    unused: names of tensors that the model does not use. model: its skeleton.
+    - model: skeleton of the model.
+    - dtype: dtype of the experts, by torch's name.
+    - sites: sets of experts.
+    - extents: where the bytes of each expert are, by (site, expert).
+    - backbone: tensors of the backbone by name.
+    - unused: names of tensors that the model does not use.
     """
 
     model: PreTrainedModel
@@ -32,26 +37,27 @@ class Survey:
 
 
 def survey(checkpoint: Checkpoint) -> Survey:
-    """What `checkpoint` holds, if its model needs no more: the one verdict of loading, converting and planning.
+    """The contents of `checkpoint`, if they are complete. Loading, converting and planning all rely on this check.
 
     Reads headers only. Raises CheckpointError.
     """
     dtype = checkpoint_dtype(checkpoint)
     model = config.skeleton(config.read_config(checkpoint.folder))
     sites = checkpoint.stored_sites(config.expert_sites(model, dtype))
-    extents, tensors = checkpoint.extents(sites), {name: t for name, (t, _) in checkpoint.backbone().items()}
+    extents = checkpoint.extents(sites)  # before the backbone: missing experts are reported first
+    tensors = {name: t for name, (t, _) in checkpoint.backbone().items()}
     unused = backbone.check(checkpoint.folder, backbone_shapes(checkpoint.folder, tensors))
-    return Survey(model, dtype, sites, extents, tensors, unused)
+    return Survey(model=model, dtype=dtype, sites=sites, extents=extents, backbone=tensors, unused=unused)
 
 
 def backbone_shapes(folder: Path, tensors: Mapping[str, TensorRange]) -> dict[str, tuple[int, ...]]:
-    """Shapes of a backbone's weights by name, of those that are quantized in the files as well."""
+    """Shapes of a backbone's weights by name, including those that are quantized in the files."""
     plain = {name: tensors[name].shape for name in published.plain_names(tensors)}
     return plain | {name: shape for name, (shape, _) in published.matrices(folder, tensors).items()}
 
 
 def checkpoint_dtype(checkpoint: Checkpoint) -> str:
-    """The dtype of the experts in `checkpoint`; a dense model is refused by what it is, not by what it lacks."""
+    """The dtype of the experts in `checkpoint`. Raises CheckpointError, which calls a dense model dense."""
     if not checkpoint.expert_names():
         config.expert_sites(config.skeleton(config.read_config(checkpoint.folder)), "float32")
     return checkpoint.expert_dtype()

@@ -1,7 +1,7 @@
 """Matrix products with weights as the store keeps them, behind one signature.
 
 Which kernel computes depends on the weight's kind, bits and device, the number of rows, `exact`, the CPU and whether
-numba is installed: never on the cache's state or on a measurement, so runs repeat bit for bit.
+numba is installed. It never depends on the cache's state or on a measurement, so runs repeat bit for bit.
 """
 
 from __future__ import annotations
@@ -30,9 +30,11 @@ FUSED = ("int8", "fp32", "triton")  # straight from packed codes, with a fused g
 def choose(x: torch.Tensor, w: torch.Tensor | QTensor | StridedTensor, exact: bool = False) -> str:
     """The kernel that computes `x @ w.T`: the table of docs/kernels.md.
 
-    `int8` and `fp32` compute from packed codes, named for their activations; `dense` dequantizes each block of outputs
-    once and multiplies with torch, for many rows; `reference` is torch alone. On a CUDA card, `triton` computes from
-    packed codes with fp32 sums, whether `exact` or not, and `triton-dense` dequantizes for cuBLAS.
+    - `int8`, `fp32`: from packed codes, with activations of that dtype.
+    - `dense`: each block of outputs is dequantized once and multiplied by torch, for many rows.
+    - `reference`: torch alone.
+    - `triton`: on a CUDA card, from packed codes with fp32 sums, whether `exact` or not.
+    - `triton-dense`: on a CUDA card, dequantized for cuBLAS.
     """
     if not isinstance(w, (QTensor, StridedTensor)):
         return "reference"
@@ -57,9 +59,10 @@ def linear(
 ) -> torch.Tensor:
     """`x @ w.T` for x (..., K) and w (N, K), in x's dtype -> (..., N).
 
-    transposed: a weight that is not quantized is (K, N), and the product `x @ w`. scratch: uint8,
-    `reference.scratch_nbytes` long, for weights that are neither quantized nor of x's dtype. exact: activations stay
-    fp32 where they would be quantized to int8. kernel: one of KERNELS instead of the table's choice.
+    - scratch: uint8 (`reference.scratch_nbytes`,), for weights that are neither quantized nor of x's dtype.
+    - transposed: whether `w`, if not quantized, is (K, N) and the product is `x @ w`.
+    - exact: whether activations stay fp32 instead of being quantized to int8.
+    - kernel: one of KERNELS, instead of `choose`'s choice.
     """
     chosen = kernel or choose(x, w, exact)
     if chosen in ("int8", "fp32") and isinstance(w, QTensor):
@@ -91,8 +94,9 @@ def _triton(w: QTensor | StridedTensor) -> ModuleType:
 def gated_mlps(x: torch.Tensor, experts: Sequence[tuple[QTensor, QTensor]], exact: bool = False) -> torch.Tensor:
     """`(silu(gate) * up) @ down.T` with gate and up the halves of `x @ gate_up.T` -> (E, T, N), in x's dtype.
 
-    x (T, K), and of each of E experts gate_up (2F, K), down (N, F), forms alike; both products must be of FUSED
-    kernels. What lies between stays fp32.
+    - x: activations (T, K).
+    - experts: gate_up (2F, K) and down (N, F) of each of E experts, all in one form, for FUSED kernels.
+    - exact: as in `linear`. Intermediate values are fp32 in any case.
     """
     if choose(x, experts[0][0], exact) == "triton":
         return torch.stack(

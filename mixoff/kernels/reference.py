@@ -2,12 +2,11 @@
 
 Letters: **T** rows of activations, **N** outputs, **K** inputs, **B** rows of a block.
 A weight in another dtype (fp16 files on a CPU, which computes in fp32) is widened into a scratch that counts against
-the budget, so block by block where that gives the bits of one product with the whole. Each output is its own sum over
-K, but a BLAS may order that sum by N, rows and threads (MKL does): so it is looked at once what this one does, and
-where bits differ the scratch holds the whole weight. For the many rows of a prompt, whose activations are larger, a
-weight of at most LARGE bytes is widened beside the scratch. A quantized weight is dequantized block by block.
-
-Does not know experts or caches.
+the budget. To keep it small, the weight is widened block by block if that gives the same bits as one product. Each
+output is its own sum over K, but a BLAS may order that sum by N, rows and threads (MKL does): so we check once which
+order this BLAS uses, and if bits differ, the scratch holds the whole weight. For the many rows of a prompt, whose
+activations are larger anyway, a weight of at most LARGE bytes is widened outside the scratch. A quantized weight is
+dequantized block by block.
 """
 
 from __future__ import annotations
@@ -24,13 +23,13 @@ from mixoff.shapes.sites import Part, Site, torch_dtype
 
 BLOCK_ROWS = 32  # rows of a weight widened at a time; at K = 4096 in fp32 a block is 512 KiB and stays in the L2 cache
 EVEN_ROWS = 8  # BLAS sums the odd rows at the end of a matrix in another order: such a weight is one block
-FEW = 40  # rows for which blocks are compared with the whole; with 56 or more MKL's bits for AVX2 are others
-LARGE = 1 << 22  # bytes, widened: the scratch of a larger weight holds all of it, without a look
-DEQUANTIZED = 4 * torch.float32.itemsize  # bytes an item of a block: codes, shifted codes, weights, and the last copy
+FEW = 40  # rows for which blocks are compared with the whole; from 56 rows on, MKL's bits for AVX2 differ
+LARGE = 1 << 22  # bytes, widened: larger weights are always widened whole; no check is made
+DEQUANTIZED = 4 * torch.float32.itemsize  # bytes per item of a block: codes, shifted codes, weights, and the last copy
 
 
 def block_rows(N: int, K: int, compute: torch.dtype, transposed: bool = False) -> int:
-    """The least number of a weight's N rows that may be widened at a time, with the number of threads that torch has.
+    """The smallest number of a weight's N rows that may be widened at a time, for torch's current number of threads.
 
     >>> block_rows(90, 64, torch.float32), block_rows(24, 64, torch.float32)  # odd, and hardly more than a block
     (90, 24)
@@ -42,7 +41,7 @@ def block_rows(N: int, K: int, compute: torch.dtype, transposed: bool = False) -
 
 @functools.cache
 def _divides(N: int, K: int, compute: torch.dtype, transposed: bool, threads: int) -> bool:
-    """Whether blocks of outputs give the bits of one product here, in `threads` threads, which torch has now."""
+    """Whether blocks of outputs give the bits of one product here; `threads`, torch's number, is a key of the cache."""
     random = torch.Generator().manual_seed(0)
     scratch = torch.empty(BLOCK_ROWS * K * compute.itemsize, dtype=torch.uint8)
     w = torch.randn((K, N) if transposed else (N, K), generator=random).to(compute)
@@ -52,7 +51,7 @@ def _divides(N: int, K: int, compute: torch.dtype, transposed: bool, threads: in
 
 
 def scratch_nbytes(sites: Iterable[Site], compute: torch.dtype) -> int:
-    """Bytes of scratch that `linear` needs at most for any weight of these experts; none when no widening is due."""
+    """Most bytes of scratch that `linear` needs for any weight of these experts; 0 if none is widened."""
     return max(_part_scratch(part, site.transposed, compute) for site in sites for part in site.parts)
 
 
@@ -82,15 +81,17 @@ def linear(
 
 
 def _in_blocks(x: torch.Tensor, w: torch.Tensor, scratch: torch.Tensor) -> torch.Tensor:
-    """The product with w (K, N), widened to x's dtype at once where the scratch has room, else a block of outputs at a
-    time, each laid out in memory as w is."""
+    """The product with w (K, N), widened to x's dtype: all of w if the scratch has room, else block by block.
+
+    Each block has the memory layout of w: a BLAS may sum in another order for another layout.
+    """
     K, N = w.shape
     B = N if scratch.numel() >= N * K * x.element_size() else BLOCK_ROWS
     out = x.new_empty(x.shape[0], N)  # (T, N)
     wide = scratch.view(x.dtype)[: K * B]
     wide = wide.view(K, B) if w.stride(1) == 1 else wide.view(B, K).t()  # (K, B)
     for start in range(0, N, B):
-        start = min(start, N - B)  # the last block reaches back, so that all are alike
+        start = min(start, N - B)  # the last block overlaps the one before, so that all have one size
         wide.copy_(w[:, start : start + B])
         torch.mm(x, wide, out=out[:, start : start + B])  # (T, B)
     return out

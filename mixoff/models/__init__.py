@@ -19,7 +19,7 @@ def names() -> list[str]:
 
 
 def heldout() -> dict[str, str]:
-    """Held-out text by domain, which no bundled model was trained on; sources and licences stand beside the files.
+    """Held-out text by domain, which no bundled model was trained on; sources and licences are next to the files.
 
     >>> sorted(heldout())
     ['code', 'facts', 'novel', 'scripture', 'spanish']

@@ -1,7 +1,4 @@
-"""Numbers <-> bits: formats, packing, solvers, and which part of a model gets how many bits.
-
-Must not know models, files or kernels.
-"""
+"""Numbers <-> bits: formats, packing, solvers, and which part of a model gets how many bits."""
 
 from mixoff.quantize.layout import packed_nbytes as packed_nbytes
 from mixoff.quantize.scheme import Precision as Precision

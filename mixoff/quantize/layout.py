@@ -1,4 +1,4 @@
-"""Where each bit of a quantized matrix lies: formats, packing, sizes. Must not know tensors of models."""
+"""Where each bit of a quantized matrix is: formats, packing, sizes."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ SOLVERS = ("rtn", "hqq", "lsq")
 DEFAULT_SOLVER = "lsq"  # the winner at 2 and 4 bits in docs/quantization.md
 FORMAT = "mixoff-qtensor-1"
 
-BLOCK = 128  # outputs whose codes lie beside each other
+BLOCK = 128  # outputs whose codes are next to each other
 SUPER = 128  # groups on one metadata grid
 HUGE_PAGE = 2 << 20  # bytes
-WIDTH = {2: 2, 3: 2, 4: 4, 8: 8}  # bits of a code in the part `codes`; the third bit of 3-bit codes lies in `high`
+WIDTH = {2: 2, 3: 2, 4: 4, 8: 8}  # bits of a code in the part `codes`; the third bit of 3-bit codes is in `high`
 LARGEST = 8192.0  # |w| up to which every stored number stays below fp16's 65504
 SMALLEST_SCALE = 2.0**-24  # the smallest fp16 number above zero
-RESOLUTION = 2.0**-12  # of an fp16 minimum: a finer scale would be in vain
-SLICE = 2**15 - 1  # weights in work at a time: they stay in cache, and torch shares no fewer than 2**15 among threads
+RESOLUTION = 2.0**-12  # of an fp16 minimum, relative: a finer scale would gain nothing
+SLICE = 2**15 - 1  # weights processed at a time: they stay in cache, and from 2**15 on torch would use several threads
 ITERATIONS = 20  # hqq 0.2.8's default; groups settle after three to five
 LP_NORM, BETA = 0.7, 10.0  # hqq 0.2.8's defaults
 SHRINK_ABOVE = BETA ** (-1 / (2 - LP_NORM))  # the l_p shrinkage sets errors below this, 0.170, to zero
@@ -35,7 +35,7 @@ ROUND = np.float32(1.5 * 2**23)  # x + ROUND - ROUND rounds |x| < 2**22 half to 
 
 
 def check_format(shape: tuple[int, int], bits: int, group_size: int, metadata_bits: int) -> None:
-    """Raise MixoffError, with the way out, unless a matrix of this shape can be stored so."""
+    """Raise MixoffError, with the way out, unless a matrix of this shape can be stored in this format."""
     choices = {
         "bits": (bits, BITS),
         "group_size": (group_size, GROUP_SIZES),
@@ -83,11 +83,13 @@ def places(
     shape: tuple[int, int], bits: int, group_size: int, metadata_bits: int
 ) -> dict[str, tuple[int, int, torch.dtype]]:
     """First byte, end and dtype of each part in the byte image."""
-    found, start = {}, 0
+    ranges = {}
+    start = 0
     for name, (size,), dtype in layout(shape, bits, group_size, metadata_bits):
-        found[name] = start, start + size * dtype.itemsize, dtype
-        start = found[name][1]
-    return found
+        end = start + size * dtype.itemsize
+        ranges[name] = start, end, dtype
+        start = end
+    return ranges
 
 
 @functools.lru_cache(maxsize=256, typed=True)
@@ -101,7 +103,7 @@ def packed_nbytes(shape: tuple[int, int], bits: int, group_size: int, metadata_b
 
 
 def pack(codes: Tensor, width: int, per_word: int) -> Tensor:
-    """Codes of `width` bits, int32 (rows, K), in words of `per_word`, the first lowest: int32 (K/per_word, rows).
+    """Codes of `width` bits, int32 (rows, K), packed `per_word` per word, first code lowest: int32 (K/per_word, rows).
 
     >>> hex(pack(torch.tensor([[1, 2, 3, 0]] * 4).view(1, 16), width=2, per_word=16).item())
     '0x39393939'
@@ -120,5 +122,5 @@ def unpack(words: Tensor, width: int, per_word: int) -> Tensor:
 
 
 def zero_point(scale: Tensor, minimum: Tensor) -> Tensor:
-    """`-minimum / scale`, and 0 for a group whose scale is 0: all its weights are."""
+    """`-minimum / scale`, and 0 for a group whose scale is 0, because all its weights are 0."""
     return torch.where(scale > 0, -minimum / scale, 0.0)

@@ -21,7 +21,7 @@ KEPT = ("router", "norms")  # always in 16 bits
 
 @dataclass(frozen=True)
 class Precision:
-    """Bits and group size of one part of a model."""
+    """Bits per weight, and weights per group, of one part of a model."""
 
     bits: int
     group_size: int
@@ -32,10 +32,14 @@ class Precision:
 
 @dataclass(frozen=True)
 class Scheme:
-    """Which part of a model gets how many bits; None leaves it in 16. Routers and norms always stay in 16.
+    """Which part of a model gets how many bits; routers and norms always stay in 16.
 
-    Mixtral-8x7B so takes (modelled, GiB): mixed 14.4, paper 17.1, small 13.0, quality 23.5, none 87.0. `paper` has the
-    bits and groups of Eliseev and Mazur (arXiv 2312.17238, section 4.2); solver and metadata are ours.
+    - attention, experts, shared_experts, head, embeddings: precision of that part; None leaves it in 16 bits.
+    - metadata_bits: bits of each group's scale and minimum, 8 or 16.
+    - solver: `"rtn"`, `"hqq"` or `"lsq"`, as in `quantize`.
+
+    Mixtral-8x7B then takes (modelled, GiB): mixed 14.4, paper 17.1, small 13.0, quality 23.5, none 87.0. `paper` has
+    the bits and groups of Eliseev and Mazur (arXiv 2312.17238, section 4.2); solver and metadata are ours.
 
     >>> Scheme.preset("mixed").precision("experts"), Scheme.preset("mixed").precision("router")
     (Precision(bits=2, group_size=32), None)
@@ -60,19 +64,19 @@ class Scheme:
 
     @classmethod
     def preset(cls, name: str) -> Scheme:
-        """The scheme of that name; MixoffError lists the names."""
+        """The preset of that name. Raises MixoffError, which lists the names."""
         if name not in PRESETS:
             raise MixoffError(f"no scheme {name!r}: choose one of {', '.join(PRESETS)}")
         return PRESETS[name]
 
     def precision(self, role: str) -> Precision | None:
-        """Bits and group of a part, None where it stays in 16 bits."""
+        """The precision of a part; None if it stays in 16 bits."""
         if role not in ROLES + KEPT:
             raise MixoffError(f"a model has no part {role!r}: choose one of {', '.join(ROLES + KEPT)}")
         return None if role in KEPT else getattr(self, role)
 
     def quantize(self, w: Tensor, role: str, each: Callable = map) -> QTensor | None:
-        """`w` (N, K) as this scheme stores it in that part; None where it stays as it is."""
+        """`w` (N, K) quantized as a weight of that part; None if the part stays in 16 bits."""
         form = self.precision(role)
         return form and quantize(w, form.bits, form.group_size, self.solver, self.metadata_bits, each)
 

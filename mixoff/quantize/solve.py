@@ -1,14 +1,14 @@
-"""Weights in 2, 3, 4 or 8 bits: solvers, packed storage, and which part of a model gets how many bits.
+"""Solvers that turn weights into 2, 3, 4 or 8 bits, in the order in which they are stored.
 
 Letters: **N** outputs (rows), **K** inputs (columns), **G** group size. A group is G neighbours in one row that share
 a scale and a zero: `w = (q - zero) * scale`, q a whole number. Stored are the scale and the minimum, `-zero * scale`.
 
-All parts lie in one order, from which a kernel computes without repacking (K-major): blocks of 128 outputs; in a block
-the inputs ascending; beside each other the outputs of the block. A 32-bit word holds 16, 8 or 4 neighbouring inputs of
-one output, the first in its lowest bits; the high bits of 3-bit codes lie apart, 16 in a 16-bit word. 128 groups that
-follow each other in this order share a grid for their 8-bit metadata (a super-group; the last one may be short).
+All parts are in one order (K-major), from which kernels compute without repacking:
 
-Does not know models, files or kernels.
+- Blocks of 128 outputs. In a block, inputs ascend; for each input, the outputs of the block are next to each other.
+- A 32-bit word holds 16, 8 or 4 neighbouring inputs of one output, the first in its lowest bits.
+- The high bits of 3-bit codes are stored separately, 16 per 16-bit word.
+- 128 consecutive groups share a grid for their 8-bit metadata (a super-group; the last one may be shorter).
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from mixoff.quantize.tensor import QTensor
 def to_grid(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Base and span, fp16 (super-groups,), and codes, uint8 (groups,): values (groups,) ~ base + code * span / 256.
 
-    The span is stored, not its 256th, which fp16 could not tell from zero where weights are small.
+    The span is stored rather than span / 256, which fp16 would round to zero for small weights.
     """
     rows = torch.cat([values, values[-1:].expand(-len(values) % SUPER)]).view(-1, SUPER)
     base = rows.amin(1).half() + 0.0  # no -0.0, whose sign depends on the order of comparisons
@@ -57,10 +57,10 @@ def to_grid(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def keep_zeros(scale: Tensor, minimum: Tensor) -> tuple[Tensor, Tensor]:
-    """Metadata (groups,) in which groups of zeros, marked by scale 0, remain exactly zero on the super-groups' grids.
+    """Metadata (groups,) in which groups of zeros, marked by scale 0, stay exactly zero on the super-groups' grids.
 
-    Such a group can do with any scale, so it takes the least of its neighbours, but needs the minimum 0: where one is
-    present, minima above zero are lowered to zero, which makes zero the top of the grid.
+    Such a group works with any scale, so it gets the smallest scale of its super-group. But its minimum must be 0:
+    minima above zero in its super-group are lowered to zero, which makes zero the top of the grid.
     """
     padding = -len(scale) % SUPER
     scales = torch.nn.functional.pad(scale, (0, padding), value=math.inf).view(-1, SUPER)
@@ -72,7 +72,7 @@ def keep_zeros(scale: Tensor, minimum: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def store_metadata(q: QTensor, start: int, stop: int, scale: Tensor, minimum: Tensor) -> None:
-    """Write scale and minimum, fp32 (rows, K/G), of one block into `q`, in as many bits as `q` has for them."""
+    """Write scale and minimum, fp32 (rows, K/G), of one block into `q`, in its `metadata_bits`."""
     groups = q.shape[1] // q.group_size
     items = slice(start * groups, stop * groups)
     scale, minimum = scale.T.flatten(), minimum.T.flatten()
@@ -99,14 +99,22 @@ def quantize(
 ) -> QTensor:
     """Quantize a matrix (N, K), fp32, fp16 or bf16, in groups along its inputs.
 
-    `rtn` rounds to the grid between the least and the greatest weight of each group. `hqq` also shifts that grid
-    (half-quadratic quantization, Badri and Shaji 2023, mobiusml.github.io/hqq_blog). `lsq` fits scale and minimum by
-    least squares, then stretches each row to unit gain: `row @ row_hat == row @ row`. Codes are rounded against the
-    metadata as stored. Groups of zeros stay exactly zero; other constant groups are as exact as the metadata.
+    - w: the matrix.
+    - bits: bits per code: 2, 3, 4 or 8.
+    - group_size: weights that share a scale and a minimum; it must divide K.
+    - solver: how scale and minimum are chosen, see below.
+    - metadata_bits: bits of each scale and minimum, 8 or 16.
+    - each: `map`, or a thread pool's `map`, over blocks of 128 rows; a block takes one thread, and not the GIL.
 
-    The result is on `w`'s device, and the same bit for bit with any number of threads, with or without numba. The inner
-    loops use one thread and let others run: `each`, by default `map` of 128 rows at a time, may be a pool's. Scratch
-    memory stays below a tenth of a matrix of 4096 rows.
+    Solvers:
+
+    - `rtn` rounds to the grid between the smallest and the largest weight of each group.
+    - `hqq` also shifts that grid (half-quadratic quantization, Badri and Shaji 2023, mobiusml.github.io/hqq_blog).
+    - `lsq` fits scale and minimum by least squares, then stretches each row to unit gain: `row @ row_hat == row @ row`.
+
+    Codes are rounded against the metadata as stored. Groups of zeros stay exactly zero; other constant groups are as
+    exact as the metadata. The result is on `w`'s device, and the same bit for bit with any number of threads, with or
+    without numba. Scratch memory stays below a tenth of a matrix of 4096 rows.
 
     Raises MixoffError for a group size that does not divide K, for NaN, and for |w| above 8192.
     Tested against the hqq package (relative error within 1 %) and brute force.
@@ -125,7 +133,7 @@ def quantize(
 
 
 def quantize_block(w: Tensor, q: QTensor, start: int, stop: int, solver: str) -> None:
-    """Solve, store and pack the rows start..stop of `w` (N, K), which share nothing with other blocks, into `q`."""
+    """Solve, store and pack rows start..stop of `w` (N, K) into `q`. Blocks share no bytes, so any order will do."""
     if compiled := loops():
         w = widened(w[start:stop], q.group_size)
         arrays = w.flatten(0, 1).numpy(), SOLVERS.index(solver), q.bits, *block_arrays(q, start, stop)
@@ -136,15 +144,15 @@ def quantize_block(w: Tensor, q: QTensor, start: int, stop: int, solver: str) ->
 
 
 def block_arrays(q: QTensor, start: int, stop: int) -> tuple:
-    """Where the parts of a block stand, as `solvers.compiled` takes them; of what `q` does not have, nothing."""
+    """Views of a block's parts, in the order of `solve_numba.compiled`; parts that `q` does not have are empty."""
     groups, none = q.shape[1] // q.group_size, torch.empty(0, 0, dtype=torch.int16)
     items = slice(start * groups, stop * groups)
     ranges = dict.fromkeys(q.parts, slice(items.start // SUPER, -(-items.stop // SUPER)))
     ranges |= dict.fromkeys(("scale", "minimum", "scale_codes", "min_codes"), items)
 
     def parts(dtype: torch.dtype, *names: str) -> tuple[np.ndarray, ...]:
-        found = (q.parts[name][ranges[name]] if name in q.parts else none.flatten() for name in names)
-        return tuple(part.view(dtype).numpy() for part in found)
+        views = (q.parts[name][ranges[name]] if name in q.parts else none.flatten() for name in names)
+        return tuple(view.view(dtype).numpy() for view in views)
 
     high = q.block("high", start, stop) if q.bits == 3 else none
     wide = parts(torch.int16, "scale", "minimum")
@@ -159,7 +167,7 @@ def block_arrays(q: QTensor, start: int, stop: int) -> tuple:
 
 
 def quantize_block_torch(w: Tensor, q: QTensor, start: int, stop: int, solver: str) -> None:
-    """`quantize_block` without numba, of the rows `w` (rows, K)."""
+    """`quantize_block` without numba, for rows `w` (rows, K)."""
     top, step = 2**q.bits - 1, max(1, SLICE // q.shape[1])
     slices = [slice(row, min(row + step, stop - start)) for row in range(0, stop - start, step)]
     solved = torch.empty(4, stop - start, q.shape[1] // q.group_size)
@@ -193,9 +201,10 @@ def store_codes(q: QTensor, start: int, stop: int, rows: slice, codes: Tensor) -
 
 
 def solve(w: Tensor, top: int, solver: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Scale and minimum for groups (rows, K/G, G) and codes 0..top, and two sums whose row totals' ratio is the gain.
+    """Scale, minimum, energy and overlap, each (rows, K/G), of groups `w` (rows, K/G, G) for codes 0..top.
 
-    The sums are of w * w and of w times its approximation, ones where a solver stretches nothing; all (rows, K/G).
+    Energy is the sum of w * w, and overlap that of w times its approximation. A row's gain is the ratio of its totals;
+    solvers that do not stretch rows return ones.
     """
     check_range(w)
     low, high = w.amin(-1), w.amax(-1)
@@ -216,18 +225,19 @@ def solve(w: Tensor, top: int, solver: str) -> tuple[Tensor, Tensor, Tensor, Ten
 
 
 def check_range(w: Tensor) -> None:
-    """Raise MixoffError for NaN, infinity, and what fp16 metadata cannot reach."""
+    """Raise MixoffError for NaN, infinity, and weights beyond the range of fp16 metadata."""
     low, high = torch.aminmax(w)
     if not (largest := torch.maximum(-low, high)) <= LARGEST:
-        found = f"{largest:.4g}, above {LARGEST:.0f}" if largest.isfinite() else "NaN or infinity"
-        raise MixoffError(f"the weights hold {found}: repair or rescale the checkpoint")
+        value = f"{largest:.4g}, above {LARGEST:.0f}" if largest.isfinite() else "NaN or infinity"
+        raise MixoffError(f"the weights hold {value}: repair or rescale the checkpoint")
 
 
 def is_finite(w: Tensor) -> bool:
     """Whether fp32, fp16 or bf16 weights hold neither NaN nor infinity.
 
-    Two maxima over their bits, read as whole numbers with a sign and without one: above the bits of infinity, of either
-    sign, are only NaNs. That takes no memory, and less time than the bytes take to be hashed.
+    Only NaN's bits, read as whole numbers, are above those of infinity of the same sign. So two maxima suffice: over
+    signed integers for positive numbers, over unsigned ones for negative. That takes no memory and less time than
+    hashing the bytes.
     """
     signed, unsigned = (np.int32, np.uint32) if w.dtype == torch.float32 else (np.int16, np.uint16)
     infinity = torch.tensor([math.inf, -math.inf], dtype=w.dtype).view(getattr(torch, signed.__name__)).numpy()
@@ -235,12 +245,12 @@ def is_finite(w: Tensor) -> bool:
     return not bits.size or bool(bits.max() < infinity[0] and bits.view(unsigned).max() < infinity.view(unsigned)[1])
 
 
-# Inner loops in torch; `solvers` has them compiled by numba, with equal results ---------------------------------------
+# Inner loops in torch; `solve_numba` has them compiled, with equal results --------------------------------------------
 
 
 @functools.cache
 def loops() -> ModuleType | None:
-    """The compiled solvers; None where numba is not installed."""
+    """The compiled solvers; None if numba is not installed."""
     try:
         from mixoff.quantize import solve_numba
     except ImportError:
@@ -249,7 +259,7 @@ def loops() -> ModuleType | None:
 
 
 def fold(values: Tensor) -> Tensor:
-    """Sum over the last dimension by adding its halves: the same bits on every machine and in whatever company."""
+    """Sum over the last dimension by adding its halves: the same bits on every machine and in any batch."""
     while (width := values.shape[-1]) > 1:
         if width % 2:
             values = torch.nn.functional.pad(values, (0, 1))
@@ -258,17 +268,19 @@ def fold(values: Tensor) -> Tensor:
 
 
 def nearest_codes(x: Tensor, top: int) -> Tensor:
-    """`x` held between 0 and `top` and rounded half to even, in place."""
+    """`x` clamped to 0..top and rounded half to even, in place."""
     return x.clamp_(0, top).add_(float(ROUND)).sub_(float(ROUND))
 
 
 def refine_torch(w: Tensor, inverse: Tensor, wide: Tensor, top: int, zero: Tensor) -> None:
-    """HQQ on groups w (..., G): alternate codes and `zero` (...) until they settle.
+    """HQQ on groups w (..., G): alternate codes and `zero` (...) until they converge.
 
-    The zero that suits the codes best is `mean(q - (w - e) / scale)`, e the errors after l_p shrinkage. No error
-    exceeds its group's range, so groups not marked `wide` have no e other than 0. `inverse` is 1 / scale.
+    The best zero for given codes is `mean(q - (w - e) / scale)`, where e are the errors after l_p shrinkage. No error
+    exceeds its group's range, so e is 0 in groups that are not marked `wide`. `inverse` is 1 / scale.
     """
-    share, mean, shrunk = 1 / w.shape[-1], fold(w) / w.shape[-1], torch.zeros(())
+    share = 1 / w.shape[-1]
+    mean = fold(w) / w.shape[-1]
+    shrunk = torch.zeros(())
     for _ in range(ITERATIONS):
         q = nearest_codes((w * inverse[..., None]).add_(zero[..., None]), top)
         if wide.any():
@@ -286,7 +298,7 @@ def refine_torch(w: Tensor, inverse: Tensor, wide: Tensor, top: int, zero: Tenso
 def fit_torch(w: Tensor, top: int, scale: Tensor, minimum: Tensor, energy: Tensor, overlap: Tensor) -> None:
     """Least squares on groups w (..., G): alternate codes and the line `scale * q + minimum` through (q, w).
 
-    `energy` becomes the sum of w * w, `overlap` that of w times its approximation; these and the others (...).
+    All others are (...) and are overwritten: `energy` by the sum of w * w, `overlap` by that of w * approximation.
     """
     size, mean = w.shape[-1], fold(w) / w.shape[-1]
     for _ in range(ITERATIONS):

@@ -1,10 +1,10 @@
-"""The solvers of `quantize` and what stores their results, compiled by numba: a block of outputs in one call.
+"""The solvers of `solve`, and the storing of their results, compiled by numba: one call per block of outputs.
 
-Letters: **G** group size. Arrays of groups (groups, G) are row by row; metadata lie as they are stored, group by group
-of the inputs, the outputs beside each other. Groups are fitted side by side, a lane each, which LLVM makes vectors of.
-The call does not hold Python's lock, so any number of threads may each have a block at work.
+Letters: **G** group size. Arrays of groups (groups, G) are row by row; metadata are in the order in which they are
+stored: groups of inputs ascending, with the outputs next to each other. Groups are fitted side by side, one per lane,
+which LLVM turns into vectors. A call does not hold the GIL, so several threads can each process a block.
 
-Equal to the torch functions of `quantize`, bit for bit. Importing this module imports numba. Does not know tensors.
+Equal to the torch functions of `solve`, bit for bit. Importing this module imports numba.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from mixoff.quantize.layout import (
     SUPER,
 )
 
-STAMP = zlib.crc32(Path(layout.__file__).read_bytes())  # of what numba's cache doesn't look at
+STAMP = zlib.crc32(Path(layout.__file__).read_bytes())  # part of the cache key: numba does not notice changes there
 ABREAST = 2**11  # weights whose groups are fitted side by side: with their products they stay in the first cache
 HQQ, LSQ = SOLVERS.index("hqq"), SOLVERS.index("lsq")
-ZERO, ONE, TWO = np.float32(0), np.float32(1), np.float32(2)
+ZERO, ONE = np.float32(0), np.float32(1)
 FINEST, LEAST_SCALE = np.float32(RESOLUTION), np.float32(SMALLEST_SCALE)
 LEVELS, WIDER = np.float32(256), np.float32(256 / 255)  # codes of a grid; its span is that of the values times WIDER
 NORMAL = np.float32(2.0**-14)  # fp16's smallest normal number
@@ -43,11 +43,15 @@ NORMAL = np.float32(2.0**-14)  # fp16's smallest normal number
 
 @functools.cache
 def compiled() -> Callable:
-    """Solve, store and pack a block of outputs, w (groups, G); false where a weight is out of range or no number.
+    """The function that solves, stores and packs a block of outputs; False if a weight is out of range or NaN.
 
-    solver: its place in `SOLVERS`. codes, high (words a row, rows): the latter for 3 bits alone. Metadata of 16 bits:
-    `wide`, two arrays (groups,) of fp16's bits. Of 8 bits: `grids`, four arrays (super-groups,) of fp16's bits, and
-    `fine`, two of codes (groups,).
+    - w: weights (groups, G).
+    - solver: index in SOLVERS.
+    - bits: bits per code.
+    - codes, high: words (words per row, rows); `high` is used for 3 bits only.
+    - wide: for 16-bit metadata, scale and minimum as fp16 bits (groups,).
+    - grids: for 8-bit metadata, four arrays of fp16 bits (super-groups,).
+    - fine: for 8-bit metadata, two arrays of codes (groups,).
     """
     stamp = STAMP
 
@@ -59,7 +63,7 @@ def compiled() -> Callable:
 
 @register_jitable
 def block(stamp, w, solver, bits, codes, high, wide, grids, fine):
-    """What `compiled` says."""
+    """See `compiled`."""
     top, rows = np.float32(2**bits - 1), codes.shape[1]
     solved = np.empty((4, len(w)), np.float32)
     scale, minimum, energy, overlap = solved[0], solved[1], solved[2], solved[3]
@@ -82,7 +86,7 @@ def block(stamp, w, solver, bits, codes, high, wide, grids, fine):
 
 @register_jitable
 def solve(w, top, solver, scale, minimum, energy, overlap):
-    """`quantize.solve` of groups (groups, G) into four arrays (groups,); false for what `check_range` refuses."""
+    """`solve.solve` of groups (groups, G) into four arrays (groups,); False for what `check_range` refuses."""
     lanes = max(1, min(len(w), ABREAST // w.shape[1]))
     values = np.zeros((w.shape[1], lanes), np.float32)
     for first in range(0, len(w), lanes):
@@ -99,7 +103,7 @@ def solve(w, top, solver, scale, minimum, energy, overlap):
 
 @register_jitable
 def solve_lanes(w, values, low, high, top, solver, scale, minimum, energy, overlap):
-    """Groups (groups, G), each also in its lane of `values` (G, lanes), of which there may be more."""
+    """Solve groups (groups, G), each of which is also in a lane of `values` (G, lanes); lanes may be left over."""
     lanes = np.empty((5, len(low)), np.float32)
     s, m, floor, energies, overlaps = lanes[0], lanes[1], lanes[2], lanes[3], lanes[4]
     for i in range(len(low)):
@@ -119,12 +123,12 @@ def solve_lanes(w, values, low, high, top, solver, scale, minimum, energy, overl
 
 @register_jitable
 def bounds(values):
-    """The least and the greatest of each lane (lanes,), and whether all are numbers within fp16's reach."""
+    """Minimum and maximum of each lane (lanes,), and whether all values are finite and at most LARGEST."""
     low, high, wrong, sound = values[0].copy(), values[0].copy(), np.zeros(values.shape[1], np.float32), 0
     for k in range(len(values)):
         for i in range(len(low)):
             low[i], high[i] = min(low[i], values[k, i]), max(high[i], values[k, i])
-            wrong[i] += values[k, i] - values[k, i]  # 0 of a number, else NaN
+            wrong[i] += values[k, i] - values[k, i]  # 0, or NaN for NaN and infinity
     for i in range(len(low)):
         sound += (wrong[i] == 0) & (max(-low[i], high[i]) <= LARGEST)
     return low, high, sound == len(low)
@@ -132,13 +136,13 @@ def bounds(values):
 
 @register_jitable
 def nearest_code(x, top):
-    """`quantize.nearest_codes` of one number."""
+    """`solve.nearest_codes` of one number."""
     return min(max(x, np.float32(0)), top) + ROUND - ROUND
 
 
 @register_jitable
 def fold(values, width):
-    """`quantize.fold` of the columns of (width, lanes), which it overwrites: the sums end in row 0."""
+    """`solve.fold` of the columns of (width, lanes), in place: the sums end up in row 0."""
     while width > 1:
         half = (width + 1) // 2
         for k in range(width - half):
@@ -149,9 +153,9 @@ def fold(values, width):
 
 @register_jitable
 def fit(values, top, s, m, energy, overlap):
-    """`quantize.fit_torch` of the groups in the lanes (G, lanes), into arrays (lanes,).
+    """`solve.fit_torch` of the groups in the lanes (G, lanes), into arrays (lanes,).
 
-    A lane that has settled stays what it is: the same line gives the same codes, and those the same line.
+    A lane that has converged does not change any more: the same line gives the same codes, and these the same line.
     """
     size, lanes = np.float32(len(values)), len(s)
     products, apart = values.copy(), np.empty(values.shape, np.float32)
@@ -186,7 +190,7 @@ def fit(values, top, s, m, energy, overlap):
 
 @register_jitable
 def lines(covariance, size, mean, total, squares, s, m):
-    """The best line for the codes of each lane; how many differ from the lines before."""
+    """Update each lane's line to the best one for its codes; returns how many lines changed."""
     moved = 0
     for i in range(len(s)):
         codes, before_s, before_m = np.int32(total[i]), s[i], m[i]
@@ -199,7 +203,7 @@ def lines(covariance, size, mean, total, squares, s, m):
 
 @register_jitable
 def refine(w, low, high, top, scale, minimum):
-    """`quantize.refine_torch` of groups (groups, G): the zero for which codes and zero agree, as a minimum."""
+    """`solve.refine_torch` of groups (groups, G), with the resulting zero as a minimum."""
     size, buffer = w.shape[1], np.empty((w.shape[1], 1), np.float32)
     share = np.float32(1 / size)
     for group in range(len(w)):
@@ -229,7 +233,7 @@ def refine(w, low, high, top, scale, minimum):
 
 @register_jitable
 def gains(energy, overlap):
-    """What stretches each row to unit gain (rows,), from sums of its groups (rows, groups a row), which it spoils."""
+    """The factor that stretches each row to unit gain (rows,), from sums of its groups (rows, groups per row)."""
     energy, overlap = energy.T.copy(), overlap.T.copy()
     fold(energy, len(energy))
     fold(overlap, len(overlap))
@@ -242,7 +246,7 @@ def gains(energy, overlap):
 
 @register_jitable
 def as_stored(values, gain):
-    """Values (groups,), row by row, times the gain of the row, in the order in which metadata are stored (groups,)."""
+    """Values (groups,), row by row, times the gain of the row, reordered as metadata are stored (groups,)."""
     rows, stored = len(gain), np.empty(len(values), np.float32)
     for row in range(rows):
         for g in range(len(values) // rows):
@@ -252,7 +256,7 @@ def as_stored(values, gain):
 
 @register_jitable
 def half_bits(x):
-    """The bits of the fp16 number nearest to `x`, half to even; |x| < 65504, and no zero is negative."""
+    """The bits of the fp16 number nearest to `x`, half to even; |x| < 65504, and zeros are positive."""
     size = abs(x)
     if size < NORMAL:
         bits = np.int32(size / LEAST_SCALE + ROUND - ROUND)
@@ -264,7 +268,7 @@ def half_bits(x):
 
 @register_jitable
 def from_half(bits):
-    """The fp32 number that fp16's bits are; neither infinite nor NaN."""
+    """The fp32 number of fp16 bits that are neither infinity nor NaN."""
     whole = np.int32(bits & 0x7FFF)
     size = np.float32(whole) * LEAST_SCALE if whole < 1024 else np.int32((whole << 13) + (112 << 23)).view(np.float32)
     return -size if bits & 0x8000 else size
@@ -272,7 +276,7 @@ def from_half(bits):
 
 @register_jitable
 def store_wide(values, stored):
-    """Write values (groups,) as fp16's bits, and put in their place what those stand for."""
+    """Write values (groups,) as fp16 bits, and replace them by the stored numbers."""
     for g in range(len(values)):
         stored[g] = half_bits(values[g])
         values[g] = from_half(stored[g])
@@ -280,7 +284,7 @@ def store_wide(values, stored):
 
 @register_jitable
 def store_grids(scale, minimum, grids, fine):
-    """Write values (groups,) on the grids of their super-groups, and put in their place what those stand for."""
+    """Write values (groups,) on the grids of their super-groups, and replace them by the stored numbers."""
     for number in range(len(grids[0])):
         some = slice(number * SUPER, min((number + 1) * SUPER, len(scale)))
         keep_zeros(scale[some], minimum[some])
@@ -293,14 +297,14 @@ def store_grids(scale, minimum, grids, fine):
 
 @register_jitable
 def negate(values):
-    """Turn the sign of each value."""
+    """Negate each value, in place."""
     for g in range(len(values)):
         values[g] = -values[g]
 
 
 @register_jitable
 def keep_zeros(scale, minimum):
-    """`quantize.keep_zeros` of one super-group (groups,), in place."""
+    """`solve.keep_zeros` of one super-group (groups,), in place."""
     zeros, least = 0, np.float32(np.inf)
     for g in range(len(scale)):
         if scale[g] == 0:
@@ -315,7 +319,7 @@ def keep_zeros(scale, minimum):
 
 @register_jitable
 def store_grid(values, codes):
-    """`quantize.to_grid` of one super-group; returns the bits of base and span. The values become what is stored."""
+    """`solve.to_grid` of one super-group; returns bits of base and span, and replaces values by the stored numbers."""
     low, high = values[0], values[0]
     for g in range(len(values)):
         low, high = min(low, values[g]), max(high, values[g])
@@ -336,9 +340,9 @@ def store_grid(values, codes):
 
 @register_jitable
 def encode(w, scale, minimum, gain, top, shift, width, words):
-    """Round groups (groups, G) to codes, and pack `width` bits of each from bit `shift` into words (words a row, rows).
+    """Round groups (groups, G) to codes, and pack bits shift..shift + width of each into words (words per row, rows).
 
-    scale, minimum (groups,) as stored: what they stand for is `gain` (rows,) times the weights.
+    scale, minimum: stored metadata (groups,), which describe `gain` (rows,) times the weights.
     """
     size, rows = w.shape[1], len(gain)
     mask, per_word = 2**width - 1, 8 * words.itemsize // width
@@ -357,5 +361,5 @@ def encode(w, scale, minimum, gain, top, shift, width, words):
 
 @register_jitable
 def factor_and_zero(scale, minimum, gain):
-    """What takes a weight to its code: times the one, plus the other; both 0 for a group of zeros."""
+    """Factor and zero of `code = weight * factor + zero`; both 0 for a group of zeros."""
     return (gain / scale, -minimum / scale) if scale > 0 else (ZERO, ZERO)

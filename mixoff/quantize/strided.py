@@ -2,11 +2,9 @@
 
 Letters: **N** outputs (rows), **K** inputs (columns), **G** group size, **R** = N/G rows from one member of a group to
 the next, **M** = R*K groups, **C** columns of the scales' metadata.
-A group is G weights of one input, R outputs apart: `w = (q - zero) * scale`. Scales and zeros are codes of 8 bits: a
-scale's grid is one of C, by the group's number modulo C; all zeros share one. Bytes are those of the files, unchanged.
-
-Several such matrices one above the other make a weight (gate and up of an expert). Does not know models, files or
-kernels.
+A group is G weights of one input, R outputs apart: `w = (q - zero) * scale`. Scales and zeros are 8-bit codes: there
+are C grids for scales, chosen by the group's number modulo C, and one grid for all zeros. Bytes are those of the
+published files, unchanged. A weight may consist of several such matrices one above the other (an expert's gate and up).
 """
 
 from __future__ import annotations
@@ -30,7 +28,13 @@ FP16_PARTS = ("meta.meta_scale.scale", "meta.meta_scale.zero", "meta.meta_zero.s
 
 @dataclass(frozen=True)
 class Form:
-    """How a weight is stored: bits of a code, G, groups on one grid of scales, and matrices one above the other."""
+    """How a weight is stored.
+
+    - bits: bits per code.
+    - group_size: G.
+    - scale_group: groups per grid of scales.
+    - matrices: matrices one above the other.
+    """
 
     bits: int
     group_size: int
@@ -46,7 +50,7 @@ class Form:
         return (KIND, self.bits, self.group_size, self.scale_group, self.matrices)
 
     def check(self, shape: tuple[int, ...]) -> None:
-        """Raise MixoffError unless a weight of this shape can be stored so."""
+        """Raise MixoffError unless a weight of this shape can be stored in this form."""
         numbers = (self.bits, self.group_size, self.scale_group, self.matrices, *shape)
         if len(shape) != 2 or any(type(n) is not int or n < 1 for n in numbers) or self.bits not in BITS:
             raise MixoffError(f"a weight of shape {tuple(shape)} is not stored as {self}: use the original checkpoint")
@@ -81,7 +85,7 @@ def layout(shape: tuple[int, int], form: Form) -> tuple[dict[str, tuple[tuple[in
 
 
 def packed_nbytes(shape: tuple[int, int], form: Form) -> int:
-    """Bytes of a weight (N, K), metadata included."""
+    """Bytes of a weight (N, K), including metadata."""
     return form.matrices * layout(shape, form)[1]
 
 
@@ -103,7 +107,7 @@ class StridedTensor:
 
     @property
     def bits_per_weight(self) -> float:
-        """Bits that a weight costs, metadata included."""
+        """Bits per weight, including metadata."""
         return 8 * self.nbytes / math.prod(self.shape)
 
     @property
@@ -123,9 +127,9 @@ class StridedTensor:
     # Values
 
     def dequantize(self, dtype: torch.dtype = torch.float32, out: Tensor | None = None) -> Tensor:
-        """The weights `(q - zero) * scale` (N, K), as hqq computes them: in fp16 every step is rounded to fp16.
+        """The weights `(q - zero) * scale` (N, K), as hqq computes them: for fp16, every step is rounded to fp16.
 
-        In any other dtype steps are fp32, and the result is rounded to it.
+        For any other dtype, steps are fp32 and the result is rounded.
         """
         out = torch.empty(self.shape, dtype=dtype, device=self.device) if out is None else out
         if tuple(out.shape) != self.shape:
@@ -189,9 +193,9 @@ class StridedTensor:
     def from_parts(cls, shape: tuple[int, int], form: Form, tensors: dict[str, Tensor]) -> StridedTensor:
         """A weight that is one matrix, from tensors of any origin. Raises CheckpointError for what they cannot be."""
         wanted = {name: (size, dtype) for name, (size, dtype, _) in layout(shape, form)[0].items()}
-        found = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
-        if found != wanted:
-            raise CheckpointError(f"the parts of a quantized {shape} matrix are {found}, and should be {wanted}")
+        given = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+        if given != wanted:
+            raise CheckpointError(f"the parts of a quantized {shape} matrix are {given}, and should be {wanted}")
         q = cls(tuple(shape), form, ({name: tensors[name].contiguous() for name in wanted},))
         q.check_values()
         return q

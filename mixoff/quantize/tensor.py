@@ -1,4 +1,4 @@
-"""A quantized matrix as a tensor: its parts in one buffer, made from one and widened again."""
+"""A quantized matrix as a tensor: views of its parts in one buffer, and its dequantized values."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from mixoff.units import format_nbytes
 
 
 class Parts(Mapping):
-    """The parts of a quantized matrix as views of its byte image, cut when they are asked for."""
+    """The parts of a quantized matrix as views of its byte image, created on access."""
 
     def __init__(self, image: Tensor, form: tuple) -> None:
         self.image, self.places = image, places(*form)
@@ -46,15 +46,18 @@ class Parts(Mapping):
 
 
 def _memory(nbytes: int) -> Tensor:
-    """Memory for the image of a matrix, uint8 (nbytes,); in huge pages where it fills one."""
+    """Memory for the image of a matrix, uint8 (nbytes,); in huge pages if it fills one."""
     return slab(nbytes) if nbytes >= HUGE_PAGE else torch.empty(nbytes, dtype=torch.uint8)
 
 
 @dataclass(frozen=True, repr=False, eq=False)
 class QTensor:
-    """A quantized (N, K) matrix: codes and metadata in the parts that `layout` describes.
+    """A quantized (N, K) matrix.
 
-    The parts own their memory or are views into a buffer, such as a slot of an arena (`from_buffer`).
+    - shape: (N, K).
+    - bits, group_size, metadata_bits: format, as in `quantize`.
+    - parts: codes and metadata by name, as in `layout`; they own their memory, or are views of a buffer such as a slot.
+
     Tested against the hqq package, brute force, and `layout`.
     """
 
@@ -71,17 +74,17 @@ class QTensor:
 
     @functools.cached_property
     def image(self) -> Tensor:
-        """The byte image, uint8 (nbytes,): memory that the parts share, or a copy where they do not lie together."""
+        """The byte image, uint8 (nbytes,): memory that the parts share, or a copy if they do not share any."""
         return self.parts.image if isinstance(self.parts, Parts) else self.to_buffer()
 
     @functools.cached_property
     def plans(self) -> dict:
-        """What a kernel works out once for this matrix; it ends with it."""
+        """Plans that kernels make once for this matrix and keep as long as it exists."""
         return {}
 
     @property
     def bits_per_weight(self) -> float:
-        """Bits that a weight costs, metadata included."""
+        """Bits per weight, including metadata."""
         return 8 * self.nbytes / math.prod(self.shape)
 
     @property
@@ -107,12 +110,12 @@ class QTensor:
 
     @property
     def minimum(self) -> Tensor:
-        """The weight that code 0 stands for in each group, fp32 (N, K/G)."""
+        """The weight that code 0 represents in each group, fp32 (N, K/G)."""
         return torch.cat([self._metadata(*rows)[1] for rows in self.blocks()], 1).T
 
     @property
     def zero(self) -> Tensor:
-        """The code, rarely a whole number, that would stand for the weight 0 in each group, fp32 (N, K/G)."""
+        """The code, rarely a whole number, that represents the weight 0 in each group, fp32 (N, K/G)."""
         return zero_point(self.scale, self.minimum)
 
     def dequantize(self, dtype: torch.dtype = torch.float32, out: Tensor | None = None) -> Tensor:
@@ -135,7 +138,7 @@ class QTensor:
         return ((start, min(start + BLOCK, self.shape[0])) for start in range(0, self.shape[0], BLOCK))
 
     def block(self, name: str, start: int, stop: int) -> Tensor:
-        """A view of what `codes`, `high` or a part with one item a group holds of one block: (items a row, rows)."""
+        """A view of one block of `codes`, `high` or a part with one item per group: (items per row, rows)."""
         items = len(self.parts[name]) // self.shape[0]
         return self.parts[name][start * items : stop * items].view(items, stop - start)
 
@@ -161,7 +164,7 @@ class QTensor:
 
     @classmethod
     def empty(cls, shape: tuple[int, int], bits: int, group_size: int, metadata_bits: int = 8) -> QTensor:
-        """A matrix with parts that are allocated and not yet filled."""
+        """A matrix whose parts are allocated but not filled."""
         form = tuple(shape), bits, group_size, metadata_bits
         check_format(*form)
         return cls(*form, Parts(_memory(packed_nbytes(*form)), form))
@@ -172,8 +175,8 @@ class QTensor:
     ) -> QTensor:
         """Views, not copies, of the `packed_nbytes` bytes of a uint8 buffer (nbytes,) that begin at `offset`.
 
-        The content is not looked at: it may arrive later. Raises MixoffError if the bytes do not lie inside the buffer
-        or do not begin at a multiple of 4 bytes in memory.
+        The content is not read, so it may arrive later. Raises MixoffError if the bytes are not inside the buffer, or
+        do not begin at a multiple of 4 bytes in memory.
         """
         form = tuple(shape), bits, group_size, metadata_bits
         end = offset + packed_nbytes(*form)
@@ -182,9 +185,11 @@ class QTensor:
                 f"a buffer is contiguous uint8 of one dimension, not {buffer.dtype} {tuple(buffer.shape)}"
             )
         if offset < 0 or end > len(buffer):
-            raise MixoffError(f"bytes {offset} to {end} do not lie inside a buffer of {len(buffer)}")
+            raise MixoffError(f"bytes {offset} to {end} are not inside a buffer of {len(buffer)}")
         if (buffer.data_ptr() + offset) % 4 or (buffer.storage_offset() + offset) % 4:
-            raise MixoffError(f"a quantized matrix begins at a multiple of 4 bytes, and offset {offset} is none")
+            raise MixoffError(
+                f"offset {offset} is not a multiple of 4 bytes in memory, where a quantized matrix begins"
+            )
         return cls(*form, Parts(buffer[offset:end], form))
 
     def to_buffer(self, buffer: Tensor | None = None, offset: int = 0) -> Tensor:
@@ -202,13 +207,17 @@ class QTensor:
         return self if self.device == torch.device(device) else QTensor(*form, Parts(self.image.to(device), form))
 
     def to_tensors(self) -> tuple[dict[str, Tensor], dict]:
-        """The parts by name, and plain JSON with what else `from_tensors` needs: for a safetensors file."""
+        """The parts by name, and a JSON description for `from_tensors`; both fit into a safetensors file."""
         meta = {"bits": self.bits, "group_size": self.group_size, "metadata_bits": self.metadata_bits}
         return dict(self.parts), {"format": FORMAT, "shape": list(self.shape), **meta}
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor], meta: dict, room: Tensor | None = None) -> QTensor:
-        """The inverse of `to_tensors`, for tensors from anywhere; copied to where `room` (nbytes,) begins, if given.
+        """The inverse of `to_tensors`, for tensors from any source.
+
+        - tensors: parts by name.
+        - meta: description of the matrix.
+        - room: uint8 memory (nbytes,) to copy the parts into; None allocates it.
 
         Raises CheckpointError for keys, shapes, dtypes or values that a quantized matrix cannot have.
         """
@@ -221,9 +230,9 @@ class QTensor:
             wanted = {name: (size, dtype) for name, size, dtype in layout(*form)}
         except MixoffError as error:
             raise CheckpointError(f"damaged description of a quantized matrix: {error}") from None
-        found = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
-        if found != wanted:
-            raise CheckpointError(f"the parts of a quantized {form[0]} matrix are {found}, and should be {wanted}")
+        given = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+        if given != wanted:
+            raise CheckpointError(f"the parts of a quantized {form[0]} matrix are {given}, and should be {wanted}")
         q = cls.empty(*form) if room is None else cls.from_buffer(room, 0, *form)
         for name, part in q.parts.items():
             part.copy_(tensors[name])

@@ -3,4 +3,12 @@
 Must not know folders of weights, the Hub, or machines.
 """
 
-from mixoff.shapes.config import skeleton as skeleton
+from typing import Any
+
+
+def __getattr__(name: str) -> Any:
+    if name == "skeleton":  # loads torch, which names of well-known models do not need
+        from mixoff.shapes.config import skeleton
+
+        return skeleton
+    raise AttributeError(f"module 'mixoff.shapes' has no attribute {name!r}")

@@ -29,20 +29,20 @@ def read_config(folder: Path) -> PretrainedConfig:
         raise CheckpointError(
             f"{folder / 'config.json'} is not a configuration that transformers can read: {reason}"
         ) from error
-    config._experts_implementation = None  # a store's names one that only its readers know
+    config._experts_implementation = None  # a store's value is for mixoff alone: `store.manifest.marked`
     return config
 
 
-MOST = {"layers": 10_000, "experts": 100_000, "": 2**40}  # by what a key's name holds: far beyond any model
+MOST = {"layers": 10_000, "experts": 100_000, "": 2**40}  # by words in a key, far beyond any model; "" is in all keys
 
 
 def _refuse_absurd(path: Path) -> None:
-    """Refuse numbers that no model has, before anything is built from them: a thousand million layers take forever."""
+    """Refuse numbers that no model has, before anything is built from them: 10**9 layers would take forever."""
     try:
         config = json.loads(path.read_bytes())
         holders = [config, *(value for value in config.values() if isinstance(value, dict))]
     except (OSError, ValueError, AttributeError, RecursionError):
-        return  # transformers says what is wrong
+        return  # transformers explains what is wrong
     for key, value in (item for holder in holders for item in holder.items()):
         most = next(n for part, n in MOST.items() if part in key)
         if type(value) is int and abs(value) > most:
@@ -50,9 +50,9 @@ def _refuse_absurd(path: Path) -> None:
 
 
 def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
-    """transformers' class of language model for `config`, with its image or sound encoder where it has one.
+    """transformers' class of language model for `config`, with its image or sound encoder if it has one.
 
-    Raises CheckpointError when there is none.
+    Raises CheckpointError if there is none.
     """
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM
 
@@ -94,12 +94,12 @@ def expert_sites(model: PreTrainedModel, dtype: str) -> tuple[Site, ...]:
     return sites
 
 
-# names of K in configurations
+# names of K, the experts per token, in configurations
 TOP_K = ("num_experts_per_tok", "moe_k", "moe_topk", "top_k_experts", "num_experts_per_token")
 
 
 def top_k(config: PretrainedConfig) -> int | None:
-    """Experts that the router chooses for a token, K; None where the configuration has no name for it that we know."""
+    """Experts per token, K; None if the configuration has it under none of the known names."""
     text = config.get_text_config()
     return next((value for name in TOP_K if isinstance(value := getattr(text, name, None), int)), None)
 
@@ -118,11 +118,11 @@ OWN_EXPERTS = re.compile(r"Experts?(V\d+)?$|MoE$|Moe$|MoeBlock$|SparseMLP$")  # 
 def _refuse_without_experts(model: PreTrainedModel) -> NoReturn:
     """Say whether `model` is dense, or has experts that transformers computes in a way of its own."""
     name = type(model).__name__
-    own = next((type(m).__name__ for m in model.modules() if OWN_EXPERTS.search(type(m).__name__)), None)
-    if own:
+    experts = next((type(m).__name__ for m in model.modules() if OWN_EXPERTS.search(type(m).__name__)), None)
+    if experts:
         raise CheckpointError(
-            f"{name} is not supported, because its experts ({own}) are not behind the interface of transformers that "
-            "lets others compute them (use_experts_implementation): run it with transformers itself"
+            f"{name} is not supported, because its experts ({experts}) are not behind the interface of transformers "
+            "that lets others compute them (use_experts_implementation): run it with transformers itself"
         )
     raise CheckpointError(
         f"{name} has no experts, so there is nothing to offload: "
@@ -140,13 +140,13 @@ def _site(name: str, module: torch.nn.Module, dtype: str) -> Site:
     return Site(name, int(layer[1]) if layer else 0, module.num_experts, place(parts), module.is_transposed)
 
 
-# of `use_experts_implementation`: how an expert is computed, all served; a flag that is not here is refused
+# flags of `use_experts_implementation` that mixoff serves; experts with any other flag are refused
 FLAGS = {"has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "is_concatenated"}
 LIBRARY_FLAGS = {"_is_hf_initialized", "_is_expert_parallel", "_is_full_backward_hook"}
 
 
 def _refuse_unserved(module: torch.nn.Module) -> None:
-    """Refuse experts that would be computed wrongly: an unknown flag, or weights that are not one slice an expert."""
+    """Refuse experts that would be computed wrongly: unknown flags, or weights that are not one slice per expert."""
     flags = {k for k, v in vars(module).items() if k.startswith(("has_", "is_", "_is_")) and isinstance(v, bool)}
     unknown = flags - FLAGS - LIBRARY_FLAGS
     first = "gate_up_proj" if module.has_gate else "up_proj"
@@ -161,7 +161,7 @@ def _refuse_unserved(module: torch.nn.Module) -> None:
         )
 
 
-ROLES = (  # of layers of the backbone, by their name: what a scheme may quantize of it
+ROLES = (  # parts of the backbone that a scheme may quantize, by names of layers
     ("attention", re.compile(r"\.(self_attn|attention|attn)\.")),
     ("shared_experts", re.compile(r"\.(shared_experts?|shared_mlp)\.")),
     ("head", re.compile(r"^lm_head$")),
@@ -170,7 +170,7 @@ ROLES = (  # of layers of the backbone, by their name: what a scheme may quantiz
 
 
 def backbone_roles(model: PreTrainedModel) -> dict[str, str]:
-    """Role of every weight of the backbone that a scheme may quantize, by the weight's name."""
+    """Roles of the backbone's weights that a scheme may quantize, by the weight's name."""
     from torch import nn
 
     roles = {}
@@ -191,5 +191,5 @@ def dtype_name(config: PretrainedConfig) -> str:
 
 def configured_top_k(config: PretrainedConfig) -> int:
     if (k := top_k(config)) is None:
-        raise MixoffError(f"the configuration of {config.model_type} does not say how many experts a token is sent to")
+        raise MixoffError(f"the configuration of {config.model_type} does not say how many experts a token uses")
     return k

@@ -1,4 +1,4 @@
-"""Configurations of well-known models, so that their Hub ids mean something without a network."""
+"""Configurations of well-known models, so that their Hub ids can be planned without a network."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PRESETS: dict[str, dict] = json.loads(Path(__file__).with_name("known.json").rea
 
 
 def named_as(source: str | Path) -> str:
-    """The name in PRESETS that `source` is short for, where no folder or bundled model has it; else `source`.
+    """The name in PRESETS that `source` abbreviates, unless a folder or bundled model has that name; else `source`.
 
     >>> named_as("mixtral-8x7b"), named_as("qwen3-30b-a3b"), named_as("tiny-mixtral")
     ('mistralai/Mixtral-8x7B-Instruct-v0.1', 'Qwen/Qwen3-30B-A3B', 'tiny-mixtral')

@@ -1,4 +1,4 @@
-"""The cache of keys and values: one pass over it, and its bytes per token, from a rehearsal without memory."""
+"""The cache of keys and values: one forward pass with it, and its bytes per token, from a pass without memory."""
 
 from __future__ import annotations
 
@@ -16,13 +16,18 @@ if TYPE_CHECKING:
     from transformers import Cache, PretrainedConfig, PreTrainedModel
 
 
-CACHE_NAMES = ("cache", "past_key_values")  # what transformers calls a pass's keys and values: since 5.24, and before
-REHEARSED = 97  # tokens of the rehearsal: a prime that is no width of any layer, so it marks the dimension of tokens
+CACHE_NAMES = ("cache", "past_key_values")  # transformers' argument for keys and values: since 5.24, and before
+REHEARSED = 97  # tokens of the rehearsal: a prime that is not a width of any layer, so it marks the dimension of tokens
 
 
 @dataclass(frozen=True)
 class CacheLayer:
-    """One tensor of the KV cache of one sequence: bytes that are fixed, bytes a token, and the tokens it keeps."""
+    """One tensor of the KV cache of one sequence.
+
+    - fixed: bytes that do not depend on the number of tokens.
+    - per_token: bytes per token.
+    - window: most tokens that it keeps; None keeps all.
+    """
 
     fixed: int
     per_token: int
@@ -37,10 +42,10 @@ class CacheLayer:
 
 
 def rehearse(skeleton: PreTrainedModel) -> tuple[dict[str, int], tuple[CacheLayer, ...]]:
-    """Experts a token of each site, by name, and the tensors of the KV cache, from one forward pass on the meta device.
+    """Experts per token by site, and the tensors of the KV cache, from one forward pass on the meta device.
 
-    A model that cannot be rehearsed (its forward looks at values) gets neither experts a token nor a rehearsed cache:
-    the configuration has to do. The skeleton's experts compute nothing afterwards.
+    Some models cannot be rehearsed, because their forward depends on values. For these no site is returned, and the
+    cache follows from the configuration. The skeleton's experts are replaced, and compute nothing afterwards.
     """
     import torch
 
@@ -57,7 +62,7 @@ def rehearse(skeleton: PreTrainedModel) -> tuple[dict[str, int], tuple[CacheLaye
 
 
 def _absent(name: str, chosen: dict[str, int]) -> object:
-    """Stands in for the experts' forward: notes K of the choice (T, K), returns zeros (T, D)."""
+    """A replacement for the experts' forward: notes K of the choice (T, K), returns zeros (T, D)."""
 
     def forward(hidden_states: torch.Tensor, top_k_index: torch.Tensor, *_: object) -> torch.Tensor:
         chosen[name] = top_k_index.shape[-1]
@@ -78,7 +83,7 @@ def _measured(cache: object) -> Iterator[CacheLayer]:
 
 
 def _tensors(thing: object, window: int | None, seen: set[int]) -> Iterator[tuple[torch.Tensor, int | None]]:
-    """Every tensor that a cache holds, however its class nests them, with the tokens that its layer keeps."""
+    """Every tensor in a cache, however its class nests them, with the window of its layer."""
     import torch
 
     if id(thing) in seen:
@@ -100,7 +105,7 @@ def cache_nbytes(cache: object) -> int:
 
 
 def _formula(config: PretrainedConfig) -> tuple[CacheLayer, ...]:
-    """Keys and values of every layer: what a model has that is neither compressed nor windowed."""
+    """Keys and values of every layer, for a model that neither compresses nor windows them."""
     text = config.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
@@ -109,19 +114,21 @@ def _formula(config: PretrainedConfig) -> tuple[CacheLayer, ...]:
 
 
 def advance(
-    model: PreTrainedModel, ids: torch.Tensor, cache: Cache | None = None, **how: object
+    model: PreTrainedModel, ids: torch.Tensor, cache: Cache | None = None, **options: object
 ) -> tuple[torch.Tensor, Cache]:
-    """One pass over ids (B, T), after what `cache` holds: logits (B, T, V), and the cache, which holds them too now.
+    """One forward pass: logits (B, T, V), and the cache with the new tokens.
 
-    how: what else `model` takes. Written for every transformers, which has two names for that cache.
+    - ids: tokens (B, T), which follow those in `cache`.
+    - cache: cache of earlier passes; None starts a sequence.
+    - options: further arguments of `model`.
+
+    The name of the cache's argument depends on the version of transformers.
     """
     name = _cache_name(type(model))
-    out = model(ids, use_cache=True, **{name: cache}, **how)
+    out = model(ids, use_cache=True, **{name: cache}, **options)
     return out.logits, out[name]
 
 
 @functools.cache
 def _cache_name(model: type[PreTrainedModel]) -> str:
-    pass  # which imports torch
-
     return next(name for name in CACHE_NAMES if name in inspect.signature(model.forward).parameters)

@@ -1,10 +1,7 @@
-"""Shapes of models: parameters by part, experts a token, and what the KV cache grows by, for any configuration.
+"""Shapes of models: parameters by part, experts per token, and the growth of the KV cache, for any configuration.
 
-Everything is read off a skeleton on the meta device, which has shapes and no memory; experts a token and the cache come
-from a rehearsal, one forward pass of that skeleton with experts that compute nothing. `PRESETS` holds configurations
-of well-known models, so that their Hub ids mean something without a network.
-
-Does not know bytes of a store, budgets or speeds.
+Everything is read off a skeleton on the meta device, which has shapes and no memory. Experts per token and the cache
+come from a rehearsal: one forward pass of that skeleton, with experts that compute nothing.
 """
 
 from __future__ import annotations
@@ -29,7 +26,7 @@ if TYPE_CHECKING:
 
 
 PARTS = ("experts", "attention", "embeddings", "router", "norms", "shared", "other")
-PATTERNS = (  # of parameters' names, the first that fits; layers named like these are told apart by it in all families
+PATTERNS = (  # of parameters' names; the first match counts, so the order matters: `shared_expert` contains `expert`
     ("shared", re.compile(r"shared_(expert|mlp)")),
     ("experts", re.compile(r"\.experts?\.|\.experts\b|\bexperts?\.(in|out)put")),
     ("attention", re.compile(r"(^|\.)(self_attn|attention|attn|self_attention|linear_attn)\.")),
@@ -40,9 +37,12 @@ PATTERNS = (  # of parameters' names, the first that fits; layers named like the
 
 @dataclass(frozen=True)
 class Tensor:
-    """One parameter or stored buffer of the backbone: all but the experts.
+    """One parameter or stored buffer of the backbone, which is all but the experts.
 
-    role: as in `quantize.ROLES`, or None. wide: 16-bit dtypes of the model in which transformers keeps it in fp32.
+    - name, shape, dtype: as in the model's state dict.
+    - part: part of the model, one of PARTS.
+    - role: role in a scheme, as in `quantize.scheme.ROLES`; None is never quantized.
+    - wide: 16-bit dtypes of the model for which transformers keeps this tensor in fp32.
     """
 
     name: str
@@ -59,7 +59,7 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Stored:
-    """One tensor of the backbone in a model's files: its shape, bytes, and role as in `Tensor`."""
+    """One tensor of the backbone in a model's files; `role` as in `Tensor`."""
 
     shape: tuple[int, ...]
     nbytes: int
@@ -68,13 +68,20 @@ class Stored:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What a configuration says of a model, in plain numbers. dtype: of the weights as published, by torch's name.
+    """A model in plain numbers, from its configuration.
 
-    parameters: numbers by part, each weight counted once, also where two layers share it. active: parameters of one
-    token: all but the experts, and the experts it is sent to. backbone: every tensor that is not an expert's, and
-    buffers_nbytes: bytes of what no file holds, such as rotary frequencies. sites: where experts are, empty for a
-    family that mixoff does not serve; then `refusal` says why. top_k: experts a token of each site. cache: the KV cache
-    in `dtype`. files: the backbone as a folder's files have it, None where there are none: then `backbone` is it.
+    - name: name in messages.
+    - config: the configuration.
+    - dtype: dtype of the published weights, by torch's name.
+    - parameters: number of parameters by part; a weight that two layers share counts once.
+    - active: parameters per token, including only the experts that a token uses.
+    - backbone: all tensors that do not belong to experts.
+    - buffers_nbytes: bytes of buffers that are in no file, such as rotary frequencies.
+    - sites: sets of experts; empty for a family that mixoff does not serve.
+    - top_k: experts per token of each site.
+    - cache: tensors of the KV cache in `dtype`.
+    - refusal: why mixoff does not serve this family; None if it does.
+    - files: tensors of the backbone as stored in a folder; None without a folder.
     """
 
     name: str
@@ -92,11 +99,11 @@ class ModelShape:
 
     @property
     def total(self) -> int:
-        """Parameters in all."""
+        """Total number of parameters."""
         return sum(self.parameters.values())
 
     def kv_nbytes(self, context: int, batch: int = 1) -> int:
-        """Bytes of the KV cache, in `dtype`, of `batch` sequences of `context` tokens."""
+        """Bytes of the KV cache in `dtype`, for `batch` sequences of `context` tokens."""
         return batch * sum(layer.nbytes(context) for layer in self.cache)
 
     def with_dtype(self, dtype: str) -> ModelShape:
@@ -104,9 +111,9 @@ class ModelShape:
         return self if dtype == self.dtype else from_config(self.config, self.name, dtype)
 
     def quantized_only(self, names: Collection[str]) -> ModelShape:
-        """The same model where a scheme reaches the tensors of these names alone; others stay in 16 bits.
+        """The same model if only tensors of these names can be quantized; others stay in 16 bits.
 
-        Tables of embeddings and heads are known as such under any name.
+        Embeddings and heads are recognized under any name.
         """
         roles = [t.role if t.name in names or t.role in ("embeddings", "head") else None for t in self.backbone]
         return replace(self, backbone=tuple(replace(t, role=r) for t, r in zip(self.backbone, roles, strict=True)))
@@ -117,7 +124,7 @@ class ModelShape:
 
 
 def from_config(config: PretrainedConfig, name: str, dtype: str | None = None) -> ModelShape:
-    """The shape of a configuration. dtype: of its weights; None takes the configuration's, bf16 where it has none."""
+    """The shape of a configuration; `dtype` None is the configuration's dtype, or bf16 if it has none."""
     config = copy.deepcopy(config)
     config.dtype = dtype = dtype or dtype_name(config)
     skeleton = skeleton_of(config)
@@ -132,8 +139,19 @@ def from_config(config: PretrainedConfig, name: str, dtype: str | None = None) -
     idle = sum(_idle(site, k) for site, k in zip(sites, top_k, strict=True))
     stored = skeleton.state_dict()
     buffers = sum(b.nbytes for n, b in skeleton.named_buffers() if n not in stored)
-    figures = dict(counts), sum(counts.values()) - idle, tuple(_backbone(skeleton, parts)), buffers
-    return ModelShape(name, config, dtype, *figures, sites, top_k, cache, refusal)
+    return ModelShape(
+        name=name,
+        config=config,
+        dtype=dtype,
+        parameters=dict(counts),
+        active=sum(counts.values()) - idle,
+        backbone=tuple(_backbone(skeleton, parts)),
+        buffers_nbytes=buffers,
+        sites=sites,
+        top_k=top_k,
+        cache=cache,
+        refusal=refusal,
+    )
 
 
 def _sites(skeleton: PreTrainedModel, dtype: str) -> tuple[tuple[Site, ...], str | None]:
@@ -144,15 +162,15 @@ def _sites(skeleton: PreTrainedModel, dtype: str) -> tuple[tuple[Site, ...], str
 
 
 def _idle(site: Site, top_k: int) -> int:
-    """Parameters of a site that one token leaves alone."""
+    """Parameters of a site that one token does not use."""
     return (site.num_experts - min(top_k, site.num_experts)) * sum(math.prod(part.shape) for part in site.parts)
 
 
 def parts_by_name(skeleton: PreTrainedModel) -> dict[str, str]:
-    """The part, one of PARTS, of every parameter and buffer by its name.
+    """The part, one of PARTS, of every parameter and buffer, by its name.
 
-    Experts are what lies directly in a module that transformers marks as such; the others go by names, then by the
-    class of what they lie in. Norms are known by their class, wherever they stand.
+    Experts are the parameters of modules that transformers marks as such, and norms are recognized by their class. All
+    others go by their names, and then by the classes of the modules around them.
     """
     owners = dict(skeleton.named_modules())
     marked = set(expert_modules(skeleton))
@@ -165,19 +183,20 @@ def _part(name: str, owners: dict[str, torch.nn.Module], marked: set[str]) -> st
         return "experts"
     if "norm" in type(owners[owner]).__name__.lower():
         return "norms"
-    found = next((part for part, pattern in PATTERNS if pattern.search(name)), "other")
-    return "attention" if found == "other" and _in_attention(owner, owners) else found
+    part = next((part for part, pattern in PATTERNS if pattern.search(name)), "other")
+    return "attention" if part == "other" and _in_attention(owner, owners) else part
 
 
 def _in_attention(owner: str, owners: dict[str, torch.nn.Module]) -> bool:
-    """Whether a module lies in one whose class is an attention, where its name does not say so (`mixer`)."""
+    """Whether a module is inside one whose class is an attention, even if its name is not (`mixer`)."""
     steps = owner.split(".")
     return any("Attention" in type(owners[".".join(steps[: i + 1])]).__name__ for i in range(len(steps)))
 
 
 def _backbone(skeleton: PreTrainedModel, parts: dict[str, str]) -> Iterator[Tensor]:
-    """Every tensor but the experts' that a checkpoint stores, tied ones once."""
-    roles, seen = backbone_roles(skeleton), set()
+    """Every tensor that a checkpoint stores, except the experts'; tied tensors once."""
+    roles = backbone_roles(skeleton)
+    seen = set()
     for name, tensor in skeleton.state_dict(keep_vars=True).items():
         if id(tensor) not in seen and parts[name] != "experts":
             dtype = str(tensor.dtype).removeprefix("torch.")

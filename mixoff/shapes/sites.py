@@ -1,7 +1,7 @@
 """Where a model keeps its experts, and what one expert looks like.
 
 Letters: **E** experts, **D** model width, **F** expert width.
-Read off a skeleton on the meta device, so a 47 B-parameter model costs no memory. Does not know files or caches.
+Read off a skeleton on the meta device, so a 47 B-parameter model costs no memory.
 """
 
 from __future__ import annotations
@@ -20,16 +20,20 @@ if TYPE_CHECKING:
     import torch
 
 
-DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}  # of experts that we serve unquantized
+DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}  # dtypes of unquantized experts
 
 PART_ALIGN = 64  # bytes; a cache line, and the widest SIMD load
 
 
 @dataclass(frozen=True)
 class Part:
-    """One weight of an expert: its shape, and its place and size in the expert's image in bytes.
+    """One weight of an expert.
 
-    dtype: as in the checkpoint. form: of a quantized weight, `(bits, group size, bits of metadata)`.
+    - name: name of the parameter.
+    - shape: shape in the model.
+    - dtype: dtype in the checkpoint.
+    - offset, nbytes: its bytes in the expert's image.
+    - form: `(bits, group size, bits of metadata)` of a quantized weight, or `strided.Form.to_tuple()`.
     """
 
     name: str
@@ -41,7 +45,7 @@ class Part:
 
 
 def place(parts: Iterable[Part]) -> tuple[Part, ...]:
-    """The parts one behind the other in an image, each aligned."""
+    """The parts one after the other in an image, each aligned."""
     placed, offset = [], 0
     for part in parts:
         placed.append(replace(part, offset=-(-offset // PART_ALIGN) * PART_ALIGN))
@@ -51,9 +55,13 @@ def place(parts: Iterable[Part]) -> tuple[Part, ...]:
 
 @dataclass(frozen=True)
 class Site:
-    """One set of experts in the model: a module's name, its layer, E, and the parts that each expert has.
+    """One set of experts in the model.
 
-    transposed: weights are (inputs, outputs), as in gpt-oss, rather than (outputs, inputs).
+    - name: name of the module.
+    - layer: number of its layer.
+    - num_experts: E.
+    - parts: weights of each expert.
+    - transposed: whether weights are (inputs, outputs), as in gpt-oss, rather than (outputs, inputs).
     """
 
     name: str
@@ -79,7 +87,7 @@ def torch_dtype(name: str) -> torch.dtype:
     return getattr(torch, name)
 
 
-ALIGN = 4096  # bytes; what direct I/O asks for, and a page
+ALIGN = 4096  # bytes; a page, and what direct I/O requires
 
 
 def stride(site: Site) -> int:
@@ -90,7 +98,7 @@ def stride(site: Site) -> int:
 def quantized_sites(sites: tuple[Site, ...], scheme: Scheme) -> tuple[Site, ...]:
     """The sites as they are stored under `scheme`; biases stay as they are.
 
-    Raises MixoffError when a group does not divide a width.
+    Raises MixoffError if a group does not divide a width.
     """
     precision = scheme.precision("experts")
     if precision is None:
@@ -110,7 +118,7 @@ def quantized_sites(sites: tuple[Site, ...], scheme: Scheme) -> tuple[Site, ...]
 
 
 def _quantized(part: Part, transposed: bool, form: tuple[int, int, int]) -> Part:
-    """The part as (outputs, inputs), which is how quantized weights are kept in any family."""
+    """The part as (outputs, inputs), the order of quantized weights in every family."""
     shape = part.shape[::-1] if transposed else part.shape
     return replace(part, shape=shape, form=form, nbytes=packed_nbytes(shape, *form))
 
@@ -126,5 +134,5 @@ def strided_sites(sites: Iterable[Site], form_of: Callable[[Site, Part], Form]) 
 
 
 def slot_nbytes(sites: tuple[Site, ...]) -> int:
-    """Bytes of a slot: the largest expert in whole pages, as the store keeps it and direct I/O asks for."""
+    """Bytes of a slot: the largest expert in whole pages, as in the store and as direct I/O requires."""
     return max(map(stride, sites))

@@ -1,7 +1,6 @@
-"""Bytes of a model under a scheme: in a store, in memory, and read by one token. From shapes alone, no weights needed.
+"""Bytes of a model under a scheme: in a store, in memory, and read per token. From shapes alone, no weights needed.
 
-Quantized forms, alignment and padding are those of `store` and `quantize`, which are asked, not repeated.
-Does not know budgets, machines or speeds.
+Quantized forms, alignment and padding come from `quantize` and `sites`, so planned bytes equal stored bytes.
 """
 
 from __future__ import annotations
@@ -23,13 +22,18 @@ if TYPE_CHECKING:
     from mixoff.shapes.sites import Part, Site
 
 
-PUBLISHED = "published"  # the scheme of the checkpoint that came with the paper, and of no other
+PUBLISHED = "published"  # the scheme of the paper's own checkpoint, DEMO
 EXPERT_FORM, ATTENTION_FORM = (2, 16, 128), (4, 64, 256)  # bits, group size, groups on one grid of scales
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """The bytes of `shape` under `scheme`; `scheme` None is the published checkpoint's own. name: of the scheme."""
+    """Bytes of a model under a scheme.
+
+    - shape: the model.
+    - scheme: the scheme; None is that of the published checkpoint.
+    - name: name of the scheme.
+    """
 
     shape: ModelShape
     scheme: Scheme | None
@@ -37,14 +41,14 @@ class Sizes:
 
     @cached_property
     def sites(self) -> tuple[Site, ...]:
-        """Where experts are, in the form that they are stored in. Raises MixoffError for a group that fits no width."""
+        """Sets of experts as they are stored. Raises MixoffError if a group does not divide a width."""
         if self.scheme is None:
             return tuple(strided_sites(self.shape.sites, _published_form))
         return quantized_sites(self.shape.sites, self.scheme)
 
     @property
     def experts(self) -> int:
-        """Bytes of all experts in the store, the padding of each to whole pages included."""
+        """Bytes of all experts in the store, each padded to whole pages."""
         if self.shape.sites:
             return sum(site.num_experts * stride(site) for site in self.sites)
         return self.shape.parameters["experts"] * dtype_nbytes(self.shape.dtype)
@@ -56,22 +60,22 @@ class Sizes:
 
     @property
     def stored_backbone(self) -> int:
-        """Bytes of the tensors of everything else, in files."""
+        """Bytes of the backbone's tensors in files."""
         if self.shape.files is not None:
             return sum(self._packed(t.shape, t.role) or t.nbytes for t in self.shape.files)
         return sum(self._nbytes(tensor, None) for tensor in self.shape.backbone)
 
     @property
     def stored(self) -> int:
-        """Bytes of all tensors of the store; its metadata (headers, manifest, tokenizer) come on top."""
+        """Bytes of all tensors of the store, without its metadata (headers, manifest, tokenizer)."""
         return self.experts + self.stored_backbone
 
     def backbone(self, compute: str) -> int:
-        """Bytes of everything but the experts in memory, what is not quantized in the dtype of the computation."""
+        """Bytes of the backbone in memory; tensors that are not quantized are in the dtype `compute`."""
         return sum(self._nbytes(tensor, compute) for tensor in self.shape.backbone) + self.shape.buffers_nbytes
 
     def touched_backbone(self, compute: str) -> Counter[int]:
-        """Bytes of the backbone that one token reads, by bits of a weight: all but a table of embeddings of its own."""
+        """Bytes of the backbone read per token, by bits per weight: all but embeddings that the head does not share."""
         table = None if self.tied else next((t for t in self.shape.backbone if t.role == "embeddings"), None)
         touched = Counter()
         for tensor in self.shape.backbone:
@@ -80,7 +84,7 @@ class Sizes:
         return touched
 
     def touched_experts(self) -> Counter[int]:
-        """Bytes of experts that one token reads, by bits of a weight."""
+        """Bytes of experts read per token, by bits per weight."""
         touched = Counter()
         for site, k in zip(self.sites, self.shape.top_k, strict=True):
             for part in site.parts:
@@ -88,20 +92,20 @@ class Sizes:
         return touched
 
     def requested(self) -> int:
-        """Bytes of the experts that one token asks for, as they are moved."""
+        """Bytes of the experts that one token requests, as they are moved."""
         pairs = zip(self.sites, self.shape.top_k, strict=True)
         return sum(min(k, site.num_experts) * site.expert_nbytes for site, k in pairs)
 
     @property
     def tied(self) -> bool:
-        """Whether the head is the embedding's table."""
+        """Whether the head shares the embedding's table."""
         return not any(t.role == "head" for t in self.shape.backbone)
 
     def _nbytes(self, tensor: Tensor, compute: str | None) -> int:
         return self._packed(tensor.shape, tensor.role) or _plain(tensor, compute)
 
     def _packed(self, shape: tuple[int, ...], role: str | None) -> int | None:
-        """Bytes of a tensor that the scheme quantizes, None of others."""
+        """Bytes of a tensor that the scheme quantizes; None for others."""
         if self.scheme is None:
             return strided.packed_nbytes(shape, strided.Form(*ATTENTION_FORM)) if role == "attention" else None
         precision = role and self.scheme.precision(role)
@@ -122,7 +126,7 @@ def sizes_of(shape: ModelShape, scheme: str | Scheme | None = None) -> Sizes:
     Raises MixoffError for an unknown scheme, and for one that does not suit the model's widths.
     """
     if isinstance(scheme, Scheme):
-        return Sizes(shape, scheme, next((name for name, own in PRESETS.items() if own == scheme), "own"))
+        return Sizes(shape, scheme, next((name for name, preset in PRESETS.items() if preset == scheme), "own"))
     if shape.name == DEMO or scheme == PUBLISHED:
         if scheme not in (None, PUBLISHED):
             raise MixoffError(f"{DEMO} is quantized already: plan it without a scheme, or plan the original model")
@@ -131,12 +135,13 @@ def sizes_of(shape: ModelShape, scheme: str | Scheme | None = None) -> Sizes:
 
 
 def _plain(tensor: Tensor, compute: str | None) -> int:
-    """Bytes of a tensor that is not quantized: as stored, or in the dtype of the computation."""
+    """Bytes of a tensor that is not quantized: as stored if `compute` is None, or in that dtype."""
     floating = tensor.dtype in ("float16", "bfloat16", "float32")
     if not floating:
         return tensor.numel * {"int64": 8, "int32": 4, "uint8": 1, "bool": 1}[tensor.dtype]
-    dtype = tensor.dtype if compute is None else "float32" if compute in tensor.wide else compute
-    return tensor.numel * dtype_nbytes(dtype)
+    if compute in tensor.wide:
+        compute = "float32"
+    return tensor.numel * dtype_nbytes(compute or tensor.dtype)
 
 
 def _published_form(_: Site, part: Part) -> strided.Form:
@@ -144,7 +149,7 @@ def _published_form(_: Site, part: Part) -> strided.Form:
 
 
 def _part_bits(part: Part) -> int:
-    """Bits of a weight of an expert, metadata apart."""
+    """Bits per weight of a part, without metadata."""
     if part.form is None:
         return 8 * dtype_nbytes(part.dtype)
     return part.form[1] if part.form[0] == strided.KIND else part.form[0]

@@ -1,7 +1,4 @@
-"""What a conversion will write, laid out before the first byte: which bytes of which shard go where in which file.
-
-Does not know how bytes are read, quantized or written.
-"""
+"""What a conversion will write, laid out before the first byte: which bytes of which shard go where in which file."""
 
 from __future__ import annotations
 
@@ -13,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from mixoff.checkpoints import survey
 from mixoff.checkpoints.checkpoint import ITEM_BITS, Checkpoint, Extent
+from mixoff.checkpoints.survey import survey as survey_of
 from mixoff.errors import CheckpointError
 from mixoff.quantize.scheme import Scheme
 from mixoff.quantize.tensor import QTensor
@@ -27,7 +24,7 @@ log = logging.getLogger("mixoff")
 
 @dataclass(frozen=True)
 class Output:
-    """A range of a file of the store, and the name of what stands there."""
+    """A range of a file of the store, and the name of the tensor in it."""
 
     name: str
     file: str
@@ -37,10 +34,16 @@ class Output:
 
 @dataclass(frozen=True)
 class Weight:
-    """One weight on its way: how it is read, what it then is, and where its bytes go.
+    """One weight of a conversion: how it is read, what it is, and where its bytes go.
 
-    part: as it is read. role: of the scheme, where it is quantized. Its byte image is cut into the outputs in order.
-    where: its name and file, for errors. used: whether the model uses it.
+    - name: name in the store.
+    - extents: byte ranges to read.
+    - part: shape and dtype as read.
+    - transposed: whether it is (inputs, outputs) in the checkpoint.
+    - role: part of the scheme that quantizes it; None keeps it as it is.
+    - outputs: ranges of the store, which its byte image fills in this order.
+    - where: name and file, for errors.
+    - used: whether the model uses it.
     """
 
     name: str
@@ -54,13 +57,19 @@ class Weight:
 
     @property
     def ranges(self) -> list[tuple[str, int, int]]:
-        """What has to be read for it: file, offset, size."""
+        """All byte ranges to read: file, offset, size."""
         return [r for extent in self.extents for r in extent.ranges()]
 
 
 @dataclass(frozen=True)
 class Blueprint:
-    """A store before it is written: its weights, and of each file the size and the bytes that it begins with."""
+    """A store before it is written.
+
+    - scheme, dtype, sites: as in `Source`.
+    - weights: all weights, in the order in which they are laid out.
+    - sizes: bytes of each file.
+    - heads: first bytes (the safetensors header) of each file of the backbone.
+    """
 
     scheme: Scheme
     dtype: str
@@ -71,16 +80,23 @@ class Blueprint:
 
 
 def lay_out(checkpoint: Checkpoint, scheme: Scheme) -> Blueprint:
-    """The store that `scheme` makes of `checkpoint`. Raises CheckpointError or MixoffError for what cannot be made."""
-    found = survey.survey(checkpoint)
-    plan = Blueprint(scheme, found.dtype, quantized_sites(found.sites, scheme), [], {}, {})
-    _place_experts(plan, found.sites, found.extents)
-    _warn_of_unused(checkpoint, found.unused)
+    """The store of `checkpoint` in `scheme`. Raises CheckpointError or MixoffError for what cannot be converted."""
+    survey = survey_of(checkpoint)
+    plan = Blueprint(
+        scheme=scheme,
+        dtype=survey.dtype,
+        sites=quantized_sites(survey.sites, scheme),
+        weights=[],
+        sizes={},
+        heads={},
+    )
+    _place_experts(plan, survey.sites, survey.extents)
+    _warn_of_unused(checkpoint, survey.unused)
     backbone = checkpoint.backbone()
-    roles = {name: role for name, role in config.backbone_roles(found.model).items() if name in backbone}
+    roles = {name: role for name, role in config.backbone_roles(survey.model).items() if name in backbone}
     quantized = {name: role for name, role in roles.items() if scheme.precision(role) is not None}
     copied = {name: entry for name, entry in backbone.items() if name not in quantized}
-    _place_copied(plan, copied, checkpoint.files, found.unused)
+    _place_copied(plan, copied, checkpoint.files, survey.unused)
     if quantized:
         _place_quantized(plan, quantized, backbone)
     return plan
@@ -101,17 +117,23 @@ def _place_experts(plan: Blueprint, plain: Iterable[Site], extents: dict[tuple[i
                 name = f"{before.name}.{e}.{old.name}"
                 inside = [x for x in extents[i, e] if old.offset <= x.place < old.offset + old.nbytes]
                 moved = tuple(replace(x, place=x.place - old.offset) for x in inside)
-                role = "experts" if new.form != old.form else None
-                output = Output(name, file, e * stride(after) + new.offset, new.nbytes)
-                where = f"{name} (layer {before.layer}, expert {e}) in {moved[0].file}"
-                plan.weights.append(Weight(name, moved, old, before.transposed, role, (output,), where))
+                weight = Weight(
+                    name=name,
+                    extents=moved,
+                    part=old,
+                    transposed=before.transposed,
+                    role="experts" if new.form != old.form else None,
+                    outputs=(Output(name, file, e * stride(after) + new.offset, new.nbytes),),
+                    where=f"{name} (layer {before.layer}, expert {e}) in {moved[0].file}",
+                )
+                plan.weights.append(weight)
 
 
 def _place_copied(plan: Blueprint, tensors: dict, files: list[str], unused: set[str]) -> None:
-    """The tensors that stay as they are, in files with the shards' own names.
+    """Place the tensors that stay as they are, in files named like the shards.
 
-    The data begins at the same place modulo 64 as in the shard: transformers computes from the mapped file, and the
-    last bits of a BLAS product may depend on the alignment of its operands.
+    The data keeps its offset modulo 64: transformers computes from the mapped file, and the last bits of a BLAS
+    product may depend on the alignment of its operands.
     """
     for file in files:
         of_file = {name: t for name, (t, _) in tensors.items() if t.file == file}
@@ -123,17 +145,24 @@ def _place_copied(plan: Blueprint, tensors: dict, files: list[str], unused: set[
         offsets = _place_tensors(plan, file, wanted, {"format": "pt"}, begin)
         for name, t in ordered:
             part = Part(name, t.shape, DTYPES.get(t.dtype, t.dtype), 0, t.nbytes)
-            output, where = Output(name, file, offsets[name], t.nbytes), f"{name} in {t.file}"
-            plan.weights.append(
-                Weight(name, (tensors[name][1],), part, False, None, (output,), where, name not in unused)
+            weight = Weight(
+                name=name,
+                extents=(tensors[name][1],),
+                part=part,
+                transposed=False,
+                role=None,
+                outputs=(Output(name, file, offsets[name], t.nbytes),),
+                where=f"{name} in {t.file}",
+                used=name not in unused,
             )
+            plan.weights.append(weight)
 
 
 STORED_NAMES = {torch.int32: "I32", torch.int16: "I16", torch.float16: "F16", torch.uint8: "U8"}
 
 
 def _place_quantized(plan: Blueprint, roles: dict[str, str], backbone: dict) -> None:
-    """The backbone's quantized weights: the parts of each as `NAME.PART`, what else they need in one JSON."""
+    """Place the backbone's quantized weights: each part as `NAME.PART`, and their descriptions as JSON metadata."""
     described, parts = {}, {}
     for name, role in roles.items():
         form = plan.scheme.precision(role)
@@ -142,7 +171,8 @@ def _place_quantized(plan: Blueprint, roles: dict[str, str], backbone: dict) -> 
         tensors, described[name] = empty.to_tensors()
         parts[name] = {f"{name}.{part}": (STORED_NAMES[t.dtype], t.shape, t.nbytes) for part, t in tensors.items()}
     wanted = {key: entry for of_name in parts.values() for key, entry in of_name.items()}
-    ordered = dict(sorted(wanted.items(), key=lambda item: (-ITEM_BITS[item[1][0]], item[0])))  # each aligned to itself
+    # widest items first, so that each is aligned to its own size
+    ordered = dict(sorted(wanted.items(), key=lambda item: (-ITEM_BITS[item[1][0]], item[0])))
     offsets = _place_tensors(plan, QUANTIZED, ordered, {"mixoff": json.dumps(described)}, 0)
     for name, role in roles.items():
         t, extent = backbone[name]
@@ -150,16 +180,27 @@ def _place_quantized(plan: Blueprint, roles: dict[str, str], backbone: dict) -> 
             raise CheckpointError(f"{name} in {t.file} is {t.dtype}: mixoff quantizes {', '.join(DTYPES)}")
         part = Part(name, t.shape, DTYPES[t.dtype], 0, t.nbytes)
         outputs = tuple(Output(key, QUANTIZED, offsets[key], entry[2]) for key, entry in parts[name].items())
-        plan.weights.append(Weight(name, (extent,), part, False, role, outputs, f"{name} in {t.file}"))
+        weight = Weight(
+            name=name,
+            extents=(extent,),
+            part=part,
+            transposed=False,
+            role=role,
+            outputs=outputs,
+            where=f"{name} in {t.file}",
+        )
+        plan.weights.append(weight)
 
 
 def _place_tensors(plan: Blueprint, file: str, tensors: dict[str, tuple], metadata: dict, begin: int) -> dict[str, int]:
-    """Lay out a safetensors file whose data begins at `begin` modulo 64; offsets of its tensors in the file."""
+    """Lay out a safetensors file whose data begins at `begin` modulo 64; returns its tensors' offsets in the file."""
     if Path(file).name != file:
         raise CheckpointError(f"a shard is named {file!r}, which is a path: do not trust this checkpoint")
     if file in plan.sizes:
-        raise CheckpointError(f"a shard is named {file}, as a file of the store is: rename it, and in the index too")
-    header, end, offsets = {"__metadata__": metadata}, 0, {}
+        raise CheckpointError(f"a shard is named {file}, like a file of the store: rename it, in the index as well")
+    header = {"__metadata__": metadata}
+    end = 0
+    offsets = {}
     for name, (dtype, shape, nbytes) in tensors.items():
         offsets[name] = end
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [end, end := end + nbytes]}
@@ -175,7 +216,7 @@ def to_json(value: dict) -> bytes:
 
 
 def index(plan: Blueprint) -> dict:
-    """Which file holds what of the backbone that transformers loads."""
+    """The index of the backbone's files: which of them holds which tensor that transformers loads."""
     copied = [weight for weight in plan.weights if weight.outputs[0].file in plan.heads and weight.role is None]
     weight_map = {weight.name: weight.outputs[0].file for weight in copied}
     total = sum(weight.part.nbytes for weight in copied)
@@ -183,7 +224,7 @@ def index(plan: Blueprint) -> dict:
 
 
 def manifest(plan: Blueprint, done: dict[str, list[str]]) -> dict:
-    """What stands where, with SHA-256 of every range; no times, no paths."""
+    """The manifest: which file holds which tensor, with the SHA-256 of each; no times, no paths."""
     hashes = {o.name: sha256 for w in plan.weights for o, sha256 in zip(w.outputs, done[w.name], strict=True)}
     sites = []
     for i, site in enumerate(plan.sites):

@@ -64,7 +64,9 @@ def folder_of(source: object) -> Path | None:
     if str(source) in models.names():
         return models.path(str(source))
     path = Path(os.path.expanduser(source))
-    return path.parent if path.is_file() else path if path.is_dir() else None
+    if path.is_file():
+        return path.parent
+    return path if path.is_dir() else None
 
 
 def _from_hub(model: names.HubId) -> Path:
@@ -94,9 +96,9 @@ def as_stored(shape: ModelShape, source: object, scheme: str | Scheme | None) ->
 
 
 def _in_files(shape: ModelShape, folder: Path) -> ModelShape:
-    """The shape as the safetensors files of `folder` have it, in whichever names and dtypes.
+    """The shape with the names and dtypes of the safetensors files in `folder`.
 
-    Raises CheckpointError for what could not be loaded either.
+    Raises CheckpointError for what `load` would refuse.
     """
     backbone = survey(open_checkpoint(folder)).backbone
     roles = {tensor.name: tensor.role for tensor in shape.backbone}
@@ -105,17 +107,18 @@ def _in_files(shape: ModelShape, folder: Path) -> ModelShape:
 
 
 def _as_store(shape: ModelShape, folder: Path, scheme: str | Scheme | None) -> tuple[ModelShape, Scheme]:
-    open_source(folder).close()  # refuses what could not be loaded
+    open_source(folder).close()  # refuse what `load` would refuse
     manifest = read_manifest(folder)
-    own = Scheme.from_json(json.dumps(manifest["scheme"]))
+    stored = Scheme.from_json(json.dumps(manifest["scheme"]))
     wanted = Scheme.preset(scheme) if isinstance(scheme, str) else scheme
     tensors = {n: t for entry in manifest["backbone"] for n, t in read_header(folder / entry["file"]).items()}
     files = tuple(Stored(tuple(t.shape), t.nbytes, None) for t in tensors.values())
     quantized = {name.rpartition(".")[0] for name in tensors}  # NAME.codes and other parts
-    return replace(shape, files=files).quantized_only(quantized), _only(folder, wanted, own)
+    return replace(shape, files=files).quantized_only(quantized), _only(folder, wanted, stored)
 
 
-def _only(source: object, wanted: object, own: object) -> object:
-    if wanted not in (None, own):
+def _only(source: object, wanted: object, stored: object) -> object:
+    """The scheme of the files, if it is the one that was asked for."""
+    if wanted not in (None, stored):
         raise MixoffError(f"{source} is quantized in another scheme: plan it without one, or plan the original model")
-    return own
+    return stored

@@ -1,7 +1,7 @@
-"""What a long job has finished, so that it can be killed at any moment and go on later.
+"""What a long job has finished, so that it can be killed at any moment and continue later.
 
-A line of JSON for each finished piece, written only after the bytes of the piece are on the disk: whenever a crash
-comes, what the journal names is there. Does not know what the pieces are.
+A line of JSON for each finished piece, written only after the bytes of the piece are on the disk: no matter when a
+crash happens, whatever the journal names is there.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from mixoff.folders import sync
 class Journal:
     """Finished pieces by key, in a file that begins with the identity of the job. Opening it only reads.
 
-    identity: of the job that the file is about, None without one. done: what `add` was told, by this run after `begin`
-    and by those before it.
+    - identity: identity of the job in the file; None if there is none.
+    - done: values passed to `add` by key, by earlier runs and, after `begin`, by this one.
     """
 
     def __init__(self, path: Path) -> None:
@@ -29,24 +29,24 @@ class Journal:
         self.file: FileIO | None = None
 
     def begin(self, identity: str) -> None:
-        """Go on with the job of that identity, or begin it: then nothing of it is done."""
+        """Continue the job of that identity, or start it with nothing done."""
         if identity != self.identity:
             self.identity, self.done = identity, {}
         new = self.path.with_name(self.path.name + ".new")
         lines = [identity, *self.done.items()]
         new.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
         sync(new)
-        os.replace(new, self.path)  # without what a crash may have left of a last line
+        os.replace(new, self.path)  # drops a last line that a crash cut short
         sync(self.path.parent)
-        self.file = self.path.open("ab", buffering=0)  # a buffer would be written once more after a failure
+        self.file = self.path.open("ab", buffering=0)  # unbuffered: a buffer would be written again after a failure
 
     def add(self, key: str, value: list) -> None:
-        """The piece is written; the journal will say so once the caller has synced its bytes and calls `commit`."""
+        """Note a piece that is written; it counts once the caller has synced its bytes and called `commit`."""
         self.done[key] = value
         self.waiting.append(json.dumps([key, value]) + "\n")
 
     def commit(self) -> None:
-        """Note what was added since the last time. The caller has synced the bytes of all that."""
+        """Write what was added since the last commit. The caller must have synced those bytes before."""
         lines = memoryview("".join(self.waiting).encode())
         while lines:
             lines = lines[self.file.write(lines) :]
@@ -54,7 +54,7 @@ class Journal:
         self.waiting.clear()
 
     def close(self) -> None:
-        """Close the file; what was not committed is as if it had not been done."""
+        """Close the file; pieces that were not committed count as not done."""
         if self.file:
             self.file.close()
 

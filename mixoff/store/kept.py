@@ -1,7 +1,7 @@
 """Stores that `load` makes of a checkpoint in another scheme: kept in the user's cache folder, and found again.
 
-A store is kept under a name that follows from the checkpoint's files, the scheme and this version, so a changed
-checkpoint is converted again. A conversion that was killed goes on where it stopped. Does not know budgets.
+The name of a kept store follows from the checkpoint's files, the scheme and this version, so a changed checkpoint is
+converted again. A conversion that was killed continues where it stopped.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ log = logging.getLogger("mixoff")
 
 
 def stores() -> Path:
-    """Where they are kept: `stores` in the cache folder, which `MIXOFF_CACHE` names."""
+    """The folder of kept stores: `stores` in the cache folder, which `MIXOFF_CACHE` sets."""
     return folders.cache_folder() / "stores"
 
 
 def store_of(path: str | Path, scheme: Scheme) -> Path:
-    """The store of the checkpoint at `path` in `scheme`, converted where it is not there yet.
+    """The store of the checkpoint at `path` in `scheme`, converted if it is not there yet.
 
-    A second process that asks for the same one waits until the first has made it. Raises CheckpointError for what
-    cannot be converted, MixoffError where the cache folder cannot be written.
+    A second process that asks for the same store waits until the first has converted it. Raises CheckpointError for
+    what cannot be converted, MixoffError if the cache folder cannot be written.
     """
     from filelock import FileLock
 
@@ -49,8 +49,7 @@ def store_of(path: str | Path, scheme: Scheme) -> Path:
         with FileLock(f"{target}.lock"):
             if not (target / MANIFEST).exists():
                 convert.convert(folder, target, scheme)
-                nbytes = sum(file.stat().st_size for file in target.iterdir())
-                size = format_nbytes(nbytes)
+                size = format_nbytes(sum(file.stat().st_size for file in target.iterdir()))
                 log.warning("kept %s in %s for the next time: delete that folder to free it", size, target)
     except OSError as error:
         raise MixoffError(

@@ -18,12 +18,13 @@ from mixoff.quantize.tensor import QTensor
 MANIFEST = "mixoff.json"
 QUANTIZED = "quantized.safetensors"
 FORMAT, VERSION = "mixoff-store", 1
-# how a store's config.json names what computes its experts: transformers, which would make experts up, refuses the name
+# `experts_implementation` in a store's config.json: transformers refuses the name, and would otherwise load the folder
+# with random experts
 FOR_MIXOFF = "a mixoff store: load this folder with mixoff.load"
 
 
 def marked(small: dict[str, bytes]) -> dict[str, bytes]:
-    """The small files of a model as a store has them: with a config.json for which transformers makes no model."""
+    """The small files of a model as a store has them: with a config.json that transformers refuses to load."""
     if "config.json" not in small:
         return small
     config = json.loads(small["config.json"])
@@ -43,7 +44,7 @@ def read_manifest(folder: Path) -> dict:
     manifest = read_json(folder / MANIFEST)
     if manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
         raise CheckpointError(
-            f"{folder / MANIFEST} is no store of version {VERSION}: convert the original again with this mixoff"
+            f"{folder / MANIFEST} is not a store of version {VERSION}: convert the original again with this mixoff"
         )
     try:
         files = [(entry["file"], entry["stride"], entry["num_experts"]) for entry in manifest["sites"]]
@@ -65,15 +66,15 @@ def _expect_file(folder: Path, file: str, nbytes: int) -> None:
     if Path(file).name != file:
         raise CheckpointError(f"{folder / MANIFEST} points outside its folder, to {file!r}: do not trust this store")
     if not (folder / file).is_file():
-        raise CheckpointError(f"{folder} lacks {file}: the copy is incomplete, copy or convert it again")
+        raise CheckpointError(f"{folder} lacks {file}: incomplete copy; copy it again or re-run convert")
     if (size := (folder / file).stat().st_size) != nbytes:
         raise CheckpointError(
-            f"{folder / file} holds {size} bytes, expected {nbytes}: the copy is incomplete, copy or convert it again"
+            f"{folder / file} is {size} bytes, expected {nbytes}: incomplete copy; copy it again or re-run convert"
         )
 
 
 def described_quantized(folder: Path) -> dict[str, dict]:
-    """What a store says of its backbone's quantized weights, by name; nothing where its scheme quantizes none."""
+    """Descriptions of the backbone's quantized weights by name; empty if the scheme quantizes none."""
     from safetensors import SafetensorError, safe_open
 
     if not (folder / QUANTIZED).exists():
@@ -93,15 +94,16 @@ def described_quantized(folder: Path) -> dict[str, dict]:
 
 
 def read_quantized(folder: Path) -> dict[str, QTensor]:
-    """The quantized weights of a store's backbone by name, none where its scheme keeps the backbone as it is."""
+    """The quantized weights of a store's backbone by name; empty if the scheme quantizes none."""
     from safetensors import SafetensorError, safe_open
 
     if not (described := described_quantized(folder)):
         return {}
     try:
         with safe_open(folder / QUANTIZED, framework="pt") as f:
-            # one piece of memory for all: most matrices alone would end amid a huge page, and have small ones there
-            room, read = slab((folder / QUANTIZED).stat().st_size + LINE * len(described)), {}
+            # one piece of memory for all: alone, most matrices would end inside a huge page and get small ones there
+            room = slab((folder / QUANTIZED).stat().st_size + LINE * len(described))
+            read = {}
             for name, meta in described.items():
                 parts = {part: f.get_tensor(f"{name}.{part}") for part in part_names(meta)}
                 read[name] = QTensor.from_tensors(parts, meta, room)
@@ -112,7 +114,7 @@ def read_quantized(folder: Path) -> dict[str, QTensor]:
 
 
 def part_names(meta: dict) -> list[str]:
-    """Names of the parts of a quantized weight that is described so."""
+    """Names of the parts of a quantized weight, from its description."""
     return [
         name for name, _, _ in layout(tuple(meta["shape"]), meta["bits"], meta["group_size"], meta["metadata_bits"])
     ]

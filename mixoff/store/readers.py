@@ -1,8 +1,10 @@
 """Readers copy expert images from files into memory that the caller owns.
 
-Three ways, one result: through the page cache; past it (`DirectReader`), which needs addresses, offsets and sizes that
-are multiples of a block; and where a filesystem refuses that, through the page cache and out of it again.
-Does not know which file holds what, nor caches or policies.
+Three ways, with the same result:
+
+- `ExpertReader` reads through the page cache.
+- `DirectReader` bypasses it, which requires addresses, offsets and sizes that are multiples of a block.
+- `DroppingReader`, for filesystems without direct I/O, reads through the page cache and drops the pages afterwards.
 """
 
 from __future__ import annotations
@@ -22,25 +24,28 @@ from mixoff.checkpoints.checkpoint import Extent
 from mixoff.errors import CheckpointError
 from mixoff.pages import pages
 
-BLOCK = 4096  # bytes; what direct I/O asks for on any disk in use
-PIECE = 4 << 20  # bytes of one request: smaller ones read slower, longer ones leave less to do at once
+BLOCK = 4096  # bytes; alignment that direct I/O requires, on any disk in use
+PIECE = 4 << 20  # bytes per request: smaller requests are slower, larger ones leave fewer to run in parallel
 
 
 class Reader(Protocol):
-    """What a runtime needs of where the experts are."""
+    """Where a runtime gets its experts from."""
 
     def read_into(self, site: int, expert: int, image: memoryview) -> int:
         """Fill `image` (writable bytes) with one expert; returns the bytes read."""
 
     def close(self) -> None:
-        """Let go of files or memory; reading afterwards is an error."""
+        """Release files or memory; reading afterwards is an error."""
 
 
 class ExpertReader:
-    """Copies expert images from files, through the page cache.
+    """Copies expert images from files, through the page cache. Thread-safe.
 
-    `extents[site, expert]` says which bytes of which file go where in the image. Thread-safe. piece_nbytes: how an
-    expert may be divided into requests. buffer_nbytes: memory of its own.
+    - extents: by (site, expert), which bytes of which file go where in the image.
+    - direct: whether nothing stays in the page cache.
+    - how: description of the way, for reports.
+    - piece_nbytes: bytes per request into which an expert may be divided.
+    - buffer_nbytes: bytes that the reader allocates itself.
     """
 
     direct, how = False, "buffered"
@@ -57,7 +62,9 @@ class ExpertReader:
 
         Raises CheckpointError when the file ends too early.
         """
-        total, stop, extents = 0, len(image) if stop is None else stop, self.extents[site, expert]
+        stop = len(image) if stop is None else stop
+        extents = self.extents[site, expert]
+        total = 0
         for x in extents:
             begin, end = max(start, x.place), min(stop, x.place + x.nbytes)
             if begin < end:
@@ -71,8 +78,9 @@ class ExpertReader:
             file.close()
 
     def _fill(self, image: memoryview, begin: int, end: int, x: Extent, room: int) -> None:
-        """Bytes `begin` to `end` of the image, which lie in `x`; up to `room` more may be overwritten."""
-        offset, done = x.offset + begin - x.place, 0
+        """Read bytes `begin` to `end` of the image, which are in `x`; bytes up to `room` may be overwritten."""
+        offset = x.offset + begin - x.place
+        done = 0
         while done < end - begin:
             n = self._read_at(self.files[x.file], image[begin + done : end], offset + done)
             if n == 0:
@@ -88,16 +96,16 @@ class ExpertReader:
 
 
 class DroppingReader(ExpertReader):
-    """Through the page cache, and out of it again: where a filesystem has no direct I/O (memory, some overlays).
+    """Reads through the page cache and drops the pages again, on filesystems without direct I/O (tmpfs, some overlays).
 
-    Systems without `posix_fadvise` (macOS, Windows) keep what was read in the page cache, and `how` says so.
+    Without `posix_fadvise` (macOS, Windows) the pages stay in the cache, and `how` says so.
     """
 
     direct = True
 
     @property
     def how(self) -> str:
-        """How files are read, and why so."""
+        """How files are read, and why."""
         if hasattr(os, "posix_fadvise"):
             return "buffered, then dropped from the page cache: the filesystem has no direct I/O"
         return "buffered: this system has no direct I/O, nor a way to drop a file from the page cache"
@@ -110,10 +118,10 @@ class DroppingReader(ExpertReader):
 
 
 class DirectReader(ExpertReader):
-    """Past the page cache: whole blocks straight into the image, or through a buffer where blocks do not match.
+    """Bypasses the page cache: reads whole blocks straight into the image, or through a buffer if they do not align.
 
-    A store's experts match, in slots whose size is a multiple of a block: what follows an expert in its last block
-    lands behind its image. A checkpoint's do not; then `buffers` of a piece each are allocated.
+    A store's experts are aligned, and slots are whole blocks: the bytes after an expert in its last block go behind
+    its image. A checkpoint's experts are not aligned; `buffers` buffers of one piece each are allocated for them.
     """
 
     direct, how = True, "direct"
@@ -130,7 +138,7 @@ class DirectReader(ExpertReader):
                 self.buffers.put(pages(self.step + 2 * BLOCK))
 
     def try_out(self) -> None:
-        """Read a block. Raises OSError where the filesystem opens files so, but does not read them."""
+        """Read a block. Raises OSError if the filesystem opens files for direct I/O but cannot read them."""
         for file in list(self.descriptors.values())[:1]:
             os.preadv(file.fileno(), [pages(BLOCK)], 0)
 
@@ -151,7 +159,7 @@ class DirectReader(ExpertReader):
 
     @staticmethod
     def _blocks(image: memoryview, start: int, stop: int, offset: int, room: int) -> memoryview | None:
-        """The part of the image that takes whole blocks of the file; None where file or memory is not aligned to it."""
+        """The view of the image that takes whole blocks of the file; None where file or memory is not aligned."""
         end = -(-stop // BLOCK) * BLOCK
         if offset % BLOCK or start % BLOCK or end > max(room, stop):
             return None
@@ -163,7 +171,7 @@ class DirectReader(ExpertReader):
         skip = offset % BLOCK
         try:
             buffer = self.buffers.get_nowait()
-        except queue.Empty:  # an image that only happens to be unaligned: nothing was set aside for it
+        except queue.Empty:  # an unaligned image in an aligned store: no buffer was set aside
             buffer = pages(self.step + 2 * BLOCK)
         try:
             wanted = skip + len(image)
@@ -173,7 +181,7 @@ class DirectReader(ExpertReader):
             self.buffers.put(buffer)
 
     def _read_blocks(self, view: memoryview, wanted: int, offset: int, x: Extent) -> None:
-        """Fill `view`, whole blocks, from `offset`; the file may end within the last one, after the `wanted` bytes."""
+        """Fill `view`, whole blocks, from `offset`; the file may end in the last one, after the `wanted` bytes."""
         done = 0
         while done < wanted:
             n = os.preadv(self.descriptors[x.file].fileno(), [view[done:]], offset + done)
@@ -183,24 +191,24 @@ class DirectReader(ExpertReader):
 
 
 def _open_direct(path: Path) -> FileIO:
-    """A file past the page cache, which closes itself when nobody holds it. Raises OSError, or AttributeError."""
+    """A file that bypasses the page cache. Raises OSError, or AttributeError where the system has no O_DIRECT."""
     return open(path, "rb", buffering=0, opener=lambda name, flags: os.open(name, flags | os.O_DIRECT))
 
 
 def _ended(x: Extent) -> CheckpointError:
-    return CheckpointError(f"{x.file} ends before byte {x.offset + x.nbytes}: it was changed or cut, fetch it again")
+    return CheckpointError(f"{x.file} ends before byte {x.offset + x.nbytes}: it was changed or cut; fetch it again")
 
 
 def past_page_cache(reader: ExpertReader, buffers: int) -> ExpertReader:
-    """A reader of the same experts that leaves nothing in the page cache, for `buffers` threads; `reader` is closed."""
+    """Close `reader`; return one of the same experts, for `buffers` threads, that leaves nothing in the page cache."""
     reader.close()
     try:
         direct = DirectReader(reader.folder, reader.extents, buffers)
-    except (OSError, AttributeError):  # the filesystem, or the system, has no such thing
+    except (OSError, AttributeError):  # the filesystem or the system has no direct I/O
         return DroppingReader(reader.folder, reader.extents)
     try:
         direct.try_out()
-    except OSError:  # it opens such files and refuses to read them
+    except OSError:  # the filesystem opens such files, but cannot read them
         direct.close()
         return DroppingReader(reader.folder, reader.extents)
     return direct

@@ -1,7 +1,4 @@
-"""Opens a store or a plain checkpoint for reading.
-
-Must not know caches or policies.
-"""
+"""Opens a store or a plain checkpoint for reading."""
 
 from __future__ import annotations
 
@@ -33,8 +30,12 @@ class EncodedError(CheckpointError):
 class Source:
     """A model folder that experts are served from: a store or a plain checkpoint.
 
-    dtype: of the weights before any quantization, by torch's name. scheme: how they are stored. backbone: the tensors
-    that are no expert's, by name, in the same files.
+    - folder: the model folder.
+    - sites: sets of experts, with the parts of each expert as they are stored.
+    - dtype: dtype of the weights before quantization, by torch's name.
+    - scheme: how the weights are stored.
+    - reader: reader of the experts' bytes.
+    - backbone: tensors that do not belong to experts, by name, in the same files.
     """
 
     folder: Path
@@ -67,9 +68,14 @@ def open_source(path: str | Path) -> Source:
     checkpoint = published.open_checkpoint(folder)
     if reason := checkpoint.not_in_place:
         raise EncodedError(f"{reason}: convert it first (`mixoff convert {path} TARGET`), or load it with a scheme")
-    found = survey(checkpoint)
+    contents = survey(checkpoint)
     return Source(
-        folder, found.sites, found.dtype, Scheme(), ExpertReader(folder, found.extents), backbone=found.backbone
+        folder=folder,
+        sites=contents.sites,
+        dtype=contents.dtype,
+        scheme=Scheme(),
+        reader=ExpertReader(folder, contents.extents),
+        backbone=contents.backbone,
     )
 
 
@@ -77,7 +83,7 @@ def open_source(path: str | Path) -> Source:
 
 
 def is_store(path: str | Path) -> bool:
-    """Whether `path` is the folder of a store, sound or not."""
+    """Whether `path` is the folder of a store, intact or not."""
     return names.parse(path) is None and (local_folder(path) / MANIFEST).exists()
 
 
@@ -86,10 +92,11 @@ def _open_store(folder: Path) -> Source:
 
 
 def _described(folder: Path, manifest: dict) -> Source:
-    """Sites follow from configuration and scheme; the manifest has to say the same of them, and files hold the rest."""
+    """The store in `folder`. Its sites follow from configuration and scheme; the manifest must describe the same."""
     try:
-        scheme, dtype = Scheme.from_json(json.dumps(manifest["scheme"])), manifest["dtype"]
-        dtype_nbytes(dtype)
+        scheme = Scheme.from_json(json.dumps(manifest["scheme"]))
+        dtype = manifest["dtype"]
+        dtype_nbytes(dtype)  # raises KeyError for an unknown dtype
         plain = config.expert_sites(config.skeleton(config.read_config(folder)), dtype)
         built = quantized_sites(published.stored_sites(plain, manifest["sites"]), scheme)
         stored = [{key: entry[key] for key in ("stride", *asdict(built[0]))} for entry in manifest["sites"]]
@@ -108,11 +115,18 @@ def _described(folder: Path, manifest: dict) -> Source:
     tensors = _stored_backbone(folder, manifest)
     quantized = {name: tuple(meta["shape"]) for name, meta in described_quantized(folder).items()}
     backbone.check(folder, backbone_shapes(folder, tensors) | quantized)
-    return Source(folder, built, dtype, scheme, ExpertReader(folder, extents), backbone=tensors)
+    return Source(
+        folder=folder,
+        sites=built,
+        dtype=dtype,
+        scheme=scheme,
+        reader=ExpertReader(folder, extents),
+        backbone=tensors,
+    )
 
 
 def _stored_backbone(folder: Path, manifest: dict) -> dict[str, TensorRange]:
-    """The tensors that a store keeps as they were, in the files of its manifest."""
+    """The tensors that a store keeps unchanged, in the files that its manifest lists."""
     files = [entry["file"] for entry in manifest["backbone"] if entry["file"] != QUANTIZED]
     return {name: t for file in files for name, t in read_header(folder / file).items()}
 

@@ -15,10 +15,13 @@ from mixoff.store.source import Source, _described
 
 
 def verify(path: str | Path, full: bool = False) -> dict:
-    """Check the store at `path`: every file and size, and with `full` the SHA-256 of every tensor.
+    """Check the store at `path`: every file and every size.
 
-    Returns `{"experts": n, "tensors": n, "nbytes": n}` of what was checked. Raises CheckpointError, which names the
-    first tensor that is not what the conversion wrote.
+    - path: a folder or a Hub id.
+    - full: whether to check the SHA-256 of every tensor as well.
+
+    Returns counts of what was checked: `{"experts": n, "tensors": n, "nbytes": n}`. Raises CheckpointError, which names
+    the first tensor that differs from what the conversion wrote.
     """
     folder = local_folder(path)
     manifest = read_manifest(folder)
@@ -28,7 +31,8 @@ def verify(path: str | Path, full: bool = False) -> dict:
     for file, offset, nbytes, name, sha256 in _hashed_ranges(folder, source, manifest):
         if full and _sha256(folder / file, offset, nbytes) != sha256:
             raise CheckpointError(f"{name} in {folder / file} is damaged: copy or convert the store again")
-        checked["tensors"], checked["nbytes"] = checked["tensors"] + 1, checked["nbytes"] + nbytes
+        checked["tensors"] += 1
+        checked["nbytes"] += nbytes
     return checked
 
 

@@ -111,8 +111,8 @@ def test_every_mxfp4_code_and_exponent(tmp_path):
 
 DAMAGE = {
     "a scale is missing": (lambda t: t.pop(next(k for k in t if k.endswith("_scales"))), "has no scales or is"),
-    "a scale too few": (lambda t: cut(t, "_scales"), "does not suit its scales"),
-    "plain and encoded": (lambda t: double(t), "twice, encoded and plain"),
+    "a scale too few": (lambda t: cut(t, "_scales"), "does not match its scales"),
+    "plain and encoded": (lambda t: double(t), "encoded and plain: keep one"),
 }
 
 

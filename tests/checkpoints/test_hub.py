@@ -229,7 +229,7 @@ def test_a_file_that_arrives_damaged_is_fetched_again(client, server, repo, tmp_
     assert "ok" in client.ask("convert", repo, tmp_path / "store")
     assert contents(tmp_path / "store") == local and server.damage[SHARDS[0]] == 0
     server.damage[SHARDS[0]] = 2
-    assert "came twice with other bytes" in client.ask("convert", repo, tmp_path / "again")["error"]
+    assert "was downloaded twice and both copies differ" in client.ask("convert", repo, tmp_path / "again")["error"]
     server.damage.clear()
 
 
@@ -244,7 +244,7 @@ REFUSED = {
     "a path in the index": ("org/tricky", {}, "do not trust this folder"),
     "shards without an index": ("org/shards", {}, "has a.safetensors and 1 more, but neither model.safetensors nor"),
     "an adapter": ("org/adapter", {}, "org/adapter.* is an adapter .LoRA. .*merge it into the model"),
-    "a damaged header": ("org/damaged", {}, "truncated or no safetensors file"),
+    "a damaged header": ("org/damaged", {}, "truncated or not a safetensors file"),
     "refused": ("org/refused", {}, "the Hub refuses access to org/refused .403."),
     "a broken server": ("org/broken", {}, "the Hub answers 500 to a request for org/broken: wait a little"),
     "no answer": ("org/slow", {}, "cannot reach the Hub at http://127.0.0.1.*check the connection"),
@@ -344,5 +344,5 @@ def test_a_folder_comes_before_the_hub(tmp_path, monkeypatch):
     for use in (mixoff.load, lambda path: mixoff.convert(path, tmp_path / "store")):
         with pytest.raises(CheckpointError, match="no model folder at org/other.*org/other@main is the model"):
             use("org/other")
-    with pytest.raises(CheckpointError, match="is no model on the Hub, so it has no revision 'v1'"):
+    with pytest.raises(CheckpointError, match="is not a Hub model id, so revision 'v1' does not apply"):
         names.pinned("org/model", "v1")

@@ -196,7 +196,7 @@ REFUSED = {
         "lacks x.safetens",
     ),
     "an adapter": ("one", adapter, r"is an adapter \(LoRA\) of org/base .*merge it into the model with PEFT"),
-    "an adapter beside a model": ("one", adapter_beside, "holds an adapter .* beside a model"),
+    "an adapter in addition to a model": ("one", adapter_beside, "holds an adapter .* in addition to a model"),
     "a backbone weight is missing": ("one", rewritten(lambda t: t.pop(NORM)), f"lacks {NORM}: the download is incomp"),
     "names with a prefix": ("one", prefixed, "lacks lm_head.weight, .*: its names carry the prefix 'module.'"),
     "a backbone weight of another shape": (

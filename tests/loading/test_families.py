@@ -366,7 +366,7 @@ def test_transposed_experts_are_refused_by_name(tmp_path):
     tensors = {n: t.mT.contiguous() if ".mlp.experts." in n else t for n, t in load_file(file).items()}
     save_file(tensors, file, metadata={"format": "pt"})
     for attempt in (mixoff.load, lambda folder: mixoff.convert(folder, tmp_path / "store")):
-        with pytest.raises(CheckpointError, match="inputs before outputs, as Qwen3-VL-MoE's do.*mixoff.offload"):
+        with pytest.raises(CheckpointError, match="inputs before outputs, as in Qwen3-VL-MoE.*mixoff.offload"):
             attempt(tmp_path / "model")
 
 
@@ -374,7 +374,7 @@ def test_interleaved_experts_are_refused_by_name(tmp_path):
     """The experts' names of Inkling, in transformers' conversion mapping."""
     folder = save_random(tmp_path / "model", "mixtral", save_original_format=False)
     renamed(folder, lambda n: n.replace("gate_up_proj", "w13_weight").replace("experts.down_proj", "experts.w2_weight"))
-    with pytest.raises(CheckpointError, match="in turns, as in Inkling.*mixoff.offload"):
+    with pytest.raises(CheckpointError, match="interleaves the rows of gate and up, as in Inkling.*mixoff.offload"):
         mixoff.load(folder)
 
 

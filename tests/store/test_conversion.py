@@ -30,7 +30,7 @@ from mixoff.checkpoints.shards import kept_nbytes, walk
 from mixoff.commands.cli import main
 from mixoff.quantize.scheme import Precision
 from mixoff.quantize.solve import is_finite
-from mixoff.store import convert
+from mixoff.store import convert, making
 from mixoff.store.blueprint import lay_out
 from mixoff.store.journal import Journal
 from tiny import save_random
@@ -144,7 +144,7 @@ def test_the_journal_names_only_what_is_synced(small, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", synced)
     monkeypatch.setattr(convert.Making, "_write", written)
     monkeypatch.setattr(Journal, "commit", committed)
-    monkeypatch.setattr(convert, "COMMIT", 10_000)
+    monkeypatch.setattr(making, "COMMIT", 10_000)
     mixoff.convert(small, tmp_path / "store", SCHEME)
     assert not dirty
 
@@ -220,20 +220,20 @@ def test_what_was_changed_meanwhile_is_begun_anew(small, tmp_path, monkeypatch, 
         interrupted(source, tmp_path / "store", monkeypatch)
     CHANGES[what](source)
     report = convert.run(source, tmp_path / "store", "none" if what == "the scheme" else SCHEME)
-    assert report.source_nbytes == crash.nbytes(source) and "beginning anew" in caplog.text
+    assert report.source_nbytes == crash.nbytes(source) and "from scratch" in caplog.text
     mixoff.verify(tmp_path / "store", full=True)
 
 
 def test_a_shard_that_changes_under_the_conversion_is_noticed(small, tmp_path, monkeypatch):
     source = shutil.copytree(small, tmp_path / "model")
-    write = convert._write
+    write = convert.write
 
     def written(*args):
         nbytes = write(*args)
         CHANGES["a shard"](source)
         return nbytes
 
-    monkeypatch.setattr(convert, "_write", written)
+    monkeypatch.setattr(convert, "write", written)
     with pytest.raises(CheckpointError, match="was changed while it was converted"):
         mixoff.convert(source, tmp_path / "store", SCHEME)
     assert not (tmp_path / "store").exists()
@@ -243,7 +243,7 @@ def test_two_conversions_into_one_target(small, stores, tmp_path):
     target = tmp_path / "store"
     pid, status = crash.start(small, target, SCHEME, 60, kill=signal.SIGSTOP)
     assert os.WIFSTOPPED(status)
-    with pytest.raises(CheckpointError, match="another conversion into .* is at work"):
+    with pytest.raises(CheckpointError, match="another conversion into .* is running"):
         mixoff.convert(small, target, SCHEME)
     os.kill(pid, signal.SIGKILL)
     assert crash.answer() == [pid, signal.SIGKILL]
@@ -254,7 +254,7 @@ def test_a_folder_that_is_not_ours_is_not_touched(small, tmp_path):
     theirs = tmp_path / "store.partial"
     theirs.mkdir()
     (theirs / "thesis.txt").write_text("mine")
-    with pytest.raises(CheckpointError, match="'thesis.txt', which is not of a conversion"):
+    with pytest.raises(CheckpointError, match="'thesis.txt', which no conversion wrote"):
         mixoff.convert(small, tmp_path / "store", SCHEME, restart=True)
     assert [p.name for p in theirs.iterdir()] == ["thesis.txt"]
 
@@ -304,7 +304,7 @@ def full_after(nbytes, monkeypatch):
 
 def test_a_full_disk_is_an_error_that_can_be_continued(fifty, stores, small_disk, monkeypatch):
     folder, mounted = small_disk
-    monkeypatch.setattr(convert, "COMMIT", 100_000)
+    monkeypatch.setattr(making, "COMMIT", 100_000)
     usage = shutil.disk_usage(folder)._replace(free=1 << 40)
     with (
         contextlib.nullcontext() if mounted else full_after(1 << 20, monkeypatch),
@@ -450,7 +450,7 @@ def test_small_files_with_other_names_are_refused(small, tmp_path, name):
     source = shards.LocalShards(small)
     name = source.checkpoint.files[0] if name == "model" else name
     source.side_files = lambda: {name: b"evil"}
-    with pytest.raises(CheckpointError, match="no name for a small file"):
+    with pytest.raises(CheckpointError, match="not a name for a small file"):
         mixoff.convert(source, tmp_path / "deep" / "store")
     assert not list(tmp_path.rglob("evil*")) and not (tmp_path / "deep" / "store").exists()
 

@@ -172,7 +172,7 @@ HEADERS = {
     "more than promised": ({"a": TENSOR}, b"\0" * 5, "the copy is incomplete"),
     "huge": ({"a": TENSOR | {"shape": [2**62, 2**62]}}, b"", "damaged header"),
     "too many dimensions": ({"a": TENSOR | {"shape": [1] * 65, "data_offsets": [0, 1]}}, b"\0", "damaged header"),
-    "a key twice": (b'{"a":%b,"a":%b}' % ((json.dumps(TENSOR).encode(),) * 2), b"\0" * 4, "a key stands twice"),
+    "a key twice": (b'{"a":%b,"a":%b}' % ((json.dumps(TENSOR).encode(),) * 2), b"\0" * 4, "duplicate key"),
     "nested": (b"[" * 100_000, b"", "damaged header"),
     "not UTF-8": (b'{"\xff":1}', b"", "damaged header"),
     "a huge number": (b'{"a":' + b"9" * 10_000 + b"}", b"", "damaged header"),

@@ -61,9 +61,9 @@ def test_a_checkpoint_that_changed_is_converted_again(cache, tmp_path):
 
 KILLED = """
 import os, signal, sys
-from mixoff.store import convert as conversion, kept as converted
+from mixoff.store import convert as conversion, kept as converted, making
 from mixoff.quantize import Scheme
-conversion.COMMIT, put, left = 1, conversion.Making.put, [20]
+making.COMMIT, put, left = 1, conversion.Making.put, [20]
 def counted(self, weight, image):
     left[0] -= 1
     return put(self, weight, image) if left[0] else os.kill(os.getpid(), signal.Signals[sys.argv[2]])

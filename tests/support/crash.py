@@ -21,6 +21,7 @@ from mixoff.checkpoints.shards import LocalShards
 from mixoff.quantize.scheme import Scheme
 from mixoff.quantize.solve import quantize
 from mixoff.store import convert as conversion
+from mixoff.store import making
 from mixoff.store.journal import Journal
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -84,7 +85,7 @@ class Steps:
 
 def convert(source, target, scheme, at, fetched, kill):
     """Convert until step `at`; what got to the end leaves steps and bytes read in `TARGET.json`."""
-    conversion.COMMIT = 1 << 20
+    making.COMMIT = 1 << 20
     steps = Steps(at, kill)
     steps.install()
     report = conversion.run(open_source(source, target, fetched), target, Scheme.from_json(scheme), jobs=2)

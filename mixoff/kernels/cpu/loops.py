@@ -1,10 +1,8 @@
 """Products with quantized weights, compiled by numba: the loops over blocks, groups and rows around `simd.group`.
 
 Letters: **T** rows of activations, **N** outputs, **K** inputs, **G** group size, **F** expert width.
-Weights are read where they lie, in the byte image of a `QTensor`. Each output is summed by one thread, groups
-ascending, so neither threads nor the number of rows in a call change a bit.
-
-Importing this module imports numba. Does not know tensors.
+Weights are read in place, from the byte image of a `QTensor`. Each output is summed by one thread, groups ascending,
+so neither threads nor the number of rows in a call change a bit. Importing this module imports numba.
 """
 
 from __future__ import annotations
@@ -25,7 +23,7 @@ from mixoff.kernels.cpu.relay import FIELDS
 from mixoff.kernels.cpu.simd import BLOCK, LANES, TOP, WIDTH, group, pointer
 from mixoff.pages import LINE
 
-STAMP = hashlib.sha256(Path(simd.__file__).read_bytes()).hexdigest()  # of what numba's cache on disk doesn't look at
+STAMP = hashlib.sha256(Path(simd.__file__).read_bytes()).hexdigest()  # in the cache key: numba misses changes there
 SUPER = 128  # groups on one grid of metadata
 LINES = 4 * BLOCK // LINE  # cache lines of a word of each output of a block
 SMALLEST = np.float32(2.0**-100)  # a group of activations below it counts as zero: its scale would leave fp32's range
@@ -36,32 +34,21 @@ EXP = tuple(map(np.float32, (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 
 MOST_EXP = np.float32(87)  # exp of more leaves fp32's range
 
 
-# A product: addresses of arrays, and sizes. x (T, K), or (T, 2K) with `gate`, where silu(first half) * second half is
-# meant; values (padded, K), scales and sums of its groups (padded, K / size); an image; out (T, N). x and out are bf16
-# where `kind` and `narrow` are 1, else fp32.
+# Fields of a product: addresses of arrays, and sizes.
+# - x: activations (T, K), or (T, 2K) with `gate`, which stands for silu(first half) * second half
+# - values: activations as the product takes them (padded, K); scales, sums: of their groups (padded, K / size)
+# - image: byte image of the weight; out: results (T, N)
+# - kind, narrow: 1 if x and out are bf16, else fp32
 JOB = (
-    "x",
-    "kind",
-    "gate",
-    "T",
-    "padded",
-    "K",
-    "values",
-    "scales",
-    "sums",
-    "image",
-    "nbytes",
-    "N",
-    "size",
-    "out",
-    "narrow",
-)
+    "x", "kind", "gate", "T", "padded", "K", "values", "scales", "sums",
+    "image", "nbytes", "N", "size", "out", "narrow",
+)  # fmt: skip
 assert len(JOB) == FIELDS
 
 
 @functools.cache
 def prepare(bits: int, rows: int, way: str) -> CFunc:
-    """Activations as a product takes them, T filled up to `padded`: a function of the address of a job."""
+    """Prepares activations for a product, T filled up to `padded`: a function of the address of a job."""
     stamp, kind = STAMP, np.float32 if way == "float" else np.int8
 
     def prepared(job, first, last):
@@ -80,11 +67,12 @@ def prepare(bits: int, rows: int, way: str) -> CFunc:
 
 @functools.cache
 def linear(bits: int, size: int, rows: int, way: str, wide: int = LANES) -> CFunc:
-    """The product with a weight of `bits` bits in groups of `size`, `rows` (1, 2 or 4) side by side, in one of the ways
-    of `simd`.
+    """The product with a weight: a function of the address of a job and of blocks of outputs first..last.
 
-    A function of the address of a job and of blocks of outputs, first..last, which it writes.
-    wide: outputs of a vector, 8 or 16; the latter where whole blocks are computed by `vnni` or `float`.
+    - bits, size: bits per code, and group size.
+    - rows: rows side by side, 1, 2 or 4.
+    - way: instructions, as in `simd`.
+    - wide: outputs per vector, 8 or 16; 16 for whole blocks with `vnni` or `float`.
     """
     stamp, kind = STAMP, np.float32 if way == "float" else np.int8
 
@@ -138,13 +126,13 @@ def silu_gate(h):
             power[i] = p * (r * r) + r + np.float32(1)
             whole[i] = (np.int32(n) + np.int32(127)) << np.int32(23)
         for i in range(F):
-            gate = -MOST_EXP if h[t, i] < -MOST_EXP else h[t, i]  # what is not a number stays so
+            gate = -MOST_EXP if h[t, i] < -MOST_EXP else h[t, i]  # written so that NaN stays NaN
             out[t, i] = gate / (np.float32(1) + power[i] * factor[i]) * h[t, F + i]
     return out
 
 
 def activations(way, x, size, bits, stamp, values, scales, sums):
-    """Activations as a product takes them, with zeros for rows beyond x: values, scales and sums of each group."""
+    """Write activations as a product takes them: values, scales and sums of each group; zeros for rows beyond x."""
 
 
 @overload(activations, prefer_literal=True)
@@ -169,9 +157,9 @@ def unquantized(x, size, values, scales, sums):
 
 @register_jitable
 def quantized(x, size, per_byte, codes, scales, sums):
-    """To int8, one scale a group, symmetric. The codes of a word's bytes lie together: every `per_byte`-th input.
+    """Quantize to int8, symmetric, one scale per group. Every `per_byte`-th input goes into one 32-bit word.
 
-    The sum of a group is that of its quantized values, so that their errors meet `w` and not `w - minimum`.
+    The sum of a group is that of its quantized values, so that their errors multiply `w` and not `w - minimum`.
     """
     T, K = x.shape
     codes[T:], scales[T:], sums[T:] = 0, 0, 0
@@ -180,7 +168,7 @@ def quantized(x, size, per_byte, codes, scales, sums):
         row, bits, words = x[t], x[t].view(np.int32), codes[t].view(np.int32)
         for g in range(K // size):
             first = g * size
-            most = np.int32(0)  # magnitudes order as integers of their bits do, which LLVM compares side by side
+            most = np.int32(0)  # floats without sign order like their bits, which LLVM compares as vectors
             for k in range(size):
                 most = max(most, bits[first + k] & np.int32(0x7FFFFFFF))
             largest = from_bits(most)
@@ -202,7 +190,7 @@ def quantized(x, size, per_byte, codes, scales, sums):
 
 @register_jitable
 def address(array):
-    """Where an array's bytes begin, as a signed number: numba adds unsigned ones to signed ones in floating point."""
+    """An array's address as a signed number: numba adds unsigned to signed numbers in floating point."""
     return np.int64(array.ctypes.data)
 
 
@@ -219,7 +207,7 @@ def from_bits(value):
 def grids_of(image, start, count, first, used):
     """Metadata grids first..first + used of `count`, fp32 (4, used): base, span / 256, top, -span / 256.
 
-    fp16 is widened by moving its bits, which any CPU can.
+    fp16 is widened by shifting bits, which every CPU can do.
     """
     halves = image[start : start + 8 * count].view(np.uint16)
     moved = np.empty((4, used), np.int32)
@@ -236,7 +224,7 @@ def grids_of(image, start, count, first, used):
 
 @register_jitable
 def widened(image, start, rows, nbytes, wide):
-    """`rows` rows of `nbytes` bytes each, with room for `wide`: a block of fewer outputs than a vector has."""
+    """`rows` rows of `nbytes` bytes, each padded to `wide`: for a block with fewer outputs than a vector."""
     out = np.zeros((rows, wide), np.uint8)
     for i in range(rows):
         for k in range(nbytes):
@@ -245,9 +233,11 @@ def widened(image, start, rows, nbytes, wide):
 
 
 def product(bits, size, rows, way, wide, stamp, x, scales, sums, image, N, out, out16, narrow, first, last):
-    """Codes of activations (T, K) times the weight in `image`, into the rows that `out` (T, N) has.
+    """Write the product of activations (T, K) and the weight in `image` to `out` (T, N), or to `out16` if `narrow`.
 
-    narrow: into `out16` instead, the same memory as bf16.
+    `out16` is the same memory as bf16. In a whole block, the groups of an input share a grid, and vectors are `wide`.
+    The last, shorter block takes LANES outputs at a time, each with its own grid; its last vector overlaps the one
+    before.
     """
 
 

@@ -1,10 +1,8 @@
 """Products of rows with quantized weights on a CPU, straight from the packed codes: which compiled loop, which threads.
 
 Letters: **T** rows of activations, **N** outputs, **K** inputs, **F** expert width.
-Activations are quantized to int8, one scale a group; `exact` keeps them fp32. Each output is summed by one thread in
-one order, so results do not depend on the number of threads.
-
-Does not know experts or caches. Where numba is missing, `reference` computes instead.
+Activations are quantized to int8, one scale per group; `exact` keeps them fp32. Each output is summed by one thread in
+one order, so results do not depend on the number of threads. Where numba is missing, `reference` computes instead.
 """
 
 from __future__ import annotations
@@ -23,11 +21,11 @@ from mixoff.pages import LINE
 from mixoff.quantize.layout import BLOCK
 from mixoff.quantize.tensor import QTensor
 
-ROOM = 1 << 20  # bytes that a thread keeps for what lies between products, enough for one token of an expert
-SHARED_ABOVE = 1 << 20  # weights times rows; less is done in the time that it takes to hand it over
-PLANNED_ROWS, PLANS = 8, 32  # rows up to which a plan is kept, and plans of a weight
-X, OUT = 0, -2  # of the first and the last of the numbers of jobs (`loops.JOB`)
-STAGE = 4  # numbers of a stage of `relay`
+ROOM = 1 << 20  # bytes that a thread keeps for intermediate values, enough for one token of an expert
+SHARED_ABOVE = 1 << 20  # weights times rows; smaller products take less time than handing them over
+PLANNED_ROWS, PLANS = 8, 32  # rows up to which a plan is kept, and plans per weight
+X, OUT = 0, -2  # indices of fields in a job (`loops.JOB`)
+STAGE = 4  # numbers per stage of `relay`
 KINDS = {torch.float32: 0, torch.bfloat16: 1}  # what compiled code reads and writes
 FP32_ROWS = {2: 128, 3: 64, 4: 128, 8: 128}  # fp32 activations: for more rows dequantizing once is faster
 
@@ -59,13 +57,13 @@ def integer_way(features: frozenset[str] | None = None, machine: str | None = No
 
 @functools.cache
 def wide() -> int:
-    """Outputs of a vector: those of 512 bits where the CPU has them, with VNNI, else of 256."""
+    """Outputs per vector: of 512 bits if the CPU has them, with VNNI, else of 256."""
     features, simd = target()[0], loops().simd
     return simd.WIDE if {"avx512f", "avx512bw", "avx512vl", "avx512vnni"} <= features else simd.LANES
 
 
 def target() -> tuple[frozenset[str], str]:
-    """Features and architecture of what numba compiles for, which environment variables may set."""
+    """Features and architecture of the CPU that numba compiles for, which environment variables may set."""
     from numba.core.registry import cpu_target
 
     triple, _, features = cpu_target.target_context.codegen().magic_tuple()
@@ -85,22 +83,21 @@ def linear(x: torch.Tensor, w: QTensor, exact: bool = False) -> torch.Tensor:
 def gated_mlps(x: torch.Tensor, experts: Sequence[tuple[QTensor, QTensor]], exact: bool = False) -> torch.Tensor:
     """`(silu(gate) * up) @ down.T`, gate and up the halves of `x @ gate_up.T`, in x's dtype -> (E, ..., N).
 
-    x (..., K), and of each of E experts gate_up (2F, K), down (N, F), forms alike. What lies between stays fp32.
+    x (..., K), and gate_up (2F, K), down (N, F) of each of E experts, all in one form. Intermediate values are fp32.
     """
     return _products(x, experts, exact, (len(experts), *x.shape[:-1]))
 
 
 def _products(x: torch.Tensor, chains: Sequence[tuple[QTensor, ...]], exact: bool, lead: Sequence[int]) -> torch.Tensor:
-    """Of each chain, the product of rows x (..., K) with its first weight, then of that, gated, with its next: (*lead,
-    N) in x's dtype.
+    """Chains of products: rows x (..., K) times the first weight, gated, times the next: (*lead, N) in x's dtype.
 
-    All of it is one call of compiled code, planned once: the weights of a token drive Python and PyTorch out of the
-    caches, so that every operation here costs several times what it does in a loop of its own.
+    All chains are one call of compiled code, planned once: a token's weights evict Python and PyTorch from the CPU's
+    caches, so every Python operation here costs several times what it does in a tight loop.
     """
     rows = x if x.dtype in KINDS else x.float()
     rows = rows if rows.is_contiguous() else rows.contiguous()
     K, N = chains[0][0].shape[1], chains[0][-1].shape[0]
-    assert x.shape[-1] == K  # compiled code looks at nothing
+    assert x.shape[-1] == K  # compiled code checks nothing
     form = x.numel() // K, rows.dtype, exact, threads.count(), integer_way(), wide()
     plans = [_planned(chain, form) for chain in chains]
     out, stages, jobs = torch.empty((*lead, N), dtype=rows.dtype), array("q"), array("q")
@@ -116,9 +113,11 @@ def _products(x: torch.Tensor, chains: Sequence[tuple[QTensor, ...]], exact: boo
 
 
 class _Plan(NamedTuple):
-    """Products to come: stages and jobs as `relay` takes them, threads, and room of its own, if it needs much.
+    """A prepared call. Each call fills in the addresses that the first job reads and the last one writes.
 
-    What the first job reads and the last one writes is filled in by each call.
+    - stages, jobs: arrays for `relay`.
+    - number: number of threads.
+    - room: memory for intermediate values; None uses the thread's own.
     """
 
     stages: array
@@ -134,14 +133,14 @@ def _planned(weights: tuple[QTensor, ...], form: tuple) -> _Plan:
     if plan is None:
         plan = _plan(weights, form)
         if plan.room is None and form[0] <= PLANNED_ROWS:
-            if len(plans) >= PLANS:  # threads that are gone left theirs
+            if len(plans) >= PLANS:  # plans of threads that have ended
                 plans.clear()
             plans[key] = plan
     return plan
 
 
 class _Here(threading.local):
-    """Memory of each thread for what lies between two products."""
+    """Memory of each thread for intermediate values between two products."""
 
     def __init__(self) -> None:
         self.room = torch.empty(ROOM, dtype=torch.uint8)
@@ -153,8 +152,11 @@ _here = _Here()
 
 def _plan(weights: tuple[QTensor, ...], form: tuple) -> _Plan:
     T, dtype, exact, number, way, vector = form
-    together, way, item = 1 if T == 1 else 2 if T == 2 else 4, "float" if exact else way, 4 if exact else 1
-    padded, narrow = -(-T // together) * together, KINDS[dtype]
+    together = T if T in (1, 2) else 4  # rows side by side
+    way = "float" if exact else way
+    item = 4 if exact else 1  # bytes per prepared activation
+    padded = -(-T // together) * together
+    narrow = KINDS[dtype]
     need = sum(_room(T, padded, item, w) for w in weights)
     room = torch.empty(need, dtype=torch.uint8) if need > ROOM else None
     end = _here.base if room is None else room.data_ptr()
@@ -179,23 +181,23 @@ def _plan(weights: tuple[QTensor, ...], form: tuple) -> _Plan:
 
 
 def _room(T: int, padded: int, item: int, w: QTensor) -> int:
-    """Bytes for activations as a product with `w` takes them, and for its result."""
+    """Bytes for prepared activations of a product with `w`, and for its result."""
     (N, K), size = w.shape, w.group_size
     return padded * (K * item + 8 * (K // size)) + LINE + 4 * T * N
 
 
 def pieces(count: int, size: int) -> int:
-    """Pieces of `count` blocks that as many threads take as `parties` says: one where there is one."""
+    """Pieces into which `count` blocks are divided: 1 for one thread, else several per thread."""
     return 1 if parties(count, size) == 1 else min(count, threads.PIECES * threads.count())
 
 
 def parties(count: int, size: int) -> int:
-    """Threads for `count` blocks: `threads.count()` where `size`, weights times rows, is worth it."""
+    """Threads for `count` blocks: `threads.count()` if `size`, weights times rows, is large enough, else 1."""
     return min(threads.count(), count) if size > SHARED_ABOVE else 1
 
 
 def share(work: Callable[[int, int], object], count: int, size: int) -> None:
-    """Call `work(first, last)` on ranges of 0..count, in so many threads as `parties` says."""
+    """Call `work(first, last)` on ranges of 0..count, in `parties` threads."""
     if (number := parties(count, size)) == 1:
         work(0, count)
     else:

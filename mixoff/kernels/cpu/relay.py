@@ -1,15 +1,19 @@
-"""A computation divided among threads without Python in between: who has nothing to do watches a cell in memory.
+"""A computation divided among threads without Python in between: idle threads watch a cell in memory.
 
-Waking a thread that sleeps takes 50 to 100 us, as long as a small product; one that watches begins at once. Pieces are
-taken one by one, so a thread that comes late, or is held up, leaves more of them to the others.
+Waking a sleeping thread takes 50 to 100 us, as long as a small product; a watching thread begins at once. Threads take
+pieces one by one, so one that is late or held up leaves more of them to the others.
 
-The cells (`CELLS` of 64 bits, each on a cache line of its own): TICKET counts the jobs; LEFT is the ticket of a job,
-shifted, and the number of its pieces that are left; ACTIVE counts the helpers inside; FUNCTION, JOB, COUNT and PIECES
-say what to do, and are written only when LEFT has none and nobody is inside. A helper takes a piece by comparing and
-swapping LEFT, which fails where the job is another or none. A helper that has watched in vain for a while sets its cell
-after ASLEEP and leaves; one that just misses a job by it is not waited for.
+The cells are 64-bit numbers, each on its own cache line:
 
-Importing this module imports numba. Does not know what is computed.
+- TICKET: number of jobs so far.
+- LEFT: ticket of the current job, shifted, plus the number of its pieces that are left.
+- ACTIVE: number of helpers inside a job.
+- FUNCTION, JOB, COUNT, PIECES: the current job; written only when no piece is left and no helper is inside.
+- ASLEEP and following: 1 for each helper that sleeps.
+
+A helper takes a piece by compare-and-swap of LEFT, which fails if the job is finished or another one. A helper that has
+watched in vain for a while sets its cell and sleeps; if it just misses a job this way, the job does not wait for it.
+Importing this module imports numba.
 """
 
 from __future__ import annotations
@@ -22,10 +26,10 @@ from numba.extending import intrinsic, register_jitable
 from mixoff.jit import jit
 from mixoff.kernels.cpu.simd import pointer
 
-STEP = 8  # numbers of 64 bits from cell to cell: a cache line
+STEP = 8  # 64-bit numbers from cell to cell: a cache line
 TICKET, LEFT, ACTIVE, FUNCTION, JOB, COUNT, PIECES, ASLEEP = (STEP * i for i in range(8))
-FIELDS = 15  # numbers of a job
-SHIFT = 32  # of the ticket in LEFT
+FIELDS = 15  # numbers per job
+SHIFT = 32  # bits by which LEFT shifts the ticket
 I64 = ir.IntType(64)
 
 
@@ -37,7 +41,7 @@ def _cell(context, builder, signature, array, i) -> ir.Value:
 
 @intrinsic
 def load(typingctx, cells, i):
-    """`cells[i]`, as other threads have left it, and all that they wrote before."""
+    """`cells[i]`; what other threads wrote before storing it is visible afterwards."""
 
     def generate(context, builder, signature, arguments):
         return builder.load_atomic(_cell(context, builder, signature, *arguments), "seq_cst", 8)
@@ -47,7 +51,7 @@ def load(typingctx, cells, i):
 
 @intrinsic
 def store(typingctx, cells, i, value):
-    """`cells[i] = value`, after all that this thread wrote before."""
+    """`cells[i] = value`, after everything that this thread wrote before."""
 
     def generate(context, builder, signature, arguments):
         cell = _cell(context, builder, signature, *arguments[:2])
@@ -59,7 +63,7 @@ def store(typingctx, cells, i, value):
 
 @intrinsic
 def add(typingctx, cells, i, value):
-    """`cells[i] += value` in one step; returns what was there."""
+    """`cells[i] += value` atomically; returns the value before."""
 
     def generate(context, builder, signature, arguments):
         return builder.atomic_rmw("add", _cell(context, builder, signature, *arguments[:2]), arguments[2], "seq_cst")
@@ -69,7 +73,7 @@ def add(typingctx, cells, i, value):
 
 @intrinsic
 def swap(typingctx, cells, i, old, new):
-    """`cells[i] = new` in one step if it is `old`; returns whether it was."""
+    """`cells[i] = new` atomically if it is `old`; returns whether it was."""
 
     def generate(context, builder, signature, arguments):
         cell = _cell(context, builder, signature, *arguments[:2])
@@ -80,7 +84,7 @@ def swap(typingctx, cells, i, old, new):
 
 @intrinsic
 def pause(typingctx):
-    """Nothing, for some tens of cycles where the CPU knows how: what a watching thread does in between."""
+    """Wait some tens of cycles, if the CPU has an instruction for it, between two looks of a watching thread."""
 
     def generate(context, builder, signature, arguments):
         if context.codegen().magic_tuple()[0].startswith(("x86", "i386", "i686")):
@@ -117,11 +121,12 @@ def take_pieces(cells, ticket):
 
 
 def _share(cells, stages, number, jobs):
-    """So many stages one after the other, with whoever helps: (prepare, function, count, pieces), four numbers each,
-    and a job of FIELDS numbers. cells, stages, jobs: addresses, since arrays cost more to hand over than to read.
+    """Run `number` stages one after the other, with the help of watching threads.
 
-    `prepare(job, 0, count)` comes first; then `function(job, first, last)` for ranges that are 0..count
-    together, so many `pieces`.
+    - cells, stages, jobs: addresses, because passing an array costs more than reading it.
+    - stages: four numbers each: prepare, function, count, pieces; and a job of FIELDS numbers for each.
+
+    A stage calls `prepare(job, 0, count)`, then `function(job, first, last)` for `pieces` ranges that make up 0..count.
     """
     cells, stages = carray(pointer(cells, np.int64), (ASLEEP,)), carray(pointer(stages, np.int64), (number, 4))
     for i in range(number):
@@ -141,7 +146,7 @@ def _share(cells, stages, number, jobs):
 
 
 def _help(cells, i, seen, patience):
-    """As helper i, help with every job after number `seen`, until none has come for so many looks; then be asleep."""
+    """As helper i, help with every job after number `seen`; sleep after `patience` looks without a new job."""
     looks = 0
     while True:
         if load(cells, TICKET) != seen:
@@ -153,14 +158,14 @@ def _help(cells, i, seen, patience):
             looks += 1
             pause()
         else:
-            store(cells, ASLEEP + STEP * i, 1)
+            store(cells, ASLEEP + STEP * i, 1)  # first say so, then look once more: a job in between is not missed
             if load(cells, TICKET) == seen:
                 return
             store(cells, ASLEEP + STEP * i, 0)
 
 
 def _alone(stages, number, jobs):
-    """The same in one thread."""
+    """`_share` in one thread."""
     stages = carray(pointer(stages, np.int64), (number, 4))
     for i in range(number):
         prepare, function, count, _ = stages[i]

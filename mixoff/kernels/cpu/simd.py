@@ -2,13 +2,15 @@
 
 Letters: **T** rows of activations, **G** group size.
 A word of codes holds neighbouring inputs of one output (`mixoff.quantize`). Shifted by i codes and masked, its four
-bytes are codes of four of them, and one multiplication of bytes takes each pair to a sum in 16 bits. Three ways to the
-same integers: `avx2` (vpmaddubsw, summed in 16 bits for as long as they hold, `SPANS`), `vnni` (vpdpbusd, summed in 32
-bits at once) and `any` (plain vector arithmetic, which LLVM turns into what the CPU has). `float` multiplies codes with
-fp32 activations. What follows the sum of a group is the same for all: the same fused multiply-adds in the same order,
-so integers that agree give results that agree bit for bit.
+bytes are the codes of four inputs, which one instruction multiplies with four activations:
 
-Does not know tensors, blocks or threads: addresses come in, and sums of one group go out.
+- `avx2`: vpmaddubsw, summed in 16 bits for as long as they suffice (`SPANS`).
+- `vnni`: vpdpbusd, summed in 32 bits at once.
+- `any`: plain vector arithmetic, which LLVM turns into what the CPU has.
+- `float`: codes times fp32 activations.
+
+The first three give the same integers. After the sum of a group, all ways do the same fused multiply-adds in the same
+order, so equal integers give results that are equal bit for bit. Addresses come in, sums of one group go out.
 """
 
 from __future__ import annotations
@@ -23,14 +25,14 @@ from numba.extending import intrinsic
 
 from mixoff.pages import LINE
 
-LANES = 8  # outputs of a vector of 256 bits
-WIDE = 16  # the same of 512 bits, for CPUs that have them
-WIDTH = {2: 2, 3: 2, 4: 4, 8: 8}  # bits of a code in a word; the third of 3-bit codes lies apart
+LANES = 8  # outputs per vector of 256 bits
+WIDE = 16  # outputs per vector of 512 bits, for CPUs that have them
+WIDTH = {2: 2, 3: 2, 4: 4, 8: 8}  # bits per code in a word; the third bit of 3-bit codes is stored separately
 TOP = 127  # the largest quantized activation
-BLOCK = 128  # outputs of a block of codes
-UNSHIFTED = 4  # bits of a byte whose codes are multiplied where they lie, their sums shifted down instead
-AHEAD = 4096  # bytes; how far before their turn codes are asked for: the CPU does not foresee the steps between blocks
-HELD = 16  # vectors of activations that a group keeps in registers at most; more are read for every vector of outputs
+BLOCK = 128  # outputs per block of codes
+UNSHIFTED = 4  # bits of a byte whose codes are multiplied in place; their sums are shifted down instead
+AHEAD = 4096  # bytes by which codes are prefetched ahead: the CPU does not predict the steps between blocks
+HELD = 16  # most vectors of activations that a group keeps in registers; more are read for every vector of outputs
 GRIDS = (1, 1 / 256, 1, -1 / 256)  # what base, span, top and span of a grid are multiplied with before use
 SPANS = {2: 128, 3: 64, 4: 32, 8: None}  # inputs whose products sum up in 16 bits; None: 8-bit codes never do
 
@@ -44,8 +46,9 @@ Place = namedtuple(
 class Emitter:
     """The instructions of one group for T rows, by vectors of `wide` outputs; a thin layer over llvmlite's builder.
 
-    size: inputs of the group. lanes: every output has a grid of its own; else all share one. Kinds of vectors by what
-    they hold, once for each output: `bytes4`, `shorts2`, `ints` and `floats`.
+    - size: inputs of the group.
+    - lanes: whether every output has its own grid; else all share one.
+    - bytes4, shorts2, ints, floats: types of vectors, by what they hold per output.
     """
 
     def __init__(self, builder: ir.IRBuilder, bits: int, rows: int, wide: int, way: str, size: int, lanes: bool):
@@ -57,9 +60,8 @@ class Emitter:
     def run(self, place: Place, lines: ir.Value) -> None:
         """Add the group's products to the totals of as many outputs as `lines` cache lines of words, or to one vector.
 
-        A vector's words are loaded, multiplied and summed up before the next one's: all orders do the same work, but
-        this one leaves the CPU room to look ahead, and came near the speed of memory where others did not
-        (docs/kernels.md).
+        A vector's words are loaded, multiplied and summed up before the next vector's. All orders do the same work, but
+        this one lets the CPU look ahead: it came near the speed of memory, and others did not (docs/kernels.md).
         """
         self.place, self.held = place, {}
         self.factors = [self.factors_of(t) for t in range(self.rows)]
@@ -80,7 +82,7 @@ class Emitter:
         return self.b.add(address, self.b.mul(v, I64(nbytes * self.wide)))
 
     def at(self, address: ir.Value, kind: ir.Type, offset: int = 0) -> ir.Value:
-        """What stands `offset` bytes after an address, which needs no alignment."""
+        """The value `offset` bytes after an address, which need not be aligned."""
         place = self.b.inttoptr(self.b.add(address, I64(offset)), kind.as_pointer())
         return self.b.load(place, align=1)
 
@@ -94,7 +96,7 @@ class Emitter:
         return self.b.shuffle_vector(one, ir.Constant(vector, ir.Undefined), ir.Constant(self.ints, [0] * self.wide))
 
     def prefetch(self, address: ir.Value, offset: int) -> None:
-        """Have the cache line `offset` bytes after an address come to the second cache; none there is no error."""
+        """Prefetch the cache line `offset` bytes after an address into the L2 cache; any address is allowed."""
         pointer = BYTE.as_pointer()
         kind = ir.FunctionType(ir.VoidType(), [pointer, I32, I32, I32])
         place = self.b.inttoptr(self.b.add(address, I64(offset)), pointer)
@@ -158,7 +160,7 @@ class Emitter:
             yield i, e, b.or_(codes, self.third_bits(spread, i, e)) if thirds else codes
 
     def spread(self, high: ir.Value) -> ir.Value:
-        """Third bits, 16 in a 16-bit word, four to each byte of 32 bits: where the codes that they belong to lie."""
+        """Third bits, 16 per 16-bit word, spread to four per byte of 32 bits, next to the codes they belong to."""
         b = self.b
         t = b.and_(b.or_(high, b.shl(high, self.every(8))), self.every(0x00FF00FF))
         return b.and_(b.or_(t, b.shl(t, self.every(4))), self.every(0x0F0F0F0F))

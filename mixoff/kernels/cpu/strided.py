@@ -3,9 +3,8 @@
 Letters: **T** rows of activations, **N** outputs, **K** inputs, **G** group size, **R** = N/G.
 The G outputs r, r + R, r + 2R, ... share their groups, so each activation is scaled once for all of them, and the zeros
 are summed once; then every code costs a mask, a conversion and an addition. Fields are not shifted down: the sum of the
-field at bit 2i is divided by 4**i at the end. Activations stay fp32.
-
-Does not know experts or caches. Where numba is missing, `reference` computes instead.
+field at bit 2i is divided by 4**i at the end. Activations stay fp32. Where numba is missing, `reference` computes
+instead.
 """
 
 from __future__ import annotations
@@ -63,8 +62,8 @@ def kernel(bits: int) -> Callable | None:
     return jit(LOOPS[bits])
 
 
-# Sums go in as many lanes as the machine has: the same on every run, though not on every machine. A loop that sums must
-# not store: LLVM then asks at run time whether the arrays overlap, and its cautious answer depends on their addresses.
+# LLVM sums in as many lanes as the machine has: the same on every run, but not on every machine. A loop that sums must
+# not store: LLVM would check at run time whether arrays overlap, and the order of sums would depend on their addresses.
 FAST = {"contract", "reassoc", "nsz"}
 
 

@@ -1,11 +1,10 @@
-"""Threads that share one computation and sleep in between; the thread that asks works along.
+"""Threads that share one computation and sleep in between; the calling thread takes a share too.
 
 numba's own threading layer is not used: it would end the process when two models compute at once.
 
-PyTorch's own threads are in the way of these: woken for an operation on one token, they take longer to come (0.4 ms
-here, measured) than the operation, and those that spin instead of sleeping hold the cores that the kernels want. So a
-pass over one token can `borrow` them: PyTorch computes on one thread, our kernels on as many as it had. Does not know
-what is computed.
+PyTorch's own threads get in the way: waking them for a one-token operation takes longer (0.4 ms here, measured) than
+the operation itself, and those that spin instead of sleeping occupy the cores that the kernels need. So a pass over one
+token can `borrow` them: PyTorch computes on one thread, our kernels on as many as it had.
 """
 
 from __future__ import annotations
@@ -20,15 +19,15 @@ from types import ModuleType
 import numpy as np
 import torch
 
-PIECES = 16  # of a job for each thread: one that comes late takes fewer
-PATIENCE = 100_000  # looks of a helper that watches for the next job before it sleeps
+PIECES = 16  # pieces of a job per thread: one that is late takes fewer
+PATIENCE = 100_000  # looks of a helper for the next job before it sleeps
 
 
-_loans: dict[int, int] = {}  # by thread that has borrowed, the number of threads that PyTorch had
+_loans: dict[int, int] = {}  # PyTorch's number of threads before, by borrowing thread
 
 
 def count() -> int:
-    """Threads that a kernel may use: PyTorch's number, or what that was before this thread's `borrow`."""
+    """Threads that a kernel may use: PyTorch's number, or its number before this thread's `borrow`."""
     return _loans.get(threading.get_ident()) or torch.get_num_threads()
 
 
@@ -43,11 +42,11 @@ def give_back() -> None:
     """End this thread's `borrow`, if there is one."""
     if threads := _loans.get(threading.get_ident()):
         torch.set_num_threads(threads)
-        del _loans[threading.get_ident()]  # last: whoever is interrupted before it gives back once more
+        del _loans[threading.get_ident()]  # last: after an interrupt before it, `give_back` can be called again
 
 
 def compute(stages: int, number: int, jobs: int, threads: int) -> None:
-    """Call compiled functions in so many `threads`: as `relay` says, `number` stages and their jobs at addresses."""
+    """Run `number` stages of compiled functions on `threads` threads; stages and jobs are addresses, as in `relay`."""
     if threads == 1:
         _relay().alone(stages, number, jobs)
     else:
@@ -56,24 +55,24 @@ def compute(stages: int, number: int, jobs: int, threads: int) -> None:
 
 @functools.cache
 def _relay() -> ModuleType:
-    """What needs numba, loaded when the first product is computed."""
+    """The module that needs numba, imported with the first product."""
     from mixoff.kernels.cpu import relay
 
     return relay
 
 
 class Crew:
-    """`helpers` threads that wait for work: asleep, or after a compiled job watching for the next (see `relay`)."""
+    """`helpers` threads that sleep until there is work, or watch for the next compiled job (see `relay`)."""
 
     def __init__(self, helpers: int) -> None:
         self.jobs = [SimpleQueue() for _ in range(helpers)]
         self.lock = threading.Lock()
-        self.cells: tuple[np.ndarray, int] | None = None  # and their address, which costs more to ask for than a lock
+        self.cells: tuple[np.ndarray, int] | None = None  # with their address, which takes longer to get than a lock
         for i, jobs in enumerate(self.jobs):
             threading.Thread(target=self._work, args=(jobs,), name=f"mixoff-kernel-{i}", daemon=True).start()
 
     def compute(self, stages: int, number: int, jobs: int) -> None:
-        """As the function `compute`; the caller does all of it while the others are at work for somebody else."""
+        """The function `compute`; the caller computes alone while the helpers are busy for another thread."""
         relay = _relay()
         if self.lock.locked():
             relay.alone(stages, number, jobs)
@@ -82,11 +81,11 @@ class Crew:
             try:
                 relay.share(self._wake(relay), stages, number, jobs)
             except BaseException:
-                self.cells = None  # helpers that watch these go to sleep; none of them is waited for
+                self.cells = None  # helpers that watch these will sleep; we do not wait for them
                 raise
 
     def _wake(self, relay: ModuleType) -> int:
-        """Call the helpers that are asleep; returns the address of the cells."""
+        """Wake the helpers that sleep; returns the address of the cells."""
         if self.cells is None:
             cells = np.zeros(relay.ASLEEP + relay.STEP * len(self.jobs), np.int64)
             cells[relay.ASLEEP :] = 1
@@ -100,9 +99,9 @@ class Crew:
         return address
 
     def share(self, work: Callable[[int, int], object], count: int) -> None:
-        """Call `work(first, last)` for as many ranges as there are threads, which together are 0..count; then return.
+        """Call `work(first, last)` for one range of 0..count per thread, and wait for all.
 
-        An error in any of them is raised here, once all have ended.
+        An error in any of them is raised here, after all have ended.
         """
         threads = len(self.jobs) + 1
         bounds, done = [count * i // threads for i in range(threads + 1)], SimpleQueue()
@@ -117,7 +116,7 @@ class Crew:
         while True:
             work, first, last, done = jobs.get()
             done.put(_attempt(work, first, last))
-            del work, done  # what they hold is not kept until the next call
+            del work, done  # otherwise they would be kept alive until the next call
 
 
 def _watch(cells: np.ndarray, seen: int, i: int, _: int) -> None:
@@ -128,7 +127,7 @@ def _watch(cells: np.ndarray, seen: int, i: int, _: int) -> None:
 def _attempt(work: Callable[[int, int], object], first: int, last: int) -> BaseException | None:
     try:
         work(first, last)
-    except BaseException as error:  # it belongs to the thread that asked
+    except BaseException as error:  # raised in the calling thread
         return error
     return None
 

@@ -6,26 +6,26 @@ outputs of a group at a time, one 16-byte load of codes each, so a warp reads wh
 order that a tile fixes; nothing is added atomically, so runs repeat bit for bit. `tl.sum` adds at the end; `tl.dot`
 would need more rows than there are, and on sm_75 it compiles to the same multiply-adds without tensor cores.
 
-A code becomes a number without a conversion, of which the older chips do 16 a cycle: laid into the mantissa of a power
-of two by one logical instruction, minus that power. That instruction takes one immediate, so the other comes from a
-register: `magic`, 2**23 as bits, is an argument that nothing folds. bf16 is widened by shifting bits and needs no
-instruction for it.
+A code becomes a number without a conversion, of which older chips do only 16 per cycle: one logical instruction puts it
+into the mantissa of a power of two, and that power is subtracted. The instruction takes one immediate, so the other
+operand comes from a register: `magic`, 2**23 as bits, is an argument so that the compiler does not fold it. bf16 is
+widened by shifting bits.
 
-Every load is four bytes wide or wider, of single bytes and halves at odd places the word around them. Importing this
-module imports triton. Does not know tensors.
+Every load is at least four bytes wide; single bytes and halves at odd places come with the word around them. Importing
+this module imports triton.
 
 The last section is for weights whose groups run across outputs: **R** outputs from one member of a group to the next,
-**C** grids of scales. There a word holds codes of four inputs, threads lie along the inputs, and an activation is
-multiplied by its scale once for all outputs of a program.
+**C** grids of scales. There a word holds codes of four inputs, neighbouring threads take neighbouring inputs, and an
+activation is multiplied by its scale once for all outputs of a program.
 """
 
 import triton
 import triton.language as tl
 
-BLOCK = tl.constexpr(128)  # outputs whose codes lie beside each other, and groups on one grid of metadata
+BLOCK = tl.constexpr(128)  # outputs whose codes are next to each other, and groups per grid of metadata
 
 
-# What lies in an image ------------------------------------------------------------------------------------------------
+# What is in an image --------------------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -241,9 +241,9 @@ def dequantize(
     image, out, C, K, first, n, high_at, grids_at, scales_at, mins_at, count, magic,
     BITS: tl.constexpr, G: tl.constexpr, OUT: tl.constexpr, WIDE: tl.constexpr, BG: tl.constexpr,
 ):  # fmt: skip
-    """Weights of the blocks of n outputs from `first` on, inputs first: into out (K, C), neighbours beside each other.
+    """Weights of the blocks of n outputs from `first` on, inputs first: into out (K, C).
 
-    By block and by BG groups of inputs.
+    One program per block and BG groups of inputs.
     """
     PER: tl.constexpr = 16 if BITS == 3 else 32 // BITS
     STEP: tl.constexpr = G // PER

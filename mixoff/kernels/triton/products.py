@@ -1,11 +1,11 @@
 """Products of rows with quantized weights on a CUDA card: which Triton kernel, which tile, which arguments.
 
 Letters: **T** rows of activations, **N** outputs, **K** inputs, **C** outputs of a chunk, **F** expert width.
-Up to `triton_tiles.MOST_ROWS` rows are multiplied straight from the packed codes; for more, weights are dequantized
+Up to `tiles.MOST_ROWS` rows are multiplied straight from the packed codes; for more, weights are dequantized
 once, chunk by chunk, and multiplied by cuBLAS. bf16 on a chip without it (sm_75) is computed by way of fp32.
 
-Does not know experts or caches. Where triton is missing, `reference` computes instead. Never run on a card: what was
-checked without one stands in docs/kernels.md.
+Where triton is missing, `reference` computes instead. Never run on a card: docs/kernels.md says what was checked
+without one.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from mixoff.quantize.tensor import QTensor
 KINDS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 DEVICES = ("cuda",)  # where the kernels run; Triton's interpreter runs them on a CPU
 MAGIC = 150 << 23  # 2**23 in fp32, as bits
-DEQUANTIZED_GROUPS, DEQUANTIZED_WARPS = 8, 8  # of a block that a program dequantizes, and of that program
+DEQUANTIZED_GROUPS, DEQUANTIZED_WARPS = 8, 8  # groups per program, and its warps
 
 
 @functools.cache
@@ -39,7 +39,7 @@ def loops() -> ModuleType | None:
 
 @functools.cache
 def chip(device: torch.device) -> int:
-    """Which chip a device is: 75 for sm_75; the oldest for what is no card, such as the interpreter's CPU."""
+    """The chip of a device: 75 for sm_75; the oldest if it is not a card, such as the interpreter's CPU."""
     if device.type != "cuda":
         return OLDEST
     major, minor = torch.cuda.get_device_capability(device)
@@ -113,12 +113,12 @@ def dequantize(w: QTensor, start: int, n: int, wide: bool, out: torch.Tensor) ->
 
 
 def rows_together(T: int) -> int:
-    """Rows that a program takes: the least that holds all of them, at most four."""
+    """Rows per program: the smallest number that holds all rows, at most four."""
     return next((rows for rows in ROWS if rows >= T), ROWS[-1])
 
 
 def stretches(N: int) -> list[tuple[int, int, int, bool]]:
-    """First output, outputs of a block, outputs, and whether four neighbours lie at multiples of four bytes.
+    """First output, outputs per block, outputs, and whether four neighbours begin at multiples of four bytes.
 
     Whole blocks, then the last one where it is shorter.
 
@@ -126,8 +126,8 @@ def stretches(N: int) -> list[tuple[int, int, int, bool]]:
     ([(0, 128, 256, True)], [(0, 128, 256, True), (256, 44, 44, False)])
     """
     whole = N // BLOCK * BLOCK
-    found = [(0, BLOCK, whole, N % 4 == 0), (whole, N - whole, N - whole, False)]
-    return [stretch for stretch in found if stretch[2]]
+    both = [(0, BLOCK, whole, N % 4 == 0), (whole, N - whole, N - whole, False)]
+    return [stretch for stretch in both if stretch[2]]
 
 
 def offsets(w: QTensor) -> tuple[int, int, int, int, int]:
@@ -145,7 +145,7 @@ def settings(w: QTensor, chosen: Tile) -> dict:
 
 
 def activations(x: torch.Tensor) -> torch.Tensor:
-    """x (T, K) as the kernels read it: in one piece, and two 16-bit numbers a word."""
+    """x (T, K) as the kernels read it: contiguous, with two 16-bit numbers per word."""
     x = x.contiguous()
     if x.dtype == torch.float32:
         return x

@@ -1,12 +1,12 @@
 """Products of rows on a CUDA card with weights whose groups run across outputs, as the published checkpoint has them.
 
 Letters: **T** rows of activations, **N** outputs, **K** inputs, **G** group size, **R** = N/G, **C** grids of scales.
-Up to `triton_tiles.MOST_ROWS` rows are multiplied straight from the packed codes, at most two a program; for more,
-weights are dequantized once, chunk by chunk, and multiplied by cuBLAS. Any place on a multiple of four bytes will do:
-loads are 16 bytes wide where a matrix begins at a multiple of 16, and 4 elsewhere, such as in an expert's `up`.
+Up to `tiles.MOST_ROWS` rows are multiplied straight from the packed codes, at most two per program; for more, weights
+are dequantized once, chunk by chunk, and multiplied by cuBLAS. A matrix may begin at any multiple of four bytes: loads
+are 16 bytes wide if it begins at a multiple of 16, and 4 otherwise, such as in an expert's `up`.
 
-Does not know experts or caches. Where triton is missing, `reference` computes instead. Never run on a card: what was
-checked without one stands in docs/kernels.md.
+Where triton is missing, `reference` computes instead. Never run on a card: docs/kernels.md says what was checked
+without one.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from mixoff.kernels.triton.products import KINDS, MAGIC
 from mixoff.kernels.triton.tiles import OLDEST
 from mixoff.quantize.strided import BLOCK, StridedTensor
 
-ROWS = 2  # of activations, in a program
-SUMS = 16  # of a program, outputs times rows; for each of a thread's four words they are 64 registers
-WORDS, WARPS = 512, 4  # of a program: four words of codes a thread, one 16-byte load
-WEIGHT_WORDS, WEIGHT_WARPS = 512, 4  # the same for a program that dequantizes
+ROWS = 2  # rows of activations per program
+SUMS = 16  # sums per program, outputs times rows; for each of a thread's four words they take 64 registers
+WORDS, WARPS = 512, 4  # per program: four words of codes per thread, one 16-byte load
+WEIGHT_WORDS, WEIGHT_WARPS = 512, 4  # the same per program that dequantizes
 
 
 def serves(x: torch.Tensor, w: StridedTensor) -> bool:
@@ -77,7 +77,7 @@ def dequantize(w: StridedTensor, matrix: int, first: int, out: torch.Tensor) -> 
 
 
 def settings(bits: int, group: int, rows: int) -> dict:
-    """Constants and options of a launch: the rows of codes in all, those of a program, and its words of each.
+    """Constants and options of a launch: rows of codes in total, rows per program, and words per row.
 
     >>> settings(2, 16, 1)["P"], settings(4, 64, 1)["P"], settings(4, 64, 1)["HEIGHT"]
     (4, 8, 32)
@@ -95,13 +95,13 @@ def arguments(parts: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
 
 
 def words(part: torch.Tensor) -> torch.Tensor:
-    """A part as words, in place; copied where it begins between two, as no store of ours has it."""
+    """A part as words, in place; copied if it begins between two words, which does not happen in a store."""
     part = part.reshape(-1)
     return (part.clone() if part.data_ptr() % 4 else part).view(torch.int32)
 
 
 def numbers(scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
-    """Two fp16 numbers beside each other (2,): where they lie so already, as in a slot, without a copy."""
+    """Two fp16 numbers next to each other (2,): without a copy if they already are, as in a slot."""
     if zero.data_ptr() == scale.data_ptr() + scale.element_size():
         return scale.as_strided((2,), (1,))
     return torch.stack((scale, zero))

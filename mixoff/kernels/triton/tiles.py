@@ -2,9 +2,7 @@
 
 Letters: **T** rows of activations, **N** outputs.
 A tile fixes the order of sums, so the same table gives the same bits. `benchmarks/triton_table.py --measure` times
-other tiles on a card; what it finds is written down here, by hand.
-
-Does not know tensors, and does not import triton.
+other tiles on a card; its results are copied into this table by hand. Does not import triton.
 """
 
 from __future__ import annotations
@@ -18,7 +16,7 @@ OLDEST = 75  # sm_75, Turing: the oldest chip that the kernels are compiled for
 
 @dataclass(frozen=True)
 class Tile:
-    """BN outputs and BG groups side by side, U words of a group's codes loaded at once, in so many warps."""
+    """BN outputs and BG groups side by side, U words of a group's codes per load, in `warps` warps."""
 
     BN: int
     BG: int
@@ -26,7 +24,7 @@ class Tile:
     warps: int
 
 
-# By chip and rows: outputs from which on a tile is taken, and the tile.
+# By chip and rows: the least outputs for a tile, and the tile.
 ONE = ((8192, Tile(32, 16, 2, 4)), (0, Tile(16, 32, 2, 4)))
 FOUR = ((8192, Tile(32, 16, 1, 4)), (0, Tile(16, 32, 1, 4)))
 TILES = {sm: {1: ONE, 2: ONE, 4: FOUR} for sm in (75, 80, 86, 89, 90)}
