@@ -38,7 +38,7 @@ from mixoff.kernels.cpu.threads import crew
 from mixoff.planning import hardware, speed
 from mixoff.planning import probe as probe_
 from mixoff.planning.speed import WIDENED, Efficiency
-from mixoff.runtime.prefetch import top_k
+from mixoff.shapes.config import configured_top_k as top_k
 from mixoff.shapes.config import read_config
 from mixoff.shapes.kv_cache import advance
 from mixoff.shapes.shape import ModelShape

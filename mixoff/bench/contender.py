@@ -23,7 +23,7 @@ from mixoff.bench.spec import Spec, repeat_rate
 from mixoff.errors import MixoffError
 from mixoff.loading import load, warmup
 from mixoff.planning import probe
-from mixoff.runtime.prefetch import top_k
+from mixoff.shapes.config import configured_top_k as top_k
 from mixoff.shapes.config import expert_modules, read_config
 from mixoff.shapes.config import skeleton as skeleton_of
 from mixoff.shapes.kv_cache import advance

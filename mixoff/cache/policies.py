@@ -124,7 +124,8 @@ class LFRU(LFU):
 
     def __init__(self) -> None:
         super().__init__()
-        self.clock, self.last = 0, {}
+        self.clock = 0
+        self.last: dict[Key, int] = {}
 
     def insert(self, key: Key) -> None:
         super().insert(key)
@@ -270,7 +271,8 @@ class _Forecasts:
 
     def chance(self, expert: int) -> float:
         """The best forecast's chance that the next call asks for `expert`."""
-        return float(self.rates[(*self.best, expert)]) if expert < self.rates.shape[2] else 0.0
+        half, way = self.best
+        return float(self.rates[half, way, expert]) if expert < self.rates.shape[2] else 0.0
 
 
 def _site(key: Key) -> int:
@@ -278,7 +280,7 @@ def _site(key: Key) -> int:
 
 
 def _expert(key: Key) -> int:
-    return key[1] if isinstance(key, tuple) else key
+    return key[1] if isinstance(key, tuple) else key  # type: ignore[return-value]  # a lone key is its number
 
 
 POLICIES: dict[str, Callable[[], Policy]] = {

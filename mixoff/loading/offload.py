@@ -129,7 +129,7 @@ def offload(
 
 
 def restore(model: nn.Module) -> nn.Module:
-    """Undo `offload`: the same parameters, experts implementation and layers as before; returns the same model.
+    """Undo `offload` on `model`: the same parameters, experts implementation and layers as before; returns the model.
 
     Raises MixoffError for a model that is not offloaded.
     """

@@ -89,6 +89,7 @@ class QTensor:
 
     @property
     def device(self) -> torch.device:
+        """Where the codes are."""
         return self.parts["codes"].device
 
     def __repr__(self) -> str:

@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 
 from mixoff.cache.events import PREFETCH, Key, Landing
-from mixoff.shapes.config import configured_top_k as top_k  # noqa: F401  (benchmarks import it from here)
 from mixoff.transfer.transfer import Transfer
 
 WINDOW = 32  # guesses before `auto` decides whether they pay
