@@ -28,7 +28,7 @@ from mixoff.planning.hardware import Hardware
 from mixoff.quantize.scheme import Scheme
 from mixoff.runtime.runtime import Runtime
 from mixoff.shapes import sites
-from mixoff.shapes.config import configured_top_k, read_config
+from mixoff.shapes.config import likely_top_k, read_config
 from mixoff.store import kept
 from mixoff.store.readers import past_page_cache
 from mixoff.store.source import EncodedError, Source, open_source
@@ -103,7 +103,7 @@ def load(
             compute,
             ram_bytes=ram,
             prefetch=prefetch,
-            top_k=configured_top_k(read_config(source.folder)),
+            top_k=likely_top_k(read_config(source.folder)),
             exact=exact,
             fetch=fetch,
             device=gpu,

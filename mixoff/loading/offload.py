@@ -24,7 +24,7 @@ from mixoff.loading.hooks import bind
 from mixoff.loading.load import choose_io
 from mixoff.quantize.scheme import Scheme
 from mixoff.runtime.runtime import Runtime
-from mixoff.shapes.config import backbone_roles, configured_top_k, expert_modules, expert_sites
+from mixoff.shapes.config import backbone_roles, expert_modules, expert_sites, likely_top_k
 from mixoff.shapes.sites import Site, quantized_sites, stride, torch_dtype
 from mixoff.store.readers import ExpertReader
 from mixoff.units import format_nbytes, parse_nbytes
@@ -113,7 +113,7 @@ def offload(
             choose_io(source, io, budget, limited=False)
         _strip(modules, undo)
         _quantize_backbone(model, scheme, dtype, exact, undo)
-        compute, k = torch_dtype(dtype), configured_top_k(model.config)
+        compute, k = torch_dtype(dtype), likely_top_k(model.config)
         runtime = Runtime(source, budget, policy, scope, compute, prefetch=prefetch, top_k=k, exact=exact)
         undo.callback(runtime.close)
         _switch(model, modules, undo)

@@ -189,7 +189,13 @@ def dtype_name(config: PretrainedConfig) -> str:
     return name
 
 
+def likely_top_k(config: PretrainedConfig) -> int:
+    """K for the number of spare slots: 2, which most routers choose, where the configuration has no name for it."""
+    return top_k(config) or 2
+
+
 def configured_top_k(config: PretrainedConfig) -> int:
+    """K for counting bytes and time. Raises MixoffError where the configuration has no name for it that we know."""
     if (k := top_k(config)) is None:
         raise MixoffError(f"the configuration of {config.model_type} does not say how many experts a token uses")
     return k
