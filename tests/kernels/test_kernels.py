@@ -149,7 +149,8 @@ def test_every_cpu_gets_the_same_bits(bits, group, monkeypatch):
 
 
 COMPILE_FOR = """
-from mixoff.kernels import cpu, loops
+from mixoff.kernels.cpu import loops
+from mixoff.kernels.cpu import products as cpu
 assert cpu.integer_way() == "vnni"
 assembly = loops.linear(2, 32, 1, "vnni", cpu.wide())._library.get_asm_str()
 print(*(sum("vpdpbusd" in line and name in line for line in assembly.splitlines()) for name in ("ymm", "zmm")))
@@ -439,10 +440,10 @@ import sys
 sys.modules["numba"] = sys.modules["llvmlite"] = None
 import mixoff, torch
 from mixoff import kernels
-from mixoff.kernels import cpu
+from mixoff.kernels.cpu import products
 from mixoff.quantize import quantize
 w, x = quantize(torch.randn(64, 64) * 0.02, 2, 32), torch.randn(1, 64)
-assert kernels.choose(x, w) == "reference" and cpu.loops() is None
+assert kernels.choose(x, w) == "reference" and products.loops() is None
 model = mixoff.load("tiny-mixtral", fast_bytes="1GiB", scheme="mixed")
 print(model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=2, do_sample=False).shape[1])
 """
@@ -456,7 +457,8 @@ def test_without_numba_everything_works():
 CACHED = """
 import torch
 from mixoff import kernels
-from mixoff.kernels import cpu, loops
+from mixoff.kernels.cpu import loops
+from mixoff.kernels.cpu import products as cpu
 from mixoff.quantize import quantize
 kernels.linear(torch.ones(1, 64), quantize(torch.randn(64, 64), 2, 32, "rtn"))
 print(loops.linear(2, 32, 1, cpu.integer_way(), cpu.wide()).cache_hits)

@@ -392,7 +392,8 @@ import ctypes, sys, threading, time, torch
 ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE: whether a huge page ends with a matrix is up to chance
 ctypes.CDLL(None).mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD: what is freed goes back, so that each run shows its scratch
 torch.set_num_threads(1)
-import mixoff.quantize as qz
+import mixoff.quantize.solve as qz
+from mixoff.quantize.layout import SOLVERS
 assert "numba" not in sys.modules and "hqq" not in sys.modules, "loaded when used"
 def anonymous():  # pages of files come and go as the system pleases
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("RssAnon"))
@@ -407,7 +408,7 @@ threading.Thread(target=watch, daemon=True).start()
 for without_numba in (False, True):
     if without_numba:
         qz.loops = lambda: None
-    for solver in qz.SOLVERS:
+    for solver in SOLVERS:
         qz.quantize(w[:256], 2, 16, solver)  # compiled
         before = anonymous()
         seen.clear()
