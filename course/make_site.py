@@ -36,6 +36,7 @@ CHAPTERS = "<!-- chapters -->"  # in docs/index.md
 ALIVE = ("CacheView", "EvictionStepper")  # the others ask the kernel for each figure
 ASLEEP = "As it was when the chapter was run. Its controls need a kernel: open the chapter in JupyterLab or in Colab."
 PAGES_FIRST = ("teach", "schedule", "glossary")
+PAGES_OF_USERS = ("recipes", "architecture", "api", "plan", "conversion", "gpu")
 
 
 # ---------------------------------------------------------------- links
@@ -124,14 +125,17 @@ def chapter_list(root: pathlib.Path = ROOT) -> str:
 
 
 def contents(shown: dict[str, str], root: pathlib.Path = ROOT) -> str:
-    """Tables of contents for the side of each page: chapters, what a teacher needs, everything else."""
+    """Tables of contents for the side of each page: chapters, what a teacher and a user need, everything else."""
     pages = sorted(place[:-3] for place in shown.values() if place.startswith("docs/") and place.endswith(".md"))
-    first = [page for name in PAGES_FIRST if (page := f"docs/{name}") in pages]
+    first, of_users = (
+        [page for name in names if (page := f"docs/{name}") in pages] for names in (PAGES_FIRST, PAGES_OF_USERS)
+    )
     chapters = badges.chapters(root / "notebooks")
     parts = {
         "Chapters": [f"{p.name[:2]} {badges.title(p).split(':')[0]} <notebooks/{p.stem}>" for p in chapters],
         "Around the course": first,
-        "Measurements": [page for page in pages if page not in first],
+        "Using mixoff": of_users,
+        "Measurements": [page for page in pages if page not in (*first, *of_users)],
     }
     tree = "```{{toctree}}\n:hidden:\n:caption: {}\n:maxdepth: 1\n\n{}\n```"
     return "\n\n".join(tree.format(caption, "\n".join(names)) for caption, names in parts.items())
