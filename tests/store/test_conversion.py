@@ -477,7 +477,7 @@ def test_a_bar_shows_bytes_on_request(small, tmp_path, capfd):
 def test_the_command_line(small, stores, tmp_path, capsys, monkeypatch):
     target = tmp_path / "store"
     with monkeypatch.context() as patched:
-        patched.setattr(convert, "_write", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr(convert, "write", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
         assert main(["convert", str(small), str(target)]) == 130
     assert (
         capsys.readouterr().err == "mixoff: interrupted: run the same command again, and it goes on where it stopped\n"
