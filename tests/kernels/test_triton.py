@@ -24,8 +24,11 @@ class Interpreter:
     """The process of `interpreted.py`, which answers cases."""
 
     def __init__(self, root):
-        env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([str(root), str(root / "tests")])}
-        command = [sys.executable, root / "tests" / "interpreted.py"]
+        env = os.environ | {
+            "TRITON_INTERPRET": "1",
+            "PYTHONPATH": os.pathsep.join([str(root), str(root / "tests/support")]),
+        }
+        command = [sys.executable, root / "tests/support/interpreted.py"]
         self.process = subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def error(self, what, bits=2, group=32, n=128, k=64, rows=1, dtype="fp16", **more):
