@@ -15,6 +15,7 @@ project = "mixoff"
 author = "the mixoff authors"
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = []
+suppress_warnings = ["ref.python"]  # fields of two classes may have one name
 
 nb_execution_mode = "off"  # what is shown is what is stored
 nb_merge_streams = True

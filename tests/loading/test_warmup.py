@@ -47,9 +47,9 @@ def test_what_is_compiled_for_long_is_said_once(monkeypatch):
                 time.sleep(0.02)
 
     monkeypatch.setattr(warmup, "PATIENCE_S", 0.01)
-    monkeypatch.setattr(warmup.quantize, "quantize", lambda *_: time.sleep(0.1))
+    monkeypatch.setattr(warmup.solve, "quantize", lambda *_: time.sleep(0.1))
     assert warmup.compile_solvers(Scheme.preset("mixed"), said.append) > 0.1 and said == [], "slow, but not compiling"
-    monkeypatch.setattr(warmup.quantize, "quantize", compiling)
+    monkeypatch.setattr(warmup.solve, "quantize", compiling)
     assert warmup.compile_solvers(Scheme.preset("mixed"), said.append) > 0.06 and said == [warmup.LINE]
     monkeypatch.setattr(warmup, "PATIENCE_S", 60)
     warmup.compile_solvers(Scheme.preset("mixed"), said.append)
