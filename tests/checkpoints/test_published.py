@@ -207,7 +207,10 @@ DAMAGE = {
         lambda d: edit_index(d, lambda m: [m.pop(k) for k in list(m) if ".0.block_sparse_moe.experts.0." in k]),
         "lacks weights of",
     ),
-    "a part is missing": (lambda d: edit_file(expert_file(d), lambda t: t.pop("w2.meta.zero_q")), "does not hold the tensors"),
+    "a part is missing": (
+        lambda d: edit_file(expert_file(d), lambda t: t.pop("w2.meta.zero_q")),
+        "does not hold the tensors",
+    ),
     "codes of another shape": (
         lambda d: edit_file(expert_file(d), lambda t: t.update({"w2.W_q": t["w2.W_q"].view(8, -1)})),
         "has shape|lacks weights",
