@@ -57,7 +57,7 @@ def by_policy(traces, scope):
 
 
 def by_domain(domains):
-    """The five domains at 4 slots a layer, and the share of the gap that our own policy closes."""
+    """The five domains at 4 slots per layer, and the share of the gap that our own policy closes."""
     names, rows = ["lru", "lfuda", "lfru", "half-life", "static", "belady"], []
     for domain, t in domains.items():
         rates = {policy: simulate(t, policy, 4).hit_rate for policy in names}
@@ -82,7 +82,7 @@ def by_shape(tokens=2_000, layers=4):
 
 
 def by_prefetch(domains, slots=4):
-    """What prefetch adds on the tiny model's traces, mean over domains: hit rate, and bytes in experts a token."""
+    """What prefetch adds on the tiny model's traces, mean over domains: hit rate, and bytes in experts per token."""
     rows = []
     names = ["none", "next-router", "popularity", "recall=0.5", "recall=0.86", "oracle"]
     for name in names if all(t.predicted is not None for t in domains.values()) else [names[0], *names[2:]]:

@@ -144,7 +144,7 @@ FINE, COARSE = Scheme(experts=Precision(4, 64)), Scheme(experts=Precision(2, 32)
 
 
 def knobs(arguments, tokenizer, texts):
-    """Lines of the table of lossy knobs, at `--slots` slots a layer."""
+    """Lines of the table of lossy knobs, at `--slots` slots per layer."""
     both = windows(tokenizer, texts, 2 * arguments.windows - 1)  # every second one is for counting, not for judging
     over, other = (Windows(both.ids[:, start::2], both.domains) for start in (0, 1))
     rows, results = {}, Results(arguments.checkpoint, over)

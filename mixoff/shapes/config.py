@@ -182,6 +182,7 @@ def backbone_roles(model: PreTrainedModel) -> dict[str, str]:
 
 
 def dtype_name(config: PretrainedConfig) -> str:
+    """The dtype of the weights by torch's name, bfloat16 where there is none. Raises CheckpointError for any other."""
     nested = config.get_text_config()
     name = str(config.dtype or nested.dtype or "bfloat16").removeprefix("torch.")
     if name not in DTYPES.values():
