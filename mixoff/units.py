@@ -10,6 +10,7 @@ from mixoff.errors import BudgetError
 UNITS = {"": 1, "B": 1}
 UNITS |= {f"{p}B": 1000**i for i, p in enumerate("KMGT", 1)} | {f"{p}IB": 1024**i for i, p in enumerate("KMGT", 1)}
 UNITS |= {p: 1024**i for i, p in enumerate("KMGT", 1)}  # a bare letter, as the kernel, dd and docker read it
+PAGE = 4096  # bytes: offsets, sizes and addresses in direct I/O are multiples of it
 MOST = 2**63  # bytes: nothing is larger
 SIZE = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([A-Za-z]*)\s*")
 

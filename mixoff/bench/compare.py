@@ -21,7 +21,7 @@ from mixoff.bench import limits
 from mixoff.bench.doctor import installed, processor
 from mixoff.bench.report import Report, Row, row
 from mixoff.bench.spec import Spec
-from mixoff.checkpoints import published
+from mixoff.checkpoints.find import find
 from mixoff.errors import MixoffError
 from mixoff.planning import hardware, planner, probe
 from mixoff.planning.hardware import Hardware
@@ -133,8 +133,7 @@ def compare(settings: Settings, on_line: Callable[[str], None] = lambda line: No
 
 def scheme_of(folder: str) -> str | None:
     """The scheme to plan with: None for a store or a quantized checkpoint, `none` for a plain checkpoint."""
-    as_it_is = (Path(folder) / manifest.MANIFEST).is_file() or published.is_published(Path(folder))
-    return None if as_it_is else "none"
+    return None if find(folder).is_quantized else "none"
 
 
 def versions() -> dict[str, str]:
@@ -254,7 +253,7 @@ def _row(spec: Spec, reports: list[dict], machine: Hardware, plan: Plan) -> Row:
         return result
     source = open_source(spec.path)
     source.close()
-    scheme = sizes.PUBLISHED if published.is_published(source.folder) else source.scheme
+    scheme = sizes.PUBLISHED if source.files.kind == "published" else source.scheme
     here = replace(machine, threads=spec.threads, python_s=_python_s(reports))
     rates = _rates(result, reports)
     speed = None  # the time model has fetches of single experts, not of whole layers

@@ -118,7 +118,7 @@ def _dtype(config: PretrainedConfig) -> str:
 
 def _reuse(folder: Path, sites: tuple[Site, ...], scheme: Scheme) -> Path:
     source = open_source(folder)
-    same = source.is_store and source.sites == sites and source.scheme == scheme
+    same = source.files.is_store and source.sites == sites and source.scheme == scheme
     source.close()
     if not same:
         raise CheckpointError(f"{folder} holds another model or scheme: choose another folder, or remove it")

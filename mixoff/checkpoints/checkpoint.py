@@ -145,8 +145,8 @@ class Checkpoint:
     Raises CheckpointError for anything missing, damaged or unsafe.
     """
 
+    kind = "plain"  # name of the layout or encoding that this class reads
     widens = True  # whether experts of several dtypes are read as the widest
-    method: str | None = None  # name of the quantization that this class reads
 
     def __init__(
         self,
@@ -161,9 +161,12 @@ class Checkpoint:
             raise CheckpointError(names.missing(folder))
         if not (self.folder / "config.json").exists():
             model_files.refuse_adapter([p.name for p in self.folder.iterdir()], self.folder, self.folder)
-        _refuse_quantized(read_json(self.folder / "config.json"), self.folder, self.method)
+        _refuse_quantized(read_json(self.folder / "config.json"), self.folder, self.kind)
         self.found = found or model_files.find(self.folder)
         self.files = list(self.found.names)
+        self._read_headers(headers)
+
+    def _read_headers(self, headers: Mapping[str, dict[str, TensorRange]] | None) -> None:
         self.tensors: dict[str, TensorRange] = {}
         for file in self.files:
             header = read_header(self.folder / file) if headers is None else headers[file]
@@ -270,7 +273,7 @@ class Checkpoint:
             )
 
 
-def _refuse_quantized(config: dict, folder: Path, known: str | None) -> None:
+def _refuse_quantized(config: dict, folder: Path, known: str) -> None:
     for holder in (config, config.get("text_config")):
         if isinstance(holder, dict) and (quantization := holder.get("quantization_config")):
             method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization

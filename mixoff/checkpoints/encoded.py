@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from mixoff.checkpoints.checkpoint import Checkpoint, Extent, Read, TensorRange
-from mixoff.checkpoints.model_files import ModelFiles, read_json
+from mixoff.checkpoints.model_files import read_json
 from mixoff.errors import CheckpointError
 
 SCALE = "_scale_inv"
@@ -42,19 +42,14 @@ class EncodedCheckpoint(Checkpoint):
 
     widens = False
 
-    def __init__(
-        self,
-        folder: str | Path,
-        found: ModelFiles | None = None,
-        headers: Mapping[str, dict[str, TensorRange]] | None = None,
-    ) -> None:
-        super().__init__(folder, found, headers)
+    def _read_headers(self, headers: Mapping[str, dict[str, TensorRange]] | None) -> None:
+        super()._read_headers(headers)
         self.encoded: dict[str, Extent] = {}
         self._decode_names()
 
     @property
     def not_in_place(self) -> str:
-        return f"{self.folder} stores weights as {self.method}, from which experts cannot be served"
+        return f"{self.folder} stores weights as {self.kind}, from which experts cannot be served"
 
     def _decode_names(self) -> None:
         """Replace encoded tensors in `tensors` by decoded ones, and note in `encoded` how to decode them."""
@@ -109,7 +104,7 @@ class Fp8Extent(Extent):
 class Fp8Checkpoint(EncodedCheckpoint):
     """fp8 as in DeepSeek-V3: `weight_block_size` in the configuration, or one scale per matrix."""
 
-    method = "fp8"
+    kind = "fp8"
 
     def _decode_names(self) -> None:
         for name in [name for name in self.tensors if name.endswith(UNUSED)]:
@@ -197,7 +192,7 @@ def decode_mxfp4(packed: torch.Tensor, exponents: torch.Tensor) -> torch.Tensor:
 class Mxfp4Checkpoint(EncodedCheckpoint):
     """gpt-oss: experts in MXFP4, all experts of a layer in one tensor, everything else in bf16."""
 
-    method = "mxfp4"
+    kind = "mxfp4"
 
     def _decode_names(self) -> None:
         for name in [name for name in self.tensors if name.endswith("_blocks")]:

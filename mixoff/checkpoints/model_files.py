@@ -18,6 +18,7 @@ from mixoff.errors import CheckpointError
 WHOLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 INDEX_ENDING = ".safetensors.index.json"
+MANIFEST = "mixoff.json"  # a folder with this file is a store
 ADAPTER = "adapter_config.json"
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors format itself
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")

@@ -33,13 +33,11 @@ MATRICES = {"gate_up_proj": ("w1", "w3"), "down_proj": ("w2",)}  # matrices of a
 DTYPES = {torch.uint8: "U8", torch.float16: "F16"}
 
 
-def is_published(folder: Path) -> bool:
-    """Whether a model folder has an index with the keys of this layout."""
-    return _is_published(model_files.here(folder))
-
-
-def _is_published(found: ModelFiles | None) -> bool:
-    return found is not None and any(name.endswith(CODES) for name in found.weight_map)
+def checkpoint_class(folder: Path, found: ModelFiles | None = None) -> type[Checkpoint]:
+    """The class that reads the checkpoint in `folder`: this layout's if its index has such keys; `found` as there."""
+    found = found or model_files.here(folder)
+    published = found is not None and any(name.endswith(CODES) for name in found.weight_map)
+    return PublishedCheckpoint if published else encoded.checkpoint_class(folder)
 
 
 def open_checkpoint(
@@ -48,13 +46,13 @@ def open_checkpoint(
     headers: Mapping[str, dict[str, TensorRange]] | None = None,
 ) -> Checkpoint:
     """The checkpoint in `folder`, in any layout; `found` and `headers` as in `Checkpoint`."""
-    published = _is_published(found or model_files.here(Path(folder)))
-    kind = PublishedCheckpoint if published else encoded.checkpoint_class(Path(folder))
-    return kind(folder, found, headers)
+    return checkpoint_class(Path(folder), found)(folder, found, headers)
 
 
 class PublishedCheckpoint(Checkpoint):
     """A checkpoint in the published layout; `tensors` are named as in its index."""
+
+    kind = "published"
 
     def _full_names(self, file: str, tensors: dict[str, TensorRange]) -> dict[str, TensorRange]:
         """The tensors of a file under the index's names, which add the expert as a prefix."""

@@ -141,13 +141,10 @@ def _settings(args: argparse.Namespace) -> Settings:
 
 def _named(model: str) -> dict[str, str | None]:
     """Folder and name of a model, downloaded if it is on the Hub. A local folder has no name."""
-    from mixoff.checkpoints import hub, names
+    from mixoff.checkpoints.find import find
 
-    if model in models.names():
-        return {"store": str(models.path(model)), "name": model}
-    if (repository := names.parse(model)) is not None:
-        return {"store": str(hub.snapshot(repository)), "name": model}
-    return {"store": model, "name": None}
+    folder = find(model)
+    return {"store": str(folder.path), "name": folder.name}
 
 
 # Files ----------------------------------------------------------------------------------------------------------------

@@ -33,13 +33,13 @@ def main(args: argparse.Namespace) -> int:
     with terminal.starting(f"converting {args.source}"):
         from mixoff.loading import warmup
         from mixoff.quantize.scheme import Scheme
-        from mixoff.store import convert
+        from mixoff.store import convert, making
         from mixoff.units import format_nbytes
 
     compile_s = warmup.compile_solvers(Scheme.preset(args.scheme), terminal.say)
-    settings = {"jobs": args.jobs, "restart": args.restart, "progress": False if args.json else None}
+    settings = making.Options(args.jobs, args.restart, progress=False if args.json else None)
     with _progress_lines(args.target, quiet=args.json):
-        done = convert.run(args.source, args.target, args.scheme, **settings)
+        done = convert.run(args.source, args.target, args.scheme, None, settings)
     nbytes = sum(p.stat().st_size for p in done.target.iterdir())
     rate = done.source_nbytes / done.seconds / 1e6
     if args.json:

@@ -22,11 +22,11 @@ def main(args: argparse.Namespace) -> int:
     """Check a store, and print what was checked."""
     arguments.model(args.path)
     terminal.quiet_transformers()
+    from mixoff.checkpoints.find import find
     from mixoff.store import verify
-    from mixoff.store.source import is_store
     from mixoff.units import format_nbytes
 
-    if not is_store(args.path):
+    if not find(args.path).is_store:
         raise CheckpointError(f"{args.path} is not a mixoff store: create one with `mixoff convert`")
     try:
         report = {"ok": True} | verify.verify(args.path, args.full)

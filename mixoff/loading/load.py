@@ -16,8 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 from mixoff.cache.policies import Policy
-from mixoff.checkpoints import published
-from mixoff.checkpoints.names import pinned
+from mixoff.checkpoints.find import Folder, find
 from mixoff.errors import BudgetError, MixoffError
 from mixoff.kernels import reference
 from mixoff.loading.backbone import load_backbone
@@ -89,7 +88,7 @@ def load(
     """
     gpu = cuda.pick(device)
     with ExitStack() as undo:
-        source = _open(pinned(path, revision), scheme)
+        source = _open(find(path, revision), scheme)
         undo.callback(source.close)
         compute = _compute_dtype(dtype, source.dtype, gpu)
         budget, ram = budgets(source, fast_bytes, ram_bytes, gpu, compute, context)
@@ -144,7 +143,7 @@ def budgets(
 
 def scheme_asked(source: Source) -> Scheme | None:
     """The scheme to plan `source` in; None if its files determine it."""
-    return None if source.is_store or published.is_published(source.folder) else source.scheme
+    return None if source.files.is_quantized else source.scheme
 
 
 def choose_io(source: Source, io: str, fast_bytes: int, limited: bool) -> None:
@@ -163,11 +162,11 @@ def _check_memory(nbytes: int) -> None:
         )
 
 
-def _open(path: str | Path, scheme: str | Scheme | None) -> Source:
-    """The source at `path`, in the precision of `scheme` if one is given."""
+def _open(folder: Folder, scheme: str | Scheme | None) -> Source:
+    """The source in `folder`, in the precision of `scheme` if one is given."""
     scheme = Scheme.preset(scheme) if isinstance(scheme, str) else scheme
     try:
-        source = open_source(path)
+        source = open_source(folder)
     except EncodedError:
         if scheme is None:
             raise
@@ -175,11 +174,11 @@ def _open(path: str | Path, scheme: str | Scheme | None) -> Source:
         if scheme is None or scheme == source.scheme:
             return source
         source.close()
-        if source.is_store:
+        if folder.is_store:
             raise MixoffError(
-                f"{path} is a store in another scheme: load it without one, or convert the original again"
+                f"{folder} is a store in another scheme: load it without one, or convert the original again"
             )
-    return open_source(kept.store_of(path, scheme))
+    return open_source(kept.store_of(folder, scheme))
 
 
 def _compute_dtype(dtype: str | torch.dtype, stored: str, gpu: streams.Device | None = None) -> torch.dtype:

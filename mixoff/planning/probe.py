@@ -21,9 +21,8 @@ import psutil
 from mixoff.errors import MixoffError
 from mixoff.folders import cache_folder
 from mixoff.planning.hardware import CONTEXT, CPU_RESERVED, CUDA_RESERVED, INTERPRETER, NAMED, Hardware, named_as
-from mixoff.units import MIB, format_nbytes
+from mixoff.units import MIB, PAGE, format_nbytes
 
-PAGE = 4096  # bytes; direct I/O needs offsets, sizes and addresses in multiples of it
 SECTIONS = 8  # requests per round, at least
 
 

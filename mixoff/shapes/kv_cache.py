@@ -99,11 +99,6 @@ def _tensors(thing: object, window: int | None, seen: set[int]) -> Iterator[tupl
         yield from _tensors(vars(thing), size - 1 if size else window, seen)
 
 
-def cache_nbytes(cache: object) -> int:
-    """Bytes of all tensors that one of transformers' caches holds."""
-    return sum(tensor.numel() * tensor.element_size() for tensor, _ in _tensors(cache, None, set()))
-
-
 def _formula(config: PretrainedConfig) -> tuple[CacheLayer, ...]:
     """Keys and values of every layer, for a model that neither compresses nor windows them."""
     text = config.get_text_config()

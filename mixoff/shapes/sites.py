@@ -15,6 +15,7 @@ from mixoff.quantize import strided
 from mixoff.quantize.layout import packed_nbytes
 from mixoff.quantize.scheme import Scheme
 from mixoff.quantize.strided import Form
+from mixoff.units import PAGE
 
 if TYPE_CHECKING:
     import torch
@@ -87,12 +88,9 @@ def torch_dtype(name: str) -> torch.dtype:
     return getattr(torch, name)
 
 
-ALIGN = 4096  # bytes; a page, and what direct I/O requires
-
-
 def stride(site: Site) -> int:
     """Bytes from one expert to the next in a store's file."""
-    return -(-site.expert_nbytes // ALIGN) * ALIGN
+    return -(-site.expert_nbytes // PAGE) * PAGE
 
 
 def quantized_sites(sites: tuple[Site, ...], scheme: Scheme) -> tuple[Site, ...]:

@@ -21,7 +21,6 @@ from pathlib import Path
 
 from mixoff._version import __version__
 from mixoff.checkpoints.find import open_shards
-from mixoff.checkpoints.names import pinned
 from mixoff.checkpoints.shards import Ranges, Shards, kept_nbytes
 from mixoff.errors import AGAIN, CheckpointError, MixoffError
 from mixoff.folders import sync
@@ -31,7 +30,6 @@ from mixoff.store.blueprint import Blueprint, lay_out
 from mixoff.store.journal import Journal
 from mixoff.store.making import Making, Options, Step, WeightError, steps_of, write
 from mixoff.store.manifest import FORMAT, VERSION
-from mixoff.store.source import is_store
 from mixoff.units import format_nbytes
 
 PARTS = ("store", "kept", "shards", "journal.new")  # what `TARGET.partial` may hold, in addition to journal and lock
@@ -78,42 +76,27 @@ def convert(
     from there. Memory: at most two experts, the backbone's largest tensors and 300 MB. Raises CheckpointError for what
     cannot be converted, and MixoffError for a scheme that does not suit the model's widths.
     """
-    return run(source, target, scheme, revision=revision, jobs=jobs, restart=restart, progress=progress).target
+    return run(source, target, scheme, revision, Options(jobs, restart, progress)).target
 
 
 def run(
-    source: str | Path | Shards,
-    target: str | Path,
-    scheme: str | Scheme = "none",
-    *,
-    revision: str | None = None,
-    jobs: int | None = None,
-    restart: bool = False,
-    progress: bool | None = None,
+    source: str | Path | Shards, target: str | Path, scheme: str | Scheme, revision: str | None, options: Options
 ) -> Report:
     """`convert`, with a report of what it took."""
     started = time.perf_counter()
     scheme = Scheme.preset(scheme) if isinstance(scheme, str) else scheme
     target = Path(target)
-    options = Options(jobs=(os.cpu_count() or 1) if jobs is None else jobs, restart=restart, progress=progress)
     partial = target.with_name(target.name + ".partial")
     if target.exists() and not (partial / "journal").exists():
         raise CheckpointError(f"{target} exists already: choose another folder, or remove it first")
-    with closing(_open(source, revision, partial / "shards")) as shards:
+    if isinstance(source, (str, Path)):
+        source = open_shards(source, revision, partial / "shards")
+    with closing(source) as shards:
         plan = lay_out(shards.checkpoint, scheme)
         loops()  # import numba before memory is watched: it is not part of a conversion
         with _PeakMemory() as peak, _hold(partial, target), _explained(plan, partial, target):
             nbytes = _make(shards, plan, partial, target, options)
     return Report(target, nbytes, time.perf_counter() - started, peak.nbytes)
-
-
-def _open(source: str | Path | Shards, revision: str | None, downloads: Path) -> Shards:
-    if not isinstance(source, (str, Path)):
-        return source
-    source = pinned(source, revision)
-    if is_store(source):
-        raise CheckpointError(f"{source} is already a store: load it as it is, or copy the folder")
-    return open_shards(source, downloads)
 
 
 class _PeakMemory(threading.Thread):

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mixoff import models
-from mixoff.checkpoints import hub, model_files, names
+from mixoff.checkpoints import model_files, names
 from mixoff.checkpoints.checkpoint import read_header
-from mixoff.checkpoints.published import is_published, open_checkpoint
+from mixoff.checkpoints.find import Folder, find, here
 from mixoff.checkpoints.survey import survey
 from mixoff.errors import CheckpointError, MixoffError
 from mixoff.quantize.scheme import Scheme
 from mixoff.shapes import config, sizes
 from mixoff.shapes.known import PRESETS, named_as
 from mixoff.shapes.shape import ModelShape, Stored, from_config
-from mixoff.store.manifest import MANIFEST, read_manifest
+from mixoff.store.manifest import read_manifest
 from mixoff.store.source import open_source
 
 if TYPE_CHECKING:
@@ -47,36 +45,20 @@ def read(source: str | Path) -> PretrainedConfig:
     if (name := named_as(source)) in PRESETS:
         values = dict(PRESETS[name])
         return AutoConfig.for_model(values.pop("model_type"), **values)
-    path = folder_of(source)
-    if path is None and (model := names.parse(source)) is not None:
-        path = _from_hub(model)
-    if path is None or not (path / "config.json").exists():
-        if path is not None:
-            model_files.refuse_adapter([p.name for p in path.iterdir()], path, path)
+    folder = here(source)
+    if folder is None and names.parse(source) is not None:
+        try:
+            folder = find(source, config_only=True)
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"{source} is not built in, and its config.json could not be fetched ({error}): give a local folder, "
+                f"or one of {', '.join(PRESETS)}"
+            ) from error
+    if folder is None or not (folder.path / "config.json").exists():
+        if folder is not None:
+            model_files.refuse_adapter([p.name for p in folder.path.iterdir()], folder.path, folder)
         raise CheckpointError(f"no config.json in {source}: give a model folder, or one of {', '.join(PRESETS)}")
-    return config.read_config(path)
-
-
-def folder_of(source: object) -> Path | None:
-    """The local folder that `source` names, a bundled model's for its name; None for anything else."""
-    if not isinstance(source, (str, Path)) or str(source) in PRESETS:
-        return None
-    if str(source) in models.names():
-        return models.path(str(source))
-    path = Path(os.path.expanduser(source))
-    if path.is_file():
-        return path.parent
-    return path if path.is_dir() else None
-
-
-def _from_hub(model: names.HubId) -> Path:
-    try:
-        return hub.config_folder(model)
-    except CheckpointError as error:
-        raise CheckpointError(
-            f"{model} is not built in, and its config.json could not be fetched ({error}): give a local folder, "
-            f"or one of {', '.join(PRESETS)}"
-        ) from error
+    return config.read_config(folder.path)
 
 
 def as_stored(shape: ModelShape, source: object, scheme: str | Scheme | None) -> tuple[ModelShape, str | Scheme | None]:
@@ -84,34 +66,34 @@ def as_stored(shape: ModelShape, source: object, scheme: str | Scheme | None) ->
 
     Raises MixoffError where a store, or a checkpoint that is quantized already, is asked for in another scheme.
     """
-    folder = folder_of(source)
-    if folder is None:
+    folder = None if str(source) in PRESETS else here(source)
+    if folder is None or folder.kind == "config":
         return shape, scheme
-    if (folder / MANIFEST).is_file():
+    if folder.is_store:
         return _as_store(shape, folder, scheme)
-    if is_published(folder):
-        survey(open_checkpoint(folder))
+    if folder.kind == "published":
+        survey(folder.checkpoint())
         return shape, _only(source, scheme, sizes.PUBLISHED)
-    return (_in_files(shape, folder) if model_files.begun(folder) else shape), scheme
+    return _in_files(shape, folder), scheme
 
 
-def _in_files(shape: ModelShape, folder: Path) -> ModelShape:
+def _in_files(shape: ModelShape, folder: Folder) -> ModelShape:
     """The shape with the names and dtypes of the safetensors files in `folder`.
 
     Raises CheckpointError for what `load` would refuse.
     """
-    backbone = survey(open_checkpoint(folder)).backbone
+    backbone = survey(folder.checkpoint()).backbone
     roles = {tensor.name: tensor.role for tensor in shape.backbone}
     files = tuple(Stored(tuple(t.shape), t.nbytes, roles.get(name)) for name, t in backbone.items())
     return replace(shape, files=files).quantized_only(backbone)
 
 
-def _as_store(shape: ModelShape, folder: Path, scheme: str | Scheme | None) -> tuple[ModelShape, Scheme]:
+def _as_store(shape: ModelShape, folder: Folder, scheme: str | Scheme | None) -> tuple[ModelShape, Scheme]:
     open_source(folder).close()  # refuse what `load` would refuse
-    manifest = read_manifest(folder)
+    manifest = read_manifest(folder.path)
     stored = Scheme.from_json(json.dumps(manifest["scheme"]))
     wanted = Scheme.preset(scheme) if isinstance(scheme, str) else scheme
-    tensors = {n: t for entry in manifest["backbone"] for n, t in read_header(folder / entry["file"]).items()}
+    tensors = {n: t for entry in manifest["backbone"] for n, t in read_header(folder.path / entry["file"]).items()}
     files = tuple(Stored(tuple(t.shape), t.nbytes, None) for t in tensors.values())
     quantized = {name.rpartition(".")[0] for name in tensors}  # NAME.codes and other parts
     return replace(shape, files=files).quantized_only(quantized), _only(folder, wanted, stored)

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 
 from mixoff import folders
 from mixoff._version import __version__
-from mixoff.checkpoints.find import local_folder
 from mixoff.checkpoints.shards import LocalShards
 from mixoff.errors import MixoffError
 from mixoff.store import convert
@@ -21,6 +20,7 @@ from mixoff.store.manifest import FORMAT, MANIFEST, VERSION
 from mixoff.units import format_nbytes
 
 if TYPE_CHECKING:
+    from mixoff.checkpoints.find import Folder
     from mixoff.quantize.scheme import Scheme
 
 
@@ -32,23 +32,22 @@ def stores() -> Path:
     return folders.cache_folder() / "stores"
 
 
-def store_of(path: str | Path, scheme: Scheme) -> Path:
-    """The store of the checkpoint at `path` in `scheme`, converted if it is not there yet.
+def store_of(folder: Folder, scheme: Scheme) -> Path:
+    """The store of the checkpoint in `folder` in `scheme`, converted if it is not there yet.
 
     A second process that asks for the same store waits until the first has converted it. Raises CheckpointError for
     what cannot be converted, MixoffError if the cache folder cannot be written.
     """
     from filelock import FileLock
 
-    folder = local_folder(path)
-    target = stores() / _name(folder, scheme)
+    target = stores() / _name(folder.path, scheme)
     if (target / MANIFEST).exists():
         return target
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{target}.lock"):
             if not (target / MANIFEST).exists():
-                convert.convert(folder, target, scheme)
+                convert.convert(folder.path, target, scheme)
                 size = format_nbytes(sum(file.stat().st_size for file in target.iterdir()))
                 log.warning("kept %s in %s for the next time: delete that folder to free it", size, target)
     except OSError as error:

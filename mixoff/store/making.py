@@ -48,12 +48,12 @@ class WeightError(CheckpointError):
 class Options:
     """Options that do not change a byte of the store; see `convert`."""
 
-    jobs: int
-    restart: bool
-    progress: bool | None
+    jobs: int | None = None
+    restart: bool = False
+    progress: bool | None = None
 
     def __post_init__(self) -> None:
-        if type(self.jobs) is not int or self.jobs < 1:
+        if self.jobs is not None and (type(self.jobs) is not int or self.jobs < 1):
             raise MixoffError(f"jobs is {self.jobs!r}: give a whole number of threads, 1 or more, or leave it out")
 
 
@@ -102,7 +102,7 @@ def write(making: Making, shards: Shards, steps: list[Step], ranges: Ranges, opt
     if not shards.transient:
         for step in steps:
             ranges.open(step.file, shards.acquire(step.file))
-    with _Workers(options.jobs) as workers, _bar(making, options.progress) as bar:
+    with _Workers(options.jobs or os.cpu_count() or 1) as workers, _bar(making, options.progress) as bar:
         for step in steps:
             weights = [weight for weight in step.weights if weight.name not in done]
             keep = shards.transient and step.keep and KEPT + step.file not in done

@@ -9,13 +9,12 @@ import json
 from pathlib import Path
 
 from mixoff.checkpoints.checkpoint import read_header
-from mixoff.checkpoints.model_files import read_json
+from mixoff.checkpoints.model_files import MANIFEST, read_json
 from mixoff.errors import CheckpointError
 from mixoff.pages import LINE, slab
 from mixoff.quantize.layout import layout
 from mixoff.quantize.tensor import QTensor
 
-MANIFEST = "mixoff.json"
 QUANTIZED = "quantized.safetensors"
 FORMAT, VERSION = "mixoff-store", 1
 # `experts_implementation` in a store's config.json: transformers refuses the name, and would otherwise load the folder

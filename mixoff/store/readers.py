@@ -23,8 +23,8 @@ import numpy as np
 from mixoff.checkpoints.checkpoint import Extent
 from mixoff.errors import CheckpointError
 from mixoff.pages import pages
+from mixoff.units import PAGE
 
-BLOCK = 4096  # bytes; alignment that direct I/O requires, on any disk in use
 PIECE = 4 << 20  # bytes per request: smaller requests are slower, larger ones leave fewer to run in parallel
 
 
@@ -131,16 +131,16 @@ class DirectReader(ExpertReader):
         self.descriptors = {name: _open_direct(self.folder / name) for name in self.files}
         self.buffers: queue.SimpleQueue[mmap.mmap] = queue.SimpleQueue()
         longest = max(x.nbytes for extent in extents.values() for x in extent)
-        self.step = min(PIECE, -(-longest // BLOCK) * BLOCK)  # bytes of a request
-        if any(x.offset % BLOCK or x.place % BLOCK for extent in extents.values() for x in extent):
-            self.buffer_nbytes = buffers * (self.step + 2 * BLOCK)
+        self.step = min(PIECE, -(-longest // PAGE) * PAGE)  # bytes of a request
+        if any(x.offset % PAGE or x.place % PAGE for extent in extents.values() for x in extent):
+            self.buffer_nbytes = buffers * (self.step + 2 * PAGE)
             for _ in range(buffers):
-                self.buffers.put(pages(self.step + 2 * BLOCK))
+                self.buffers.put(pages(self.step + 2 * PAGE))
 
     def try_out(self) -> None:
         """Read a block. Raises OSError if the filesystem opens files for direct I/O but cannot read them."""
         for file in list(self.descriptors.values())[:1]:
-            os.preadv(file.fileno(), [pages(BLOCK)], 0)
+            os.preadv(file.fileno(), [pages(PAGE)], 0)
 
     def close(self) -> None:
         """Close the files; reading afterwards is an error."""
@@ -160,22 +160,22 @@ class DirectReader(ExpertReader):
     @staticmethod
     def _blocks(image: memoryview, start: int, stop: int, offset: int, room: int) -> memoryview | None:
         """The view of the image that takes whole blocks of the file; None where file or memory is not aligned."""
-        end = -(-stop // BLOCK) * BLOCK
-        if offset % BLOCK or start % BLOCK or end > max(room, stop):
+        end = -(-stop // PAGE) * PAGE
+        if offset % PAGE or start % PAGE or end > max(room, stop):
             return None
         view = image[start:end]
-        return None if ctypes.addressof(ctypes.c_char.from_buffer(view)) % BLOCK else view
+        return None if ctypes.addressof(ctypes.c_char.from_buffer(view)) % PAGE else view
 
     def _through_buffer(self, image: memoryview, offset: int, x: Extent) -> None:
         """Read the blocks around the wanted bytes into a buffer, and copy those."""
-        skip = offset % BLOCK
+        skip = offset % PAGE
         try:
             buffer = self.buffers.get_nowait()
         except queue.Empty:  # an unaligned image in an aligned store: no buffer was set aside
-            buffer = pages(self.step + 2 * BLOCK)
+            buffer = pages(self.step + 2 * PAGE)
         try:
             wanted = skip + len(image)
-            self._read_blocks(memoryview(buffer)[: -(-wanted // BLOCK) * BLOCK], wanted, offset - skip, x)
+            self._read_blocks(memoryview(buffer)[: -(-wanted // PAGE) * PAGE], wanted, offset - skip, x)
             np.copyto(np.frombuffer(image, np.uint8), np.frombuffer(buffer, np.uint8, len(image), skip))  # without GIL
         finally:
             self.buffers.put(buffer)
@@ -185,7 +185,7 @@ class DirectReader(ExpertReader):
         done = 0
         while done < wanted:
             n = os.preadv(self.descriptors[x.file].fileno(), [view[done:]], offset + done)
-            if n == 0 or (n % BLOCK and done + n < wanted):
+            if n == 0 or (n % PAGE and done + n < wanted):
                 raise _ended(x)
             done += n
 

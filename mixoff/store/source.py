@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from mixoff.checkpoints import backbone, names, published
+from mixoff.checkpoints import backbone, published
 from mixoff.checkpoints.checkpoint import Extent, TensorRange, read_header
-from mixoff.checkpoints.find import local_folder
+from mixoff.checkpoints.find import Folder, find
 from mixoff.checkpoints.survey import backbone_shapes, survey
 from mixoff.errors import CheckpointError
 from mixoff.quantize.scheme import Scheme
@@ -18,7 +18,7 @@ from mixoff.quantize.strided import StridedTensor
 from mixoff.quantize.tensor import QTensor
 from mixoff.shapes import config
 from mixoff.shapes.sites import Site, dtype_nbytes, quantized_sites, stride
-from mixoff.store.manifest import MANIFEST, QUANTIZED, damaged, described_quantized, read_manifest, read_quantized
+from mixoff.store.manifest import QUANTIZED, damaged, described_quantized, read_manifest, read_quantized
 from mixoff.store.readers import ExpertReader
 
 
@@ -30,7 +30,7 @@ class EncodedError(CheckpointError):
 class Source:
     """A model folder that experts are served from: a store or a plain checkpoint.
 
-    - folder: the model folder.
+    - files: the model folder.
     - sites: sets of experts, with the parts of each expert as they are stored.
     - dtype: dtype of the weights before quantization, by torch's name.
     - scheme: how the weights are stored.
@@ -38,7 +38,7 @@ class Source:
     - backbone: tensors that do not belong to experts, by name, in the same files.
     """
 
-    folder: Path
+    files: Folder
     sites: tuple[Site, ...]
     dtype: str
     scheme: Scheme
@@ -46,9 +46,9 @@ class Source:
     backbone: Mapping[str, TensorRange]
 
     @property
-    def is_store(self) -> bool:
-        """Whether the folder is a store, rather than a plain checkpoint."""
-        return (self.folder / MANIFEST).exists()
+    def folder(self) -> Path:
+        """Path of the model folder."""
+        return self.files.path
 
     @property
     def expert_nbytes(self) -> int:
@@ -60,21 +60,21 @@ class Source:
         self.reader.close()
 
 
-def open_source(path: str | Path) -> Source:
-    """Open a store or a plain checkpoint for reading: a folder, a bundled model, or a Hub id in the local Hub cache."""
-    folder = local_folder(path)
-    if (folder / MANIFEST).exists():
-        return _open_store(folder)
-    checkpoint = published.open_checkpoint(folder)
+def open_source(path: str | Path | Folder) -> Source:
+    """Open a store or a plain checkpoint for reading: whatever `find` takes."""
+    folder = find(path)
+    if folder.is_store:
+        return open_store(folder, read_manifest(folder.path))
+    checkpoint = folder.checkpoint()
     if reason := checkpoint.not_in_place:
-        raise EncodedError(f"{reason}: convert it first (`mixoff convert {path} TARGET`), or load it with a scheme")
+        raise EncodedError(f"{reason}: convert it first (`mixoff convert {folder} TARGET`), or load it with a scheme")
     contents = survey(checkpoint)
     return Source(
-        folder=folder,
+        files=folder,
         sites=contents.sites,
         dtype=contents.dtype,
         scheme=Scheme(),
-        reader=ExpertReader(folder, contents.extents),
+        reader=ExpertReader(folder.path, contents.extents),
         backbone=contents.backbone,
     )
 
@@ -82,17 +82,9 @@ def open_source(path: str | Path) -> Source:
 # Stores ---------------------------------------------------------------------------------------------------------------
 
 
-def is_store(path: str | Path) -> bool:
-    """Whether `path` is the folder of a store, intact or not."""
-    return names.parse(path) is None and (local_folder(path) / MANIFEST).exists()
-
-
-def _open_store(folder: Path) -> Source:
-    return _described(folder, read_manifest(folder))
-
-
-def _described(folder: Path, manifest: dict) -> Source:
-    """The store in `folder`. Its sites follow from configuration and scheme; the manifest must describe the same."""
+def open_store(files: Folder, manifest: dict) -> Source:
+    """The store in a folder. Its sites follow from configuration and scheme; the manifest must describe the same."""
+    folder = files.path
     try:
         scheme = Scheme.from_json(json.dumps(manifest["scheme"]))
         dtype = manifest["dtype"]
@@ -100,7 +92,7 @@ def _described(folder: Path, manifest: dict) -> Source:
         plain = config.expert_sites(config.skeleton(config.read_config(folder)), dtype)
         built = quantized_sites(published.stored_sites(plain, manifest["sites"]), scheme)
         stored = [{key: entry[key] for key in ("stride", *asdict(built[0]))} for entry in manifest["sites"]]
-        files = [entry["file"] for entry in manifest["sites"]]
+        experts = [entry["file"] for entry in manifest["sites"]]
     except (KeyError, TypeError, AttributeError) as error:
         raise damaged(folder, error) from None
     if json.dumps(stored) != json.dumps([{"stride": stride(site), **asdict(site)} for site in built]):
@@ -109,14 +101,14 @@ def _described(folder: Path, manifest: dict) -> Source:
         )
     extents = {
         (i, e): [Extent(file, e * stride(site), 0, site.expert_nbytes)]
-        for i, (site, file) in enumerate(zip(built, files, strict=True))
+        for i, (site, file) in enumerate(zip(built, experts, strict=True))
         for e in range(site.num_experts)
     }
     tensors = _stored_backbone(folder, manifest)
     quantized = {name: tuple(meta["shape"]) for name, meta in described_quantized(folder).items()}
     backbone.check(folder, backbone_shapes(folder, tensors) | quantized)
     return Source(
-        folder=folder,
+        files=files,
         sites=built,
         dtype=dtype,
         scheme=scheme,
@@ -136,6 +128,6 @@ def open_backbone(source: Source) -> Iterator[tuple[dict[str, QTensor | StridedT
     """The backbone's quantized weights by name, and its other tensors as slices of the files that `source` reads."""
     with backbone.opened(source.folder, source.backbone) as slices:
         quantized = published.read_matrices(source.folder, source.backbone, lambda name: slices[name][...])
-        if source.is_store:
+        if source.files.is_store:
             quantized |= read_quantized(source.folder)
         yield quantized, {name: slices[name] for name in published.plain_names(slices)}

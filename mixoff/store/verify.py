@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mixoff.checkpoints.checkpoint import read_header
-from mixoff.checkpoints.find import local_folder
+from mixoff.checkpoints.find import find
 from mixoff.errors import CheckpointError
 from mixoff.shapes.sites import stride
 from mixoff.store.manifest import damaged, read_manifest
-from mixoff.store.source import Source, _described
+from mixoff.store.source import Source, open_store
 
 
 def verify(path: str | Path, full: bool = False) -> dict:
@@ -23,9 +23,10 @@ def verify(path: str | Path, full: bool = False) -> dict:
     Returns counts of what was checked: `{"experts": n, "tensors": n, "nbytes": n}`. Raises CheckpointError, which names
     the first tensor that differs from what the conversion wrote.
     """
-    folder = local_folder(path)
+    files = find(path)
+    folder = files.path
     manifest = read_manifest(folder)
-    source = _described(folder, manifest)
+    source = open_store(files, manifest)
     source.close()
     checked = {"experts": sum(site.num_experts for site in source.sites), "tensors": 0, "nbytes": 0}
     for file, offset, nbytes, name, sha256 in _hashed_ranges(folder, source, manifest):

@@ -158,7 +158,7 @@ def test_offloaded_is_resident_bit_for_bit(folders):
 def test_repacking_loses_nothing(folders, tmp_path):
     target = mixoff.convert(folders[0], tmp_path / "store")
     plain, stored = open_source(folders[0]), open_source(target)
-    assert plain.sites == stored.sites and stored.is_store and mixoff.verify(target, full=True)["experts"] == 16
+    assert plain.sites == stored.sites and stored.files.is_store and mixoff.verify(target, full=True)["experts"] == 16
     for key in plain.reader.extents:
         images = [bytearray(plain.expert_nbytes) for _ in range(2)]
         for source, image in zip((plain, stored), images, strict=True):

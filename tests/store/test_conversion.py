@@ -37,6 +37,7 @@ from tiny import save_random
 
 # one role each of what is quantized and what is copied, in widths of the random model
 SCHEME = Scheme(attention=Precision(4, 16), experts=Precision(2, 32))
+OPTIONS = making.Options()
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +192,7 @@ def test_an_interrupt_leaves_a_resumable_state(small, stores, tmp_path, monkeypa
     done = Journal(tmp_path / "store.partial" / "journal").done
     assert len(done) == 20 and not target.exists()
     rest = [w.part.nbytes for w in blueprint(small).weights if w.name not in done]
-    assert convert.run(small, target, SCHEME).source_nbytes == sum(rest), "nothing is done twice"
+    assert convert.run(small, target, SCHEME, None, OPTIONS).source_nbytes == sum(rest), "nothing is done twice"
     assert tree(target) == stores[small]
 
 

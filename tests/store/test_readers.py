@@ -18,10 +18,11 @@ from mixoff import CheckpointError, MixoffError
 from mixoff.checkpoints.checkpoint import Extent
 from mixoff.pages import pages
 from mixoff.planning.budget import goes_direct
-from mixoff.store.readers import BLOCK, DirectReader, DroppingReader, ExpertReader, past_page_cache
+from mixoff.store.readers import DirectReader, DroppingReader, ExpertReader, past_page_cache
+from mixoff.units import PAGE
 from tiny import BUNDLED, decode
 
-LENGTH = 5 * BLOCK + 1234
+LENGTH = 5 * PAGE + 1234
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +37,8 @@ def disk(tmp_path_factory, root):
     """A folder on a filesystem that is a disk: the tests' temporary one, or where that is memory, the repository's."""
     folder = tmp_path_factory.mktemp("disk")
     probe = folder / "probe"
-    probe.write_bytes(bytes(BLOCK))
-    if isinstance(past_page_cache(ExpertReader(folder, {(0, 0): [Extent("probe", 0, 0, BLOCK)]}), 1), DirectReader):
+    probe.write_bytes(bytes(PAGE))
+    if isinstance(past_page_cache(ExpertReader(folder, {(0, 0): [Extent("probe", 0, 0, PAGE)]}), 1), DirectReader):
         yield folder
         return
     (root / "build").mkdir(exist_ok=True)
@@ -51,8 +52,8 @@ def extents(draw):
     found, place = [], 0
     for _ in range(draw(st.integers(1, 3))):
         aligned = draw(st.booleans())
-        offset = draw(st.integers(0, 4)) * BLOCK if aligned else draw(st.integers(0, LENGTH - 1))
-        place = -(-place // BLOCK) * BLOCK if aligned else place + draw(st.integers(0, 70))
+        offset = draw(st.integers(0, 4)) * PAGE if aligned else draw(st.integers(0, LENGTH - 1))
+        place = -(-place // PAGE) * PAGE if aligned else place + draw(st.integers(0, 70))
         found.append(Extent("noise.bin", offset, place, draw(st.integers(1, LENGTH - offset))))
         place += found[-1].nbytes
     return found
@@ -65,14 +66,14 @@ def test_every_way_reads_the_same_bytes(noise, make, extents, step, aligned):
     """Whole or in pieces, into memory that is aligned or not; nothing between or behind the ranges is touched, but for
     the rest of the last block of an expert that is one aligned range."""
     data, end = noise.read_bytes(), max(x.place + x.nbytes for x in extents)
-    memory = memoryview(pages(-(-end // BLOCK) * BLOCK + BLOCK))
-    image = memory[: -(-end // BLOCK) * BLOCK] if aligned else memory[64 : 64 + end]
+    memory = memoryview(pages(-(-end // PAGE) * PAGE + PAGE))
+    image = memory[: -(-end // PAGE) * PAGE] if aligned else memory[64 : 64 + end]
     want = bytearray(b"\x55" * len(image))
     image[:] = want
     for x in extents:
         want[x.place : x.place + x.nbytes] = data[x.offset : x.offset + x.nbytes]
     reader = make(noise.parent, {(0, 0): extents}, *([2] if make is DirectReader else []))
-    pieces = [(a, min(a + step * BLOCK, end)) for a in range(0, end, step * BLOCK)]
+    pieces = [(a, min(a + step * PAGE, end)) for a in range(0, end, step * PAGE)]
     random.Random(step).shuffle(pieces)
     assert sum(reader.read_into(0, 0, image, *piece) for piece in pieces) == sum(x.nbytes for x in extents)
     behind = end if len(extents) == 1 else len(image)
@@ -84,11 +85,11 @@ def test_every_way_reads_the_same_bytes(noise, make, extents, step, aligned):
 
 
 @pytest.mark.parametrize("make", [ExpertReader, DroppingReader, DirectReader])
-@pytest.mark.parametrize("nbytes", [LENGTH + 1, 6 * BLOCK])
+@pytest.mark.parametrize("nbytes", [LENGTH + 1, 6 * PAGE])
 def test_a_file_that_ends_too_early_is_named(noise, make, nbytes):
     reader = make(noise.parent, {(0, 0): [Extent("noise.bin", 0, 0, nbytes)]}, *([1] if make is DirectReader else []))
     with pytest.raises(CheckpointError, match=r"noise.bin ends before byte"):
-        reader.read_into(0, 0, memoryview(pages(8 * BLOCK)))
+        reader.read_into(0, 0, memoryview(pages(8 * PAGE)))
     reader.close()
 
 
@@ -104,7 +105,7 @@ def test_a_filesystem_without_direct_io_is_read_all_the_same(noise, monkeypatch)
     monkeypatch.setattr(os, "open", refuse)
     reader = past_page_cache(ExpertReader(noise.parent, extents), 2)
     assert isinstance(reader, DroppingReader) and "no direct I/O" in reader.how
-    image = memoryview(pages(8 * BLOCK))
+    image = memoryview(pages(8 * PAGE))
     reader.read_into(0, 0, image)
     assert image[:LENGTH] == noise.read_bytes()
     reader.close()
