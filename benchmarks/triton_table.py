@@ -128,6 +128,7 @@ SPECIAL = (
     Case(75, "strided", 2, 16, 1, "fp16", wide=False),
     Case(75, "strided", 4, 64, 2, "fp16"),
     Case(80, "strided_weights", 2, 16, 1, "bf16"),
+    *(Case(sm, "rotate", 2, 32, 1, "fp32") for sm in (75, 80, 90)),
 )
 
 
@@ -136,6 +137,8 @@ SPECIAL = (
 
 def constants(case: Case) -> tuple[dict, dict]:
     """Constants and options of a launch, as `triton_products` and `triton_strided` pass them."""
+    if case.kernel == "rotate":
+        return {"COUNT": products.ROTATED}, {"num_warps": 4, "enable_fp_fusion": True}
     if case.kernel in STRIDED:
         given = strided.settings(case.bits, case.group, case.rows)
         if case.kernel == "strided_weights":

@@ -27,7 +27,7 @@ from mixoff.errors import CheckpointError, MixoffError
 from mixoff.pages import slab
 from mixoff.planning import probe
 from mixoff.quantize.layout import BLOCK, packed_nbytes
-from mixoff.quantize.scheme import Scheme
+from mixoff.quantize.scheme import Precision, Scheme
 from mixoff.quantize.tensor import QTensor
 from mixoff.shapes.config import backbone_roles, expert_modules, expert_sites, skeleton
 from mixoff.shapes.sites import Part, Site, quantized_sites, stride, torch_dtype
@@ -168,7 +168,7 @@ def _fill(image: torch.Tensor, part: Part, scheme: Scheme, key: tuple[int, ...])
     if part.form is None:
         place.copy_(plain(part.shape, part.dtype, rng).view(-1).view(torch.uint8))
     else:
-        pick(QTensor.from_buffer(image, part.offset, part.shape, *part.form), scheme, "experts", rng)
+        pick(QTensor.from_buffer(image, part.offset, part.shape, *part.form), scheme, rng)
     return hashlib.sha256(place.numpy()).hexdigest()
 
 
@@ -186,13 +186,14 @@ def _values(dtype: str) -> torch.Tensor:
     return values.to(torch_dtype(dtype))
 
 
-def pick(q: QTensor, scheme: Scheme, role: str, rng: np.random.Generator) -> QTensor:
-    """Fill `q` (N, K) with random blocks of rows from a pool, as `scheme` quantizes a weight of that role.
+def pick(q: QTensor, scheme: Scheme, rng: np.random.Generator) -> QTensor:
+    """Fill `q` (N, K) with random blocks of rows from a pool, as `scheme` quantizes them.
 
     Blocks of rows are contiguous in every part of a `QTensor`, so any sequence of blocks is a valid matrix.
     """
     whole = (q.shape[0] - 1) // BLOCK
-    blocks, ends = _pool(q.shape[1], q.shape[0] - whole * BLOCK, scheme, role)
+    precision = Precision(q.bits, q.group_size, q.rotated)
+    blocks, ends = _pool(q.shape[1], q.shape[0] - whole * BLOCK, scheme, precision)
     picks = [*(blocks[i] for i in rng.integers(POOL_BLOCKS, size=whole)), ends[int(rng.integers(ENDS))]]
     for name, part in q.parts.items():
         torch.cat([block.parts[name] for block in picks], out=part)
@@ -200,12 +201,12 @@ def pick(q: QTensor, scheme: Scheme, role: str, rng: np.random.Generator) -> QTe
 
 
 @functools.lru_cache(maxsize=16)
-def _pool(width: int, end: int, scheme: Scheme, role: str) -> tuple[list[QTensor], list[QTensor]]:
+def _pool(width: int, end: int, scheme: Scheme, precision: Precision) -> tuple[list[QTensor], list[QTensor]]:
     """Blocks of rows, quantized once, and blocks of `end` rows for the end of a matrix."""
     generator = torch.Generator().manual_seed(SEED)
 
     def draw(rows: int) -> QTensor:
-        return scheme.quantize(torch.randn(rows, width, generator=generator) * SIGMA, role)
+        return scheme.quantize(torch.randn(rows, width, generator=generator) * SIGMA, precision)
 
     return [draw(BLOCK) for _ in range(POOL_BLOCKS)], [draw(end) for _ in range(ENDS)]
 
@@ -240,7 +241,7 @@ def _write_backbone(folder: Path, model: torch.nn.Module, scheme: Scheme, seed: 
         rng = np.random.default_rng((seed, i))
         if role and scheme.precision(role):
             empty = QTensor.empty(tuple(tensor.shape), *_form(scheme, role))
-            parts, described[name] = pick(empty, scheme, role, rng).to_tensors()
+            parts, described[name] = pick(empty, scheme, rng).to_tensors()
             packed |= {f"{name}.{part}": values for part, values in parts.items()}
         else:
             kept[name] = _kept(name, tensor, rng)

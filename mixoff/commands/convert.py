@@ -39,7 +39,7 @@ def main(args: argparse.Namespace) -> int:
     compile_s = warmup.compile_solvers(Scheme.preset(args.scheme), terminal.say)
     settings = making.Options(args.jobs, args.restart, progress=False if args.json else None)
     with _progress_lines(args.target, quiet=args.json):
-        done = convert.run(args.source, args.target, args.scheme, None, settings)
+        done = convert.run(args.source, args.target, args.scheme, options=settings)
     nbytes = sum(p.stat().st_size for p in done.target.iterdir())
     rate = done.source_nbytes / done.seconds / 1e6
     if args.json:

@@ -16,6 +16,7 @@ from mixoff.kernels.cpu import products, strided
 from mixoff.kernels.triton import products as triton_products
 from mixoff.kernels.triton import strided as triton_strided
 from mixoff.kernels.triton.tiles import MOST_ROWS
+from mixoff.quantize import rotation
 from mixoff.quantize.strided import StridedTensor
 from mixoff.quantize.tensor import QTensor
 
@@ -69,6 +70,8 @@ def linear(
         return products.linear(x, w, exact=chosen == "fp32")
     if x.dim() != 2:
         return linear(x.reshape(-1, x.shape[-1]), w, scratch, transposed, exact, chosen).unflatten(0, x.shape[:-1])
+    if isinstance(w, QTensor) and w.rotated:
+        x = (triton_products.rotated if chosen.startswith("triton") else rotation.rotate)(x).to(x.dtype)
     if chosen == "triton":
         return _triton(w).linear(x, w)
     if chosen == "triton-dense":
@@ -99,7 +102,5 @@ def gated_mlps(x: torch.Tensor, experts: Sequence[tuple[QTensor, QTensor]], exac
     - exact: as in `linear`. Intermediate values are fp32 in any case.
     """
     if choose(x, experts[0][0], exact) == "triton":
-        return torch.stack(
-            [triton_products.linear(triton_products.gated(x, gate_up), down, x.dtype) for gate_up, down in experts]
-        )
+        return torch.stack([triton_products.gated_mlp(x, *expert) for expert in experts])
     return products.gated_mlps(x, experts, exact)

@@ -200,7 +200,7 @@ def _quantized(
             for e, image in enumerate(images[i]):
                 w = weights[e]
                 if part.form is not None:
-                    w = scheme.quantize(w.t() if before.transposed else w, "experts").to_buffer()
+                    w = scheme.quantize(w.t() if before.transposed else w, scheme.expert(part.name, i)).to_buffer()
                 image[part.offset : part.offset + part.nbytes] = w.contiguous().view(-1).view(torch.uint8)
     return [[(0, image)] for image in images]
 

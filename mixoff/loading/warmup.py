@@ -18,7 +18,7 @@ from mixoff import kernels
 from mixoff.kernels.cpu import products
 from mixoff.loading import layers
 from mixoff.quantize import solve
-from mixoff.quantize.scheme import ROLES, Scheme
+from mixoff.quantize.scheme import Scheme
 from mixoff.quantize.tensor import QTensor
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def _expert(form: tuple[int, int, int], dtype: torch.dtype, exact: bool) -> None
 
 def compile_solvers(scheme: Scheme, say: Callable[[str], object]) -> float:
     """Compile the loops of a conversion into `scheme`; returns the seconds."""
-    forms = {form for role in ROLES if (form := scheme.precision(role)) is not None}
+    forms = scheme.precisions()
     if not forms or solve.loops() is None:
         return 0.0
     with _announced(say) as started:

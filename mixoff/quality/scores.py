@@ -284,13 +284,18 @@ def compare(
 
 def matrices(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Role and view (N, K) of every weight that a scheme may quantize; gate and up are one matrix, as in a store."""
-    for module in config.expert_modules(model).values():
-        for weight in module.parameters(recurse=False):
+    return ((role, w) for role, _, w in _placed(model))
+
+
+def _placed(model: nn.Module) -> Iterator[tuple[str, tuple[str, int] | None, Tensor]]:
+    """`matrices` with the place of each: an expert's by its name and the number of its layer with experts, or None."""
+    for site, module in enumerate(config.expert_modules(model).values()):
+        for name, weight in module.named_parameters(recurse=False):
             if weight.dim() == 3:
-                yield from (("experts", w.t() if module.is_transposed else w) for w in weight.data)
+                yield from (("experts", (name, site), w.t() if module.is_transposed else w) for w in weight.data)
     modules = dict(model.named_modules())
     for name, role in config.backbone_roles(model).items():
-        yield role, modules[name.removesuffix(".weight")].weight.data
+        yield role, None, modules[name.removesuffix(".weight")].weight.data
 
 
 @contextmanager
@@ -304,10 +309,12 @@ def quantized(model: nn.Module, schemes: Scheme | Mapping[str, Scheme]) -> Itera
     by_role = schemes if isinstance(schemes, Mapping) else dict.fromkeys(ROLES, schemes)
     sizes, originals = {}, {}
     try:
-        for role, w in matrices(model):
+        for role, place, w in _placed(model):
             if w.data_ptr() in originals:  # a tied head: its embedding came first
                 continue
-            q = by_role.get(role, Scheme()).quantize(w, role)
+            scheme = by_role.get(role, Scheme())
+            precision = scheme.expert(*place) if place else scheme.precision(role)
+            q = precision and scheme.quantize(w, precision)
             nbytes, weights = sizes.get(role, (0, 0))
             sizes[role] = nbytes + (2 * w.numel() if q is None else q.nbytes), weights + w.numel()
             originals[w.data_ptr()] = w, None if q is None else w.clone()

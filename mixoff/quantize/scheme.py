@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 
 from torch import Tensor
 
 from mixoff.errors import MixoffError
+from mixoff.quantize import rotation
 from mixoff.quantize.layout import DEFAULT_SOLVER, GROUP_SIZES, METADATA_BITS, SOLVERS, check_format
 from mixoff.quantize.solve import quantize
 from mixoff.quantize.tensor import QTensor
@@ -17,17 +18,24 @@ from mixoff.quantize.tensor import QTensor
 
 ROLES = ("attention", "experts", "shared_experts", "head", "embeddings")
 KEPT = ("router", "norms")  # always in 16 bits
+LAST = "down_proj"  # the last matrix of an expert, in every family
 
 
 @dataclass(frozen=True)
 class Precision:
-    """Bits per weight, and weights per group, of one part of a model."""
+    """Bits per weight, and weights per group, of one part of a model.
+
+    rotated: whether inputs are rotated before they are rounded (see `rotation`); for the last matrix of an expert
+    """
 
     bits: int
     group_size: int
+    rotated: bool = False
 
     def __post_init__(self) -> None:
         check_format((1, max(GROUP_SIZES)), self.bits, self.group_size, max(METADATA_BITS))
+        if type(self.rotated) is not bool:
+            raise MixoffError(f"rotated is {self.rotated!r}: choose True or False")
 
 
 @dataclass(frozen=True)
@@ -35,6 +43,9 @@ class Scheme:
     """Which part of a model gets how many bits; routers and norms always stay in 16.
 
     - attention, experts, shared_experts, head, embeddings: precision of that part; None leaves it in 16 bits.
+    - down: precision of the last matrix of an expert; None is that of `experts`.
+    - by_layer: precisions of an expert's first matrices and of its last one, for each layer with experts; if empty,
+      `experts` and `down` hold for all layers.
     - metadata_bits: bits of each group's scale and minimum, 8 or 16.
     - solver: `"rtn"`, `"hqq"` or `"lsq"`, as in `quantize`.
 
@@ -50,13 +61,20 @@ class Scheme:
     shared_experts: Precision | None = None
     head: Precision | None = None
     embeddings: Precision | None = None
+    down: Precision | None = None
+    by_layer: tuple[tuple[Precision, Precision], ...] = ()
     metadata_bits: int = 8
     solver: str = DEFAULT_SOLVER
 
     def __post_init__(self) -> None:
-        for role in ROLES:
+        for role in (*ROLES, "down"):
             if not isinstance(getattr(self, role), (Precision, type(None))):
                 raise MixoffError(f"{role} of a scheme is a Precision or None, not {getattr(self, role)!r}")
+        pairs = all(isinstance(pair, tuple) and len(pair) == 2 for pair in self.by_layer)
+        if not pairs or not all(isinstance(precision, Precision) for pair in self.by_layer for precision in pair):
+            raise MixoffError(f"by_layer of a scheme is a tuple of pairs of Precision, not {self.by_layer!r}")
+        if self.experts is None and (self.down or self.by_layer):
+            raise MixoffError("a scheme with `down` or `by_layer` quantizes experts: give `experts` too")
         if type(self.metadata_bits) is not int or self.metadata_bits not in METADATA_BITS:
             raise MixoffError(f"metadata_bits is {self.metadata_bits!r}: choose 8 or 16")
         if self.solver not in SOLVERS:
@@ -75,10 +93,34 @@ class Scheme:
             raise MixoffError(f"a model has no part {role!r}: choose one of {', '.join(ROLES + KEPT)}")
         return None if role in KEPT else getattr(self, role)
 
-    def quantize(self, w: Tensor, role: str, each: Callable = map) -> QTensor | None:
-        """`w` (N, K) quantized as a weight of that part; None if the part stays in 16 bits."""
-        form = self.precision(role)
-        return form and quantize(w, form.bits, form.group_size, self.solver, self.metadata_bits, each)
+    def expert(self, part: str, site: int) -> Precision | None:
+        """The precision of a matrix of an expert, by its name, in layer number `site` of those that have experts.
+
+        Raises MixoffError if `by_layer` is for a model with fewer layers.
+        """
+        if self.by_layer and site >= len(self.by_layer):
+            raise MixoffError(f"this scheme is for another model: it has {len(self.by_layer)} layers of experts")
+        first, last = self.by_layer[site] if self.by_layer else (self.experts, self.down or self.experts)
+        return last if part == LAST else first
+
+    def precisions(self) -> set[Precision]:
+        """All precisions that the scheme uses."""
+        given = [getattr(self, role) for role in (*ROLES, "down")] + [p for pair in self.by_layer for p in pair]
+        return {precision for precision in given if precision}
+
+    def quantize(self, w: Tensor, part: str | Precision, each: Callable = map) -> QTensor | None:
+        """`w` (N, K) quantized by this scheme's solver; None if the part stays in 16 bits.
+
+        - part: a precision, or a part of the model.
+        - each: as in `quantize`.
+        """
+        precision = self.precision(part) if isinstance(part, str) else part
+        if precision is None:
+            return None
+        if precision.rotated:
+            w = rotation.rotate(w)
+        q = quantize(w, precision.bits, precision.group_size, self.solver, self.metadata_bits, each)
+        return replace(q, rotated=precision.rotated)
 
     def to_json(self) -> str:
         """One line of JSON."""
@@ -90,6 +132,8 @@ class Scheme:
         try:
             values = json.loads(text)
             values |= {role: values[role] and Precision(**values[role]) for role in ROLES}
+            values["down"] = values.get("down") and Precision(**values["down"])  # stores of mixoff 0.1 lack these two
+            values["by_layer"] = tuple(tuple(Precision(**p) for p in pair) for pair in values.get("by_layer", ()))
             if set(values) != {field.name for field in fields(cls)}:
                 raise KeyError(*set(values) - {field.name for field in fields(cls)})
         except (TypeError, ValueError, KeyError, RecursionError) as error:

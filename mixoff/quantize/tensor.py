@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mixoff.errors import CheckpointError, MixoffError
 from mixoff.pages import slab
+from mixoff.quantize import rotation
 from mixoff.quantize.layout import (
     BLOCK,
     FORMAT,
@@ -57,6 +58,7 @@ class QTensor:
     - shape: (N, K).
     - bits, group_size, metadata_bits: format, as in `quantize`.
     - parts: codes and metadata by name, as in `layout`; they own their memory, or are views of a buffer such as a slot.
+    - rotated: whether the codes are those of `W R`, whose inputs are rotated (see `rotation`).
 
     Tested against the hqq package, brute force, and `layout`.
     """
@@ -66,6 +68,7 @@ class QTensor:
     group_size: int
     metadata_bits: int
     parts: Mapping[str, Tensor]
+    rotated: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -95,7 +98,8 @@ class QTensor:
     def __repr__(self) -> str:
         rows, columns = self.shape
         size = f"{self.bits_per_weight:.3f} bits/weight, {format_nbytes(self.nbytes)}"
-        return f"QTensor({rows}x{columns}, {self.bits}-bit g{self.group_size}, {size})"
+        form = f"{self.bits}-bit g{self.group_size}" + ", rotated" * self.rotated
+        return f"QTensor({rows}x{columns}, {form}, {size})"
 
     # Values
 
@@ -120,16 +124,20 @@ class QTensor:
         return zero_point(self.scale, self.minimum)
 
     def dequantize(self, dtype: torch.dtype = torch.float32, out: Tensor | None = None) -> Tensor:
-        """The weights `(q - zero) * scale` (N, K), computed in fp32, rounded to `dtype` or into `out`."""
+        """The weights `(q - zero) * scale` (N, K), computed in fp32, rounded to `dtype` or into `out`.
+
+        The inputs of a rotated matrix are rotated back.
+        """
         out = torch.empty(self.shape, dtype=dtype, device=self.device) if out is None else out
         if tuple(out.shape) != self.shape:
             raise MixoffError(f"out has shape {tuple(out.shape)}, and the matrix has {self.shape}")
         for start, stop in self.blocks():
-            out[start:stop] = self.block_weights(start, stop)
+            weights = self.block_weights(start, stop)
+            out[start:stop] = rotation.unrotate(weights) if self.rotated else weights
         return out
 
     def block_weights(self, start: int, stop: int) -> Tensor:
-        """The weights of one block of outputs, fp32 (rows, K)."""
+        """The weights of one block of outputs, fp32 (rows, K), with their inputs as they are stored."""
         scale, minimum = self._metadata(start, stop)  # (K/G, n)
         q = self._codes(start, stop).float().unflatten(0, (-1, self.group_size))  # (K/G, G, n)
         return q.sub_(zero_point(scale, minimum)[:, None]).mul_(scale[:, None]).flatten(0, 1).T  # (n, K)
@@ -164,15 +172,24 @@ class QTensor:
     # To and from memory and files
 
     @classmethod
-    def empty(cls, shape: tuple[int, int], bits: int, group_size: int, metadata_bits: int = 8) -> QTensor:
+    def empty(
+        cls, shape: tuple[int, int], bits: int, group_size: int, metadata_bits: int = 8, rotated: bool = False
+    ) -> QTensor:
         """A matrix whose parts are allocated but not filled."""
         form = tuple(shape), bits, group_size, metadata_bits
         check_format(*form)
-        return cls(*form, Parts(_memory(packed_nbytes(*form)), form))
+        return cls(*form, Parts(_memory(packed_nbytes(*form)), form), rotated)
 
     @classmethod
     def from_buffer(
-        cls, buffer: Tensor, offset: int, shape: tuple[int, int], bits: int, group_size: int, metadata_bits: int = 8
+        cls,
+        buffer: Tensor,
+        offset: int,
+        shape: tuple[int, int],
+        bits: int,
+        group_size: int,
+        metadata_bits: int = 8,
+        rotated: bool = False,
     ) -> QTensor:
         """Views, not copies, of the `packed_nbytes` bytes of a uint8 buffer (nbytes,) that begin at `offset`.
 
@@ -191,7 +208,7 @@ class QTensor:
             raise MixoffError(
                 f"offset {offset} is not a multiple of 4 bytes in memory, where a quantized matrix begins"
             )
-        return cls(*form, Parts(buffer[offset:end], form))
+        return cls(*form, Parts(buffer[offset:end], form), rotated)
 
     def to_buffer(self, buffer: Tensor | None = None, offset: int = 0) -> Tensor:
         """Write the byte image into a uint8 buffer (nbytes,) from `offset`, a fresh one if none is given; return it."""
@@ -205,7 +222,9 @@ class QTensor:
     def to(self, device: torch.device | str) -> QTensor:
         """The same matrix on another device."""
         form = self.shape, self.bits, self.group_size, self.metadata_bits
-        return self if self.device == torch.device(device) else QTensor(*form, Parts(self.image.to(device), form))
+        if self.device == torch.device(device):
+            return self
+        return QTensor(*form, Parts(self.image.to(device), form), self.rotated)
 
     def to_tensors(self) -> tuple[dict[str, Tensor], dict]:
         """The parts by name, and a JSON description for `from_tensors`; both fit into a safetensors file."""

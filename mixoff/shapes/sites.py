@@ -34,7 +34,8 @@ class Part:
     - shape: shape in the model.
     - dtype: dtype in the checkpoint.
     - offset, nbytes: its bytes in the expert's image.
-    - form: `(bits, group size, bits of metadata)` of a quantized weight, or `strided.Form.to_tuple()`.
+    - form: `(bits, group size, bits of metadata)` of a quantized weight, followed by True if its inputs are rotated;
+      or `strided.Form.to_tuple()`.
     """
 
     name: str
@@ -42,7 +43,7 @@ class Part:
     dtype: str
     offset: int
     nbytes: int
-    form: tuple[int, int, int] | None = None
+    form: tuple | None = None
 
 
 def place(parts: Iterable[Part]) -> tuple[Part, ...]:
@@ -98,27 +99,28 @@ def quantized_sites(sites: tuple[Site, ...], scheme: Scheme) -> tuple[Site, ...]
 
     Raises MixoffError if a group does not divide a width.
     """
-    precision = scheme.precision("experts")
-    if precision is None:
+    if scheme.experts is None:
         return sites
     if any(part.form is not None for site in sites for part in site.parts):
         raise CheckpointError(
             "these experts are quantized already: convert them with scheme 'none', which keeps them, "
             "or give mixoff the 16-bit original of this model"
         )
-    form = (precision.bits, precision.group_size, scheme.metadata_bits)
-
-    def quantized(site: Site) -> Site:
-        parts = [_quantized(part, site.transposed, form) if len(part.shape) == 2 else part for part in site.parts]
-        return replace(site, parts=place(parts), transposed=False)
-
-    return tuple(map(quantized, sites))
+    return tuple(
+        replace(site, parts=place(_quantized(part, i, site, scheme) for part in site.parts), transposed=False)
+        for i, site in enumerate(sites)
+    )
 
 
-def _quantized(part: Part, transposed: bool, form: tuple[int, int, int]) -> Part:
-    """The part as (outputs, inputs), the order of quantized weights in every family."""
-    shape = part.shape[::-1] if transposed else part.shape
-    return replace(part, shape=shape, form=form, nbytes=packed_nbytes(shape, *form))
+def _quantized(part: Part, i: int, site: Site, scheme: Scheme) -> Part:
+    """A matrix as (outputs, inputs), the order of quantized weights in every family; biases stay as they are."""
+    if len(part.shape) != 2:
+        return part
+    precision = scheme.expert(part.name, i)
+    form = precision.bits, precision.group_size, scheme.metadata_bits
+    shape = part.shape[::-1] if site.transposed else part.shape
+    nbytes = packed_nbytes(shape, *form)
+    return replace(part, shape=shape, form=(*form, True) if precision.rotated else form, nbytes=nbytes)
 
 
 def strided_sites(sites: Iterable[Site], form_of: Callable[[Site, Part], Form]) -> Iterable[Site]:

@@ -13,7 +13,7 @@ import torch
 from mixoff.checkpoints.checkpoint import ITEM_BITS, Checkpoint, Extent
 from mixoff.checkpoints.survey import survey as survey_of
 from mixoff.errors import CheckpointError
-from mixoff.quantize.scheme import Scheme
+from mixoff.quantize.scheme import Precision, Scheme
 from mixoff.quantize.tensor import QTensor
 from mixoff.shapes import config
 from mixoff.shapes.sites import DTYPES, PART_ALIGN, Part, Site, quantized_sites, stride
@@ -40,7 +40,7 @@ class Weight:
     - extents: byte ranges to read.
     - part: shape and dtype as read.
     - transposed: whether it is (inputs, outputs) in the checkpoint.
-    - role: part of the scheme that quantizes it; None keeps it as it is.
+    - precision: precision in the store; None keeps it as it is.
     - outputs: ranges of the store, which its byte image fills in this order.
     - where: name and file, for errors.
     - used: whether the model uses it.
@@ -50,7 +50,7 @@ class Weight:
     extents: tuple[Extent, ...]
     part: Part
     transposed: bool
-    role: str | None
+    precision: Precision | None
     outputs: tuple[Output, ...]
     where: str
     used: bool = True
@@ -122,7 +122,7 @@ def _place_experts(plan: Blueprint, plain: Iterable[Site], extents: dict[tuple[i
                     extents=moved,
                     part=old,
                     transposed=before.transposed,
-                    role="experts" if new.form != old.form else None,
+                    precision=plan.scheme.expert(old.name, i) if new.form != old.form else None,
                     outputs=(Output(name, file, e * stride(after) + new.offset, new.nbytes),),
                     where=f"{name} (layer {before.layer}, expert {e}) in {moved[0].file}",
                 )
@@ -150,7 +150,7 @@ def _place_copied(plan: Blueprint, tensors: dict, files: list[str], unused: set[
                 extents=(tensors[name][1],),
                 part=part,
                 transposed=False,
-                role=None,
+                precision=None,
                 outputs=(Output(name, file, offsets[name], t.nbytes),),
                 where=f"{name} in {t.file}",
                 used=name not in unused,
@@ -185,7 +185,7 @@ def _place_quantized(plan: Blueprint, roles: dict[str, str], backbone: dict) -> 
             extents=(extent,),
             part=part,
             transposed=False,
-            role=role,
+            precision=plan.scheme.precision(role),
             outputs=outputs,
             where=f"{name} in {t.file}",
         )
@@ -217,7 +217,7 @@ def to_json(value: dict) -> bytes:
 
 def index(plan: Blueprint) -> dict:
     """The index of the backbone's files: which of them holds which tensor that transformers loads."""
-    copied = [weight for weight in plan.weights if weight.outputs[0].file in plan.heads and weight.role is None]
+    copied = [weight for weight in plan.weights if weight.outputs[0].file in plan.heads and weight.precision is None]
     weight_map = {weight.name: weight.outputs[0].file for weight in copied}
     total = sum(weight.part.nbytes for weight in copied)
     return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}

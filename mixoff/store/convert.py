@@ -80,7 +80,11 @@ def convert(
 
 
 def run(
-    source: str | Path | Shards, target: str | Path, scheme: str | Scheme, revision: str | None, options: Options
+    source: str | Path | Shards,
+    target: str | Path,
+    scheme: str | Scheme = "none",
+    revision: str | None = None,
+    options: Options = Options(),  # noqa: B008  frozen
 ) -> Report:
     """`convert`, with a report of what it took."""
     started = time.perf_counter()

@@ -201,10 +201,10 @@ def _image(weight: Weight, raw: np.ndarray, scheme: Scheme, each: Callable) -> n
     w = torch.from_numpy(raw).view(sites.torch_dtype(dtype)).view(weight.part.shape)
     if weight.used and not is_finite(w):
         raise WeightError(f"{weight.where} holds NaN or infinity: {MEND}")
-    if weight.role is None:
+    if weight.precision is None:
         return raw
     try:
-        return scheme.quantize(w.t() if weight.transposed else w, weight.role, each).to_buffer().numpy()
+        return scheme.quantize(w.t() if weight.transposed else w, weight.precision, each).to_buffer().numpy()
     except MixoffError as error:
         raise WeightError(f"{weight.where}: {error}") from None
 

@@ -89,6 +89,12 @@ def test_the_gate_is_fused(bits, n, dtype, interpreter):
 
 
 @needs_triton
+@pytest.mark.parametrize(("bits", "k", "dtype"), [(2, 1056, "fp16"), (3, 96, "fp32"), (4, 32, "bf16")])
+def test_inputs_are_rotated_for_weights_that_are(bits, k, dtype, interpreter):
+    assert interpreter.error("rotated", bits, 32, 256, k, 2, dtype) <= 1
+
+
+@needs_triton
 @pytest.mark.parametrize(
     ("bits", "n", "dtype"), [(2, 300, "fp16"), (3, 131, "fp32"), (4, 128, "bf16"), (8, 17, "fp16")]
 )
@@ -177,6 +183,7 @@ def test_kernels_compile_for_every_chip(root, tmp_path):
     rows = compiled(root, tmp_path, "--few")
     assert {row["sm"] for row in rows} == {75, 80, 86, 89, 90}
     assert {(75, "bf16"), (80, "bf16"), (75, "fp16")} <= {(row["sm"], row["dtype"]) for row in rows}
+    assert {row["sm"] for row in rows if row["kernel"] == "rotate"} == {75, 80, 90}
     assert {(row["sm"], row["bits"]) for row in rows if row["kernel"] == "strided"} == {(75, 2), (75, 4), (80, 2)}
     check(rows)
 

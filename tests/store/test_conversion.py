@@ -37,7 +37,6 @@ from tiny import save_random
 
 # one role each of what is quantized and what is copied, in widths of the random model
 SCHEME = Scheme(attention=Precision(4, 16), experts=Precision(2, 32))
-OPTIONS = making.Options()
 
 
 @pytest.fixture(scope="module")
@@ -192,7 +191,7 @@ def test_an_interrupt_leaves_a_resumable_state(small, stores, tmp_path, monkeypa
     done = Journal(tmp_path / "store.partial" / "journal").done
     assert len(done) == 20 and not target.exists()
     rest = [w.part.nbytes for w in blueprint(small).weights if w.name not in done]
-    assert convert.run(small, target, SCHEME, None, OPTIONS).source_nbytes == sum(rest), "nothing is done twice"
+    assert convert.run(small, target, SCHEME).source_nbytes == sum(rest), "nothing is done twice"
     assert tree(target) == stores[small]
 
 
@@ -203,7 +202,7 @@ def blueprint(folder, scheme=SCHEME):
 def test_restart_begins_anew(small, stores, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         interrupted(small, tmp_path / "store", monkeypatch)
-    report = convert.run(small, tmp_path / "store", SCHEME, restart=True)
+    report = convert.run(small, tmp_path / "store", SCHEME, options=making.Options(restart=True))
     assert report.source_nbytes == crash.nbytes(small) and tree(tmp_path / "store") == stores[small]
 
 
@@ -256,7 +255,7 @@ def test_a_folder_that_is_not_ours_is_not_touched(small, tmp_path):
     theirs.mkdir()
     (theirs / "thesis.txt").write_text("mine")
     with pytest.raises(CheckpointError, match="'thesis.txt', which no conversion wrote"):
-        mixoff.convert(small, tmp_path / "store", SCHEME, restart=True)
+        mixoff.convert(small, tmp_path / "store", SCHEME, options=making.Options(restart=True))
     assert [p.name for p in theirs.iterdir()] == ["thesis.txt"]
 
 

@@ -11,6 +11,7 @@ import pytest
 
 import mixoff
 from mixoff import Scheme
+from mixoff.checkpoints.find import find
 from mixoff.checkpoints.shards import LocalShards
 from mixoff.store import convert as conversion
 from mixoff.store.blueprint import lay_out
@@ -52,23 +53,24 @@ def test_what_load_converts_is_kept_in_the_user_s_cache_and_found_again(cache, s
 
 def test_a_checkpoint_that_changed_is_converted_again(cache, tmp_path):
     folder = shutil.copytree(BUNDLED, tmp_path / "model")
-    first = store_of(folder, MIXED)
-    assert store_of(folder, MIXED) == first
-    assert store_of(folder, Scheme.preset("small")) != first
+    first = store_of(find(folder), MIXED)
+    assert store_of(find(folder), MIXED) == first
+    assert store_of(find(folder), Scheme.preset("small")) != first
     (folder / "generation_config.json").write_text('{"eos_token_id": 7}')
-    assert "7" in (store_of(folder, MIXED) / "generation_config.json").read_text()
+    assert "7" in (store_of(find(folder), MIXED) / "generation_config.json").read_text()
 
 
 KILLED = """
 import os, signal, sys
 from mixoff.store import convert as conversion, kept as converted, making
+from mixoff.checkpoints.find import find
 from mixoff.quantize import Scheme
 making.COMMIT, put, left = 1, conversion.Making.put, [20]
 def counted(self, weight, image):
     left[0] -= 1
     return put(self, weight, image) if left[0] else os.kill(os.getpid(), signal.Signals[sys.argv[2]])
 conversion.Making.put = counted
-converted.store_of(sys.argv[1], Scheme.preset("mixed"))
+converted.store_of(find(sys.argv[1]), Scheme.preset("mixed"))
 """
 
 
@@ -80,7 +82,7 @@ def test_a_conversion_that_was_killed_goes_on_in_the_next_load(cache, signal, st
     written, put = [], conversion.Making.put
     count = lambda making, weight, image: written.append(weight.name) or put(making, weight, image)  # noqa: E731
     monkeypatch.setattr(conversion.Making, "put", count)
-    kept = store_of(BUNDLED, MIXED)
+    kept = store_of(find(BUNDLED), MIXED)
     weights = lay_out(LocalShards(BUNDLED).checkpoint, MIXED).weights
     assert kept.name.startswith("tiny-mixtral-") and 0 < len(written) < len(weights) - 15
     assert contents(kept) == contents(store)
@@ -90,7 +92,7 @@ def test_two_threads_that_want_the_same_store_make_it_once(cache, monkeypatch):
     runs, convert = [], conversion.convert
     monkeypatch.setattr(conversion, "convert", lambda *args: runs.append(args) or convert(*args))
     with ThreadPoolExecutor(2) as pool:
-        first, second = pool.map(lambda _: store_of(BUNDLED, MIXED), range(2))
+        first, second = pool.map(lambda _: store_of(find(BUNDLED), MIXED), range(2))
     assert first == second and len(runs) == 1
 
 

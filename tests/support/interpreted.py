@@ -5,12 +5,14 @@ Reads one case a line as JSON and answers with one line: how large the errors ar
 
 import json
 import sys
+from dataclasses import replace
 
 import torch
 
 from mixoff import kernels
 from mixoff.kernels.triton import products, tiles
 from mixoff.kernels.triton import strided as triton_strided
+from mixoff.quantize import rotation
 from mixoff.quantize.strided import Form, StridedTensor, packed_nbytes
 from mixoff.quantize.tensor import QTensor
 from mixoff.runtime import experts
@@ -68,6 +70,17 @@ def gated(w, x):
     true = torch.nn.functional.silu(gate) * up
     allowed = 1.1 * gate_bound * up.abs() + up_bound * gate.abs() + 8 * 2.0**-24 * true.abs()
     return worst(products.gated(x, w), true, allowed)
+
+
+def rotated(w, x):
+    """The rotation bit for bit, and an expert whose last matrix is rotated, within fp16's rounding."""
+    assert torch.equal(products.rotated(x), rotation.rotate(x)), "other additions than torch's"
+    down = replace(random_weight(w.shape[1], w.shape[0] // 2, w.bits, w.group_size), rotated=True)
+    true = products.gated(x, w).double() @ down.dequantize().double().t()
+    bound = torch.finfo(x.dtype).eps * true.abs() + 1e-5 * true.abs().max()
+    alone = kernels.linear(x, replace(random_weight(8, x.shape[1], w.bits, w.group_size), rotated=True))
+    assert alone.dtype == x.dtype and alone.isfinite().all()
+    return worst(kernels.gated_mlps(x, [(w, down)])[0], true, bound)
 
 
 def dense(w, x, module=products):

@@ -21,12 +21,12 @@ EXPERT_NBYTES = 3 * 2048 * 7168 * 2
 SHARD_NBYTES = 900_000_000
 CHILD = """
 import json, sys, torch, transformers, tqdm, filelock
-from mixoff.store import convert as conversion
+from mixoff.store import convert as conversion, making
 import mixoff.quantize.solve_numba
 from transformers import MixtralForCausalLM
 print("ready", flush=True)
 sys.stdin.readline()
-done = conversion.run(sys.argv[1], sys.argv[2], sys.argv[3], jobs=int(sys.argv[4]))
+done = conversion.run(sys.argv[1], sys.argv[2], sys.argv[3], options=making.Options(int(sys.argv[4])))
 print(json.dumps({"source_nbytes": done.source_nbytes, "seconds": done.seconds}))
 """
 

@@ -22,6 +22,7 @@ from mixoff.kernels.cpu import simd
 from mixoff.kernels.cpu.relay import FIELDS
 from mixoff.kernels.cpu.simd import BLOCK, LANES, TOP, WIDTH, group, pointer
 from mixoff.pages import LINE
+from mixoff.quantize import rotation
 
 STAMP = hashlib.sha256(Path(simd.__file__).read_bytes()).hexdigest()  # in the cache key: numba misses changes there
 SUPER = 128  # groups on one grid of metadata
@@ -31,16 +32,19 @@ HALF, SPAN = np.float32(2.0**112), np.float32(2.0**104)  # what fp16's bits, mov
 ROUND = np.float32(1.5 * 2**23)  # x + ROUND - ROUND rounds |x| < 2**22 half to even
 LOG2_E, LN2_HIGH, LN2_LOW = np.float32(1.44269504), np.float32(0.693359375), np.float32(-2.12194440e-4)
 EXP = tuple(map(np.float32, (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 0.5)))
+FIRST, SECOND = np.uint32(rotation.FIRST), np.uint32(rotation.SECOND)
+QUARTER = np.float32(rotation.QUARTER)
 MOST_EXP = np.float32(87)  # exp of more leaves fp32's range
 
 
 # Fields of a product: addresses of arrays, and sizes.
 # - x: activations (T, K), or (T, 2K) with `gate`, which stands for silu(first half) * second half
+# - rotated: 1 if the weight's inputs are rotated, so that activations have to be
 # - values: activations as the product takes them (padded, K); scales, sums: of their groups (padded, K / size)
 # - image: byte image of the weight; out: results (T, N)
 # - kind, narrow: 1 if x and out are bf16, else fp32
 JOB = (
-    "x", "kind", "gate", "T", "padded", "K", "values", "scales", "sums",
+    "x", "kind", "gate", "rotated", "T", "padded", "K", "values", "scales", "sums",
     "image", "nbytes", "N", "size", "out", "narrow",
 )  # fmt: skip
 assert len(JOB) == FIELDS
@@ -53,11 +57,12 @@ def prepare(bits: int, rows: int, way: str) -> CFunc:
 
     def prepared(job, first, last):
         fields = carray(pointer(job, np.int64), (FIELDS,))
-        x, narrow, gate, T, padded, K, values, scales, sums, _, _, _, size, _, _ = fields
+        x, narrow, gate, turned, T, padded, K, values, scales, sums, _, _, _, size, _, _ = fields
         shape = T, K + gate * K
         x = widened_rows(carray(pointer(x, np.uint16), shape)) if narrow else carray(pointer(x, np.float32), shape)
+        x = silu_gate(x) if gate else x
         activations(
-            way, silu_gate(x) if gate else x, size, bits, stamp, carray(pointer(values, kind), (padded, K)),
+            way, rotated(x) if turned else x, size, bits, stamp, carray(pointer(values, kind), (padded, K)),
             carray(pointer(scales, np.float32), (padded, K // size)),
             carray(pointer(sums, np.float32), (padded, K // size)),
         )  # fmt: skip
@@ -78,7 +83,7 @@ def linear(bits: int, size: int, rows: int, way: str, wide: int = LANES) -> CFun
 
     def product_of(job, first, last):
         fields = carray(pointer(job, np.int64), (FIELDS,))
-        _, _, _, T, padded, K, x, scales, sums, image, nbytes, N, _, out, narrow = fields
+        _, _, _, _, T, padded, K, x, scales, sums, image, nbytes, N, _, out, narrow = fields
         product(
             bits, size, rows, way, wide, stamp, carray(pointer(x, kind), (padded, K)),
             carray(pointer(scales, np.float32), (padded, K // size)),
@@ -128,6 +133,32 @@ def silu_gate(h):
         for i in range(F):
             gate = -MOST_EXP if h[t, i] < -MOST_EXP else h[t, i]  # written so that NaN stays NaN
             out[t, i] = gate / (np.float32(1) + power[i] * factor[i]) * h[t, F + i]
+    return out
+
+
+@register_jitable
+def rotated(x):
+    """x (T, K) times the rotation of `quantize.rotation`, with the same additions in the same order."""
+    T, K = x.shape
+    out = np.empty((T, K), np.float32)
+    for t in range(T):
+        for k in range(K):
+            mixed = np.uint32(k) * FIRST
+            mixed = (mixed ^ mixed >> np.uint32(15)) * SECOND
+            out[t, k] = x[t, k] * (QUARTER if (mixed ^ mixed >> np.uint32(13)) & np.uint32(1) == 0 else -QUARTER)
+    blocks = out.reshape(T * K // 16, 16)
+    halves, quarters = np.empty(16, np.float32), np.empty(16, np.float32)
+    for b in range(len(blocks)):
+        for i in range(8):
+            halves[i], halves[8 + i] = blocks[b, i] + blocks[b, 8 + i], blocks[b, i] - blocks[b, 8 + i]
+        for i in range(4):
+            quarters[i], quarters[4 + i] = halves[i] + halves[4 + i], halves[i] - halves[4 + i]
+            quarters[8 + i], quarters[12 + i] = halves[8 + i] + halves[12 + i], halves[8 + i] - halves[12 + i]
+        for i in range(0, 16, 4):
+            even, odd = quarters[i] + quarters[i + 2], quarters[i + 1] + quarters[i + 3]
+            blocks[b, i], blocks[b, i + 1] = even + odd, even - odd
+            even, odd = quarters[i] - quarters[i + 2], quarters[i + 1] - quarters[i + 3]
+            blocks[b, i + 2], blocks[b, i + 3] = even + odd, even - odd
     return out
 
 

@@ -168,7 +168,8 @@ def _plan(weights: tuple[QTensor, ...], form: tuple) -> _Plan:
         sums = scales + 4 * padded * (K // size)
         result = sums + 4 * padded * (K // size)
         job = {
-            "x": source, "kind": narrow * first, "gate": not first, "T": T, "padded": padded, "K": K, "values": values,
+            "x": source, "kind": narrow * first, "gate": not first, "rotated": w.rotated, "T": T, "padded": padded,
+            "K": K, "values": values,
             "scales": scales, "sums": sums, "image": w.image.data_ptr(), "nbytes": w.image.numel(), "N": N,
             "size": size, "out": result, "narrow": narrow * last,
         }  # fmt: skip

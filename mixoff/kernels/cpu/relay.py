@@ -28,7 +28,7 @@ from mixoff.kernels.cpu.simd import pointer
 
 STEP = 8  # 64-bit numbers from cell to cell: a cache line
 TICKET, LEFT, ACTIVE, FUNCTION, JOB, COUNT, PIECES, ASLEEP = (STEP * i for i in range(8))
-FIELDS = 15  # numbers per job
+FIELDS = 16  # numbers per job
 SHIFT = 32  # bits by which LEFT shifts the ticket
 I64 = ir.IntType(64)
 

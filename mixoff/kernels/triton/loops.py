@@ -22,7 +22,10 @@ activation is multiplied by its scale once for all outputs of a program.
 import triton
 import triton.language as tl
 
+from mixoff.quantize import rotation
+
 BLOCK = tl.constexpr(128)  # outputs whose codes are next to each other, and groups per grid of metadata
+FIRST, SECOND = tl.constexpr(rotation.FIRST), tl.constexpr(rotation.SECOND)
 
 
 # What is in an image --------------------------------------------------------------------------------------------------
@@ -127,6 +130,29 @@ def pair(x, at, live, KIND: tl.constexpr):
             first = word.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
             second = (word >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
     return first, second
+
+
+@triton.jit
+def butterfly(x, APART: tl.constexpr):
+    """Sums and differences of the neighbours of x (COUNT,) that are APART apart."""
+    COUNT: tl.constexpr = x.shape[0]
+    pairs = tl.permute(tl.reshape(x, (COUNT // (2 * APART), 2, APART)), (0, 2, 1))
+    first, second = tl.split(pairs)
+    both = tl.permute(tl.join(first + second, first - second), (0, 2, 1))
+    return tl.reshape(both, (COUNT,))
+
+
+@triton.jit
+def rotate(x, out, K, COUNT: tl.constexpr):
+    """COUNT inputs of a row of x (T, K), fp32, times the rotation of `quantize.rotation`: into out (T, K)."""
+    k = tl.program_id(1) * COUNT + tl.arange(0, COUNT)
+    at = tl.program_id(0) * K + k
+    mixed = k.to(tl.uint32) * FIRST
+    mixed = (mixed ^ (mixed >> 15)) * SECOND
+    sign = tl.where(((mixed ^ (mixed >> 13)) & 1) == 0, 0.25, -0.25)
+    values = tl.load(x + at, mask=k < K, other=0.0) * sign
+    values = butterfly(butterfly(butterfly(butterfly(values, 8), 4), 2), 1)
+    tl.store(out + at, values, mask=k < K)
 
 
 # Products -------------------------------------------------------------------------------------------------------------

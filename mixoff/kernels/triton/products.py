@@ -25,6 +25,7 @@ KINDS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 DEVICES = ("cuda",)  # where the kernels run; Triton's interpreter runs them on a CPU
 MAGIC = 150 << 23  # 2**23 in fp32, as bits
 DEQUANTIZED_GROUPS, DEQUANTIZED_WARPS = 8, 8  # groups per program, and its warps
+ROTATED = 512  # inputs that a program rotates: four per thread, one load of 16 bytes
 
 
 @functools.cache
@@ -81,6 +82,21 @@ def gated(x: torch.Tensor, w: QTensor) -> torch.Tensor:
     with on(x.device):
         grid = (-(-T // rows), F // chosen.BN)
         loops().gated[grid](words, w.image, out, T, F, K, *offsets(w), MAGIC, **named, **settings(w, chosen))
+    return out
+
+
+def gated_mlp(x: torch.Tensor, gate_up: QTensor, down: QTensor) -> torch.Tensor:
+    """`gated(x, gate_up) @ down.T` for x (T, K), in x's dtype -> (T, N)."""
+    h = gated(x, gate_up)
+    return linear(rotated(h) if down.rotated else h, down, x.dtype)
+
+
+def rotated(x: torch.Tensor) -> torch.Tensor:
+    """x (T, K) times the rotation of `quantize.rotation` -> fp32 (T, K), with the same additions in the same order."""
+    (T, K), x = x.shape, x.float().contiguous()
+    out = torch.empty_like(x)
+    with on(x.device):
+        loops().rotate[(T, -(-K // ROTATED))](x, out, K, COUNT=ROTATED, num_warps=4, enable_fp_fusion=True)
     return out
 
 
