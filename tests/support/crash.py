@@ -88,9 +88,8 @@ def convert(source, target, scheme, at, fetched, kill):
     making.COMMIT = 1 << 20
     steps = Steps(at, kill)
     steps.install()
-    report = conversion.run(
-        open_source(source, target, fetched), target, Scheme.from_json(scheme), options=making.Options(2)
-    )
+    model = open_source(source, target, fetched)
+    report = conversion.run(model, target, Scheme.from_json(scheme), options=making.Options(2))
     Path(f"{target}.json").write_text(json.dumps({"steps": steps.count, "source_nbytes": report.source_nbytes}))
 
 
