@@ -317,7 +317,7 @@ def shingles(text):
 
 
 def excerpt(document, known, rng):
-    """Whole lines, up to EXCERPT_BYTES of them, from a random place and without a shingle in `known`; "" if none fits."""
+    """Up to EXCERPT_BYTES of whole lines from a random place, without a shingle in `known`; "" if there are none."""
     lines = document.split("\n")
     starts = list(range(len(lines)))
     rng.shuffle(starts)
@@ -332,7 +332,7 @@ def excerpt(document, known, rng):
 
 
 def excerpts(args):
-    """Writes DOMAIN.txt: EXCERPTS pieces of training text, for calibration, that share no shingle with held-out text."""
+    """Writes DOMAIN.txt, calibration text: EXCERPTS pieces of training text that share no shingle with held-out text."""
     rng, out = random.Random(0), Path(args.out)
     known = set().union(*(shingles(p.read_text(encoding="utf-8")) for p in Path(args.heldout).glob("*.txt")))
     for domain in DOMAINS:

@@ -34,7 +34,7 @@ SMALLEST = 256  # triangles up to this size are inverted in one piece
 def damping(tokens: float, inputs: int) -> float:
     """How much of its mean diagonal is added to a Hessian that was summed over so many tokens.
 
-    The fewer tokens per input, the more of a Hessian is chance. The rule passes through the values that were best for the
+    The fewer tokens per input, the more of a Hessian is chance. The rule passes through values that were best for the
     bundled model: 0.01 at 17 tokens per input, 0.1 at 7, and 0.3 to 1 at 1.7.
 
     >>> [round(damping(tokens, 1), 3) for tokens in (1.7, 7, 17, 100)]

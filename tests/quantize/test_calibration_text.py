@@ -1,7 +1,6 @@
 """The bundled calibration text: small, of every held-out domain, and nothing that results are measured on."""
 
 import corpus
-
 from mixoff import models
 
 
