@@ -332,7 +332,7 @@ def excerpt(document, known, rng):
 
 
 def excerpts(args):
-    """Writes DOMAIN.txt, calibration text: EXCERPTS pieces of training text that share no shingle with held-out text."""
+    """Writes DOMAIN.txt, calibration text: EXCERPTS pieces of training text, no shingle of which is held out."""
     rng, out = random.Random(0), Path(args.out)
     known = set().union(*(shingles(p.read_text(encoding="utf-8")) for p in Path(args.heldout).glob("*.txt")))
     for domain in DOMAINS:
