@@ -78,7 +78,7 @@ def test_a_compiled_loop_gives_the_same_bits(dtype):
 @pytest.mark.parametrize("shape", [(4, 24), (100,), ()])
 @pytest.mark.parametrize("function", [rotate, unrotate, rotate_weight])
 def test_other_widths_are_refused(function, shape):
-    with pytest.raises(MixoffError, match=f"{shape[-1] if shape else 1} is not a multiple of 16: quantize this matrix"):
+    with pytest.raises(MixoffError, match=f"{shape[-1] if shape else 1} is not a multiple of 16: store this matrix"):
         function(torch.ones(shape))
 
 
