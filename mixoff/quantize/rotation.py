@@ -30,7 +30,7 @@ def signs(inputs: int) -> Tensor:
     >>> signs(16).int().tolist()
     [1, 1, 1, -1, 1, -1, 1, 1, 1, -1, -1, -1, 1, -1, -1, -1]
     """
-    h = np.arange(inputs, dtype=np.uint32)
+    h: np.ndarray = np.arange(inputs, dtype=np.uint32)
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
         h = (h ^ (h >> np.uint32(shift))) * np.uint32(factor)  # modulo 2**32
     return torch.from_numpy(np.where(h >> np.uint32(31), np.float32(-1), np.float32(1)))
@@ -69,9 +69,7 @@ def rotate_hessian(hessian: Tensor) -> Tensor:
 def _check(x: Tensor) -> None:
     if x.dim() == 0 or x.shape[-1] % SIZE:
         width = x.shape[-1] if x.dim() else 1
-        raise MixoffError(
-            f"rot16 mixes 16 inputs, and {width} is not a multiple of 16: quantize this matrix without it"
-        )
+        raise MixoffError(f"rot16 mixes 16 inputs, and {width} is not a multiple of 16: store this matrix without it")
 
 
 def _butterflies(x: Tensor) -> Tensor:
