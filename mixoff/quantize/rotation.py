@@ -13,6 +13,8 @@ import functools
 import torch
 from torch import Tensor
 
+from mixoff.errors import MixoffError
+
 BLOCK = 16  # inputs that are mixed
 QUARTER = 0.25  # what makes the sum of 16 numbers with signs orthogonal: exact in every dtype
 FIRST, SECOND = 0x9E3779B1, 0x85EBCA77  # odd multipliers of a hash (xxHash's primes), whose lowest bit is the sign
@@ -31,13 +33,20 @@ def signs(K: int, device: torch.device | str = "cpu") -> Tensor:
 
 
 def rotate(x: Tensor) -> Tensor:
-    """`x R` for x (..., K), fp32; K is a multiple of 16."""
+    """`x R` for x (..., K), fp32. Raises MixoffError unless K is a multiple of 16."""
+    if x.dim() == 0 or x.shape[-1] % BLOCK:
+        raise MixoffError(f"a rotation mixes {BLOCK} inputs: shape {tuple(x.shape)} does not divide into blocks of 16")
     return _mixed(x.float() * signs(x.shape[-1], x.device))
 
 
 def unrotate(x: Tensor) -> Tensor:
     """`x R^T`, the inverse of `rotate` up to fp32's rounding, (..., K)."""
     return _mixed(x.float()) * signs(x.shape[-1], x.device)
+
+
+def rotate_hessian(hessian: Tensor) -> Tensor:
+    """`R^T H R`, fp32 (K, K): the sum of x x^T over rotated inputs. Summing over rotated inputs is cheaper."""
+    return rotate(rotate(hessian).T).T.contiguous()
 
 
 def _mixed(x: Tensor) -> Tensor:

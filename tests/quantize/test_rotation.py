@@ -23,6 +23,31 @@ def test_it_is_orthogonal():
     assert torch.allclose(rotation.unrotate(rotation.rotate(x)), x, atol=1e-6)
 
 
+def test_signs_are_fixed_for_all_time():
+    """A store holds only a flag, so signs change neither with a version nor with the number of inputs."""
+
+    def sign(k):
+        h = k * 0x9E3779B1 & 0xFFFFFFFF
+        h = (h ^ h >> 15) * 0x85EBCA77 & 0xFFFFFFFF
+        return -0.25 if (h ^ h >> 13) & 1 else 0.25
+
+    expected = [sign(k) for k in range(14336)]
+    assert rotation.signs(14336).tolist() == expected and rotation.signs(192).tolist() == expected[:192]
+    assert abs(sum(expected)) < 14336**0.5
+
+
+def test_hessians_follow():
+    x = torch.randn(40, 96)
+    turned = rotation.rotate(x)
+    assert torch.allclose(rotation.rotate_hessian(x.T @ x), turned.T @ turned, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(4, 24), (100,), ()])
+def test_other_widths_are_refused(shape):
+    with pytest.raises(MixoffError, match="does not divide into blocks of 16"):
+        rotation.rotate(torch.ones(shape))
+
+
 def test_compiled_code_gives_the_bits_of_torch():
     x = torch.randn(3, 272)
     assert np.array_equal(njit(lambda x: loops.rotated(x))(x.numpy()), rotation.rotate(x).numpy())
