@@ -255,7 +255,7 @@ def test_a_folder_that_is_not_ours_is_not_touched(small, tmp_path):
     theirs.mkdir()
     (theirs / "thesis.txt").write_text("mine")
     with pytest.raises(CheckpointError, match="'thesis.txt', which no conversion wrote"):
-        mixoff.convert(small, tmp_path / "store", SCHEME, options=making.Options(restart=True))
+        mixoff.convert(small, tmp_path / "store", SCHEME, restart=True)
     assert [p.name for p in theirs.iterdir()] == ["thesis.txt"]
 
 
