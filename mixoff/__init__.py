@@ -32,6 +32,7 @@ if TYPE_CHECKING:  # what editors and type checkers see; `tests/test_packaging.p
     )
     from mixoff.cache.cache import ExpertCache
     from mixoff.cache.events import CacheInfo, Event
+    from mixoff.conversion.convert import convert
     from mixoff.errors import BudgetError, CheckpointError, MixoffError
     from mixoff.loading.load import load
     from mixoff.loading.offload import offload, restore
@@ -40,7 +41,6 @@ if TYPE_CHECKING:  # what editors and type checkers see; `tests/test_packaging.p
     from mixoff.quantize.scheme import Scheme
     from mixoff.quantize.tensor import QTensor
     from mixoff.runtime.runtime import Runtime
-    from mixoff.store.convert import convert
     from mixoff.store.verify import verify
     from mixoff.trace.simulate import Simulation, simulate
     from mixoff.trace.trace import Trace
@@ -53,7 +53,7 @@ _HOMES = {
     "CacheInfo": "cache.events",
     "Event": "cache.events",
     "ExpertCache": "cache.cache",
-    "convert": "store.convert",
+    "convert": "conversion.convert",
     "verify": "store.verify",
     "Scheme": "quantize.scheme",
     "QTensor": "quantize.tensor",
@@ -70,6 +70,7 @@ _ROOMS = (
     "bench",
     "cache",
     "checkpoints",
+    "conversion",
     "errors",
     "kernels",
     "loading",

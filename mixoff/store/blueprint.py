@@ -69,6 +69,7 @@ class Blueprint:
     - weights: all weights, in the order in which they are laid out.
     - sizes: bytes of each file.
     - heads: first bytes (the safetensors header) of each file of the backbone.
+    - calibration: what a calibrated conversion depends on; None for a data-free one.
     """
 
     scheme: Scheme
@@ -77,6 +78,7 @@ class Blueprint:
     weights: list[Weight]
     sizes: dict[str, int]
     heads: dict[str, bytes]
+    calibration: dict | None = None
 
 
 def lay_out(checkpoint: Checkpoint, scheme: Scheme) -> Blueprint:
@@ -238,4 +240,6 @@ def manifest(plan: Blueprint, done: dict[str, list[str]]) -> dict:
                 by_file[output.file][output.name] = hashes[output.name]
     backbone = [{"file": file, "nbytes": plan.sizes[file], "sha256": tensors} for file, tensors in by_file.items()]
     head = {"format": FORMAT, "version": VERSION, "scheme": json.loads(plan.scheme.to_json()), "dtype": plan.dtype}
+    if plan.calibration:
+        head["calibration"] = plan.calibration
     return head | {"backbone": backbone, "sites": sites}

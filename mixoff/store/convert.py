@@ -14,9 +14,9 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mixoff._version import __version__
@@ -33,6 +33,7 @@ from mixoff.store.manifest import FORMAT, VERSION
 from mixoff.units import format_nbytes
 
 PARTS = ("store", "kept", "shards", "journal.new")  # what `TARGET.partial` may hold, in addition to journal and lock
+Writer = Callable[[Making, Shards, list[Step], Ranges, Options], int]  # returns the bytes of weights that it read
 log = logging.getLogger("mixoff")
 
 
@@ -52,41 +53,18 @@ class Report:
     peak_nbytes: int
 
 
-def convert(
-    source: str | Path | Shards,
-    target: str | Path,
-    scheme: str | Scheme = "none",
-    *,
-    revision: str | None = None,
-    jobs: int | None = None,
-    restart: bool = False,
-    progress: bool | None = None,
-) -> Path:
-    """Write the checkpoint `source` as a store into the new folder `target`; returns the target.
-
-    - source: a folder, or a Hub id (`org/model` or `org/model@revision`), which is fetched and deleted shard by shard.
-    - target: the folder to create; it appears only when the store is complete.
-    - scheme: bits for each part of the model, a `Scheme` or a preset's name; `"none"` keeps every weight as it is.
-    - revision: branch, tag or commit of a model on the Hub.
-    - jobs: threads that quantize; None uses every core. The bytes of the store do not depend on it.
-    - restart: start from scratch instead of continuing from `target.partial`.
-    - progress: whether to show a bar on standard error; None shows it on a terminal.
-
-    A conversion that is interrupted, killed or out of disk space leaves `target.partial`, and the next one continues
-    from there. Memory: at most two experts, the backbone's largest tensors and 300 MB. Raises CheckpointError for what
-    cannot be converted, and MixoffError for a scheme that does not suit the model's widths.
-    """
-    return run(source, target, scheme, revision, Options(jobs, restart, progress)).target
-
-
 def run(
     source: str | Path | Shards,
     target: str | Path,
     scheme: str | Scheme = "none",
     revision: str | None = None,
     options: Options = Options(),  # noqa: B008  frozen
+    writer: Writer = write,
 ) -> Report:
-    """`convert`, with a report of what it took."""
+    """Write the checkpoint `source` as a store; parameters as in `conversion.convert`.
+
+    writer: writes the weights; by default shard by shard, each quantized by itself
+    """
     started = time.perf_counter()
     scheme = Scheme.preset(scheme) if isinstance(scheme, str) else scheme
     target = Path(target)
@@ -96,10 +74,10 @@ def run(
     if isinstance(source, (str, Path)):
         source = open_shards(source, revision, partial / "shards")
     with closing(source) as shards:
-        plan = lay_out(shards.checkpoint, scheme)
+        plan = replace(lay_out(shards.checkpoint, scheme), calibration=getattr(writer, "facts", None))
         loops()  # import numba before memory is watched: it is not part of a conversion
         with _PeakMemory() as peak, _hold(partial, target), _explained(plan, partial, target):
-            nbytes = _make(shards, plan, partial, target, options)
+            nbytes = _make(shards, plan, partial, target, options, writer)
     return Report(target, nbytes, time.perf_counter() - started, peak.nbytes)
 
 
@@ -191,7 +169,7 @@ def _explained(plan: Blueprint, partial: Path, target: Path) -> Iterator[None]:
         raise CheckpointError(f"the disk is full ({error.strerror}): {needs}; make room, then {AGAIN}") from error
 
 
-def _make(shards: Shards, plan: Blueprint, partial: Path, target: Path, options: Options) -> int:
+def _make(shards: Shards, plan: Blueprint, partial: Path, target: Path, options: Options, writer: Writer) -> int:
     """Everything between the lock and the rename; returns the bytes of weights that were read."""
     identity = _identity(shards, plan)
     journal = Journal(partial / "journal")
@@ -208,7 +186,7 @@ def _make(shards: Shards, plan: Blueprint, partial: Path, target: Path, options:
         making.begin()
         with closing(Ranges(partial / "kept", {step.file: step.keep for step in steps})) as ranges:
             try:
-                nbytes = write(making, shards, steps, ranges, options)
+                nbytes = writer(making, shards, steps, ranges, options)
             except (KeyboardInterrupt, MixoffError):  # the disk is fine
                 making.commit()
                 raise
@@ -222,7 +200,7 @@ def _make(shards: Shards, plan: Blueprint, partial: Path, target: Path, options:
 
 def _identity(shards: Shards, plan: Blueprint) -> str:
     """A hash of all that a journal depends on: versions, scheme, every header and the state of the shards."""
-    facts = __version__, FORMAT, VERSION, plan.scheme, plan.weights, shards.identity()
+    facts = __version__, FORMAT, VERSION, plan.scheme, plan.calibration, plan.weights, shards.identity()
     return hashlib.sha256(repr(facts).encode()).hexdigest()
 
 

@@ -47,7 +47,7 @@ def store_of(folder: Folder, scheme: Scheme) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{target}.lock"):
             if not (target / MANIFEST).exists():
-                convert.convert(folder.path, target, scheme)
+                convert.run(folder.path, target, scheme)
                 size = format_nbytes(sum(file.stat().st_size for file in target.iterdir()))
                 log.warning("kept %s in %s for the next time: delete that folder to free it", size, target)
     except OSError as error:

@@ -102,14 +102,14 @@ def write(making: Making, shards: Shards, steps: list[Step], ranges: Ranges, opt
     if not shards.transient:
         for step in steps:
             ranges.open(step.file, shards.acquire(step.file))
-    with _Workers(options.jobs or os.cpu_count() or 1) as workers, _bar(making, options.progress) as bar:
+    with _Workers(options.jobs or os.cpu_count() or 1) as workers, bar(making, options.progress) as shown:
         for step in steps:
             weights = [weight for weight in step.weights if weight.name not in done]
             keep = shards.transient and step.keep and KEPT + step.file not in done
             if shards.transient and (weights or keep):
                 ranges.open(step.file, shards.acquire(step.file))
             for weight in workers.convert(weights, making, ranges):
-                bar.update(weight.part.nbytes)
+                shown.update(weight.part.nbytes)
                 nbytes += weight.part.nbytes
             if shards.transient:
                 _let_go(making, shards, step, ranges, bool(keep))
@@ -129,7 +129,8 @@ def _let_go(making: Making, shards: Shards, step: Step, ranges: Ranges, keep: bo
         ranges.forget(file)
 
 
-def _bar(making: Making, progress: bool | None) -> tqdm:
+def bar(making: Making, progress: bool | None) -> tqdm:
+    """A bar of the bytes of weights that are written."""
     from tqdm.auto import tqdm
 
     sizes = {weight.name: weight.part.nbytes for weight in making.plan.weights}

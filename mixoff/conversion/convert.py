@@ -1,0 +1,123 @@
+"""Converts a checkpoint into a store, quantized as a scheme says, on request calibrated on text."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from mixoff.checkpoints.find import Folder, find
+from mixoff.checkpoints.shards import Ranges, Shards
+from mixoff.conversion import text
+from mixoff.conversion.streams import Streams
+from mixoff.errors import MixoffError
+from mixoff.kernels import reference
+from mixoff.loading.load import load
+from mixoff.quantize.scheme import Scheme
+from mixoff.shapes.sites import slot_nbytes
+from mixoff.store import convert as store
+from mixoff.store import making
+from mixoff.store.convert import Report
+from mixoff.store.making import Making, Options, Step
+from mixoff.store.source import open_source
+
+SLOTS = 4  # experts of the original model in memory
+
+
+def convert(
+    source: str | Path | Shards,
+    target: str | Path,
+    scheme: str | Scheme = "none",
+    *,
+    calibrate: str | Path | None = None,
+    revision: str | None = None,
+    jobs: int | None = None,
+    restart: bool = False,
+    progress: bool | None = None,
+) -> Path:
+    """Write the checkpoint `source` as a store into the new folder `target`; returns the target.
+
+    - source: a folder, or a Hub id (`org/model` or `org/model@revision`), which is fetched and deleted shard by shard.
+    - target: the folder to create; it appears only when the store is complete.
+    - scheme: bits for each part of the model, a `Scheme` or a preset's name; `"none"` keeps every weight as it is.
+    - calibrate: text to quantize for, a file or `"default"`; None needs no text, and is faster. A model on the Hub is
+      then fetched as a whole.
+    - revision: branch, tag or commit of a model on the Hub.
+    - jobs: threads that quantize; None uses every core. The bytes of the store depend on it only if calibrated.
+    - restart: start from scratch instead of continuing from `target.partial`.
+    - progress: whether to show a bar on standard error; None shows it on a terminal.
+
+    A conversion that is interrupted, killed or out of disk space leaves `target.partial`, and the next one continues
+    from there. Memory: at most two experts, the backbone's largest tensors and 300 MB; for calibration see
+    `memory_nbytes`. Raises CheckpointError for what cannot be converted, and MixoffError for a scheme that does not
+    suit the model's widths.
+    """
+    return run(source, target, scheme, calibrate, revision, Options(jobs, restart, progress)).target
+
+
+def run(
+    source: str | Path | Shards,
+    target: str | Path,
+    scheme: str | Scheme,
+    calibrate: str | Path | None = None,
+    revision: str | None = None,
+    options: Options = Options(),  # noqa: B008  frozen
+) -> Report:
+    """`convert`, with a report of what it took."""
+    if calibrate is None:
+        return store.run(source, target, scheme, revision, options)
+    if not isinstance(source, (str, Path)):
+        raise MixoffError("only a folder or a Hub id can be calibrated")
+    scheme = Scheme.preset(scheme) if isinstance(scheme, str) else scheme
+    if not scheme.precisions():
+        raise MixoffError("scheme 'none' quantizes nothing, so there is nothing to calibrate: choose another scheme")
+    folder = find(source, revision)
+    return store.run(folder.path, target, scheme, None, options, Calibrated(folder, calibrate))
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """Writes the weights of a store, calibrated on text; see `store.convert.run`."""
+
+    folder: Folder
+    source: str | Path
+
+    @property
+    def facts(self) -> dict:
+        """What the bytes of the store depend on, for its manifest."""
+        found = text.read(self.source, self.folder.path)
+        return {"text_sha256": found.sha256, "tokens": found.tokens, "window": text.LENGTH}
+
+    def __call__(self, files: Making, shards: Shards, steps: list[Step], ranges: Ranges, options: Options) -> int:
+        """Write what is not done yet; returns the bytes of weights that were read."""
+        jobs, threads = options.jobs or os.cpu_count() or 1, torch.get_num_threads()
+        torch.set_num_threads(jobs)
+        try:
+            with _original(self.folder) as model, ThreadPoolExecutor(jobs) as pool:
+                with making.bar(files, options.progress) as shown:
+                    streams = Streams(model, files, pool, lambda weight: shown.update(weight.part.nbytes))
+                    mine = streams.names
+                    rest = [replace(step, weights=[w for w in step.weights if w.name not in mine]) for step in steps]
+                    nbytes = making.write(files, shards, rest, ranges, replace(options, progress=False))
+                    streams.run(text.read(self.source, self.folder.path).ids)
+        finally:
+            torch.set_num_threads(threads)
+        files.commit()
+        return nbytes + sum(w.part.nbytes for w in files.plan.weights if w.name in mine)
+
+
+@contextmanager
+def _original(folder: Folder) -> Iterator[PreTrainedModel]:
+    """The model before quantization, in fp32, with a few experts in memory at a time."""
+    source = open_source(folder)
+    source.close()
+    budget = SLOTS * slot_nbytes(source.sites) + reference.scratch_nbytes(source.sites, torch.float32)
+    model = load(folder.path, budget, scope="global", prefetch="none", io="buffered", device="cpu", dtype="float32")
+    with model:
+        yield model
