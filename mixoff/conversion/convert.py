@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from mixoff.checkpoints.find import Folder, find
 from mixoff.checkpoints.shards import Ranges, Shards
 from mixoff.conversion import text
+from mixoff.conversion.bits import divide
 from mixoff.conversion.streams import Streams
 from mixoff.errors import MixoffError
 from mixoff.kernels import reference
@@ -36,6 +37,7 @@ def convert(
     scheme: str | Scheme = "none",
     *,
     calibrate: str | Path | None = None,
+    bits: float | None = None,
     revision: str | None = None,
     jobs: int | None = None,
     restart: bool = False,
@@ -48,6 +50,8 @@ def convert(
     - scheme: bits for each part of the model, a `Scheme` or a preset's name; `"none"` keeps every weight as it is.
     - calibrate: text to quantize for, a file or `"default"`; None needs no text, and is faster. A model on the Hub is
       then fetched as a whole.
+    - bits: bits per weight of experts, metadata included, to divide among layers and matrices where they help most;
+      None takes those of the scheme. Needs `calibrate`.
     - revision: branch, tag or commit of a model on the Hub.
     - jobs: threads that quantize; None uses every core. The bytes of the store depend on it only if calibrated.
     - restart: start from scratch instead of continuing from `target.partial`.
@@ -58,7 +62,7 @@ def convert(
     `memory_nbytes`. Raises CheckpointError for what cannot be converted, and MixoffError for a scheme that does not
     suit the model's widths.
     """
-    return run(source, target, scheme, calibrate, revision, Options(jobs, restart, progress)).target
+    return run(source, target, scheme, calibrate, bits, revision, Options(jobs, restart, progress)).target
 
 
 def run(
@@ -66,10 +70,13 @@ def run(
     target: str | Path,
     scheme: str | Scheme,
     calibrate: str | Path | None = None,
+    bits: float | None = None,
     revision: str | None = None,
     options: Options = Options(),  # noqa: B008  frozen
 ) -> Report:
     """`convert`, with a report of what it took."""
+    if calibrate is None and bits is not None:
+        raise MixoffError('a budget of bits is divided by what a text shows: add --calibrate (calibrate="default")')
     if calibrate is None:
         return store.run(source, target, scheme, revision, options)
     if not isinstance(source, (str, Path)):
@@ -78,7 +85,29 @@ def run(
     if not scheme.precisions():
         raise MixoffError("scheme 'none' quantizes nothing, so there is nothing to calibrate: choose another scheme")
     folder = find(source, revision)
+    if bits is not None:
+        scheme = divided(folder, scheme, calibrate, bits, options)
     return store.run(folder.path, target, scheme, None, options, Calibrated(folder, calibrate))
+
+
+def divided(folder: Folder, scheme: Scheme, source: str | Path, bits: float, options: Options) -> Scheme:
+    """`scheme` with a budget of bits for experts divided among layers and matrices."""
+    if scheme.experts is None:
+        raise MixoffError(f"{bits} bits are for experts, which this scheme does not quantize: choose another scheme")
+    with _threads(options), _original(folder) as model:
+        by_layer = divide(model, text.read(source, folder.path).ids, bits, scheme.metadata_bits)
+    return replace(scheme, by_layer=by_layer)
+
+
+@contextmanager
+def _threads(options: Options) -> Iterator[int]:
+    """torch's threads as asked for, inside `with`."""
+    jobs, threads = options.jobs or os.cpu_count() or 1, torch.get_num_threads()
+    torch.set_num_threads(jobs)
+    try:
+        yield jobs
+    finally:
+        torch.set_num_threads(threads)
 
 
 @dataclass(frozen=True)
@@ -96,18 +125,17 @@ class Calibrated:
 
     def __call__(self, files: Making, shards: Shards, steps: list[Step], ranges: Ranges, options: Options) -> int:
         """Write what is not done yet; returns the bytes of weights that were read."""
-        jobs, threads = options.jobs or os.cpu_count() or 1, torch.get_num_threads()
-        torch.set_num_threads(jobs)
-        try:
-            with _original(self.folder) as model, ThreadPoolExecutor(jobs) as pool:
-                with making.bar(files, options.progress) as shown:
-                    streams = Streams(model, files, pool, lambda weight: shown.update(weight.part.nbytes))
-                    mine = streams.names
-                    rest = [replace(step, weights=[w for w in step.weights if w.name not in mine]) for step in steps]
-                    nbytes = making.write(files, shards, rest, ranges, replace(options, progress=False))
-                    streams.run(text.read(self.source, self.folder.path).ids)
-        finally:
-            torch.set_num_threads(threads)
+        with (
+            _threads(options) as jobs,
+            _original(self.folder) as model,
+            ThreadPoolExecutor(jobs) as pool,
+            making.bar(files, options.progress) as shown,
+        ):
+            streams = Streams(model, files, pool, lambda weight: shown.update(weight.part.nbytes))
+            mine = streams.names
+            rest = [replace(step, weights=[w for w in step.weights if w.name not in mine]) for step in steps]
+            nbytes = making.write(files, shards, rest, ranges, replace(options, progress=False))
+            streams.run(text.read(self.source, self.folder.path).ids)
         files.commit()
         return nbytes + sum(w.part.nbytes for w in files.plan.weights if w.name in mine)
 

@@ -16,7 +16,6 @@ goes on to the same bytes.
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -34,7 +33,7 @@ from mixoff.errors import MixoffError
 from mixoff.quantize.scheme import LAST
 from mixoff.quantize.tensor import QTensor
 from mixoff.runtime.experts import activated, expert_mlp
-from mixoff.shapes.config import backbone_roles, expert_modules
+from mixoff.shapes.config import backbone_roles, expert_modules, layers_of
 from mixoff.store.blueprint import Weight
 from mixoff.store.making import Making
 from mixoff.transfer.arena import view
@@ -55,8 +54,7 @@ class Streams:
         self.model, self.making, self.pool, self.advance = model, making, pool, advance
         self.scheme, self.sites = making.plan.scheme, making.plan.sites
         self.weights = {weight.name: weight for weight in making.plan.weights}
-        first = next(iter(expert_modules(model)))
-        self.prefix = re.split(r"\.\d+\.", first)[0]  # model.layers of model.layers.0.mlp.experts
+        self.prefix = layers_of(model)
         self.original = False  # which of the two streams is computed
         self.x: Tensor | None = None  # hidden states of the original stream
         self.noted: dict[Any, Any] = {}  # inputs in the original stream, of one layer

@@ -83,6 +83,11 @@ def expert_modules(model: PreTrainedModel) -> dict[str, torch.nn.Module]:
     return {n: m for n, m in model.named_modules() if hasattr(m, "_apply_gate") and hasattr(m, "is_transposed")}
 
 
+def layers_of(model: PreTrainedModel) -> str:
+    """The name of the list of decoder layers: `model.layers` where experts are `model.layers.0.mlp.experts`."""
+    return re.split(r"\.\d+\.", next(iter(expert_modules(model))))[0]
+
+
 def expert_sites(model: PreTrainedModel, dtype: str) -> tuple[Site, ...]:
     """The sites of `model`, in layer order, for experts stored as `dtype`. Raises CheckpointError for a dense model."""
     modules = expert_modules(model)
