@@ -78,7 +78,7 @@ class Scheme:
     def quantize(self, w: Tensor, role: str, each: Callable = map) -> QTensor | None:
         """`w` (N, K) quantized as a weight of that part; None if the part stays in 16 bits."""
         form = self.precision(role)
-        return form and quantize(w, form.bits, form.group_size, self.solver, self.metadata_bits, each)
+        return None if form is None else quantize(w, form.bits, form.group_size, self.solver, self.metadata_bits, each)
 
     def to_json(self) -> str:
         """One line of JSON."""

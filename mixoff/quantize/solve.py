@@ -127,7 +127,7 @@ def quantize(
     if solver not in SOLVERS:
         raise MixoffError(f"no solver {solver!r}: choose one of {', '.join(SOLVERS)}")
     q = QTensor.empty(tuple(w.shape), bits, group_size, metadata_bits)
-    for _ in each(lambda rows: quantize_block(w.detach(), q, *rows, solver), q.blocks()):
+    for _ in each(lambda rows: quantize_block(w.detach(), q, rows[0], rows[1], solver), q.blocks()):
         pass
     return q.to(w.device)
 

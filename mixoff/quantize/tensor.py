@@ -61,7 +61,7 @@ class QTensor:
     Tested against the hqq package, brute force, and `layout`.
     """
 
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     bits: int
     group_size: int
     metadata_bits: int
@@ -164,7 +164,7 @@ class QTensor:
     # To and from memory and files
 
     @classmethod
-    def empty(cls, shape: tuple[int, int], bits: int, group_size: int, metadata_bits: int = 8) -> QTensor:
+    def empty(cls, shape: tuple[int, ...], bits: int, group_size: int, metadata_bits: int = 8) -> QTensor:
         """A matrix whose parts are allocated but not filled."""
         form = tuple(shape), bits, group_size, metadata_bits
         check_format(*form)
@@ -172,7 +172,7 @@ class QTensor:
 
     @classmethod
     def from_buffer(
-        cls, buffer: Tensor, offset: int, shape: tuple[int, int], bits: int, group_size: int, metadata_bits: int = 8
+        cls, buffer: Tensor, offset: int, shape: tuple[int, ...], bits: int, group_size: int, metadata_bits: int = 8
     ) -> QTensor:
         """Views, not copies, of the `packed_nbytes` bytes of a uint8 buffer (nbytes,) that begin at `offset`.
 

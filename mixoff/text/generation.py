@@ -314,7 +314,7 @@ def first_not_finite(model: PreTrainedModel, ids: torch.Tensor) -> str | None:
     """The first module whose output is not finite in one pass over ids (1, T); None if all are."""
     import torch
 
-    found = []
+    found: list[str] = []
 
     def look(name: str, output: object) -> None:
         value = output[0] if isinstance(output, tuple) and output else output

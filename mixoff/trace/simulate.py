@@ -223,13 +223,13 @@ class Comparison:
 
 
 def compare(
-    trace: Trace, slots: int = 4, scope: str = "layer", expert_nbytes: int | None = None, **options
+    trace: Trace, slots: int = 4, scope: str = "layer", expert_nbytes: int | None = None, **options: Any
 ) -> Comparison:
     """`simulate` with every policy. options: its prefetch arguments."""
     return Comparison(tuple(simulate(trace, policy, slots, scope, expert_nbytes, **options) for policy in CODES))
 
 
-def curve(trace: Trace, policy: str = "lru", scope: str = "layer") -> dict[int, float]:
+def curve(trace: Trace, policy: str = "lru", scope: str = "layer") -> dict[int, float | None]:
     """Hit rate of decoding by slots per layer, from top-k to all experts; one pass for LRU without prompts.
 
     >>> curve(Trace.from_array([[[0, 1]], [[0, 2]], [[0, 1]]], num_experts=4))
