@@ -11,12 +11,13 @@ arrays.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Hashable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Protocol
 
 import numpy as np
 
-Key = Hashable
+from mixoff.cache.events import Key
+
 MASK = 2**31 - 1  # numbers of `scramble` stay below this, so their products fit 64 bits in compiled code
 
 
@@ -280,7 +281,7 @@ def _site(key: Key) -> int:
 
 
 def _expert(key: Key) -> int:
-    return key[1] if isinstance(key, tuple) else key  # type: ignore[return-value]  # a lone key is its number
+    return key[1] if isinstance(key, tuple) else key  # a lone key is its number
 
 
 POLICIES: dict[str, Callable[[], Policy]] = {

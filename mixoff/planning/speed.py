@@ -73,10 +73,10 @@ class Efficiency:
         slower = hardware.python_s / self.python_s - 1
         fixed, products = (max(1 + share * slower, 0.1) for share in (self.fixed_slows, self.products_slow))
         works = {name: fixed * getattr(self, name) for name in FIXED}
-        quantized = {bits: share / products for bits, share in self.shares.items() if bits in CODES}
-        return replace(self, **works, shares={**self.shares, **quantized}, python_s=hardware.python_s)
+        shares = {bits: share / products if bits in CODES else share for bits, share in self.shares.items()}
+        return replace(self, **works, shares=shares, python_s=hardware.python_s)
 
-    def seconds(self, nbytes_by_bits: Mapping[int | str, int], Bps: float) -> float:
+    def seconds(self, nbytes_by_bits: Mapping[int, int] | Mapping[int | str, int], Bps: float) -> float:
         """Seconds to read and multiply these bytes of weights."""
         return sum(nbytes / (Bps * self.shares[bits]) for bits, nbytes in nbytes_by_bits.items())
 
@@ -201,18 +201,29 @@ def predict(
     if any(rate is not None and not 0 <= rate <= 1 for rate in rates.values()):
         raise MixoffError(f"{', '.join(f'{k} is {v}' for k, v in rates.items())}: each is a share from 0 to 1")
     shape = shape_of(shape)
-    rates["ram_share"] = float(hardware.device == "cuda") if ram_share is None else ram_share
+    ram_share = float(hardware.device == "cuda") if ram_share is None else ram_share
     efficiency = (efficiency or EFFICIENCY[hardware.device]["expected"]).on(hardware)
     sizes, compute = sizes_of(shape, scheme), compute_dtype(hardware, shape.dtype)
     background = sizes.slot_nbytes >= BACKGROUND_FROM if background is None else background
     terms = _computing(sizes, compute, hardware, efficiency, recall is not None)
-    copied = rates["ram_share"] * (1 - hit_rate) if hardware.device == "cpu" and background else 0.0
-    step = _step(sizes, hardware, efficiency, terms, rates | {"overlap": background}, copied)
+    copied = ram_share * (1 - hit_rate) if hardware.device == "cpu" and background else 0.0  # at once: counts as hits
+    fetch_s = sizes.requested() / sum(shape.top_k) / miss_Bps(hardware, 0.0 if copied else ram_share)
+    step = Step(
+        layers=len(sizes.sites),
+        top_k=max(shape.top_k),
+        host_s=0.0,
+        attention_s=(terms["backbone"] + terms["fixed"]) / len(sizes.sites),
+        expert_s=terms["experts"] / sum(shape.top_k),
+        link_s=fetch_s + efficiency.miss_s,
+        hit_rate=hit_rate + copied,
+        recall=recall,
+        overlap=background,
+    )
     near_s = sizes.requested() / sum(shape.top_k) / miss_Bps(hardware, 1.0) + efficiency.miss_s
     terms["fetches"] = _waiting(step, shape.top_k) + copied * sum(shape.top_k) * near_s
-    inputs = rates | {"background": background, "compute_dtype": compute}
+    inputs = rates | {"ram_share": ram_share, "background": background, "compute_dtype": compute}
     inputs |= {"efficiency": asdict(efficiency), "hardware": hardware.to_dict()}
-    return Prediction(terms, floors(sizes, compute, hardware, hit_rate, rates["ram_share"]), inputs, step)
+    return Prediction(terms, floors(sizes, compute, hardware, hit_rate, ram_share), inputs, step)
 
 
 def _computing(
@@ -235,30 +246,6 @@ def _widened(touched: Mapping[int, int], compute: str) -> dict[int | str, int]:
     """Bytes by bits; unquantized weights of another width than the computation's are under WIDENED."""
     wide = 8 * dtype_nbytes(compute)
     return {WIDENED if 16 <= bits < wide else bits: nbytes for bits, nbytes in touched.items()}
-
-
-def _step(
-    sizes: Sizes,
-    hardware: Hardware,
-    efficiency: Efficiency,
-    terms: Mapping[str, float],
-    rates: Mapping[str, float | None],
-    copied: float,
-) -> Step:
-    """A step of these terms. copied: share of the requests served from RAM at once, which count as hits here."""
-    layers, experts = len(sizes.sites), sum(sizes.shape.top_k)
-    fetch_s = sizes.requested() / experts / miss_Bps(hardware, 0.0 if copied else rates["ram_share"])
-    return Step(
-        layers=layers,
-        top_k=max(sizes.shape.top_k),
-        host_s=0.0,
-        attention_s=(terms["backbone"] + terms["fixed"]) / layers,
-        expert_s=terms["experts"] / experts,
-        link_s=fetch_s + efficiency.miss_s,
-        hit_rate=rates["hit_rate"] + copied,
-        recall=rates["recall"],
-        overlap=rates["overlap"],
-    )
 
 
 def _waiting(step: Step, top_k: Iterable[int]) -> float:

@@ -33,8 +33,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from mixoff.cache.cache import Grant
-from mixoff.cache.events import BYPASS, HIT, RESTORE
-from mixoff.cache.policies import Key
+from mixoff.cache.events import BYPASS, HIT, RESTORE, Key
 from mixoff.transfer.arena import Weight
 
 if TYPE_CHECKING:

@@ -8,6 +8,7 @@ exactly what the runtime counts. `mixoff.simulate` is the function below.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
