@@ -28,6 +28,7 @@ from mixoff.pages import slab
 from mixoff.planning import probe
 from mixoff.quantize.layout import BLOCK, packed_nbytes
 from mixoff.quantize.scheme import Scheme
+from mixoff.quantize.solve import quantize
 from mixoff.quantize.tensor import QTensor
 from mixoff.shapes.config import backbone_roles, expert_modules, expert_sites, skeleton
 from mixoff.shapes.sites import Part, Site, quantized_sites, stride, torch_dtype
@@ -53,7 +54,7 @@ SMALLER = {
     "mixtral-700m": {"hidden_size": 1024, "intermediate_size": 3584, "num_hidden_layers": 8,
                      "num_attention_heads": 8, "num_key_value_heads": 2},
 }  # fmt: skip
-SHAPES = {"mixtral-8x7b": {}} | SMALLER
+SHAPES: dict[str, dict[str, int]] = {"mixtral-8x7b": {}, **SMALLER}
 
 
 def config_of(shape: str | PretrainedConfig, dtype: str = "bfloat16") -> PretrainedConfig:
@@ -203,9 +204,11 @@ def pick(q: QTensor, scheme: Scheme, role: str, rng: np.random.Generator) -> QTe
 def _pool(width: int, end: int, scheme: Scheme, role: str) -> tuple[list[QTensor], list[QTensor]]:
     """Blocks of rows, quantized once, and blocks of `end` rows for the end of a matrix."""
     generator = torch.Generator().manual_seed(SEED)
+    bits, group_size, metadata_bits = _form(scheme, role)
 
     def draw(rows: int) -> QTensor:
-        return scheme.quantize(torch.randn(rows, width, generator=generator) * SIGMA, role)
+        w = torch.randn(rows, width, generator=generator) * SIGMA
+        return quantize(w, bits, group_size, scheme.solver, metadata_bits)
 
     return [draw(BLOCK) for _ in range(POOL_BLOCKS)], [draw(end) for _ in range(ENDS)]
 
@@ -231,11 +234,13 @@ def _backbone_nbytes(tensor: torch.Tensor, scheme: Scheme, role: str | None) -> 
 
 def _form(scheme: Scheme, role: str) -> tuple[int, int, int]:
     precision = scheme.precision(role)
+    assert precision is not None
     return precision.bits, precision.group_size, scheme.metadata_bits
 
 
 def _write_backbone(folder: Path, model: torch.nn.Module, scheme: Scheme, seed: int) -> list[dict]:
-    kept, packed, described = {}, {}, {}
+    kept, described = {}, {}
+    packed: dict[str, torch.Tensor] = {}
     for i, (name, tensor, role) in enumerate(_backbone(model)):
         rng = np.random.default_rng((seed, i))
         if role and scheme.precision(role):
