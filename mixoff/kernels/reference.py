@@ -77,7 +77,9 @@ def linear(
     if w.dtype == x.dtype:
         return torch.mm(x, w)
     whole = w.numel() * x.element_size()
-    return torch.mm(x, w.to(x.dtype)) if scratch.numel() < whole and len(x) > FEW else _in_blocks(x, w, scratch)
+    if scratch is None or (scratch.numel() < whole and len(x) > FEW):
+        return torch.mm(x, w.to(x.dtype))
+    return _in_blocks(x, w, scratch)
 
 
 def _in_blocks(x: torch.Tensor, w: torch.Tensor, scratch: torch.Tensor) -> torch.Tensor:

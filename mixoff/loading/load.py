@@ -7,7 +7,7 @@ The backbone is loaded by transformers itself; the experts' parameters are remov
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -30,9 +30,9 @@ from mixoff.runtime.runtime import Runtime
 from mixoff.shapes import sites
 from mixoff.shapes.config import likely_top_k, read_config
 from mixoff.store import kept
-from mixoff.store.readers import past_page_cache
+from mixoff.store.readers import ExpertReader, past_page_cache
 from mixoff.store.source import EncodedError, Source, open_source
-from mixoff.transfer import cuda, streams
+from mixoff.transfer import cuda
 from mixoff.transfer.cuda import MARGIN, Gpu
 from mixoff.transfer.tiers import WORKERS
 from mixoff.units import format_nbytes, parse_nbytes
@@ -93,7 +93,8 @@ def load(
         undo.callback(source.close)
         compute = _compute_dtype(dtype, source.dtype, gpu)
         budget, ram = budgets(source, fast_bytes, ram_bytes, gpu, compute, context)
-        choose_io(source, io, budget, limited=ram_bytes is not None or gpu is not None)
+        limited = ram_bytes is not None or gpu is not None
+        source.reader = choose_io(source.reader, source.sites, io, budget, limited)
         model = load_backbone(source, compute, exact, gpu) if gpu else None  # first: slots take what it leaves
         runtime = Runtime(
             source,
@@ -120,7 +121,7 @@ def budgets(
     source: Source,
     fast_bytes: int | str,
     ram_bytes: int | str | None,
-    gpu: streams.Device | None,
+    gpu: cuda.Cuda | None,
     compute: torch.dtype,
     context: int,
 ) -> tuple[int, int]:
@@ -147,11 +148,11 @@ def scheme_asked(source: Source) -> Scheme | None:
     return None if source.is_store or published.is_published(source.folder) else source.scheme
 
 
-def choose_io(source: Source, io: str, fast_bytes: int, limited: bool) -> None:
-    """Give `source` a reader that bypasses the page cache, if `goes_direct` says so."""
-    experts = sum(site.num_experts * site.expert_nbytes for site in source.sites)
-    if goes_direct(io, experts + min(fast_bytes, experts), probe.memory_nbytes()[1], limited):
-        source.reader = past_page_cache(source.reader, WORKERS)
+def choose_io(reader: ExpertReader, of: Iterable[sites.Site], io: str, fast_bytes: int, limited: bool) -> ExpertReader:
+    """The reader, or one that bypasses the page cache, if `goes_direct` says so."""
+    experts = sum(site.num_experts * site.expert_nbytes for site in of)
+    direct = goes_direct(io, experts + min(fast_bytes, experts), probe.memory_nbytes()[1], limited)
+    return past_page_cache(reader, WORKERS) if direct else reader
 
 
 def _check_memory(nbytes: int) -> None:
@@ -182,10 +183,10 @@ def _open(path: str | Path, scheme: str | Scheme | None) -> Source:
     return open_source(kept.store_of(path, scheme))
 
 
-def _compute_dtype(dtype: str | torch.dtype, stored: str, gpu: streams.Device | None = None) -> torch.dtype:
+def _compute_dtype(dtype: str | torch.dtype, stored: str, gpu: cuda.Cuda | None = None) -> torch.dtype:
     name = str(dtype).removeprefix("torch.")
-    native = gpu and gpu.describe().dtype
-    if name == "auto" and gpu:
+    native = gpu.describe().dtype if gpu else None
+    if name == "auto" and native:
         name = native if stored == "bfloat16" else stored
     elif name == "auto":
         name = "float32" if stored == "float16" else stored
@@ -203,5 +204,12 @@ def measured(gpu: Gpu) -> Hardware:
         "ram_bytes": "measured: free now",
         "reserved_nbytes": f"stated: {format_nbytes(MARGIN)} for workspaces and fragments, in addition to the context",
     }
-    sizes = {"fast_bytes": gpu.free_nbytes, "ram_bytes": probe.memory_nbytes()[1], "reserved_nbytes": MARGIN}
-    return replace(probe.named("t4"), name="here", compute_dtype=gpu.dtype, **sizes, sources=sources)
+    return replace(
+        probe.named("t4"),
+        name="here",
+        compute_dtype=gpu.dtype,
+        fast_bytes=gpu.free_nbytes,
+        ram_bytes=probe.memory_nbytes()[1],
+        reserved_nbytes=MARGIN,
+        sources=sources,
+    )

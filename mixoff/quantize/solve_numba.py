@@ -13,6 +13,7 @@ import functools
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 from numba.extending import register_jitable
@@ -34,7 +35,7 @@ from mixoff.quantize.layout import (
 )
 
 Arrays = tuple[ndarray, ...]
-F32 = np.float32
+F32: TypeAlias = np.float32
 STAMP = zlib.crc32(Path(layout.__file__).read_bytes())  # part of the cache key: numba does not notice changes there
 ABREAST = 2**11  # weights whose groups are fitted side by side: with their products they stay in the first cache
 HQQ, LSQ = SOLVERS.index("hqq"), SOLVERS.index("lsq")

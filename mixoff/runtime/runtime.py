@@ -58,7 +58,10 @@ class Source(Protocol):
 
     sites: tuple[Site, ...]
     scheme: Scheme
-    reader: Reader
+
+    @property
+    def reader(self) -> Reader:
+        """Reads experts."""
 
     @property
     def expert_nbytes(self) -> int:

@@ -166,6 +166,7 @@ def _place_quantized(plan: Blueprint, roles: dict[str, str], backbone: dict) -> 
     described, parts = {}, {}
     for name, role in roles.items():
         form = plan.scheme.precision(role)
+        assert form is not None  # `roles` has none that stays in 16 bits
         shape = backbone[name][0].shape
         empty = QTensor.empty(shape, form.bits, form.group_size, plan.scheme.metadata_bits)
         tensors, described[name] = empty.to_tensors()

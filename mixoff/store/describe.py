@@ -6,7 +6,7 @@ import json
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from mixoff import models
 from mixoff.checkpoints import hub, model_files, names
@@ -23,6 +23,8 @@ from mixoff.store.source import open_source
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
+
+T = TypeVar("T")
 
 
 def shape_of(source: ModelShape | PretrainedConfig | str | Path) -> ModelShape:
@@ -117,7 +119,7 @@ def _as_store(shape: ModelShape, folder: Path, scheme: str | Scheme | None) -> t
     return replace(shape, files=files).quantized_only(quantized), _only(folder, wanted, stored)
 
 
-def _only(source: object, wanted: object, stored: object) -> object:
+def _only(source: object, wanted: object, stored: T) -> T:
     """The scheme of the files, if it is the one that was asked for."""
     if wanted not in (None, stored):
         raise MixoffError(f"{source} is quantized in another scheme: plan it without one, or plan the original model")

@@ -47,6 +47,7 @@ class Journal:
 
     def commit(self) -> None:
         """Write what was added since the last commit. The caller must have synced those bytes before."""
+        assert self.file is not None  # after `begin`
         lines = memoryview("".join(self.waiting).encode())
         while lines:
             lines = lines[self.file.write(lines) :]

@@ -204,9 +204,10 @@ def _image(weight: Weight, raw: np.ndarray, scheme: Scheme, each: Callable) -> n
     if weight.role is None:
         return raw
     try:
-        return scheme.quantize(w.t() if weight.transposed else w, weight.role, each).to_buffer().numpy()
+        q = scheme.quantize(w.t() if weight.transposed else w, weight.role, each)
     except MixoffError as error:
         raise WeightError(f"{weight.where}: {error}") from None
+    return raw if q is None else q.to_buffer().numpy()
 
 
 class Making:

@@ -104,7 +104,7 @@ class DroppingReader(ExpertReader):
     direct = True
 
     @property
-    def how(self) -> str:
+    def how(self) -> str:  # type: ignore[override]  # nothing assigns it
         """How files are read, and why."""
         if hasattr(os, "posix_fadvise"):
             return "buffered, then dropped from the page cache: the filesystem has no direct I/O"

@@ -235,7 +235,7 @@ class Emitter:
 
     def pairs(self, v: ir.Value, sums: dict[tuple[int, int], ir.Value]) -> None:
         """Sum pairs of products in 16 bits, for as many inputs as these hold, and then to 32."""
-        most = SPANS[self.bits] * WIDTH[self.bits] // 32
+        most = (SPANS[self.bits] or 0) * WIDTH[self.bits] // 32
         shorts: dict[int, ir.Value] = {}
         for j, word, thirds in self.each(v):
             for i, _, codes in self.planes(word, thirds):

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -28,7 +28,7 @@ DEQUANTIZED_GROUPS, DEQUANTIZED_WARPS = 8, 8  # groups per program, and its warp
 
 
 @functools.cache
-def loops() -> ModuleType | None:
+def loops() -> Any:
     """The kernels; None where triton is not installed."""
     try:
         from mixoff.kernels.triton import loops as triton_loops
