@@ -85,6 +85,7 @@ class Settings:
 
     @property
     def context(self) -> int:
+        """Tokens of one run, prompt included."""
         return self.prompt_tokens + self.tokens
 
 

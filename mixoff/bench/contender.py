@@ -243,6 +243,7 @@ class Phases:
 
     @property
     def experts(self) -> dict[str, nn.Module]:
+        """Modules that hold the experts of a layer, by name."""
         return expert_modules(self.model)
 
     def __exit__(self, *exc: object) -> None:

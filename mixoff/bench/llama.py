@@ -53,6 +53,7 @@ class Llama:
 
     @property
     def vocabulary(self) -> int:
+        """V, the number of tokens that the model knows."""
         return self.L.llama_vocab_n_tokens(self.L.llama_model_get_vocab(self.model))
 
     def decode(self, ids: np.ndarray, context: object = None) -> float:
@@ -69,6 +70,7 @@ class Llama:
         return seconds
 
     def clear(self) -> None:
+        """Empty the KV cache, so that the next tokens start a new sequence."""
         self.L.llama_memory_clear(self.L.llama_get_memory(self.context), True)
 
 

@@ -30,11 +30,15 @@ class Policy(Protocol):
         scores: the router's score of each expert of the layer, (E,), from 0 to 1 (certain to be chosen), if known
         """
 
-    def insert(self, key: Key) -> None: ...
+    def insert(self, key: Key) -> None:
+        """Note that `key` is resident from now on."""
+
     def touch(self, key: Key, weight: float = 0.0) -> None:
         """Note a use by decoding, in router order. weight: the router's, summed over a batch."""
 
-    def remove(self, key: Key) -> None: ...
+    def remove(self, key: Key) -> None:
+        """Note that `key`, a resident, is evicted."""
+
     def victim(self, keep: Collection[Key]) -> Key | None:
         """The resident to evict next among those not in `keep`, or None if all are kept."""
 

@@ -67,12 +67,14 @@ class Served:
         raise refusal(what, self._loaded)
 
     def save_pretrained(self, *args: object, **kwargs: object) -> None:
+        """Refused: the files would lack the experts."""
         self._refuse("save")
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
         self._refuse("copy")
 
     def set_experts_implementation(self, experts_implementation: str | dict) -> None:
+        """Refused for anything but `mixoff`."""
         wanted = experts_implementation
         if set(wanted.values() if isinstance(wanted, dict) else [wanted]) != {"mixoff"}:
             self._refuse("implementation")
@@ -86,6 +88,7 @@ class Served:
 
     @property
     def peft_config(self) -> Adapters:
+        """Configurations of the adapters by name, as PEFT reads and writes them."""
         return self._adapters
 
     @peft_config.setter
@@ -289,6 +292,7 @@ class Adapters(dict):
         super().__setitem__(name, config)
 
     def update(self, *args: Any, **kwargs: Any) -> None:
+        """Add configurations one by one, so that each is checked."""
         for name, config in dict(*args, **kwargs).items():
             self[name] = config
 

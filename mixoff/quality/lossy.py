@@ -111,7 +111,8 @@ def prune(counts: Sequence[Sequence[int]], keep: int) -> Reroute:
 class Tier(Protocol):
     """Which experts are in the fast tier."""
 
-    def has(self, site: int, expert: int) -> bool: ...
+    def has(self, site: int, expert: int) -> bool:
+        """Whether the expert is in it."""
 
     def ask(self, site: int, experts: list[int]) -> None:
         """Note that a token asks for these, distinct and in router order."""
@@ -124,6 +125,7 @@ class Live:
         self.runtime = runtime
 
     def has(self, site: int, expert: int) -> bool:
+        """Whether the expert is in a slot now, or the pass is a prompt."""
         return self.runtime.in_prompt() or (site, expert) in self.runtime.cache.slot_of
 
     def ask(self, site: int, experts: list[int]) -> None:
@@ -140,9 +142,11 @@ class Shadow:
         self.hits = self.misses = 0
 
     def has(self, site: int, expert: int) -> bool:
+        """Whether the expert is in one of the site's slots."""
         return (site, expert) in self.caches[site].slot_of
 
     def ask(self, site: int, experts: list[int]) -> None:
+        """Serve `experts` from the site's slots, and count hits and misses."""
         for grant in self.caches[site].access(0, [(site, expert) for expert in experts]):
             self.hits += grant.kind == "hit"
             self.misses += grant.kind != "hit"

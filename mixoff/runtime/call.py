@@ -164,5 +164,6 @@ class Call:
                     self.tell(grant.key, "evict")
 
     def tell(self, key: Key, kind: str, nbytes: int = 0, t0: float | None = None, t1: float | None = None) -> None:
+        """Send an event to all listeners; a time that is None is now."""
         now = time.perf_counter()
         self.runtime.tell(key, kind, nbytes, now if t0 is None else t0, now if t1 is None else t1)

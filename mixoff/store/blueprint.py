@@ -213,6 +213,7 @@ def _place_tensors(plan: Blueprint, file: str, tensors: dict[str, tuple], metada
 
 
 def to_json(value: dict) -> bytes:
+    """A JSON file's content in UTF-8, indented, with a final newline."""
     return (json.dumps(value, indent=1) + "\n").encode()
 
 

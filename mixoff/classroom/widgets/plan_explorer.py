@@ -179,6 +179,7 @@ class Tier:
 
     @property
     def nbytes(self) -> int:
+        """Total bytes of all parts."""
         return sum(self.parts.values())
 
     def __str__(self) -> str:
