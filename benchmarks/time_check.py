@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Predicts the speed of decoding on this machine, measures it, and writes both beside each other into docs/.
+"""Predicts the speed of decoding on this machine, measures it, and writes both next to each other into docs/.
 
     python benchmarks/time_check.py measure FOLDER --part fitted --record A.json   # alone on the machine, two minutes
     python benchmarks/time_check.py fit FOLDER A.json                              # constants of timeline.EFFICIENCY
@@ -56,7 +56,7 @@ GIB = 1 << 30
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "benchmarks.md"
 MARKS = "<!-- measured: begin (benchmarks/time_check.py table) -->\n", "<!-- measured: end -->\n"
 SMALL = {"vocab_size": 32000, "hidden_size": 1024, "num_attention_heads": 8, "num_key_value_heads": 2}
-SHAPES = {  # beside those of mixoff.bench.synthetic: mixtral-700m twice as deep, and with many small experts
+SHAPES = {  # in addition to those of mixoff.bench.synthetic: mixtral-700m twice as deep, and with many small experts
     "deep": SMALL | {"intermediate_size": 3584, "num_hidden_layers": 16},
     "fine": SMALL | {"intermediate_size": 896, "num_hidden_layers": 8, "num_local_experts": 32,
                      "num_experts_per_tok": 8},
@@ -251,7 +251,7 @@ def probe(folder, threads):
     return found | {"disk": probe_.disk_bandwidth(folder, PIECE, WORKERS, nbytes=GIB // 4)}
 
 
-# Both beside each other -----------------------------------------------------------------------------------------------
+# Both next to each other ----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

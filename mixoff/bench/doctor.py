@@ -22,7 +22,7 @@ PACKAGES = (
     "mixoff", "torch", "transformers", "huggingface_hub", "accelerate", "safetensors", "numpy", "numba", "triton",
     "hqq", "ipywidgets", "anywidget",
 )  # fmt: skip
-PINNED_PAYS = 1.1  # pinned over pageable bandwidth; below this, locking pages is no gain
+PINNED_PAYS = 1.1  # pinned over pageable bandwidth; below this, locking pages gains nothing
 MISSING = "not installed"
 FEATURES = {"avx2": "AVX2", "avx512f": "AVX-512", "avx512_vnni": "VNNI", "avx_vnni": "AVX-VNNI", "asimd": "NEON"}
 

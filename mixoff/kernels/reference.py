@@ -3,7 +3,7 @@
 Letters: **T** rows of activations, **N** outputs, **K** inputs, **B** rows of a block.
 A weight in another dtype (fp16 files on a CPU, which computes in fp32) is widened into a scratch that counts against
 the budget. To keep it small, the weight is widened block by block if that gives the same bits as one product. Each
-output is its own sum over K, but a BLAS may order that sum by N, rows and threads (MKL does): so we check once which
+output is its own sum over K, but a BLAS may order that sum by N, rows and threads (MKL does). So we check once which
 order this BLAS uses, and if bits differ, the scratch holds the whole weight. For the many rows of a prompt, whose
 activations are larger anyway, a weight of at most LARGE bytes is widened outside the scratch. A quantized weight is
 dequantized block by block.

@@ -67,12 +67,12 @@ def load(
     ----------
     path: folder, or Hub model (`org/model`, `org/model@revision`), which is downloaded into the Hub's cache
     fast_bytes: budget for experts in the fast tier: slots, buffers and scratch (`"6GiB"`, `"500MB"`, an int);
-        `"auto"` is 6 GiB on a CPU, and on a GPU the free memory that a plan leaves for experts
+        `"auto"` is 6 GiB on a CPU, and what a plan leaves for experts on a GPU
     scheme: `Scheme`, or a preset's name, in which a plain checkpoint is stored once, in the user's cache folder;
         None takes the folder as it is
     revision: branch, tag or commit of a Hub model
-    ram_bytes: hard limit on copies of experts in RAM, so files are then read past the page cache;
-        None makes no copies on a CPU, and on a GPU page-locks free RAM for as many experts as fit
+    ram_bytes: hard limit on copies of experts in RAM, with which files are read past the page cache;
+        None makes no copies on a CPU, and page-locks free RAM for them on a GPU
     policy: name of an eviction policy, or a class or function that makes a `policies.Policy`;
         `"none"` keeps nothing between calls, for comparison
     prefetch: `"next-router"` guesses what the next layer will ask for, `"none"` never guesses;

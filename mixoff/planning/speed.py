@@ -2,10 +2,11 @@
 
 Everything here is modelled. Letters: **L** layers with experts, **K** experts per token.
 
-`predict` adds up one token's time for any shape, scheme and machine: bytes of weights over the bandwidth that products
-reach, fixed work per token, layer, expert and miss, and fetches that computing does not hide. Misses are independent,
-so a layer has m of them with the binomial probability; during the fetches the layer's residents are computed. With
-guesses, which span layers, the events of a `Step` are simulated instead. The hit rate is given: no policy is modelled.
+`predict` adds up one token's time for any shape, scheme and machine. The terms are bytes of weights over the bandwidth
+of products, fixed work per token, layer, expert and miss, and fetches that computing does not hide. Misses are
+independent, so a layer has m of them with the binomial probability; during the fetches the layer's residents are
+computed. With guesses, which span layers, the events of a `Step` are simulated instead. The hit rate is given: no
+policy is modelled.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ class Efficiency:
 
     Attributes
     ----------
-    shares: share of the fast tier's read bandwidth that a product reaches, by bits per weight; WIDENED is the share for
-        weights stored in another dtype than that of the computation
+    shares: share of the fast tier's read bandwidth that a product reaches, by bits per weight; WIDENED is that of
+        weights stored in another dtype than the computation's
     layer_s: fixed work of a layer (norms, router, attention's steps, Python)
     expert_s: fixed work of an expert
     source: origin of the figures
@@ -191,8 +192,8 @@ def predict(
     efficiency: how fast this implementation runs; None is the expected one for the device
     ram_share: share of the misses that come from RAM (copies, or cached files) rather than from the disk;
         None is all with a card, and none on a CPU
-    background: whether a layer's residents are computed during its fetches; None follows the runtime, which does so
-        for experts of a MiB or more (copies within RAM are never in the background)
+    background: whether a layer's residents are computed during its fetches, though never during copies within RAM;
+        None follows the runtime, which does so for experts of a MiB or more
     """
     from mixoff.shapes.sizes import sizes_of
     from mixoff.store.describe import shape_of

@@ -133,8 +133,10 @@ class Live:
 
 
 class Shadow:
-    """A cache of `slots` per site without weights, for evaluation: a window passes through the model at once, but
-    token by token through this cache, so that hits are those of decoding.
+    """A cache of `slots` per site without weights, for evaluation.
+
+    A window passes through the model at once, but token by token through this cache, so that hits are those of
+    decoding.
     """
 
     def __init__(self, slots: int, policy: str = "lru") -> None:

@@ -91,7 +91,7 @@ def gated_mlps(x: torch.Tensor, experts: Sequence[tuple[QTensor, QTensor]], exac
 def _products(x: torch.Tensor, chains: Sequence[tuple[QTensor, ...]], exact: bool, lead: Sequence[int]) -> torch.Tensor:
     """Chains of products: rows x (..., K) times the first weight, gated, times the next: (*lead, N) in x's dtype.
 
-    All chains are one call of compiled code, planned once: a token's weights evict Python and PyTorch from the CPU's
+    All chains are one call of compiled code, planned once. A token's weights evict Python and PyTorch from the CPU's
     caches, so every Python operation here costs several times what it does in a tight loop.
     """
     rows = x if x.dtype in KINDS else x.float()

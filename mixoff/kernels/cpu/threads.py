@@ -2,7 +2,7 @@
 
 numba's own threading layer is not used: it would end the process when two models compute at once.
 
-PyTorch's own threads get in the way: waking them for a one-token operation takes longer (0.4 ms here, measured) than
+PyTorch's own threads get in the way. Waking them for a one-token operation takes longer (0.4 ms here, measured) than
 the operation itself, and those that spin instead of sleeping occupy the cores that the kernels need. So a pass over one
 token can `borrow` them: PyTorch computes on one thread, our kernels on as many as it had.
 """
