@@ -2,7 +2,7 @@
 """Predicts the speed of decoding on this machine, measures it, and writes both next to each other into docs/.
 
     python benchmarks/time_check.py measure FOLDER --part fitted --record A.json   # alone on the machine, two minutes
-    python benchmarks/time_check.py fit FOLDER A.json                              # constants of timeline.EFFICIENCY
+    python benchmarks/time_check.py fit FOLDER A.json                              # constants of speed.EFFICIENCY
     python benchmarks/time_check.py measure FOLDER --part held-out --record B.json
     python benchmarks/time_check.py table FOLDER A.json B.json                        # into docs/benchmarks.md
     python benchmarks/time_check.py overlay FOLDER --svg docs/overlay.svg             # one token, measured and modelled
@@ -185,7 +185,7 @@ class Runner:
 
 
 def python_speed(threads):
-    """`hardware.python_speed` of the slowest of the threads that share products."""
+    """`probe.python_speed` of the slowest of the threads that share products."""
     if threads == 1:
         return probe_.python_speed()
     found = []
@@ -359,7 +359,7 @@ def cells(row):
 
 # One token ------------------------------------------------------------------------------------------------------------
 # Both time lines come from events of one kind: measured ones as the runtime reported them, modelled ones of
-# `timeline.predict(...).step`, with attention, which the runtime does not report.
+# `speed.predict(...).step`, with attention, which the runtime does not report.
 
 LAYERS, MISSES = 4, 4  # layers that are drawn, and misses in them
 

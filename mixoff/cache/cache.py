@@ -41,7 +41,7 @@ class Pool:
     capacity: int
 
     def victim(self, *keeps: Collection[Key]) -> Key:
-        """The resident to evict next: not in `keeps[0]`, or if all are in there, not in the one after it."""
+        """The resident to evict next, outside the first of `keeps` that does not hold all residents."""
         return next(key for keep in keeps if (key := self.policy.victim(keep)) is not None)
 
 

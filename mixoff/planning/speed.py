@@ -50,7 +50,7 @@ class Efficiency:
     cold_s: additional work of a layer whose weights, EVICTING bytes or more, flush the core's cache; in proportion for
         fewer bytes
     python_s: seconds per step of the loop in `probe.python_speed` on the core that all figures hold for
-    fixed_slows: on a core that takes twice `python_s`, fixed work takes 1 + `fixed_slows` times as long
+    fixed_slows: share that fixed work takes longer on a core that takes twice `python_s`
     products_slow: likewise for products of quantized weights
     """
 
@@ -189,7 +189,7 @@ def predict(
     hardware: the machine
     hit_rate: share of the requested experts that the cache holds
     recall: share of the other experts that guesses had fetched, None without guesses; a wrong guess wastes a fetch
-    efficiency: how fast this implementation runs; None is the expected one for the device
+    efficiency: speed of this implementation; None is the expected one for the device
     ram_share: share of the misses that come from RAM (copies, or cached files) rather than from the disk;
         None is all with a card, and none on a CPU
     background: whether a layer's residents are computed during its fetches, though never during copies within RAM;

@@ -102,7 +102,7 @@ def quantize(
     - w: the matrix.
     - bits: bits per code: 2, 3, 4 or 8.
     - group_size: weights that share a scale and a minimum; it must divide K.
-    - solver: how scale and minimum are chosen, see below.
+    - solver: way to choose scale and minimum, see below.
     - metadata_bits: bits of each scale and minimum, 8 or 16.
     - each: `map`, or a thread pool's `map`, over blocks of 128 rows; a block takes one thread, and not the GIL.
 

@@ -53,9 +53,9 @@ def compiled() -> Callable:
     - solver: index in SOLVERS.
     - bits: bits per code.
     - codes, high: words (words per row, rows); `high` is used for 3 bits only.
-    - wide: for 16-bit metadata, scale and minimum as fp16 bits (groups,).
-    - grids: for 8-bit metadata, four arrays of fp16 bits (super-groups,).
-    - fine: for 8-bit metadata, two arrays of codes (groups,).
+    - wide: scale and minimum as fp16 bits (groups,), for 16-bit metadata.
+    - grids: four arrays of fp16 bits (super-groups,), for 8-bit metadata.
+    - fine: two arrays of codes (groups,), for 8-bit metadata.
     """
     stamp = STAMP
 

@@ -41,7 +41,7 @@ class Reader(Protocol):
 class ExpertReader:
     """Copies expert images from files, through the page cache. Thread-safe.
 
-    - extents: by (site, expert), which bytes of which file go where in the image.
+    - extents: ranges of files, and their places in the image, by (site, expert).
     - direct: whether nothing stays in the page cache.
     - how: description of the way, for reports.
     - piece_nbytes: bytes per request into which an expert may be divided.

@@ -195,7 +195,7 @@ def generate(
     prompt: text to continue
     max_new_tokens: new tokens, at most
     temperature, seed, top_p, top_k: as in `Sampling`; temperature 0 is greedy
-    on_text: called with each new piece of text
+    on_text: function that gets each new piece of text
     streamer: transformers streamer that gets each token too
     add_special_tokens: False if the prompt spells them out, as chat templates do
     stop: texts after which generation ends

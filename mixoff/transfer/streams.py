@@ -100,9 +100,10 @@ def open_device_transfer(
 
 @dataclass(eq=False)
 class _Fetch:
-    """An expert on its way. place: its place in RAM, or the one it is read into; -1 while it waits for one.
+    """An expert on its way.
 
-    t0: when it was asked for
+    place: its place in RAM, or the one it is read into; -1 while it waits for one
+    t0: time of the request
     """
 
     key: Key
@@ -119,7 +120,7 @@ class DeviceTransfer:
     A landing is timed when its copy is queued: the host does not wait for the copy to end.
 
     kept: number of places that may hold experts the device lacks; the others are always available for reads
-    reading: makes the transfer that reads into the places' memory
+    reading: maker of the transfer that reads into the places' memory
     """
 
     def __init__(
