@@ -105,7 +105,7 @@ bits and MB are exact.
 
 {compared.markdown()}
 
-*experts and attention, metadata included. Next to quantized experts attention is 4-bit, `{DEFAULT_SOLVER}`.
+*experts and attention, metadata included. Where experts are quantized, attention is 4-bit, `{DEFAULT_SOLVER}`.
 
 What the others have more than `{DEFAULT_SOLVER}`, millinats per token, paired window by window (measured):
 """

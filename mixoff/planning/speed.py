@@ -166,7 +166,7 @@ class Prediction:
 
     def __str__(self) -> str:
         parts = ", ".join(f"{name} {1000 * s:.1f}" for name, s in self.terms.items())
-        return f"{self.tokens_per_s:.2f} tokens/s (modelled): {1000 * self.seconds:.1f} ms a token = {parts}"
+        return f"{self.tokens_per_s:.2f} tokens/s (modelled): {1000 * self.seconds:.1f} ms per token = {parts}"
 
 
 def predict(
