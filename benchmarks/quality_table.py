@@ -116,7 +116,7 @@ def intro(arguments, over):
     """What all rows of a table share."""
     D, W, T = over.ids.shape
     return f"""Model `{arguments.model.name}`, {D * W * T} held-out tokens of {D} domains, {W} windows of {T} each.
-Perplexity, ratio, KL and top-1 are measured, ± is one standard error, ratio and KL are paired with {BASE};"""
+Perplexity, ratio, KL and top-1 are measured, ± is one standard error. Ratio and KL are paired with {BASE};"""
 
 
 def solver_rows(compared):

@@ -66,12 +66,12 @@ def load(
     Parameters
     ----------
     path: folder, or Hub model (`org/model`, `org/model@revision`), which is downloaded into the Hub's cache
-    fast_bytes: budget for experts in the fast tier: slots, buffers and scratch (`"6GiB"`, `"500MB"`, an int);
+    fast_bytes: budget for experts in the fast tier: slots, buffers and scratch (`"6GiB"`, `"500MB"`, an int).
         `"auto"` is 6 GiB on a CPU, and what a plan leaves for experts on a GPU
     scheme: `Scheme`, or a preset's name, in which a plain checkpoint is stored once, in the user's cache folder;
         None takes the folder as it is
     revision: branch, tag or commit of a Hub model
-    ram_bytes: hard limit on copies of experts in RAM, with which files are read past the page cache;
+    ram_bytes: hard limit on copies of experts in RAM, with which files are read past the page cache.
         None makes no copies on a CPU, and page-locks free RAM for them on a GPU
     policy: name of an eviction policy, or a class or function that makes a `policies.Policy`;
         `"none"` keeps nothing between calls, for comparison
@@ -83,8 +83,8 @@ def load(
     fetch: `"expert"` fetches what the router chose, `"layer"` all experts of the layer, for comparison
     device: `"cpu"`, `"cuda"` or `"cuda:N"`; `"auto"` is the first GPU that torch sees, else the CPU
     dtype: dtype of the computation; `"auto"` is the files' own, with two exceptions:
-        a CPU computes fp16 in fp32, and a GPU older than sm_80 computes bf16 in fp16;
-        a backbone beyond fp16's range is then refused, while experts stay as stored and are not checked
+        a CPU computes fp16 in fp32, and a GPU older than sm_80 computes bf16 in fp16.
+        A backbone beyond fp16's range is then refused, while experts stay as stored and are not checked
     context: tokens for whose keys and values a GPU's memory is kept free
     """
     gpu = cuda.pick(device)

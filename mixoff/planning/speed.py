@@ -50,7 +50,7 @@ class Efficiency:
     cold_s: additional work of a layer whose weights, EVICTING bytes or more, flush the core's cache; in proportion for
         fewer bytes
     python_s: seconds per step of the loop in `probe.python_speed` on the core that all figures hold for
-    fixed_slows: share that fixed work takes longer on a core that takes twice `python_s`
+    fixed_slows: additional share of fixed work on a core that takes twice `python_s`
     products_slow: likewise for products of quantized weights
     """
 

@@ -115,7 +115,7 @@ class Router:
 
         hit_rates: LRU's, by slots per layer; fits weight and rho, with peak 0
         repeats: rates of the same first choice, and of the first or second, as in `repeat_rates`; fits weight and
-            peak, with rho 0.97, which neighbouring tokens alone cannot separate from weight
+            peak. Neighbouring tokens alone cannot separate rho from weight, so it is 0.97
         """
         if hit_rates is not None and repeats is None:
             start = cls(num_experts, top_k, 1.0, RHO, 0.0, max(256 // num_experts, 2))

@@ -141,7 +141,7 @@ def simulate(
     slots: slots per layer
     scope: `layer`, or `global`, which puts slots x layers into one pool
     expert_nbytes: bytes of one expert; None takes the trace's
-    prefetch: source of the guesses, which are fetched outside the cache while the layer before computes: `none`,
+    prefetch: source of the guesses, fetched outside the cache while the layer before computes: `none`,
         `next-router` (the trace's `predicted`), `popularity` (the most requested experts so far), `oracle`, or
         `recall=R`. The last is synthetic: it names each expert with chance R, and a wrong one otherwise
     prefetch_nbytes: bytes of guesses per layer, at most; None means K experts, the runtime's rule
