@@ -161,22 +161,22 @@ class Runner:
         routing.Routing(self.model, *routed(spec)[:2])
         ids = torch.from_numpy(spec.ids(self.model.config.vocab_size))
         self.rows = iter(ids)
-        self.step(ids[0, :PROMPT], anew=True)
+        self.step(ids[0, :PROMPT], restart=True)
         for token in ids[0].repeat(spec.warmup)[: spec.warmup]:
             self.step(token[None])
         self.model.mixoff.reset_counts()
 
-    def step(self, ids, anew=False):
+    def step(self, ids, restart=False):
         """Seconds of a pass."""
         start = time.perf_counter()
-        _, self.cache = advance(self.model, ids[None], None if anew else self.cache, logits_to_keep=1)
+        _, self.cache = advance(self.model, ids[None], None if restart else self.cache, logits_to_keep=1)
         return time.perf_counter() - start
 
     def run(self):
         """A prompt and tokens after it: seconds of each, and of the loop's step before and after each."""
         torch.set_num_threads(self.spec.threads)
         row = next(self.rows)
-        self.step(row[: self.spec.prompt_tokens], anew=True)
+        self.step(row[: self.spec.prompt_tokens], restart=True)
         seconds, loops = [], [python_speed(self.spec.threads)]
         for token in row[self.spec.prompt_tokens :]:
             seconds.append(self.step(token[None]))
