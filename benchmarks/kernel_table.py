@@ -1,4 +1,4 @@
-"""Time of one product with quantized weights beside the bandwidth of memory: the tables in docs/kernels.md.
+"""Time of one product with quantized weights next to the bandwidth of memory: the tables in docs/kernels.md.
 
     python benchmarks/kernel_table.py [--threads 1 2] [--runs 100] [--part gemv rows errors]
 

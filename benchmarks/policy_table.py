@@ -95,7 +95,7 @@ def by_prefetch(domains, slots=4):
 
 
 def fits():
-    """Presets of routers beside what was reported."""
+    """Presets of routers next to what was reported."""
     rows = []
     for name, rates in (("qwen3-235b", routers.QWEN3_235B_RATES), ("glm-5.2", routers.GLM_5_2_RATES)):
         router = preset(name)

@@ -105,7 +105,7 @@ bits and MB are exact.
 
 {compared.markdown()}
 
-*experts and attention, metadata included. Next to quantized experts attention is 4-bit, `{DEFAULT_SOLVER}`.
+*experts and attention, metadata included. Where experts are quantized, attention is 4-bit, `{DEFAULT_SOLVER}`.
 
 What the others have more than `{DEFAULT_SOLVER}`, millinats per token, paired window by window (measured):
 """
@@ -116,7 +116,7 @@ def intro(arguments, over):
     """What all rows of a table share."""
     D, W, T = over.ids.shape
     return f"""Model `{arguments.model.name}`, {D * W * T} held-out tokens of {D} domains, {W} windows of {T} each.
-Perplexity, ratio, KL and top-1 are measured, ± is one standard error, ratio and KL are paired with {BASE};"""
+Perplexity, ratio, KL and top-1 are measured, ± is one standard error. Ratio and KL are paired with {BASE};"""
 
 
 def solver_rows(compared):
@@ -157,9 +157,9 @@ def knobs(arguments, tokenizer, texts):
     for name, make in coarse(model, over, reference, arguments.slots).items():
         rows[name] = results.get(name, make)
     yield f"""{intro(arguments, over)}
-experts, how many a token asks for in a layer, are counted. MB a token are modelled: what misses move with
-LRU and {arguments.slots} slots a layer, by the simulator, over the choices that were left, 16 bits a
-weight unless the row says otherwise. Attention stays in 16 bits.
+experts, how many a token asks for in a layer, are counted. MB per token are modelled: what misses move in
+the simulator, with LRU and {arguments.slots} slots per layer, over the choices that were left.
+Weights have 16 bits unless the row says otherwise; attention always has.
 """
     yield comparison(rows).markdown()
 
@@ -202,7 +202,7 @@ def knob_row(model, over, reference, knob, slots, weight_nbytes):
     trace = mixoff.Trace.from_array(np.where(trace.experts < 0, -1, trace.experts % E), E)  # a twin is its expert
     asked = (trace.experts >= 0).mean() * trace.top_k
     moved = mixoff.simulate(trace, "lru", slots, expert_nbytes=round(weights * weight_nbytes)).bytes_moved
-    return scores, {"experts": f"{asked:.2f}", "MB a token": f"{moved / trace.tokens / 1e6:.3f}"}
+    return scores, {"experts": f"{asked:.2f}", "MB per token": f"{moved / trace.tokens / 1e6:.3f}"}
 
 
 def coarse(model, over, reference, slots):

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Tokens/s against slots a layer, threads and model size: docs/scaling.svg, and a table on standard output.
+"""Tokens/s against slots per layer, threads and model size: docs/scaling.svg, and a table on standard output.
 
     python benchmarks/scaling.py FOLDER [--tokens 16] [--rounds 1] [--record FILE]    # stores of `mixoff bench --shape`
     python benchmarks/scaling.py FOLDER --draw FILE...                                # only draw what was recorded
@@ -26,7 +26,7 @@ MARKS = {"mixtral-700m": "o", "mixtral-3b": "s", "mixtral-8x7b": "D"}
 
 
 def budget(path, slots):
-    """`fast_bytes` for so many slots a layer, and not one more."""
+    """`fast_bytes` for so many slots per layer, and not one more."""
     source = open_source(path)
     source.close()
     scratch = reference.scratch_nbytes(source.sites, torch_dtype(source.dtype))

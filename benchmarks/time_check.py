@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Predicts the speed of decoding on this machine, measures it, and writes both beside each other into docs/.
+"""Predicts the speed of decoding on this machine, measures it, and writes both next to each other into docs/.
 
     python benchmarks/time_check.py measure FOLDER --part fitted --record A.json   # alone on the machine, two minutes
-    python benchmarks/time_check.py fit FOLDER A.json                              # constants of timeline.EFFICIENCY
+    python benchmarks/time_check.py fit FOLDER A.json                              # constants of speed.EFFICIENCY
     python benchmarks/time_check.py measure FOLDER --part held-out --record B.json
     python benchmarks/time_check.py table FOLDER A.json B.json                        # into docs/benchmarks.md
     python benchmarks/time_check.py overlay FOLDER --svg docs/overlay.svg             # one token, measured and modelled
@@ -56,7 +56,7 @@ GIB = 1 << 30
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "benchmarks.md"
 MARKS = "<!-- measured: begin (benchmarks/time_check.py table) -->\n", "<!-- measured: end -->\n"
 SMALL = {"vocab_size": 32000, "hidden_size": 1024, "num_attention_heads": 8, "num_key_value_heads": 2}
-SHAPES = {  # beside those of mixoff.bench.synthetic: mixtral-700m twice as deep, and with many small experts
+SHAPES = {  # in addition to those of mixoff.bench.synthetic: mixtral-700m twice as deep, and with many small experts
     "deep": SMALL | {"intermediate_size": 3584, "num_hidden_layers": 16},
     "fine": SMALL | {"intermediate_size": 896, "num_hidden_layers": 8, "num_local_experts": 32,
                      "num_experts_per_tok": 8},
@@ -161,22 +161,22 @@ class Runner:
         routing.Routing(self.model, *routed(spec)[:2])
         ids = torch.from_numpy(spec.ids(self.model.config.vocab_size))
         self.rows = iter(ids)
-        self.step(ids[0, :PROMPT], anew=True)
+        self.step(ids[0, :PROMPT], restart=True)
         for token in ids[0].repeat(spec.warmup)[: spec.warmup]:
             self.step(token[None])
         self.model.mixoff.reset_counts()
 
-    def step(self, ids, anew=False):
+    def step(self, ids, restart=False):
         """Seconds of a pass."""
         start = time.perf_counter()
-        _, self.cache = advance(self.model, ids[None], None if anew else self.cache, logits_to_keep=1)
+        _, self.cache = advance(self.model, ids[None], None if restart else self.cache, logits_to_keep=1)
         return time.perf_counter() - start
 
     def run(self):
         """A prompt and tokens after it: seconds of each, and of the loop's step before and after each."""
         torch.set_num_threads(self.spec.threads)
         row = next(self.rows)
-        self.step(row[: self.spec.prompt_tokens], anew=True)
+        self.step(row[: self.spec.prompt_tokens], restart=True)
         seconds, loops = [], [python_speed(self.spec.threads)]
         for token in row[self.spec.prompt_tokens :]:
             seconds.append(self.step(token[None]))
@@ -185,7 +185,7 @@ class Runner:
 
 
 def python_speed(threads):
-    """`hardware.python_speed` of the slowest of the threads that share products."""
+    """`probe.python_speed` of the slowest of the threads that share products."""
     if threads == 1:
         return probe_.python_speed()
     found = []
@@ -251,7 +251,7 @@ def probe(folder, threads):
     return found | {"disk": probe_.disk_bandwidth(folder, PIECE, WORKERS, nbytes=GIB // 4)}
 
 
-# Both beside each other -----------------------------------------------------------------------------------------------
+# Both next to each other ----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -359,7 +359,7 @@ def cells(row):
 
 # One token ------------------------------------------------------------------------------------------------------------
 # Both time lines come from events of one kind: measured ones as the runtime reported them, modelled ones of
-# `timeline.predict(...).step`, with attention, which the runtime does not report.
+# `speed.predict(...).step`, with attention, which the runtime does not report.
 
 LAYERS, MISSES = 4, 4  # layers that are drawn, and misses in them
 

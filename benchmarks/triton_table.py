@@ -1,7 +1,7 @@
 """What Triton makes of the kernels for each chip, and how near a card comes to its memory: tables in docs/kernels.md.
 
     python benchmarks/triton_table.py                      compiles for sm_75 to sm_90, no GPU needed
-    python benchmarks/triton_table.py --measure            times products on this machine's card beside its bandwidth
+    python benchmarks/triton_table.py --measure            times products on this machine's card next to its bandwidth
     python benchmarks/triton_table.py --measure --tiles    other tiles too, for mixoff/kernels/triton/tiles.py
 
 `--json` prints one object, `--all` compiles every combination (minutes), `--few` some. With TRITON_INTERPRET=1,

@@ -142,7 +142,7 @@ def contents(shown: dict[str, str], root: pathlib.Path = ROOT) -> str:
 
 
 def copy_for_sphinx(target: pathlib.Path, root: pathlib.Path = ROOT) -> None:
-    """Lays out everything that Sphinx reads in `target`, which is made anew."""
+    """Lays out everything that Sphinx reads in `target`, which is made from scratch."""
     shutil.rmtree(target, ignore_errors=True)
     shown = places(root)
     for source, place in shown.items():

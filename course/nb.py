@@ -3,7 +3,7 @@
 
     nb.py check [FILES]           every rule of course/chapter_rules.py, and that generated text is up to date
     nb.py run [FILES]             executes in a fresh kernel, stores outputs, tidies
-    nb.py tidy [FILES]            first cell, metadata and README badges made anew; nothing is executed
+    nb.py tidy [FILES]            first cell, metadata and README badges made again; nothing is executed
     nb.py new NN_name "Title"     a chapter to start from
 
 Without FILES: all chapters. Does not know what a chapter is about.

@@ -92,7 +92,7 @@ def run(runs: int = 5, max_new_tokens: int = 64, threads: int = 1) -> Table:
         _decode_ms(model, tokenizer, 4)
     for model in loaded:
         model.mixoff.reset_counts()
-    times = [[] for _ in contenders]
+    times: list[list[float]] = [[] for _ in contenders]
     for _ in range(runs):
         for i, model in enumerate(contenders):
             times[i].append(_decode_ms(model, tokenizer, max_new_tokens))

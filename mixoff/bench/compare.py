@@ -85,6 +85,7 @@ class Settings:
 
     @property
     def context(self) -> int:
+        """Tokens of one run, prompt included."""
         return self.prompt_tokens + self.tokens
 
 
@@ -93,7 +94,9 @@ def compare(settings: Settings, on_line: Callable[[str], None] = lambda line: No
     machine, scheme = _machine(settings), scheme_of(settings.store)
     plan = planner.plan(settings.store, hardware=machine, context=settings.context, scheme=scheme)
     specs = _specs(settings, plan)
-    reports, probes, disks = {spec.name: [] for spec in specs}, [], []
+    reports: dict[str, list[dict]] = {spec.name: [] for spec in specs}
+    probes: list[float] = []
+    disks: list[float] = []
     with limits.limit(settings.memory_limit) if settings.memory_limit else contextlib.nullcontext() as limit:
         for _ in range(settings.rounds):
             for spec in specs:
@@ -149,8 +152,8 @@ def _machine(settings: Settings) -> Hardware:
         return probe.probe()
     _, free = probe.memory_nbytes()
     nbytes = settings.memory_limit or free
-    known = {"sources": {"fast_bytes": "the memory limit" if settings.memory_limit else "free memory"}}
-    return replace(hardware.NAMED["laptop"], name="here", fast_bytes=nbytes, **known)
+    sources = {"fast_bytes": "the memory limit" if settings.memory_limit else "free memory"}
+    return replace(hardware.NAMED["laptop"], name="here", fast_bytes=nbytes, sources=sources)
 
 
 def _as_measured(machine: Hardware, probes: list[float], disks: list[float]) -> Hardware:
@@ -255,10 +258,10 @@ def _row(spec: Spec, reports: list[dict], machine: Hardware, plan: Plan) -> Row:
     source.close()
     scheme = sizes.PUBLISHED if source.files.kind == "published" else source.scheme
     here = replace(machine, threads=spec.threads, python_s=_python_s(reports))
-    rates = _rates(result, reports)
-    speed = None  # the time model has fetches of single experts, not of whole layers
-    if spec.load.get("fetch") != "layer":
-        speed = predict(describe.shape_of(spec.path), scheme, here, result.cached_rate, **rates).tokens_per_s
+    speed, cached = None, result.cached_rate
+    if cached is not None and spec.load.get("fetch") != "layer":  # the time model has fetches of single experts only
+        rates = _rates(result.hit_rate or 0.0, cached, reports)
+        speed = predict(describe.shape_of(spec.path), scheme, here, cached, **rates).tokens_per_s
     if machine.device == "cuda":  # the plan covers GPU memory, not the RAM of a process
         return replace(result, predicted_tokens_per_s=speed)
     packed = source.folder / manifest.QUANTIZED  # the rest of the backbone stays mapped from its files
@@ -273,8 +276,8 @@ def _python_s(reports: list[dict]) -> float | None:
     return statistics.median(map(statistics.mean, runs)) if runs else None
 
 
-def _rates(result: Row, reports: list[dict]) -> dict:
+def _rates(hit_rate: float, cached_rate: float, reports: list[dict]) -> dict:
     """Inputs of a prediction in addition to the hit rate of the cache: recall of the guesses, and the share in RAM."""
-    guessed = (result.hit_rate or 0.0) - result.cached_rate
-    recall = min(guessed / (1 - result.cached_rate), 1.0) if guessed > 0 else None
+    guessed = hit_rate - cached_rate
+    recall = min(guessed / (1 - cached_rate), 1.0) if guessed > 0 else None
     return {"recall": recall, "ram_share": 1.0 if reports[0]["info"].get("io") == "buffered" else None}

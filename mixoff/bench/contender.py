@@ -9,10 +9,11 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from torch import nn
 
 from mixoff.bench import limits, routing
 from mixoff.bench.spec import Spec, repeat_rate
+from mixoff.cache.events import Event
 from mixoff.errors import MixoffError
 from mixoff.loading import load, warmup
 from mixoff.planning import probe
@@ -41,7 +43,8 @@ def run(spec: Spec) -> dict:
     """Load and measure; plain numbers, times in seconds."""
     torch.set_num_threads(spec.threads)
     with limits.Peak() as peak, torch.inference_mode():
-        report, start = {"base_bytes": limits.process_nbytes()}, time.perf_counter()
+        report: dict[str, Any] = {"base_bytes": limits.process_nbytes()}
+        start = time.perf_counter()
         model = LOADERS[spec.kind](spec)
         report |= {"load_s": time.perf_counter() - start, "loaded_bytes": limits.process_nbytes()}
         if hasattr(model, "mixoff"):
@@ -131,11 +134,11 @@ class Session:
             python_s.append(probe.python_speed())
         return Run(
             prompt_s=prompt_s,
-            prompt_read=_difference(read_between, read_before),
+            prompt_read=limits.difference(read_between, read_before),
             token_s=token_s,
             python_s=python_s,
-            read=_difference(limits.read_nbytes(), read_between),
-            moved=_difference(self._moved_nbytes(), moved_between),
+            read=limits.difference(limits.read_nbytes(), read_between),
+            moved=limits.difference(self._moved_nbytes(), moved_between),
         )
 
     def _moved_nbytes(self) -> int | None:
@@ -155,10 +158,6 @@ def finish(device: torch.device) -> None:
     """Wait until a GPU has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def _difference(after: int | None, before: int | None) -> int | None:
-    return None if after is None else after - before
 
 
 # Bytes and hits -------------------------------------------------------------------------------------------------------
@@ -227,9 +226,11 @@ class Phases:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.model, self.seconds, self.tokens = model, Counter(), 0
-        self.device = next(model.parameters()).device
-        self.computing, self.decoding, self.handles, self.events = 0.0, False, [], []
+        self.model, self.device = model, next(model.parameters()).device
+        self.seconds: dict[str, float] = defaultdict(float)  # by phase
+        self.tokens, self.computing, self.decoding = 0, 0.0, False
+        self.handles: list[Any] = []
+        self.events: list[Event] = []
 
     def __enter__(self) -> Phases:
         self._time(self.model, "total")
@@ -242,6 +243,7 @@ class Phases:
 
     @property
     def experts(self) -> dict[str, nn.Module]:
+        """Modules that hold the experts of a layer, by name."""
         return expert_modules(self.model)
 
     def __exit__(self, *exc: object) -> None:
@@ -250,7 +252,7 @@ class Phases:
         if hasattr(self.model, "mixoff"):
             self.end()
 
-    def _on_event(self, event: object) -> None:
+    def _on_event(self, event: Event) -> None:
         if event.phase != "decode":
             return
         self.events.append(event)

@@ -22,7 +22,7 @@ PACKAGES = (
     "mixoff", "torch", "transformers", "huggingface_hub", "accelerate", "safetensors", "numpy", "numba", "triton",
     "hqq", "ipywidgets", "anywidget",
 )  # fmt: skip
-PINNED_PAYS = 1.1  # pinned over pageable bandwidth; below this, locking pages is no gain
+PINNED_PAYS = 1.1  # pinned over pageable bandwidth; below this, locking pages gains nothing
 MISSING = "not installed"
 FEATURES = {"avx2": "AVX2", "avx512f": "AVX-512", "avx512_vnni": "VNNI", "avx_vnni": "AVX-VNNI", "asimd": "NEON"}
 
@@ -81,7 +81,7 @@ class Checkup:
         lines += [f"{'memory':<16} {size(self.memory_nbytes)} may be used, {size(m.fast_bytes)} free in the fast tier"]
         lines += [f"{'read bandwidth':<16} {m.fast_Bps / GB:.1f} GB/s (measured)"]
         lines += [f"{'link':<16} {f'{m.link_Bps / GB:.1f} GB/s (measured)' if m.link_Bps else 'none: no GPU'}"]
-        lines += [f"{'disk':<16} {m.disk_Bps / GB:.2f} GB/s ({m.sources['disk_Bps']}), {size(m.disk_bytes)} free"]
+        lines += [f"{'disk':<16} {m.disk_Bps / GB:.2f} GB/s ({m.sources['disk_Bps']}), {size(m.disk_bytes or 0)} free"]
         lines += [f"{'GPU':<16} {self.card or self.gpu or 'none that torch can use'}"]
         return "\n".join([*lines, *(f"{'yes' if f.works else 'no ':<4} {f.what}: {f.why}" for f in self.findings)])
 

@@ -42,6 +42,11 @@ def read_nbytes() -> int | None:
     return next(int(line.split()[1]) for line in lines if line.startswith("read_bytes:"))
 
 
+def difference(after: int | None, before: int | None) -> int | None:
+    """Bytes between two counts; None if the system does not say."""
+    return None if after is None or before is None else after - before
+
+
 class Peak:
     """The peak of anonymous memory inside a block: `with Peak() as peak: ...; peak.nbytes`."""
 
@@ -52,7 +57,7 @@ class Peak:
 
     def _watch(self) -> None:
         while not self._over.wait(SAMPLE_S):
-            self.nbytes = max(self.nbytes, process_nbytes())
+            self.nbytes = max(self.nbytes or 0, process_nbytes() or 0)
 
     def __enter__(self) -> Peak:
         if self.nbytes is not None:
@@ -63,7 +68,7 @@ class Peak:
         self._over.set()
         if self.nbytes is not None:
             self._thread.join()
-            self.nbytes = max(self.nbytes, process_nbytes())
+            self.nbytes = max(self.nbytes or 0, process_nbytes() or 0)
 
 
 def forget(path: Path) -> None:

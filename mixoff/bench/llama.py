@@ -12,6 +12,7 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -28,7 +29,8 @@ class Llama:
     def __init__(self, spec: Spec) -> None:
         import llama_cpp as L
 
-        self.L, self.lines = L, []
+        self.L = L
+        self.lines: list[bytes] = []
         self.log = L.llama_log_callback(lambda level, text, data: self.lines.append(text))
         L.llama_log_set(self.log, ctypes.c_void_p(0))
         L.llama_backend_init()
@@ -40,7 +42,7 @@ class Llama:
         self.threads = spec.threads
         self.context = self.new_context()
 
-    def new_context(self, callback: object = None) -> object:
+    def new_context(self, callback: Any = None) -> object:
         """A context with its own KV cache; `callback` receives the tensors of the graph."""
         params = self.L.llama_context_default_params()
         params.n_ctx = params.n_batch = params.n_ubatch = CONTEXT
@@ -51,6 +53,7 @@ class Llama:
 
     @property
     def vocabulary(self) -> int:
+        """V, the number of tokens that the model knows."""
         return self.L.llama_vocab_n_tokens(self.L.llama_model_get_vocab(self.model))
 
     def decode(self, ids: np.ndarray, context: object = None) -> float:
@@ -67,6 +70,7 @@ class Llama:
         return seconds
 
     def clear(self) -> None:
+        """Empty the KV cache, so that the next tokens start a new sequence."""
         self.L.llama_memory_clear(self.L.llama_get_memory(self.context), True)
 
 
@@ -111,8 +115,8 @@ def _run(llama: Llama, ids: np.ndarray, prompt_tokens: int) -> dict:
     return {
         "prompt_s": prompt_s,
         "token_s": token_s,
-        "prompt_read_bytes": read_between - read_before,
-        "read_bytes": limits.read_nbytes() - read_between,
+        "prompt_read_bytes": limits.difference(read_between, read_before),
+        "read_bytes": limits.difference(limits.read_nbytes(), read_between),
     }
 
 

@@ -71,6 +71,7 @@ def make(
 def of_report(report: Report) -> dict:
     """The record of what `mixoff bench` measured."""
     settings = {key: value for key, value in report.settings.items() if key != "model"}
+    assert report.plan is not None
     record = make(
         plan=report.plan,
         runs={row.name: asdict(row) for row in report.rows},

@@ -8,7 +8,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -124,7 +124,7 @@ def _bytes(reports: Sequence[dict], tokens_per_s: float, read_Bps: float) -> dic
 
 def _per_token(reports: Sequence[dict], key: str, tokens: int) -> float | None:
     """The sum over reports, each with a number, or one number per run; None if one is missing."""
-    values = [r.get(key) for r in reports]
+    values: list[Any] = [r.get(key) for r in reports]
     if any(x is None or (isinstance(x, list) and None in x) for x in values):
         return None
     return sum(sum(x) if isinstance(x, list) else x for x in values) / tokens
@@ -216,5 +216,5 @@ def _table(columns: dict, rows: Sequence[Row]) -> list[str]:
 
 def _phases(rows: Sequence[Row]) -> list[str]:
     known = [row for row in rows if row.phases_ms]
-    phases = {name: lambda r, name=name: _number(r.phases_ms[name], 1) for name in known[0].phases_ms}
+    phases = {name: lambda r, name=name: _number(r.phases_ms[name], 1) for name in known[0].phases_ms or ()}
     return _table({"contender": lambda r: r.name, **phases}, known)

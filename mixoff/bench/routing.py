@@ -7,7 +7,7 @@ Works on any transformers model with an experts interface, offloaded or not.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -36,15 +36,17 @@ class Routing:
         modules = config.expert_modules(model).values()
         if trace is not None and trace.shape[1] != len(modules):
             raise MixoffError(f"the trace has {trace.shape[1]} layers, the model {len(modules)}: they must agree")
-        self.trace, self.guesses, self.layers = trace, guesses, len(modules)
         self.table = None if trace is None else torch.from_numpy(trace)[:, :, None]  # (T, L, 1, K)
-        self.next, self.now, self.chosen, self.forced = 0, [], [], (None, ())
+        self.next, self.layers = 0, len(modules)
+        self.now: list[torch.Tensor] = []  # choices (1, K) in the layers of the current token
+        self.chosen: list[np.ndarray] = []
+        self.forced: tuple[int, Sequence[torch.Tensor]] = (-1, ())  # a token, and its experts (1, K) by layer
         self.undo = ExitStack()
         for i, module in enumerate(modules):
             hook = module.register_forward_pre_hook(self._hook(i), with_kwargs=True)
             self.undo.callback(hook.remove)
         if guesses is not None and hasattr(model, "mixoff"):
-            self._guess(model.mixoff.guesses)
+            self._guess(model.mixoff.guesses, guesses)
 
     def detach(self) -> None:
         """Give the choice back to the model."""
@@ -53,7 +55,7 @@ class Routing:
     def _hook(self, layer: int) -> Callable:
         def hook(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
             original = args[1] if len(args) > 1 else kwargs["top_k_index"]
-            choice = original if self.trace is None else self._forced(layer, original)
+            choice = original if self.table is None else self._forced(self.table, layer, original)
             self._record(layer, choice)
             if len(args) > 1:
                 return (args[0], choice, *args[2:]), kwargs
@@ -61,13 +63,13 @@ class Routing:
 
         return hook
 
-    def _forced(self, layer: int, original: torch.Tensor) -> torch.Tensor:
-        first = self.next % len(self.trace)
+    def _forced(self, table: torch.Tensor, layer: int, original: torch.Tensor) -> torch.Tensor:
+        first = self.next % len(table)
         if len(original) > 1:
-            tokens = np.arange(first, first + len(original)) % len(self.trace)
-            return self.table[tokens, layer, 0].to(original)  # (T, K)
+            tokens = np.arange(first, first + len(original)) % len(table)
+            return table[tokens, layer, 0].to(original)  # (T, K)
         if self.forced[0] != self.next:  # hooks count as the model's time, so a token is split into layers once
-            self.forced = self.next, self.table[first].to(original).unbind()
+            self.forced = self.next, table[first].to(original).unbind()
         return self.forced[1][layer]  # (1, K)
 
     def _record(self, layer: int, choice: torch.Tensor) -> None:
@@ -79,14 +81,14 @@ class Routing:
                 self.chosen.append(torch.cat(self.now).cpu().numpy())
             self.now = []
 
-    def _guess(self, guesses: Guesses) -> None:
-        expect_next = guesses.expect
+    def _guess(self, target: Guesses, guesses: np.ndarray) -> None:
+        expect_next = target.expect
 
-        def expect(site: int, experts: list[int]) -> None:
-            expect_next(site, self.guesses[self.next % len(self.guesses), site].tolist())
+        def expect(site: int, experts: Sequence[int]) -> None:
+            expect_next(site, guesses[self.next % len(guesses), site].tolist())
 
-        guesses.expect = expect
-        self.undo.callback(setattr, guesses, "expect", expect_next)
+        target.expect = expect  # type: ignore[method-assign]  # until `detach`
+        self.undo.callback(setattr, target, "expect", expect_next)
 
 
 def guessed(trace: np.ndarray, num_experts: int, recall: float) -> np.ndarray:
@@ -134,5 +136,5 @@ def _tuned(draw: Callable[[float], np.ndarray], repeat: float) -> np.ndarray:
     low, high = 0.0, 16.0
     for _ in range(12):
         middle = (low + high) / 2
-        low, high = (middle, high) if repeat_rate(draw(middle)) < repeat else (low, middle)
+        low, high = (middle, high) if (repeat_rate(draw(middle)) or 0.0) < repeat else (low, middle)
     return draw(low)

@@ -41,10 +41,12 @@ class Spec:
     load: dict = field(default_factory=dict)
 
     def to_json(self) -> str:
+        """One line of JSON, for the command line of the contender's process."""
         return json.dumps(asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> Spec:
+        """The inverse of `to_json`."""
         return cls(**json.loads(text))
 
     def ids(self, vocabulary: int) -> np.ndarray:

@@ -53,7 +53,7 @@ SMALLER = {
     "mixtral-700m": {"hidden_size": 1024, "intermediate_size": 3584, "num_hidden_layers": 8,
                      "num_attention_heads": 8, "num_key_value_heads": 2},
 }  # fmt: skip
-SHAPES = {"mixtral-8x7b": {}} | SMALLER
+SHAPES: dict[str, dict[str, int]] = {"mixtral-8x7b": {}, **SMALLER}
 
 
 def config_of(shape: str | PretrainedConfig, dtype: str = "bfloat16") -> PretrainedConfig:
@@ -206,7 +206,7 @@ def _pool(width: int, end: int, scheme: Scheme, precision: Precision) -> tuple[l
     generator = torch.Generator().manual_seed(SEED)
 
     def draw(rows: int) -> QTensor:
-        return scheme.quantize(torch.randn(rows, width, generator=generator) * SIGMA, precision)
+        return scheme.quantize_as(torch.randn(rows, width, generator=generator) * SIGMA, precision)
 
     return [draw(BLOCK) for _ in range(POOL_BLOCKS)], [draw(end) for _ in range(ENDS)]
 
@@ -232,11 +232,13 @@ def _backbone_nbytes(tensor: torch.Tensor, scheme: Scheme, role: str | None) -> 
 
 def _form(scheme: Scheme, role: str) -> tuple[int, int, int]:
     precision = scheme.precision(role)
+    assert precision is not None
     return precision.bits, precision.group_size, scheme.metadata_bits
 
 
 def _write_backbone(folder: Path, model: torch.nn.Module, scheme: Scheme, seed: int) -> list[dict]:
-    kept, packed, described = {}, {}, {}
+    kept, described = {}, {}
+    packed: dict[str, torch.Tensor] = {}
     for i, (name, tensor, role) in enumerate(_backbone(model)):
         rng = np.random.default_rng((seed, i))
         if role and scheme.precision(role):

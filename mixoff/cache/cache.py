@@ -7,11 +7,11 @@ caller fills. The simulator replays the same rules in arrays; tests check that b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
-from mixoff.cache.events import BYPASS, HIT, MISS, RESTORE
-from mixoff.cache.policies import LRU, POLICIES, Key, Policy
+from mixoff.cache.events import BYPASS, HIT, MISS, RESTORE, Key
+from mixoff.cache.policies import LRU, POLICIES, Policy
 from mixoff.errors import BudgetError, MixoffError
 
 SCOPES = ("layer", "global")  # one pool per layer, or one for all
@@ -39,6 +39,10 @@ class Pool:
     policy: Policy
     free: list[int]
     capacity: int
+
+    def victim(self, *keeps: Collection[Key]) -> Key:
+        """The resident to evict next, outside the first of `keeps` that does not hold all residents."""
+        return next(key for keep in keeps if (key := self.policy.victim(keep)) is not None)
 
 
 class ExpertCache:
@@ -114,9 +118,7 @@ class ExpertCache:
         for i, key in enumerate(misses):
             evicted = None
             if not pool.free:
-                evicted = pool.policy.victim(keep=keys)
-                if evicted is None:  # all residents belong to this call: evict one already granted
-                    evicted = pool.policy.victim(keep=misses[i:])
+                evicted = pool.victim(keys, misses[i:])  # if all belong to this call, one that was already granted
                 self._evict(pool, evicted)
             yield from self._fill(pool, key, evicted)
 
@@ -143,7 +145,7 @@ class ExpertCache:
 
     def _borrow(self, pool: Pool, passing: Sequence[Key]) -> Iterator[Grant]:
         """Stream through the next victim's slot. Until it is restored the lender is not resident: `slot_of` is true."""
-        lender = pool.policy.victim(keep=())
+        lender = pool.victim(())
         slot, restored = self.slot_of.pop(lender), False
         try:
             for key in passing:

@@ -11,12 +11,13 @@ arrays.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Hashable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Protocol
 
 import numpy as np
 
-Key = Hashable
+from mixoff.cache.events import Key
+
 MASK = 2**31 - 1  # numbers of `scramble` stay below this, so their products fit 64 bits in compiled code
 
 
@@ -29,11 +30,15 @@ class Policy(Protocol):
         scores: the router's score of each expert of the layer, (E,), from 0 to 1 (certain to be chosen), if known
         """
 
-    def insert(self, key: Key) -> None: ...
+    def insert(self, key: Key) -> None:
+        """Note that `key` is resident from now on."""
+
     def touch(self, key: Key, weight: float = 0.0) -> None:
         """Note a use by decoding, in router order. weight: the router's, summed over a batch."""
 
-    def remove(self, key: Key) -> None: ...
+    def remove(self, key: Key) -> None:
+        """Note that `key`, a resident, is evicted."""
+
     def victim(self, keep: Collection[Key]) -> Key | None:
         """The resident to evict next among those not in `keep`, or None if all are kept."""
 
@@ -280,7 +285,7 @@ def _site(key: Key) -> int:
 
 
 def _expert(key: Key) -> int:
-    return key[1] if isinstance(key, tuple) else key  # type: ignore[return-value]  # a lone key is its number
+    return key[1] if isinstance(key, tuple) else key  # a lone key is its number
 
 
 POLICIES: dict[str, Callable[[], Policy]] = {

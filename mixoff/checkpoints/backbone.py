@@ -1,7 +1,7 @@
 """The backbone of a model, all but its experts: whether files hold what transformers needs, and how they are opened.
 
-transformers itself decides which names and shapes a model needs, and which it renames or ignores: it loads the names on
-the meta device, where tensors have shapes and no memory.
+transformers itself decides which names and shapes a model needs, and which it renames or ignores. For that it loads the
+names on the meta device, where tensors have shapes and no memory.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mixoff.checkpoints import keys, model_files
 from mixoff.checkpoints.model_files import MAX_HEADER, ModelFiles, parse_json, read_json
@@ -102,7 +103,7 @@ def parse_header(path: Path, raw: bytes, size: int) -> dict[str, TensorRange]:
             f"{path} is truncated or not a safetensors file ({size} bytes): copy it again from its source"
         )
     try:
-        header = parse_json(raw[8 : 8 + length])
+        header: Any = parse_json(raw[8 : 8 + length])
         header.pop("__metadata__", None)
         tensors = {name: _tensor_range(path.name, entry, 8 + length) for name, entry in header.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -241,8 +242,8 @@ class Checkpoint:
         extents, place = [], part.offset
         pieces = keys.PIECES.get(part.name, (part.name,))
         for matrix in pieces:
-            t = self.tensors.get(name := places.get((i, e, matrix)))
-            self._expect(t, (part.shape[0] // len(pieces), *part.shape[1:]), site, e)
+            name = places.get((i, e, matrix), "")
+            self._expect(self.tensors.get(name), (part.shape[0] // len(pieces), *part.shape[1:]), site, e)
             nbytes = part.nbytes // len(pieces)
             extents.append(self._expert_extent(name, 0, nbytes, place, part.dtype))
             place += nbytes

@@ -34,7 +34,8 @@ def checkpoint_class(folder: Path) -> type[Checkpoint]:
     config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     quantization = config.get("quantization_config")
     method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-    return {"fp8": Fp8Checkpoint, "mxfp4": Mxfp4Checkpoint}.get(method if isinstance(method, str) else None, Checkpoint)
+    encodings: dict[str, type[Checkpoint]] = {"fp8": Fp8Checkpoint, "mxfp4": Mxfp4Checkpoint}
+    return encodings.get(method, Checkpoint) if isinstance(method, str) else Checkpoint
 
 
 class EncodedCheckpoint(Checkpoint):
@@ -80,9 +81,9 @@ class EncodedCheckpoint(Checkpoint):
 class Fp8Extent(Extent):
     """A matrix of fp8 and the scales of its blocks; `nbytes` counts the decoded matrix, bf16."""
 
-    weight: TensorRange | None = None
-    scale: TensorRange | None = None
-    block: tuple[int, int] = (128, 128)
+    weight: TensorRange
+    scale: TensorRange
+    block: tuple[int, ...]
 
     def ranges(self) -> list[tuple[str, int, int]]:
         return [(t.file, t.offset, t.nbytes) for t in (self.weight, self.scale)]
@@ -124,7 +125,7 @@ class Fp8Checkpoint(EncodedCheckpoint):
         if plain := sorted(name for name, t in self.tensors.items() if t.dtype in FP8):
             raise CheckpointError(f"{self.folder} has no scale for {plain[0]}: fetch it again, or use a 16-bit copy")
 
-    def _block(self, shape: tuple[int, ...], scale: TensorRange) -> tuple[int, int] | None:
+    def _block(self, shape: tuple[int, ...], scale: TensorRange) -> tuple[int, ...] | None:
         """Rows and columns that share a scale, as configured or as the grid implies; None if the grid does not fit."""
         size = read_json(self.folder / "config.json")["quantization_config"].get("weight_block_size")
         grid = (1, 1) if math.prod(scale.shape) == 1 else scale.shape
@@ -149,10 +150,10 @@ class Mxfp4Extent(Extent):
     - first, count: range of experts to read.
     """
 
-    blocks: TensorRange | None = None
-    scales: TensorRange | None = None
-    first: int = 0
-    count: int = 1
+    blocks: TensorRange
+    scales: TensorRange
+    first: int
+    count: int
 
     def ranges(self) -> list[tuple[str, int, int]]:
         return [(t.file, t.offset + self.first * n, self.count * n) for t, n in self._sizes()]
@@ -208,9 +209,9 @@ class Mxfp4Checkpoint(EncodedCheckpoint):
             self._add(base, shape, extent)
 
     def _extent(self, name: str, start: int, nbytes: int, place: int) -> Extent:
-        if name not in self.encoded:
+        whole = self.encoded.get(name)
+        if not isinstance(whole, Mxfp4Extent):
             return super()._extent(name, start, nbytes, place)
-        whole = self.encoded[name]
         one = whole.nbytes // whole.count
         return replace(whole, place=place, nbytes=nbytes, first=start // one, count=nbytes // one)
 

@@ -91,7 +91,7 @@ def _of_layer(
                 yield (*owners[key.expert], key.part), name
         return
     for i in at:
-        for key, name in sets.get(_nearest(sites[i].name, sets), ()):
+        for key, name in sets.get(_nearest(sites[i].name, sets) or "", ()):
             yield (i, key.expert, key.part), name
 
 

@@ -23,7 +23,7 @@ class Survey:
     - model: skeleton of the model.
     - dtype: dtype of the experts, by torch's name.
     - sites: sets of experts.
-    - extents: where the bytes of each expert are, by (site, expert).
+    - extents: byte ranges of each expert, by (site, expert).
     - backbone: tensors of the backbone by name.
     - unused: names of tensors that the model does not use.
     """

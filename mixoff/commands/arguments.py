@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
 
 from mixoff import models
 from mixoff.checkpoints.names import missing, parse
@@ -34,6 +35,7 @@ IO = ("auto", "direct", "buffered")
 PREFETCH = ("auto", "none", "next-router")
 SCOPES = ("layer", "global")
 MOST = 10**12  # largest count of anything
+T = TypeVar("T")
 
 
 def choice(what: str, names: Iterable[str], short: dict[str, str] | None = None) -> Callable[[str], str]:
@@ -81,7 +83,7 @@ def size_or_auto(text: str) -> str:
     return text if text == "auto" else size(text)
 
 
-def _explained(work: Callable[[], str | int]) -> str | int:
+def _explained(work: Callable[[], T]) -> T:
     try:
         return work()
     except MixoffError as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mixoff.commands import arguments, options, terminal
 
@@ -57,9 +57,10 @@ def run(
     torch.set_num_threads(1)  # the products of the bundled model are too small to share
     folder = models.path()
     tokenizer, console = generation.load_tokenizer(folder), Console(quiet=as_json)
-    sampling = {"temperature": 0.7, "seed": seed}
+    sampling: dict[str, Any] = {"temperature": 0.7, "seed": seed}
     with load.load(folder, fast_bytes=fast_bytes) as model:
-        experts, pieces = grid.Grid(model.mixoff), []
+        experts = grid.Grid(model.mixoff)
+        pieces: list[str] = []
         model.mixoff.on_event(experts.note)
         with grid.Display(console, lambda: grid.screen(experts, prompt, "".join(pieces))) as show:
 

@@ -15,7 +15,8 @@ from rich.live import Live
 from rich.panel import Panel
 from rich.text import Text
 
-from mixoff.runtime import runtime
+from mixoff.cache.events import Event
+from mixoff.runtime.runtime import Runtime
 from mixoff.units import format_nbytes
 
 WIDTH, BAR = 92, 26  # columns of the picture, and of the bar of a layer
@@ -33,12 +34,12 @@ LABELS = {"hit": "hit", "miss": "fetched", "resident": "in the fast tier", "slow
 class Grid:
     """State of each expert for the newest token, (L, E), and the hits of each layer since the prompt."""
 
-    runtime: runtime.Runtime
+    runtime: Runtime
     token: int = 0
     last: dict[tuple[int, int], str] = field(default_factory=dict)
     counts: dict[int, list[int]] = field(default_factory=dict)  # layer: [hits, requests] of decoding
 
-    def note(self, event: runtime.Event) -> None:
+    def note(self, event: Event) -> None:
         """Take in one event of the runtime."""
         if event.token != self.token:
             self.token, self.last = event.token, {}
@@ -93,10 +94,10 @@ class Display:
         self.live = Live(console=console, auto_refresh=False, transient=False) if console.is_terminal else None
 
     def __enter__(self) -> Callable[[], None]:
-        if self.live is None:
+        if (live := self.live) is None:
             return lambda: None
-        self.live.start()
-        return lambda: self.live.update(self.picture(), refresh=True)
+        live.start()
+        return lambda: live.update(self.picture(), refresh=True)
 
     def __exit__(self, *exc: object) -> None:
         if self.live is None:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
 from mixoff.commands import arguments, options, terminal
+
+if TYPE_CHECKING:
+    from mixoff.planning.plan import Plan
 
 HELP = "what a model needs, where its bytes go, whether it fits, and how fast it runs"
 
@@ -43,7 +47,7 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def _heading(args: argparse.Namespace, plan: object) -> str:
+def _heading(args: argparse.Namespace, plan: Plan) -> str:
     """The planned machine and scheme, and how to plan what `run` and `convert` do by default."""
     other = [] if args.hardware or args.fast else ["--hardware here plans for this machine"]
     other += [] if args.scheme or plan.scheme == "none" else ["--scheme none for 16 bits, as run and convert have them"]

@@ -6,9 +6,13 @@ import argparse
 import json
 import sys
 import time
+from typing import TYPE_CHECKING, Any
 
 from mixoff.commands import arguments, options, terminal
 from mixoff.errors import MixoffError, one_line, printable
+
+if TYPE_CHECKING:
+    from mixoff.text.generation import Generation
 
 HELP = "generate text from a store, or from a plain checkpoint folder"
 
@@ -115,7 +119,7 @@ def _load(args: argparse.Namespace) -> tuple:
         raise
 
 
-def _generate(args: argparse.Namespace, model: object, tokenizer: object, prompt: str) -> object:
+def _generate(args: argparse.Namespace, model: Any, tokenizer: Any, prompt: str) -> Generation:
     from mixoff.text import chat, generation
 
     sampling = {name: getattr(args, name) for name in ("temperature", "seed", "top_p", "top_k", "stop")}

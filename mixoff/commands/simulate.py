@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from typing import Any
 
 from mixoff.commands import arguments
 
@@ -19,7 +20,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     slots = arguments.whole("slots", "give a whole number, of each layer")
     add("--slots", type=slots, default=4, metavar="S", help="slots per layer")
     scope = parser.add_mutually_exclusive_group()
-    flag = {"dest": "scope", "action": "store_const"}
+    flag: dict[str, Any] = {"dest": "scope", "action": "store_const"}
     scope.add_argument("--per-layer", **flag, const="layer", help="one pool per layer (default)")
     scope.add_argument("--global", **flag, const="global", help="one pool of slots x layers")
     add("--expert-nbytes", metavar="SIZE", help="size of one expert, for bytes_moved: 221184, 52MiB")

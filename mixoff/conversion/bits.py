@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mixoff import kernels
-from mixoff.conversion.weights import Inputs, metric
+from mixoff.conversion.weights import Inputs, matrices, metric, read_expert
 from mixoff.errors import MixoffError
 from mixoff.quantize import rotation
 from mixoff.quantize.calibrated import quantize_calibrated
@@ -31,7 +31,6 @@ from mixoff.quantize.scheme import LAST, Precision
 from mixoff.runtime.experts import activated
 from mixoff.shapes.config import expert_modules, layers_of
 from mixoff.shapes.sites import Part, Site
-from mixoff.transfer.arena import view
 
 FORMS = ((2, 64), (2, 32), (3, 64), (3, 32), (4, 64), (4, 32))  # bits and group sizes to choose from
 NATS = 1.3  # damage of one unit of relative error
@@ -55,10 +54,11 @@ def divide(
     sites = model.mixoff.source.sites
     damage = Damage(model, metadata_bits)
     damage.measure(ids)
-    chosen = cheapest(damage.found, partial(nbytes_of, sites, metadata_bits), bits * _weights(sites) / 8)
+    nbytes = partial(nbytes_of, sites, metadata_bits)
+    chosen = cheapest(damage.found, nbytes, bits * _weights(sites) / 8)
     if chosen is None:
-        least = cheapest(damage.found, partial(nbytes_of, sites, metadata_bits), 0.0, least=True)
-        need = 8 * sum(nbytes_of(sites, metadata_bits, *item) for item in least.items()) / _weights(sites)
+        least = sum(min(nbytes(key, p) for p in forms) for key, forms in damage.found.items())
+        need = 8 * least / _weights(sites)
         raise MixoffError(f"{bits} bits per weight are too few: this model's experts take {need:.3f} at least")
     return tuple((chosen[i, _first(site)], chosen[i, LAST]) for i, site in enumerate(sites))
 
@@ -67,9 +67,8 @@ def cheapest(
     damage: dict[tuple[int, str], dict[Precision, float]],
     nbytes: Callable[[tuple[int, str], Precision], int],
     budget: float,
-    least: bool = False,
 ) -> Choice | None:
-    """The choice with the least damage within `budget` bytes; None if there is none. least: the smallest instead."""
+    """The choice with the least damage within `budget` bytes; None if there is none."""
 
     def choose(price: float) -> Choice:
         return {key: min(forms, key=lambda p: forms[p] + price * nbytes(key, p)) for key, forms in damage.items()}
@@ -79,8 +78,8 @@ def cheapest(
 
     low, high = 1e-18, 1.0  # nats per byte
     best = choose(high)
-    if least or total(best) > budget:
-        return best if least else None
+    if total(best) > budget:
+        return None
     for _ in range(STEPS):
         price = (low * high) ** 0.5
         choice = choose(price)
@@ -179,11 +178,8 @@ class Damage:
     ) -> dict[str, dict[Precision, float]]:
         """Errors of one expert's output, sums over tokens, by matrix and form."""
         source = self.model.mixoff.source
-        image = torch.zeros(source.sites[site].expert_nbytes, dtype=torch.uint8)
-        source.reader.read_into(site, e, memoryview(image.numpy()))
-        parts = {part.name: view(image, part) for part in source.sites[site].parts}
-        first = _first(source.sites[site])
-        turned = {n: (w.t() if module.is_transposed else w).float() for n, w in parts.items() if w.dim() == 2}
+        parts, first = read_expert(source, site, e), _first(source.sites[site])
+        turned = matrices(parts, module.is_transposed)
         bias = parts[f"{first}_bias"].float() if module.has_bias else torch.zeros(len(turned[first]))
         h = activated(module, kernels.linear(x, turned[first]) + bias, None)  # (T, F)
         rows = _sample(len(turned[LAST]), 1)

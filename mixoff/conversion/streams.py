@@ -28,9 +28,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mixoff import kernels
-from mixoff.conversion.weights import Inputs, calibrated, metric, moment
+from mixoff.conversion.weights import Inputs, calibrated, matrices, metric, moment, read_expert
 from mixoff.errors import MixoffError
-from mixoff.quantize.scheme import LAST
+from mixoff.quantize.scheme import LAST, Precision
 from mixoff.quantize.tensor import QTensor
 from mixoff.runtime.experts import activated, expert_mlp
 from mixoff.shapes.config import backbone_roles, expert_modules, layers_of
@@ -174,7 +174,7 @@ class Streams:
         if self.shared is None or self.shared[0] != key:
             self.shared = key, metric(given)
         with _named(weight):
-            q = calibrated(linear.weight, given, weight.precision, self.scheme, self.pool.map, None, self.shared[1])
+            q = calibrated(linear.weight, given, _precision(weight), self.scheme, self.pool.map, None, self.shared[1])
         self._put(weight, q.to_buffer())
         return q
 
@@ -196,9 +196,7 @@ class Streams:
                 continue
             if common is None:
                 common = moment(x, x)
-            plain = torch.zeros(source.sites[site].expert_nbytes, dtype=torch.uint8)
-            source.reader.read_into(site, e, memoryview(plain.numpy()))
-            originals = {part.name: view(plain, part) for part in source.sites[site].parts}
+            originals = read_expert(source, site, e)
             rows, k = (index == e).nonzero(as_tuple=True)
             if len(rows) < x.shape[1]:
                 self.few.setdefault(site, []).append(len(rows))
@@ -218,8 +216,7 @@ class Streams:
     ) -> dict[str, QTensor]:
         """The quantized matrices of one expert."""
         x, before, rows, gate, lacking, common = given
-        scale = module.is_transposed
-        turned = {n: (w.t() if scale else w).float() for n, w in originals.items() if w.dim() == 2}
+        turned = matrices(originals, module.is_transposed)
         first = next(name for name in turned if name != LAST)
         scheme, place = self.scheme, f"{self.sites[site].name}.{e}"
 
@@ -231,13 +228,15 @@ class Streams:
 
         with _named(self.weights[f"{place}.{first}"]):
             inputs = Inputs(x[rows], before[rows], gate)
-            q = calibrated(turned[first], inputs, scheme.expert(first, site), scheme, self.pool.map, common)
+            q = calibrated(
+                turned[first], inputs, _precision(self.weights[f"{place}.{first}"]), scheme, self.pool.map, common
+            )
         others = None
         if len(rows) < turned[LAST].shape[1]:
             others = hidden(x[:: max(1, len(x) // STAND_INS)], q)
         inputs = Inputs(hidden(x[rows], q), hidden(before[rows], turned[first]), gate, lacking, others)
         with _named(self.weights[f"{place}.{LAST}"]):
-            last = calibrated(turned[LAST], inputs, scheme.expert(LAST, site), scheme, self.pool.map)
+            last = calibrated(turned[LAST], inputs, _precision(self.weights[f"{place}.{LAST}"]), scheme, self.pool.map)
         return {first: q, LAST: last}
 
     # The store in the making
@@ -248,8 +247,7 @@ class Streams:
 
     def _stored(self, weight: Weight, shape: tuple[int, int]) -> QTensor:
         """A matrix of the backbone that was quantized before."""
-        p = weight.precision
-        assert p is not None
+        p = _precision(weight)
         form = p.bits, p.group_size, self.scheme.metadata_bits, p.rotated
         return QTensor.from_buffer(self._bytes(weight), 0, shape, *form)
 
@@ -269,6 +267,11 @@ class Streams:
             "the inputs of their layer too. More text of the kind that the model will read helps",
             sum(map(len, self.few.values())), least, never,
         )  # fmt: skip
+
+
+def _precision(weight: Weight) -> Precision:
+    assert weight.precision is not None
+    return weight.precision
 
 
 @contextmanager

@@ -18,6 +18,8 @@ from mixoff.quantize.calibrated import quantize_calibrated
 from mixoff.quantize.hessian import Metric
 from mixoff.quantize.scheme import Precision, Scheme
 from mixoff.quantize.tensor import QTensor
+from mixoff.store.source import Source
+from mixoff.transfer.arena import view
 
 WIDEST = 4096  # inputs of one block of a Hessian: factoring costs the cube of it
 WHOLE = 64  # inputs that a block has a multiple of: whole groups of any usual size
@@ -45,6 +47,19 @@ class Inputs:
         """The same with rotated inputs."""
         turn = [x if x is None else rotation.rotate(x) for x in (self.quantized, self.original, self.others)]
         return Inputs(turn[0], turn[1], self.gate, self.residual, turn[2])
+
+
+def read_expert(source: Source, site: int, e: int) -> dict[str, Tensor]:
+    """The weights of an expert of a plain checkpoint, by name, as they are stored."""
+    image = torch.zeros(source.sites[site].expert_nbytes, dtype=torch.uint8)
+    source.reader.read_into(site, e, memoryview(image.numpy()))
+    views = {part.name: view(image, part) for part in source.sites[site].parts}
+    return {name: w for name, w in views.items() if isinstance(w, Tensor)}
+
+
+def matrices(weights: dict[str, Tensor], transposed: bool) -> dict[str, Tensor]:
+    """Those of an expert's weights that are matrices, fp32 (N, K): the first, and LAST."""
+    return {name: (w.t() if transposed else w).float() for name, w in weights.items() if w.dim() == 2}
 
 
 def blocks(K: int) -> int:

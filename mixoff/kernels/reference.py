@@ -3,7 +3,7 @@
 Letters: **T** rows of activations, **N** outputs, **K** inputs, **B** rows of a block.
 A weight in another dtype (fp16 files on a CPU, which computes in fp32) is widened into a scratch that counts against
 the budget. To keep it small, the weight is widened block by block if that gives the same bits as one product. Each
-output is its own sum over K, but a BLAS may order that sum by N, rows and threads (MKL does): so we check once which
+output is its own sum over K, but a BLAS may order that sum by N, rows and threads (MKL does). So we check once which
 order this BLAS uses, and if bits differ, the scratch holds the whole weight. For the many rows of a prompt, whose
 activations are larger anyway, a weight of at most LARGE bytes is widened outside the scratch. A quantized weight is
 dequantized block by block.
@@ -77,7 +77,9 @@ def linear(
     if w.dtype == x.dtype:
         return torch.mm(x, w)
     whole = w.numel() * x.element_size()
-    return torch.mm(x, w.to(x.dtype)) if scratch.numel() < whole and len(x) > FEW else _in_blocks(x, w, scratch)
+    if scratch is None or (scratch.numel() < whole and len(x) > FEW):
+        return torch.mm(x, w.to(x.dtype))
+    return _in_blocks(x, w, scratch)
 
 
 def _in_blocks(x: torch.Tensor, w: torch.Tensor, scratch: torch.Tensor) -> torch.Tensor:

@@ -38,7 +38,7 @@ class NextRouter:
         listening: Callable[[], bool],
         stop: Callable[[str], None],
     ) -> None:
-        self.routers = [_router(model.get_submodule(name.rpartition(".")[0])) for name in names]
+        self.routers: list[Any] = [_router(model.get_submodule(name.rpartition(".")[0])) for name in names]
         self.expect, self.listening, self.stop = expect, listening, stop
         self.extra: dict[int, tuple[tuple, dict]] = {}
         self.asked: set[int] = set()  # routers that have answered

@@ -53,6 +53,7 @@ class QuantizedEmbedding(nn.Module):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """ids (...) -> (..., K)."""
+        assert self.quantized is not None  # after `fill`
         out = torch.empty(*ids.shape, self.shape[1], dtype=self.dtype, device=ids.device)
         for start, stop in self.quantized.blocks():
             inside = (ids >= start) & (ids < stop)  # (...)

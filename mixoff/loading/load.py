@@ -7,7 +7,7 @@ The backbone is loaded by transformers itself; the experts' parameters are remov
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -29,9 +29,9 @@ from mixoff.runtime.runtime import Runtime
 from mixoff.shapes import sites
 from mixoff.shapes.config import likely_top_k, read_config
 from mixoff.store import kept
-from mixoff.store.readers import past_page_cache
+from mixoff.store.readers import ExpertReader, past_page_cache
 from mixoff.store.source import EncodedError, Source, open_source
-from mixoff.transfer import cuda, streams
+from mixoff.transfer import cuda
 from mixoff.transfer.cuda import MARGIN, Gpu
 from mixoff.transfer.tiers import WORKERS
 from mixoff.units import format_nbytes, parse_nbytes
@@ -65,13 +65,13 @@ def load(
     Parameters
     ----------
     path: folder, or Hub model (`org/model`, `org/model@revision`), which is downloaded into the Hub's cache
-    fast_bytes: budget for experts in the fast tier: slots, buffers and scratch (`"6GiB"`, `"500MB"`, an int);
-        `"auto"` is 6 GiB on a CPU, and on a GPU the free memory that a plan leaves for experts
+    fast_bytes: budget for experts in the fast tier: slots, buffers and scratch (`"6GiB"`, `"500MB"`, an int).
+        `"auto"` is 6 GiB on a CPU, and what a plan leaves for experts on a GPU
     scheme: `Scheme`, or a preset's name, in which a plain checkpoint is stored once, in the user's cache folder;
         None takes the folder as it is
     revision: branch, tag or commit of a Hub model
-    ram_bytes: hard limit on copies of experts in RAM, so files are then read past the page cache;
-        None makes no copies on a CPU, and on a GPU page-locks free RAM for as many experts as fit
+    ram_bytes: hard limit on copies of experts in RAM, with which files are read past the page cache.
+        None makes no copies on a CPU, and page-locks free RAM for them on a GPU
     policy: name of an eviction policy, or a class or function that makes a `policies.Policy`;
         `"none"` keeps nothing between calls, for comparison
     prefetch: `"next-router"` guesses what the next layer will ask for, `"none"` never guesses;
@@ -82,8 +82,8 @@ def load(
     fetch: `"expert"` fetches what the router chose, `"layer"` all experts of the layer, for comparison
     device: `"cpu"`, `"cuda"` or `"cuda:N"`; `"auto"` is the first GPU that torch sees, else the CPU
     dtype: dtype of the computation; `"auto"` is the files' own, with two exceptions:
-        a CPU computes fp16 in fp32, and a GPU older than sm_80 computes bf16 in fp16;
-        a backbone beyond fp16's range is then refused, while experts stay as stored and are not checked
+        a CPU computes fp16 in fp32, and a GPU older than sm_80 computes bf16 in fp16.
+        A backbone beyond fp16's range is then refused, while experts stay as stored and are not checked
     context: tokens for whose keys and values a GPU's memory is kept free
     """
     gpu = cuda.pick(device)
@@ -92,7 +92,8 @@ def load(
         undo.callback(source.close)
         compute = _compute_dtype(dtype, source.dtype, gpu)
         budget, ram = budgets(source, fast_bytes, ram_bytes, gpu, compute, context)
-        choose_io(source, io, budget, limited=ram_bytes is not None or gpu is not None)
+        limited = ram_bytes is not None or gpu is not None
+        source.reader = choose_io(source.reader, source.sites, io, budget, limited)
         model = load_backbone(source, compute, exact, gpu) if gpu else None  # first: slots take what it leaves
         runtime = Runtime(
             source,
@@ -119,7 +120,7 @@ def budgets(
     source: Source,
     fast_bytes: int | str,
     ram_bytes: int | str | None,
-    gpu: streams.Device | None,
+    gpu: cuda.Cuda | None,
     compute: torch.dtype,
     context: int,
 ) -> tuple[int, int]:
@@ -146,11 +147,11 @@ def scheme_asked(source: Source) -> Scheme | None:
     return None if source.files.is_quantized else source.scheme
 
 
-def choose_io(source: Source, io: str, fast_bytes: int, limited: bool) -> None:
-    """Give `source` a reader that bypasses the page cache, if `goes_direct` says so."""
-    experts = sum(site.num_experts * site.expert_nbytes for site in source.sites)
-    if goes_direct(io, experts + min(fast_bytes, experts), probe.memory_nbytes()[1], limited):
-        source.reader = past_page_cache(source.reader, WORKERS)
+def choose_io(reader: ExpertReader, of: Iterable[sites.Site], io: str, fast_bytes: int, limited: bool) -> ExpertReader:
+    """The reader, or one that bypasses the page cache, if `goes_direct` says so."""
+    experts = sum(site.num_experts * site.expert_nbytes for site in of)
+    direct = goes_direct(io, experts + min(fast_bytes, experts), probe.memory_nbytes()[1], limited)
+    return past_page_cache(reader, WORKERS) if direct else reader
 
 
 def _check_memory(nbytes: int) -> None:
@@ -181,10 +182,10 @@ def _open(folder: Folder, scheme: str | Scheme | None) -> Source:
     return open_source(kept.store_of(folder, scheme))
 
 
-def _compute_dtype(dtype: str | torch.dtype, stored: str, gpu: streams.Device | None = None) -> torch.dtype:
+def _compute_dtype(dtype: str | torch.dtype, stored: str, gpu: cuda.Cuda | None = None) -> torch.dtype:
     name = str(dtype).removeprefix("torch.")
-    native = gpu and gpu.describe().dtype
-    if name == "auto" and gpu:
+    native = gpu.describe().dtype if gpu else None
+    if name == "auto" and native:
         name = native if stored == "bfloat16" else stored
     elif name == "auto":
         name = "float32" if stored == "float16" else stored
@@ -202,5 +203,12 @@ def measured(gpu: Gpu) -> Hardware:
         "ram_bytes": "measured: free now",
         "reserved_nbytes": f"stated: {format_nbytes(MARGIN)} for workspaces and fragments, in addition to the context",
     }
-    sizes = {"fast_bytes": gpu.free_nbytes, "ram_bytes": probe.memory_nbytes()[1], "reserved_nbytes": MARGIN}
-    return replace(probe.named("t4"), name="here", compute_dtype=gpu.dtype, **sizes, sources=sources)
+    return replace(
+        probe.named("t4"),
+        name="here",
+        compute_dtype=gpu.dtype,
+        fast_bytes=gpu.free_nbytes,
+        ram_bytes=probe.memory_nbytes()[1],
+        reserved_nbytes=MARGIN,
+        sources=sources,
+    )

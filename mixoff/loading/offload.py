@@ -23,6 +23,7 @@ from mixoff.loading import layers, refusals
 from mixoff.loading.hooks import bind
 from mixoff.loading.load import choose_io
 from mixoff.quantize.scheme import Scheme
+from mixoff.quantize.tensor import QTensor
 from mixoff.runtime.runtime import Runtime
 from mixoff.shapes.config import backbone_roles, expert_modules, expert_sites, likely_top_k
 from mixoff.shapes.sites import Site, quantized_sites, stride, torch_dtype
@@ -109,8 +110,8 @@ def offload(
     with ExitStack() as undo:
         source = _source(model, modules, dtype, scheme, folder, undo)
         undo.callback(source.close)
-        if folder is not None:
-            choose_io(source, io, budget, limited=False)
+        if isinstance(source.reader, ExpertReader):
+            source.reader = choose_io(source.reader, source.sites, io, budget, limited=False)
         _strip(modules, undo)
         _quantize_backbone(model, scheme, dtype, exact, undo)
         compute, k = torch_dtype(dtype), likely_top_k(model.config)
@@ -200,7 +201,9 @@ def _quantized(
             for e, image in enumerate(images[i]):
                 w = weights[e]
                 if part.form is not None:
-                    w = scheme.quantize(w.t() if before.transposed else w, scheme.expert(part.name, i)).to_buffer()
+                    precision = scheme.expert(part.name, i)
+                    assert precision is not None
+                    w = scheme.quantize_as(w.t() if before.transposed else w, precision).to_buffer()
                 image[part.offset : part.offset + part.nbytes] = w.contiguous().view(-1).view(torch.uint8)
     return [[(0, image)] for image in images]
 
@@ -263,7 +266,8 @@ def _strip(modules: list[nn.Module], undo: ExitStack) -> None:
 
 def _quantize_backbone(model: nn.Module, scheme: Scheme, dtype: str, exact: bool, undo: ExitStack) -> None:
     """Replace the layers that `scheme` quantizes; a tied head and its embedding share one quantized weight."""
-    modules, by_weight = dict(model.named_modules()), {}
+    modules = dict(model.named_modules())
+    by_weight: dict[int, tuple[list[str], QTensor | None]] = {}
     for name, role in backbone_roles(model).items():
         weight = modules[name.removesuffix(".weight")].weight
         if id(weight) not in by_weight:

@@ -24,13 +24,14 @@ def wrap(module: nn.Module, around: Callable[[Forward, tuple, dict], Any]) -> Ca
     before, module_of = vars(module).get("forward"), weakref.ref(module)  # a bound method would keep the module alive
 
     def class_forward(*args: Any, **kwargs: Any) -> Any:
-        return type(module_of()).forward(module_of(), *args, **kwargs)
+        owner: Any = module_of()
+        return type(owner).forward(owner, *args, **kwargs)
 
     @functools.wraps(type(module).forward)
     def forward(*args: Any, **kwargs: Any) -> Any:
         return around(before or class_forward, args, kwargs)
 
-    forward.__signature__ = inspect.signature(module.forward)  # without `self`
+    forward.__signature__ = inspect.signature(module.forward)  # type: ignore[attr-defined]  # without `self`
     del forward.__wrapped__
     module.forward = forward
     return lambda: vars(module).pop("forward", None)

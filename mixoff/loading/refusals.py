@@ -14,7 +14,7 @@ import sys
 import weakref
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn, SupportsIndex
 
 import numpy as np
 import torch
@@ -58,20 +58,23 @@ class Served:
     """Put before a model's class: refuses whatever would lose the experts; a new instance is an ordinary model."""
 
     _loaded, _plain = False, nn.Module
+    _adapters: Adapters
 
     def __new__(cls, *args: Any, **kwargs: Any) -> nn.Module:
         return cls._plain(*args, **kwargs)  # for `type(model)(config)` and `type(model).from_pretrained`
 
-    def _refuse(self, what: str) -> None:
+    def _refuse(self, what: str) -> NoReturn:
         raise refusal(what, self._loaded)
 
     def save_pretrained(self, *args: object, **kwargs: object) -> None:
+        """Refused: the files would lack the experts."""
         self._refuse("save")
 
-    def __reduce_ex__(self, protocol: int) -> None:
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
         self._refuse("copy")
 
     def set_experts_implementation(self, experts_implementation: str | dict) -> None:
+        """Refused for anything but `mixoff`."""
         wanted = experts_implementation
         if set(wanted.values() if isinstance(wanted, dict) else [wanted]) != {"mixoff"}:
             self._refuse("implementation")
@@ -81,10 +84,11 @@ class Served:
             changed = fn(sample)
             if (changed.dtype, changed.device) != (sample.dtype, sample.device):
                 self._refuse("cast")
-        return super()._apply(fn, *args, **kwargs)
+        return super()._apply(fn, *args, **kwargs)  # type: ignore[misc]  # of the model's class, which comes next
 
     @property
     def peft_config(self) -> Adapters:
+        """Configurations of the adapters by name, as PEFT reads and writes them."""
         return self._adapters
 
     @peft_config.setter
@@ -102,6 +106,7 @@ class Loaded(Served):
     """The same for a model from `load`, which is also a context manager that closes it."""
 
     _loaded = True
+    mixoff: Runtime
 
     def __enter__(self) -> nn.Module:
         return self
@@ -136,7 +141,7 @@ def serve(model: nn.Module, runtime: Runtime, loaded: bool) -> ExitStack:
 
 
 def _change_class(model: nn.Module, adapters: Adapters, loaded: bool, undo: ExitStack) -> None:
-    original = type(model)
+    original = model.__class__
     model._adapters = adapters
     undo.callback(delattr, model, "_adapters")
     model.__class__ = _served(getattr(original, "_plain", original), loaded)
@@ -170,12 +175,14 @@ def _sample(model: nn.Module) -> torch.Tensor | None:
 class Place(tuple):
     """(runtime, site) of a module of experts, where `experts_forward` finds it. Cannot be copied."""
 
+    loaded: bool
+
     def __new__(cls, runtime: Runtime, site: int, loaded: bool) -> Place:
         place = super().__new__(cls, (runtime, site))
         place.loaded = loaded
         return place
 
-    def __reduce_ex__(self, protocol: int) -> None:
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
         raise refusal("copy", self.loaded)
 
 
@@ -284,8 +291,9 @@ class Adapters(dict):
             raise refusal("adapter", self.loaded)
         super().__setitem__(name, config)
 
-    def update(self, adapters: Mapping[str, PeftConfig]) -> None:
-        for name, config in adapters.items():
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        """Add configurations one by one, so that each is checked."""
+        for name, config in dict(*args, **kwargs).items():
             self[name] = config
 
 
@@ -305,7 +313,8 @@ def _has_experts(config: PeftConfig, model: nn.Module, names: list[str]) -> bool
         getattr(config, kind, None) or () for kind in ("target_parameters", "target_modules", "modules_to_save")
     )
     if isinstance(targets, str):
-        targets, pattern = (), re.compile(targets)
+        pattern = re.compile(targets)
+        targets = ()
         if any(pattern.fullmatch(name) for name in names):
             return True
     backbone = [name for name, _ in model.named_modules()]

@@ -28,9 +28,9 @@ def guard(model: PreTrainedModel, runtime: Runtime) -> ExitStack:
     signature = inspect.signature(model.forward)
 
     def around(forward: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
-        given = signature.bind_partial(*args, **kwargs)
-        given = given.arguments | given.kwargs
-        cache = next((given[name] for name in CACHE_NAMES if given.get(name) is not None), None)
+        bound = signature.bind_partial(*args, **kwargs)
+        given = bound.arguments | bound.kwargs
+        cache: Any = next((given[name] for name in CACHE_NAMES if given.get(name) is not None), None)
         length = cache.get_seq_length() if hasattr(cache, "get_seq_length") else None  # other caches have no length
         while (done := _attempt(lambda: forward(*args, **kwargs)))[1] is not None:
             runtime.make_room(done[1])
@@ -69,6 +69,6 @@ def _cut_back(cache: object, length: int | None) -> None:
             layer.keys, layer.values = (_first(t, length) for t in (layer.keys, layer.values))
 
 
-def _first(t: Tensor, length: int) -> Tensor:
+def _first(t: Tensor, length: int | None) -> Tensor:
     """The first entries of keys or values (..., length, width); zero of them take no memory."""
     return t[..., :length, :] if length and t.numel() else t.new_empty(0)

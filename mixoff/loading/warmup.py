@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -36,7 +36,7 @@ def compile_for(model: PreTrainedModel, say: Callable[[str], object]) -> float:
     if model.device.type != "cpu" or products.loops() is None:
         return 0.0
     modules = [m for m in model.modules() if isinstance(m, layers.QuantizedLinear)]
-    backbone = {(type(m.quantized), _form(m.quantized)): m.quantized for m in modules}
+    backbone = {(type(w), _form(w)): w for m in modules if (w := m.quantized) is not None}
     parts = (part for site in model.mixoff.source.sites for part in site.parts)
     experts = {tuple(part.form) for part in parts if part.form and isinstance(part.form[0], int)}
     if not backbone and not experts:
@@ -51,7 +51,7 @@ def compile_for(model: PreTrainedModel, say: Callable[[str], object]) -> float:
     return time.perf_counter() - started
 
 
-def _form(w: object) -> tuple:
+def _form(w: Any) -> tuple:
     return (w.bits, w.group_size, w.metadata_bits) if isinstance(w, QTensor) else (w.form.bits,)
 
 

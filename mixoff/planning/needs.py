@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from mixoff.errors import BudgetError
 from mixoff.planning import speed
 from mixoff.planning.budget import goes_direct, plan_slots, set_aside
-from mixoff.shapes import sites, sizes
+from mixoff.shapes import sites
+from mixoff.shapes.sizes import Sizes
 
 if TYPE_CHECKING:
     from mixoff.planning.hardware import Hardware
@@ -30,7 +31,7 @@ class Needs:
     page_cache: RAM for cached files; 0 on a machine with a card
     """
 
-    sizes: sizes.Sizes
+    sizes: Sizes
     context: int
     batch: int
     compute: str
@@ -40,7 +41,7 @@ class Needs:
     page_cache: int
 
     @classmethod
-    def of(cls, of: sizes.Sizes, machine: Hardware, context: int, batch: int) -> Needs:
+    def of(cls, of: Sizes, machine: Hardware, context: int, batch: int) -> Needs:
         """The needs of a model, in the dtype that the machine computes in."""
         compute = speed.compute_dtype(machine, of.shape.dtype)
         return cls(
@@ -95,7 +96,7 @@ class Needs:
         return spare
 
 
-def workspace_nbytes(of: sizes.Sizes, compute: str, rows: int) -> int:
+def workspace_nbytes(of: Sizes, compute: str, rows: int) -> int:
     """Upper bound on the bytes of activations for a prompt of `rows` tokens, all of which may ask for one expert.
 
     Per token: WIDE vectors of the model's width, the outputs of its K experts twice, and one expert's inner activations

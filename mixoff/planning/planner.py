@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mixoff.errors import BudgetError, CheckpointError, MixoffError
 from mixoff.planning import hardware as machines
@@ -92,9 +92,8 @@ def _machine(hardware: str | Hardware | None, *given: int | str | None) -> Hardw
     machine = probe.named(hardware or DEFAULT) if not isinstance(hardware, machines.Hardware) else hardware
     for key, size in zip(("fast_bytes", "ram_bytes", "disk_bytes"), given, strict=True):
         if size is not None:
-            machine = replace(
-                machine, **{key: parse_nbytes(size)}, sources=machine.sources | {key: "given by the user"}
-            )
+            known: dict[str, Any] = {key: parse_nbytes(size), "sources": machine.sources | {key: "given by the user"}}
+            machine = replace(machine, **known)
     return machine
 
 

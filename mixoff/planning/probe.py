@@ -67,13 +67,13 @@ def _limits(base: Path, path: str, limit: str, usage: str) -> list[tuple[int, in
     limits = []
     for folder in folders:
         try:
-            text, used, lines = ((folder / name).read_text(encoding="ascii") for name in (limit, usage, "memory.stat"))
-            text, used, stat = text.strip(), int(used), dict(line.split() for line in lines.splitlines())
+            texts = [(folder / name).read_text(encoding="ascii") for name in (limit, usage, "memory.stat")]
+            most, used, stat = texts[0].strip(), int(texts[1]), dict(line.split() for line in texts[2].splitlines())
         except (OSError, ValueError):
             continue
-        if text != "max":
+        if most != "max":
             dropped = int(stat.get("total_inactive_file", stat.get("inactive_file", 0)))
-            limits.append((int(text), max(used - dropped, 0)))
+            limits.append((int(most), max(used - dropped, 0)))
     return limits
 
 
@@ -303,8 +303,10 @@ def _measure(folder: Path) -> dict:
 def _read_figures(path: Path, identity: dict) -> dict | None:
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))
-        figures = kept["figures"] if kept["identity"] == identity else None
-        sound = figures and all(isinstance(figures[name], float | None) for name in BANDWIDTHS) and figures["ram_Bps"]
+        if kept["identity"] != identity:
+            return None
+        figures = kept["figures"]
+        sound = all(isinstance(figures[name], float | None) for name in BANDWIDTHS) and figures["ram_Bps"]
         return figures if sound and figures["disk_Bps"] and isinstance(figures["direct"], bool) else None
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None

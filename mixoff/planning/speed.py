@@ -2,10 +2,11 @@
 
 Everything here is modelled. Letters: **L** layers with experts, **K** experts per token.
 
-`predict` adds up one token's time for any shape, scheme and machine: bytes of weights over the bandwidth that products
-reach, fixed work per token, layer, expert and miss, and fetches that computing does not hide. Misses are independent,
-so a layer has m of them with the binomial probability; during the fetches the layer's residents are computed. With
-guesses, which span layers, the events of a `Step` are simulated instead. The hit rate is given: no policy is modelled.
+`predict` adds up one token's time for any shape, scheme and machine. The terms are bytes of weights over the bandwidth
+of products, fixed work per token, layer, expert and miss, and fetches that computing does not hide. Misses are
+independent, so a layer has m of them with the binomial probability; during the fetches the layer's residents are
+computed. With guesses, which span layers, the events of a `Step` are simulated instead. The hit rate is given: no
+policy is modelled.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ class Efficiency:
 
     Attributes
     ----------
-    shares: share of the fast tier's read bandwidth that a product reaches, by bits per weight; WIDENED is the share for
-        weights stored in another dtype than that of the computation
+    shares: share of the fast tier's read bandwidth that a product reaches, by bits per weight; WIDENED is that of
+        weights stored in another dtype than the computation's
     layer_s: fixed work of a layer (norms, router, attention's steps, Python)
     expert_s: fixed work of an expert
     source: origin of the figures
@@ -49,7 +50,7 @@ class Efficiency:
     cold_s: additional work of a layer whose weights, EVICTING bytes or more, flush the core's cache; in proportion for
         fewer bytes
     python_s: seconds per step of the loop in `probe.python_speed` on the core that all figures hold for
-    fixed_slows: on a core that takes twice `python_s`, fixed work takes 1 + `fixed_slows` times as long
+    fixed_slows: additional share of fixed work on a core that takes twice `python_s`
     products_slow: likewise for products of quantized weights
     """
 
@@ -73,10 +74,10 @@ class Efficiency:
         slower = hardware.python_s / self.python_s - 1
         fixed, products = (max(1 + share * slower, 0.1) for share in (self.fixed_slows, self.products_slow))
         works = {name: fixed * getattr(self, name) for name in FIXED}
-        quantized = {bits: share / products for bits, share in self.shares.items() if bits in CODES}
-        return replace(self, **works, shares={**self.shares, **quantized}, python_s=hardware.python_s)
+        shares = {bits: share / products if bits in CODES else share for bits, share in self.shares.items()}
+        return replace(self, **works, shares=shares, python_s=hardware.python_s)
 
-    def seconds(self, nbytes_by_bits: Mapping[int | str, int], Bps: float) -> float:
+    def seconds(self, nbytes_by_bits: Mapping[int, int] | Mapping[int | str, int], Bps: float) -> float:
         """Seconds to read and multiply these bytes of weights."""
         return sum(nbytes / (Bps * self.shares[bits]) for bits, nbytes in nbytes_by_bits.items())
 
@@ -165,7 +166,7 @@ class Prediction:
 
     def __str__(self) -> str:
         parts = ", ".join(f"{name} {1000 * s:.1f}" for name, s in self.terms.items())
-        return f"{self.tokens_per_s:.2f} tokens/s (modelled): {1000 * self.seconds:.1f} ms a token = {parts}"
+        return f"{self.tokens_per_s:.2f} tokens/s (modelled): {1000 * self.seconds:.1f} ms per token = {parts}"
 
 
 def predict(
@@ -188,11 +189,11 @@ def predict(
     hardware: the machine
     hit_rate: share of the requested experts that the cache holds
     recall: share of the other experts that guesses had fetched, None without guesses; a wrong guess wastes a fetch
-    efficiency: how fast this implementation runs; None is the expected one for the device
+    efficiency: speed of this implementation; None is the expected one for the device
     ram_share: share of the misses that come from RAM (copies, or cached files) rather than from the disk;
         None is all with a card, and none on a CPU
-    background: whether a layer's residents are computed during its fetches; None follows the runtime, which does so
-        for experts of a MiB or more (copies within RAM are never in the background)
+    background: whether a layer's residents are computed during its fetches, though never during copies within RAM;
+        None follows the runtime, which does so for experts of a MiB or more
     """
     from mixoff.shapes.sizes import sizes_of
     from mixoff.store.describe import shape_of
@@ -201,18 +202,29 @@ def predict(
     if any(rate is not None and not 0 <= rate <= 1 for rate in rates.values()):
         raise MixoffError(f"{', '.join(f'{k} is {v}' for k, v in rates.items())}: each is a share from 0 to 1")
     shape = shape_of(shape)
-    rates["ram_share"] = float(hardware.device == "cuda") if ram_share is None else ram_share
+    ram_share = float(hardware.device == "cuda") if ram_share is None else ram_share
     efficiency = (efficiency or EFFICIENCY[hardware.device]["expected"]).on(hardware)
     sizes, compute = sizes_of(shape, scheme), compute_dtype(hardware, shape.dtype)
     background = sizes.slot_nbytes >= BACKGROUND_FROM if background is None else background
     terms = _computing(sizes, compute, hardware, efficiency, recall is not None)
-    copied = rates["ram_share"] * (1 - hit_rate) if hardware.device == "cpu" and background else 0.0
-    step = _step(sizes, hardware, efficiency, terms, rates | {"overlap": background}, copied)
+    copied = ram_share * (1 - hit_rate) if hardware.device == "cpu" and background else 0.0  # at once: counts as hits
+    fetch_s = sizes.requested() / sum(shape.top_k) / miss_Bps(hardware, 0.0 if copied else ram_share)
+    step = Step(
+        layers=len(sizes.sites),
+        top_k=max(shape.top_k),
+        host_s=0.0,
+        attention_s=(terms["backbone"] + terms["fixed"]) / len(sizes.sites),
+        expert_s=terms["experts"] / sum(shape.top_k),
+        link_s=fetch_s + efficiency.miss_s,
+        hit_rate=hit_rate + copied,
+        recall=recall,
+        overlap=background,
+    )
     near_s = sizes.requested() / sum(shape.top_k) / miss_Bps(hardware, 1.0) + efficiency.miss_s
     terms["fetches"] = _waiting(step, shape.top_k) + copied * sum(shape.top_k) * near_s
-    inputs = rates | {"background": background, "compute_dtype": compute}
+    inputs = rates | {"ram_share": ram_share, "background": background, "compute_dtype": compute}
     inputs |= {"efficiency": asdict(efficiency), "hardware": hardware.to_dict()}
-    return Prediction(terms, floors(sizes, compute, hardware, hit_rate, rates["ram_share"]), inputs, step)
+    return Prediction(terms, floors(sizes, compute, hardware, hit_rate, ram_share), inputs, step)
 
 
 def _computing(
@@ -235,30 +247,6 @@ def _widened(touched: Mapping[int, int], compute: str) -> dict[int | str, int]:
     """Bytes by bits; unquantized weights of another width than the computation's are under WIDENED."""
     wide = 8 * dtype_nbytes(compute)
     return {WIDENED if 16 <= bits < wide else bits: nbytes for bits, nbytes in touched.items()}
-
-
-def _step(
-    sizes: Sizes,
-    hardware: Hardware,
-    efficiency: Efficiency,
-    terms: Mapping[str, float],
-    rates: Mapping[str, float | None],
-    copied: float,
-) -> Step:
-    """A step of these terms. copied: share of the requests served from RAM at once, which count as hits here."""
-    layers, experts = len(sizes.sites), sum(sizes.shape.top_k)
-    fetch_s = sizes.requested() / experts / miss_Bps(hardware, 0.0 if copied else rates["ram_share"])
-    return Step(
-        layers=layers,
-        top_k=max(sizes.shape.top_k),
-        host_s=0.0,
-        attention_s=(terms["backbone"] + terms["fixed"]) / layers,
-        expert_s=terms["experts"] / experts,
-        link_s=fetch_s + efficiency.miss_s,
-        hit_rate=rates["hit_rate"] + copied,
-        recall=rates["recall"],
-        overlap=rates["overlap"],
-    )
 
 
 def _waiting(step: Step, top_k: Iterable[int]) -> float:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ from torch import Tensor
 from mixoff.cache.cache import ExpertCache
 from mixoff.errors import MixoffError
 from mixoff.trace.trace import MAX_EXPERTS
+
+if TYPE_CHECKING:
+    from mixoff.runtime.runtime import Runtime
 
 NOBODY = MAX_EXPERTS  # above all experts' numbers: transformers reads any index of E or more as "no expert"
 
@@ -90,10 +93,10 @@ def prune(counts: Sequence[Sequence[int]], keep: int) -> Reroute:
     A token whose experts are all removed gets nothing from that layer. Source: Lu et al., Not All Experts are Equal
     (arXiv 2402.14800), who choose by reconstruction rather than by use.
     """
-    counts = torch.as_tensor(counts)  # (L, E)
-    if counts.ndim != 2 or not 1 <= keep <= counts.shape[1]:
-        raise MixoffError(f"cannot keep {keep!r} experts per layer of counts {tuple(counts.shape)}: give counts (L, E)")
-    gone = ~heaviest(counts, keep)  # (L, E)
+    used = torch.as_tensor(counts)  # (L, E)
+    if used.ndim != 2 or not 1 <= keep <= used.shape[1]:
+        raise MixoffError(f"cannot keep {keep!r} experts per layer of counts {tuple(used.shape)}: give counts (L, E)")
+    gone = ~heaviest(used, keep)  # (L, E)
 
     def reroute(site: int, index: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         inside = index < gone.shape[1]
@@ -108,7 +111,8 @@ def prune(counts: Sequence[Sequence[int]], keep: int) -> Reroute:
 class Tier(Protocol):
     """Which experts are in the fast tier."""
 
-    def has(self, site: int, expert: int) -> bool: ...
+    def has(self, site: int, expert: int) -> bool:
+        """Whether the expert is in it."""
 
     def ask(self, site: int, experts: list[int]) -> None:
         """Note that a token asks for these, distinct and in router order."""
@@ -117,10 +121,11 @@ class Tier(Protocol):
 class Live:
     """The fast tier of a runtime. In a prompt every expert counts as present: it asks for nearly all of them."""
 
-    def __init__(self, runtime: object) -> None:
+    def __init__(self, runtime: Runtime) -> None:
         self.runtime = runtime
 
     def has(self, site: int, expert: int) -> bool:
+        """Whether the expert is in a slot now, or the pass is a prompt."""
         return self.runtime.in_prompt() or (site, expert) in self.runtime.cache.slot_of
 
     def ask(self, site: int, experts: list[int]) -> None:
@@ -128,19 +133,23 @@ class Live:
 
 
 class Shadow:
-    """A cache of `slots` per site without weights, for evaluation: a window passes through the model at once, but
-    token by token through this cache, so that hits are those of decoding.
+    """A cache of `slots` per site without weights, for evaluation.
+
+    A window passes through the model at once, but token by token through this cache, so that hits are those of
+    decoding.
     """
 
     def __init__(self, slots: int, policy: str = "lru") -> None:
-        self.caches = defaultdict(lambda: ExpertCache([slots], policy))
+        self.caches: dict[int, ExpertCache] = defaultdict(lambda: ExpertCache([slots], policy))
         self.hits = self.misses = 0
 
     def has(self, site: int, expert: int) -> bool:
-        return expert in self.caches[site].slot_of
+        """Whether the expert is in one of the site's slots."""
+        return (site, expert) in self.caches[site].slot_of
 
     def ask(self, site: int, experts: list[int]) -> None:
-        for grant in self.caches[site].access(0, experts):
+        """Serve `experts` from the site's slots, and count hits and misses."""
+        for grant in self.caches[site].access(0, [(site, expert) for expert in experts]):
             self.hits += grant.kind == "hit"
             self.misses += grant.kind != "hit"
 
@@ -160,19 +169,19 @@ def _missing(tier: Tier, site: int, index: Tensor, drop: Callable[[int, Tensor],
     return marked
 
 
-def skip_misses(tier: object, keep: int = 1) -> Reroute:
+def skip_misses(tier: Runtime | Shadow, keep: int = 1) -> Reroute:
     """Lossy: leaves out experts that are not in the fast tier, except a token's `keep` heaviest.
 
     tier: a runtime (`model.mixoff`), or a `Shadow` for evaluation. Source: HOBBIT (arXiv 2411.01433), which leaves out
     the least important missing experts, and uses lower precision for others.
     """
-    tier = tier if hasattr(tier, "ask") else Live(tier)
+    fast: Tier = tier if isinstance(tier, Shadow) else Live(tier)
     if keep < 0:
         raise MixoffError(f"keep is {keep!r}: give the number of experts that every token waits for, 0 or more")
 
     def reroute(site: int, index: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         spared = heaviest(weights, keep) if keep else torch.zeros_like(index, dtype=torch.bool)
-        return leave_out(index, weights, _missing(tier, site, index, lambda t, missing: missing & ~spared[t]))
+        return leave_out(index, weights, _missing(fast, site, index, lambda t, missing: missing & ~spared[t]))
 
     return reroute
 

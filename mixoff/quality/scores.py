@@ -227,7 +227,7 @@ class Comparison:
 
     def to_dict(self) -> dict:
         """By name: mean and error of perplexity, ratio to the base, KL (nats) and top1, and the further columns."""
-        out = {}
+        out: dict[str, dict] = {}
         for name, scores in self.scores.items():
             figures = {"perplexity": scores.perplexity, "ratio": _exponential(self.difference(name)["loss"])}
             if scores.kl is not None:
@@ -307,14 +307,15 @@ def quantized(model: nn.Module, schemes: Scheme | Mapping[str, Scheme]) -> Itera
     schemes: one scheme for all roles, or schemes by role
     """
     by_role = schemes if isinstance(schemes, Mapping) else dict.fromkeys(ROLES, schemes)
-    sizes, originals = {}, {}
+    sizes: dict[str, tuple[int, int]] = {}
+    originals: dict[int, tuple[Tensor, Tensor | None]] = {}
     try:
         for role, place, w in _placed(model):
             if w.data_ptr() in originals:  # a tied head: its embedding came first
                 continue
             scheme = by_role.get(role, Scheme())
             precision = scheme.expert(*place) if place else scheme.precision(role)
-            q = precision and scheme.quantize(w, precision)
+            q = None if precision is None else scheme.quantize_as(w, precision)
             nbytes, weights = sizes.get(role, (0, 0))
             sizes[role] = nbytes + (2 * w.numel() if q is None else q.nbytes), weights + w.numel()
             originals[w.data_ptr()] = w, None if q is None else w.clone()

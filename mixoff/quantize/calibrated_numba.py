@@ -31,7 +31,7 @@ from mixoff.quantize.solve_numba import (
     store_wide,
 )
 
-SOURCES = b"".join(Path(module.__file__).read_bytes() for module in (layout, solve_numba))
+SOURCES = b"".join(Path(str(module.__file__)).read_bytes() for module in (layout, solve_numba))
 STAMP = zlib.crc32(SOURCES)  # part of the cache key: numba does not notice changes there
 STARTS = np.array([1.0, 0.85, 0.7], np.float32)  # shares of a group's range from which its line is fitted
 ROUNDS = 8  # of codes and line in turn; more gain nothing

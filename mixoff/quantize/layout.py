@@ -34,7 +34,7 @@ ROUND = np.float32(1.5 * 2**23)  # x + ROUND - ROUND rounds |x| < 2**22 half to 
 # Storage --------------------------------------------------------------------------------------------------------------
 
 
-def check_format(shape: tuple[int, int], bits: int, group_size: int, metadata_bits: int) -> None:
+def check_format(shape: tuple[int, ...], bits: int, group_size: int, metadata_bits: int) -> None:
     """Raise MixoffError, with the way out, unless a matrix of this shape can be stored in this format."""
     choices = {
         "bits": (bits, BITS),
@@ -55,7 +55,7 @@ def check_format(shape: tuple[int, int], bits: int, group_size: int, metadata_bi
 
 
 def layout(
-    shape: tuple[int, int], bits: int, group_size: int, metadata_bits: int = 8
+    shape: tuple[int, ...], bits: int, group_size: int, metadata_bits: int = 8
 ) -> list[tuple[str, tuple[int], torch.dtype]]:
     """Name, shape and dtype of each part of a quantized (N, K) matrix, in the order of its byte image.
 
@@ -80,7 +80,7 @@ def layout(
 
 @functools.lru_cache(maxsize=256, typed=True)
 def places(
-    shape: tuple[int, int], bits: int, group_size: int, metadata_bits: int
+    shape: tuple[int, ...], bits: int, group_size: int, metadata_bits: int
 ) -> dict[str, tuple[int, int, torch.dtype]]:
     """First byte, end and dtype of each part in the byte image."""
     ranges = {}
@@ -93,7 +93,7 @@ def places(
 
 
 @functools.lru_cache(maxsize=256, typed=True)
-def packed_nbytes(shape: tuple[int, int], bits: int, group_size: int, metadata_bits: int = 8) -> int:
+def packed_nbytes(shape: tuple[int, ...], bits: int, group_size: int, metadata_bits: int = 8) -> int:
     """Bytes of a quantized (N, K) matrix, metadata included, from its shape alone.
 
     >>> 3 * packed_nbytes((14336, 4096), bits=2, group_size=32) / 2**20  # an expert of Mixtral-8x7B, MiB

@@ -108,15 +108,13 @@ class Scheme:
         given = [getattr(self, role) for role in (*ROLES, "down")] + [p for pair in self.by_layer for p in pair]
         return {precision for precision in given if precision}
 
-    def quantize(self, w: Tensor, part: str | Precision, each: Callable = map) -> QTensor | None:
-        """`w` (N, K) quantized by this scheme's solver; None if the part stays in 16 bits.
+    def quantize(self, w: Tensor, role: str, each: Callable = map) -> QTensor | None:
+        """`w` (N, K) quantized as a weight of that part; None if the part stays in 16 bits."""
+        precision = self.precision(role)
+        return None if precision is None else self.quantize_as(w, precision, each)
 
-        - part: a precision, or a part of the model.
-        - each: as in `quantize`.
-        """
-        precision = self.precision(part) if isinstance(part, str) else part
-        if precision is None:
-            return None
+    def quantize_as(self, w: Tensor, precision: Precision, each: Callable = map) -> QTensor:
+        """`w` (N, K) quantized in that precision by this scheme's solver; `each` as in `quantize`."""
         if precision.rotated:
             w = rotation.rotate(w)
         q = quantize(w, precision.bits, precision.group_size, self.solver, self.metadata_bits, each)

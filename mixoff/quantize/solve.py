@@ -102,7 +102,7 @@ def quantize(
     - w: the matrix.
     - bits: bits per code: 2, 3, 4 or 8.
     - group_size: weights that share a scale and a minimum; it must divide K.
-    - solver: how scale and minimum are chosen, see below.
+    - solver: way to choose scale and minimum, see below.
     - metadata_bits: bits of each scale and minimum, 8 or 16.
     - each: `map`, or a thread pool's `map`, over blocks of 128 rows; a block takes one thread, and not the GIL.
 
@@ -127,7 +127,7 @@ def quantize(
     if solver not in SOLVERS:
         raise MixoffError(f"no solver {solver!r}: choose one of {', '.join(SOLVERS)}")
     q = QTensor.empty(tuple(w.shape), bits, group_size, metadata_bits)
-    for _ in each(lambda rows: quantize_block(w.detach(), q, *rows, solver), q.blocks()):
+    for _ in each(lambda rows: quantize_block(w.detach(), q, rows[0], rows[1], solver), q.blocks()):
         pass
     return q.to(w.device)
 

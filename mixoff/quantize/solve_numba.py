@@ -13,9 +13,11 @@ import functools
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 from numba.extending import register_jitable
+from numpy import ndarray
 
 from mixoff.jit import jit
 from mixoff.quantize import layout
@@ -32,6 +34,8 @@ from mixoff.quantize.layout import (
     SUPER,
 )
 
+Arrays = tuple[ndarray, ...]
+F32: TypeAlias = np.float32
 STAMP = zlib.crc32(Path(layout.__file__).read_bytes())  # part of the cache key: numba does not notice changes there
 ABREAST = 2**11  # weights whose groups are fitted side by side: with their products they stay in the first cache
 HQQ, LSQ = SOLVERS.index("hqq"), SOLVERS.index("lsq")
@@ -49,20 +53,32 @@ def compiled() -> Callable:
     - solver: index in SOLVERS.
     - bits: bits per code.
     - codes, high: words (words per row, rows); `high` is used for 3 bits only.
-    - wide: for 16-bit metadata, scale and minimum as fp16 bits (groups,).
-    - grids: for 8-bit metadata, four arrays of fp16 bits (super-groups,).
-    - fine: for 8-bit metadata, two arrays of codes (groups,).
+    - wide: scale and minimum as fp16 bits (groups,), for 16-bit metadata.
+    - grids: four arrays of fp16 bits (super-groups,), for 8-bit metadata.
+    - fine: two arrays of codes (groups,), for 8-bit metadata.
     """
     stamp = STAMP
 
-    def quantize_block(w, solver, bits, codes, high, wide, grids, fine):
+    def quantize_block(
+        w: ndarray, solver: int, bits: int, codes: ndarray, high: ndarray, wide: Arrays, grids: Arrays, fine: Arrays
+    ) -> bool:
         return block(stamp, w, solver, bits, codes, high, wide, grids, fine)
 
     return jit(quantize_block, "numpy")
 
 
 @register_jitable
-def block(stamp, w, solver, bits, codes, high, wide, grids, fine):
+def block(
+    stamp: int,
+    w: ndarray,
+    solver: int,
+    bits: int,
+    codes: ndarray,
+    high: ndarray,
+    wide: Arrays,
+    grids: Arrays,
+    fine: Arrays,
+) -> bool:
     """See `compiled`."""
     top, rows = np.float32(2**bits - 1), codes.shape[1]
     solved = np.empty((4, len(w)), np.float32)
@@ -79,13 +95,16 @@ def block(stamp, w, solver, bits, codes, high, wide, grids, fine):
     encode(w, scale, minimum, gain, top, 0, 2 if bits == 3 else bits, codes)
     if bits == 3:
         encode(w, scale, minimum, gain, top, 2, 1, high)
+    return True
 
 
 # Scale and minimum ----------------------------------------------------------------------------------------------------
 
 
 @register_jitable
-def solve(w, top, solver, scale, minimum, energy, overlap):
+def solve(
+    w: ndarray, top: F32, solver: int, scale: ndarray, minimum: ndarray, energy: ndarray, overlap: ndarray
+) -> bool:
     """`solve.solve` of groups (groups, G) into four arrays (groups,); False for what `check_range` refuses."""
     lanes = max(1, min(len(w), ABREAST // w.shape[1]))
     values = np.zeros((w.shape[1], lanes), np.float32)
@@ -102,7 +121,18 @@ def solve(w, top, solver, scale, minimum, energy, overlap):
 
 
 @register_jitable
-def solve_lanes(w, values, low, high, top, solver, scale, minimum, energy, overlap):
+def solve_lanes(
+    w: ndarray,
+    values: ndarray,
+    low: ndarray,
+    high: ndarray,
+    top: F32,
+    solver: int,
+    scale: ndarray,
+    minimum: ndarray,
+    energy: ndarray,
+    overlap: ndarray,
+) -> None:
     """Solve groups (groups, G), each of which is also in a lane of `values` (G, lanes); lanes may be left over."""
     lanes = np.empty((5, len(low)), np.float32)
     s, m, floor, energies, overlaps = lanes[0], lanes[1], lanes[2], lanes[3], lanes[4]
@@ -122,7 +152,7 @@ def solve_lanes(w, values, low, high, top, solver, scale, minimum, energy, overl
 
 
 @register_jitable
-def bounds(values):
+def bounds(values: ndarray) -> tuple[ndarray, ndarray, bool]:
     """Minimum and maximum of each lane (lanes,), and whether all values are finite and at most LARGEST."""
     low, high, wrong, sound = values[0].copy(), values[0].copy(), np.zeros(values.shape[1], np.float32), 0
     for k in range(len(values)):
@@ -135,13 +165,13 @@ def bounds(values):
 
 
 @register_jitable
-def nearest_code(x, top):
+def nearest_code(x: F32, top: F32) -> F32:
     """`solve.nearest_codes` of one number."""
     return min(max(x, np.float32(0)), top) + ROUND - ROUND
 
 
 @register_jitable
-def fold(values, width):
+def fold(values: ndarray, width: int) -> None:
     """`solve.fold` of the columns of (width, lanes), in place: the sums end up in row 0."""
     while width > 1:
         half = (width + 1) // 2
@@ -152,7 +182,7 @@ def fold(values, width):
 
 
 @register_jitable
-def fit(values, top, s, m, energy, overlap):
+def fit(values: ndarray, top: F32, s: ndarray, m: ndarray, energy: ndarray, overlap: ndarray) -> None:
     """`solve.fit_torch` of the groups in the lanes (G, lanes), into arrays (lanes,).
 
     A lane that has converged does not change any more: the same line gives the same codes, and these the same line.
@@ -189,7 +219,9 @@ def fit(values, top, s, m, energy, overlap):
 
 
 @register_jitable
-def lines(covariance, size, mean, total, squares, s, m):
+def lines(
+    covariance: ndarray, size: F32, mean: ndarray, total: ndarray, squares: ndarray, s: ndarray, m: ndarray
+) -> int:
     """Update each lane's line to the best one for its codes; returns how many lines changed."""
     moved = 0
     for i in range(len(s)):
@@ -202,7 +234,7 @@ def lines(covariance, size, mean, total, squares, s, m):
 
 
 @register_jitable
-def refine(w, low, high, top, scale, minimum):
+def refine(w: ndarray, low: ndarray, high: ndarray, top: F32, scale: ndarray, minimum: ndarray) -> None:
     """`solve.refine_torch` of groups (groups, G), with the resulting zero as a minimum."""
     size, buffer = w.shape[1], np.empty((w.shape[1], 1), np.float32)
     share = np.float32(1 / size)
@@ -232,7 +264,7 @@ def refine(w, low, high, top, scale, minimum):
 
 
 @register_jitable
-def gains(energy, overlap):
+def gains(energy: ndarray, overlap: ndarray) -> ndarray:
     """The factor that stretches each row to unit gain (rows,), from sums of its groups (rows, groups per row)."""
     energy, overlap = energy.T.copy(), overlap.T.copy()
     fold(energy, len(energy))
@@ -245,7 +277,7 @@ def gains(energy, overlap):
 
 
 @register_jitable
-def as_stored(values, gain):
+def as_stored(values: ndarray, gain: ndarray) -> ndarray:
     """Values (groups,), row by row, times the gain of the row, reordered as metadata are stored (groups,)."""
     rows, stored = len(gain), np.empty(len(values), np.float32)
     for row in range(rows):
@@ -255,7 +287,7 @@ def as_stored(values, gain):
 
 
 @register_jitable
-def half_bits(x):
+def half_bits(x: F32) -> int:
     """The bits of the fp16 number nearest to `x`, half to even; |x| < 65504, and zeros are positive."""
     size = abs(x)
     if size < NORMAL:
@@ -267,7 +299,7 @@ def half_bits(x):
 
 
 @register_jitable
-def from_half(bits):
+def from_half(bits: int) -> F32:
     """The fp32 number of fp16 bits that are neither infinity nor NaN."""
     whole = np.int32(bits & 0x7FFF)
     size = np.float32(whole) * LEAST_SCALE if whole < 1024 else np.int32((whole << 13) + (112 << 23)).view(np.float32)
@@ -275,7 +307,7 @@ def from_half(bits):
 
 
 @register_jitable
-def store_wide(values, stored):
+def store_wide(values: ndarray, stored: ndarray) -> None:
     """Write values (groups,) as fp16 bits, and replace them by the stored numbers."""
     for g in range(len(values)):
         stored[g] = half_bits(values[g])
@@ -283,7 +315,7 @@ def store_wide(values, stored):
 
 
 @register_jitable
-def store_grids(scale, minimum, grids, fine):
+def store_grids(scale: ndarray, minimum: ndarray, grids: Arrays, fine: tuple[ndarray, ...]) -> None:
     """Write values (groups,) on the grids of their super-groups, and replace them by the stored numbers."""
     for number in range(len(grids[0])):
         some = slice(number * SUPER, min((number + 1) * SUPER, len(scale)))
@@ -296,14 +328,14 @@ def store_grids(scale, minimum, grids, fine):
 
 
 @register_jitable
-def negate(values):
+def negate(values: ndarray) -> None:
     """Negate each value, in place."""
     for g in range(len(values)):
         values[g] = -values[g]
 
 
 @register_jitable
-def keep_zeros(scale, minimum):
+def keep_zeros(scale: ndarray, minimum: ndarray) -> None:
     """`solve.keep_zeros` of one super-group (groups,), in place."""
     zeros, least = 0, np.float32(np.inf)
     for g in range(len(scale)):
@@ -318,7 +350,7 @@ def keep_zeros(scale, minimum):
 
 
 @register_jitable
-def store_grid(values, codes):
+def store_grid(values: ndarray, codes: ndarray) -> tuple[int, int]:
     """`solve.to_grid` of one super-group; returns bits of base and span, and replaces values by the stored numbers."""
     low, high = values[0], values[0]
     for g in range(len(values)):
@@ -339,7 +371,9 @@ def store_grid(values, codes):
 
 
 @register_jitable
-def encode(w, scale, minimum, gain, top, shift, width, words):
+def encode(
+    w: ndarray, scale: ndarray, minimum: ndarray, gain: ndarray, top: F32, shift: int, width: int, words: ndarray
+) -> None:
     """Round groups (groups, G) to codes, and pack bits shift..shift + width of each into words (words per row, rows).
 
     scale, minimum: stored metadata (groups,), which describe `gain` (rows,) times the weights.
@@ -360,6 +394,6 @@ def encode(w, scale, minimum, gain, top, shift, width, words):
 
 
 @register_jitable
-def factor_and_zero(scale, minimum, gain):
+def factor_and_zero(scale: F32, minimum: F32, gain: F32) -> tuple[F32, F32]:
     """Factor and zero of `code = weight * factor + zero`; both 0 for a group of zeros."""
     return (gain / scale, -minimum / scale) if scale > 0 else (ZERO, ZERO)

@@ -63,7 +63,7 @@ class QTensor:
     Tested against the hqq package, brute force, and `layout`.
     """
 
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     bits: int
     group_size: int
     metadata_bits: int
@@ -173,7 +173,7 @@ class QTensor:
 
     @classmethod
     def empty(
-        cls, shape: tuple[int, int], bits: int, group_size: int, metadata_bits: int = 8, rotated: bool = False
+        cls, shape: tuple[int, ...], bits: int, group_size: int, metadata_bits: int = 8, rotated: bool = False
     ) -> QTensor:
         """A matrix whose parts are allocated but not filled."""
         form = tuple(shape), bits, group_size, metadata_bits
@@ -185,7 +185,7 @@ class QTensor:
         cls,
         buffer: Tensor,
         offset: int,
-        shape: tuple[int, int],
+        shape: tuple[int, ...],
         bits: int,
         group_size: int,
         metadata_bits: int = 8,

@@ -81,7 +81,8 @@ def _of_one_token(top_k_index: torch.Tensor, top_k_weights: torch.Tensor, num_ex
 def _one_row(self: torch.nn.Module, x: torch.Tensor, weights: dict[int, float]) -> torch.Tensor:
     """One token x (1, D) through each of its experts -> (K, 1, D), in router order. weights: the router's."""
     (runtime, site), experts = self._mixoff, list(weights)
-    parts, order = [], []
+    parts: list[torch.Tensor] = []
+    order: list[int] = []
 
     def place(expert: int) -> tuple[int, int]:
         return sum(other < expert for other in experts), len(experts)

@@ -33,8 +33,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from mixoff.cache.cache import Grant
-from mixoff.cache.events import BYPASS, HIT, RESTORE
-from mixoff.cache.policies import Key
+from mixoff.cache.events import BYPASS, HIT, RESTORE, Key
 from mixoff.transfer.arena import Weight
 
 if TYPE_CHECKING:
@@ -165,5 +164,6 @@ class Call:
                     self.tell(grant.key, "evict")
 
     def tell(self, key: Key, kind: str, nbytes: int = 0, t0: float | None = None, t1: float | None = None) -> None:
+        """Send an event to all listeners; a time that is None is now."""
         now = time.perf_counter()
         self.runtime.tell(key, kind, nbytes, now if t0 is None else t0, now if t1 is None else t1)

@@ -88,7 +88,7 @@ def _pair(weights: dict[str, torch.Tensor | QTensor]) -> tuple[QTensor, QTensor]
 def activated(module: torch.nn.Module, h: torch.Tensor, place: Callable[[], tuple[int, int]] | None) -> torch.Tensor:
     """`h` through the gate or the activation -> (R, F), with the bits of `grouped_mm`, which passes all rows at once.
 
-    On a CPU, ATen computes the last elements of a tensor, fewer than LANES, one by one, and its scalar `exp` may differ
+    On a CPU, ATen computes the last elements of a tensor, fewer than LANES, one by one. Its scalar `exp` may differ
     from the vectorized one in the last bit. So if LANES does not divide F, rows of zeros replace other experts' rows.
     """
     activate = module._apply_gate if module.has_gate else module.act_fn

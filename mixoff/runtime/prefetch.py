@@ -1,7 +1,7 @@
 """Guesses which experts the next layer will ask for, and has them fetched into spare slots while this one computes.
 
 A guess is the next router's choice for the hidden states of this layer, which change little between layers (Eliseev and
-Mazur, arXiv 2312.17238, section 3.2). Guessed experts go into spare slots, never into the cache's: a cached expert is
+Mazur, arXiv 2312.17238, section 3.2). Guessed experts go into spare slots, never into the cache's. A cached expert is
 never evicted for a guess, and the cache counts and evicts as if there were no guesses. A wrong guess is dropped as soon
 as its layer is served.
 """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -20,8 +20,8 @@ class Recorder:
     """
 
     def __init__(self, runtime: Any) -> None:
-        self.runtime, self.calls = runtime, {}
-        self._stop: Callable[[], None] | None = None
+        self.runtime = runtime
+        self.calls: dict[int, tuple[bool, float, dict]] = {}  # of each pass: prompt or not, time, its layers by site
 
     def __enter__(self) -> Recorder:
         self._start, self._stop = time.perf_counter(), self.runtime.on_routing(self._note)

@@ -29,8 +29,8 @@ from typing import Protocol
 import torch
 
 from mixoff.cache.cache import ExpertCache
-from mixoff.cache.events import CacheInfo, Event
-from mixoff.cache.policies import Key, Policy
+from mixoff.cache.events import CacheInfo, Event, Key
+from mixoff.cache.policies import Policy
 from mixoff.errors import BudgetError, MixoffError
 from mixoff.kernels import reference
 from mixoff.pages import out_of_memory, slab
@@ -58,7 +58,10 @@ class Source(Protocol):
 
     sites: tuple[Site, ...]
     scheme: Scheme
-    reader: Reader
+
+    @property
+    def reader(self) -> Reader:
+        """Reads experts."""
 
     @property
     def expert_nbytes(self) -> int:
@@ -117,13 +120,11 @@ class Runtime:
         self._pass = threading.local()  # each thread's forward pass: whether it is a prompt, and its last token
         self._tokens = 0
         self._start = time.perf_counter()
-        self.transfer: Transfer | None = None
-        self.cache: ExpertCache | None = None
         self._before: Counter[str] = Counter()  # counts at the last `reset_counts`
         self.fast_bytes = fast_bytes
         self._fast_nbytes = fast_bytes  # the part in use: less after `make_room`
         self._allocate(fast_bytes)
-        self._empty()
+        self._empty(None)
         self._open_transfer(ram_bytes)
         _alive.add(self)
 
@@ -141,7 +142,7 @@ class Runtime:
             slots = sum(capacities) + spare
             try:
                 self.scratch = empty(scratch)
-                arena = Arena(slots, self.source.sites, self.device and empty)
+                arena = Arena(slots, self.source.sites, empty if self.device else None)
                 break
             except Exception as error:
                 why = out_of_memory(error)
@@ -151,14 +152,14 @@ class Runtime:
             fast_bytes = self._fewer(slots, reserved, why)
         self.arena, self._capacities = arena, capacities
         self.allocated_nbytes = arena.numel() + reserved
-        if refused:
+        if refused and why:
             self._warn(refused, why)
 
-    def _empty(self) -> None:
-        """Start with an empty cache that continues the counts; cache slot i is arena slot i again."""
+    def _empty(self, before: ExpertCache | None) -> None:
+        """Start with an empty cache that continues the counts of `before`; cache slot i is arena slot i again."""
         cache = ExpertCache(self._capacities, self._policy)
-        if self.cache is not None:
-            cache.count_on(self.cache)
+        if before is not None:
+            cache.count_on(before)
         self.cache, self.place = cache, list(range(cache.capacity))
 
     def _divide(self, fast_bytes: int) -> tuple[list[int], int, int]:
@@ -239,7 +240,7 @@ class Runtime:
             self._fast_nbytes = self._fewer(slots, reserved, why)
             self.ended = False
             self.transfer.reseat(())
-            self.arena = self.scratch = None
+            self.arena = self.scratch = None  # type: ignore[assignment]  # until `renew`; nothing runs before it
             self.renew()
             self._warn(slots, why)
             self._tokens -= getattr(self._pass, "tokens", 0)  # the pass that failed will be repeated
@@ -259,7 +260,7 @@ class Runtime:
         for key in list(self.cache.slot_of) if self._listeners else ():
             now = time.perf_counter()
             self.tell(key, "evict", 0, now, now)
-        self._empty()
+        self._empty(self.cache)
         self.transfer.reseat(self.arena.slots if self.device else self.arena.images)
         self.guesses.reseat(range(self.slots, len(self.arena.slots)))
         self.ended = True
@@ -354,7 +355,7 @@ class Runtime:
         with self._lock:
             self._closed = True
             self.transfer.close()
-            self.arena, self.scratch = None, None
+            self.arena = self.scratch = None  # type: ignore[assignment]  # for good; nothing runs any more
             self.source.close()
 
     def __enter__(self) -> Runtime:
@@ -414,7 +415,7 @@ class Runtime:
         experts: distinct, in router order
         weights: the router's weight of each expert, for policies that use it
         """
-        if self._lock._is_owned():
+        if self._lock._is_owned():  # type: ignore[attr-defined]  # typeshed lacks it
             raise RuntimeError("a listener cannot run the model it listens to: store the event, run the model later")
         with self._lock:
             if self._closed:

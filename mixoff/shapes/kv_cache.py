@@ -119,7 +119,7 @@ def advance(
 
     The name of the cache's argument depends on the version of transformers.
     """
-    name = _cache_name(type(model))
+    name = _cache_name(model.__class__)
     out = model(ids, use_cache=True, **{name: cache}, **options)
     return out.logits, out[name]
 

@@ -54,6 +54,7 @@ class Tensor:
 
     @property
     def numel(self) -> int:
+        """Number of elements."""
         return math.prod(self.shape)
 
 
@@ -80,7 +81,7 @@ class ModelShape:
     - sites: sets of experts; empty for a family that mixoff does not serve.
     - top_k: experts per token of each site.
     - cache: tensors of the KV cache in `dtype`.
-    - refusal: why mixoff does not serve this family; None if it does.
+    - refusal: reason why mixoff does not serve this family; None if it does.
     - files: tensors of the backbone as stored in a folder; None without a folder.
     """
 

@@ -74,6 +74,7 @@ class Site:
 
     @property
     def expert_nbytes(self) -> int:
+        """Bytes of one expert's image, its parts aligned but not padded at the end."""
         return self.parts[-1].offset + self.parts[-1].nbytes
 
 

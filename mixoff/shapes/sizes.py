@@ -77,7 +77,7 @@ class Sizes:
     def touched_backbone(self, compute: str) -> Counter[int]:
         """Bytes of the backbone read per token, by bits per weight: all but embeddings that the head does not share."""
         table = None if self.tied else next((t for t in self.shape.backbone if t.role == "embeddings"), None)
-        touched = Counter()
+        touched: Counter[int] = Counter()
         for tensor in self.shape.backbone:
             if tensor is not table:
                 touched[self._bits(tensor, compute)] += self._nbytes(tensor, compute)
@@ -85,7 +85,7 @@ class Sizes:
 
     def touched_experts(self) -> Counter[int]:
         """Bytes of experts read per token, by bits per weight."""
-        touched = Counter()
+        touched: Counter[int] = Counter()
         for site, k in zip(self.sites, self.shape.top_k, strict=True):
             for part in site.parts:
                 touched[_part_bits(part)] += min(k, site.num_experts) * part.nbytes

@@ -168,6 +168,7 @@ def _place_quantized(plan: Blueprint, roles: dict[str, str], backbone: dict) -> 
     described, parts = {}, {}
     for name, role in roles.items():
         form = plan.scheme.precision(role)
+        assert form is not None  # `roles` has none that stays in 16 bits
         shape = backbone[name][0].shape
         empty = QTensor.empty(shape, form.bits, form.group_size, plan.scheme.metadata_bits)
         tensors, described[name] = empty.to_tensors()
@@ -214,6 +215,7 @@ def _place_tensors(plan: Blueprint, file: str, tensors: dict[str, tuple], metada
 
 
 def to_json(value: dict) -> bytes:
+    """A JSON file's content in UTF-8, indented, with a final newline."""
     return (json.dumps(value, indent=1) + "\n").encode()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from mixoff.checkpoints import model_files, names
 from mixoff.checkpoints.checkpoint import read_header
@@ -21,6 +21,8 @@ from mixoff.store.source import open_source
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
+
+T = TypeVar("T")
 
 
 def shape_of(source: ModelShape | PretrainedConfig | str | Path) -> ModelShape:
@@ -99,7 +101,7 @@ def _as_store(shape: ModelShape, folder: Folder, scheme: str | Scheme | None) ->
     return replace(shape, files=files).quantized_only(quantized), _only(folder, wanted, stored)
 
 
-def _only(source: object, wanted: object, stored: object) -> object:
+def _only(source: object, wanted: object, stored: T) -> T:
     """The scheme of the files, if it is the one that was asked for."""
     if wanted not in (None, stored):
         raise MixoffError(f"{source} is quantized in another scheme: plan it without one, or plan the original model")

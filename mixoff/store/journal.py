@@ -1,6 +1,6 @@
 """What a long job has finished, so that it can be killed at any moment and continue later.
 
-A line of JSON for each finished piece, written only after the bytes of the piece are on the disk: no matter when a
+Each finished piece has a line of JSON, written only after the bytes of the piece are on the disk. No matter when a
 crash happens, whatever the journal names is there.
 """
 
@@ -47,6 +47,7 @@ class Journal:
 
     def commit(self) -> None:
         """Write what was added since the last commit. The caller must have synced those bytes before."""
+        assert self.file is not None  # after `begin`
         lines = memoryview("".join(self.waiting).encode())
         while lines:
             lines = lines[self.file.write(lines) :]

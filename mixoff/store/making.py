@@ -205,9 +205,10 @@ def _image(weight: Weight, raw: np.ndarray, scheme: Scheme, each: Callable) -> n
     if weight.precision is None:
         return raw
     try:
-        return scheme.quantize(w.t() if weight.transposed else w, weight.precision, each).to_buffer().numpy()
+        q = scheme.quantize_as(w.t() if weight.transposed else w, weight.precision, each)
     except MixoffError as error:
         raise WeightError(f"{weight.where}: {error}") from None
+    return q.to_buffer().numpy()
 
 
 class Making:

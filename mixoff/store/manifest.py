@@ -58,6 +58,7 @@ def read_manifest(folder: Path) -> dict:
 
 
 def damaged(folder: Path, error: Exception) -> CheckpointError:
+    """The error for a manifest that cannot be read, with its cause and the way out."""
     return CheckpointError(f"{folder / MANIFEST} is damaged ({error!r}): convert the original again")
 
 

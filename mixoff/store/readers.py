@@ -41,7 +41,7 @@ class Reader(Protocol):
 class ExpertReader:
     """Copies expert images from files, through the page cache. Thread-safe.
 
-    - extents: by (site, expert), which bytes of which file go where in the image.
+    - extents: ranges of files, and their places in the image, by (site, expert).
     - direct: whether nothing stays in the page cache.
     - how: description of the way, for reports.
     - piece_nbytes: bytes per request into which an expert may be divided.
@@ -104,7 +104,7 @@ class DroppingReader(ExpertReader):
     direct = True
 
     @property
-    def how(self) -> str:
+    def how(self) -> str:  # type: ignore[override]  # nothing assigns it
         """How files are read, and why."""
         if hasattr(os, "posix_fadvise"):
             return "buffered, then dropped from the page cache: the filesystem has no direct I/O"

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mixoff.errors import MixoffError
 from mixoff.text import generation
@@ -46,7 +46,7 @@ class Chat:
         """Whether the model comes with a template for conversations."""
         return bool(self.tokenizer.chat_template)
 
-    def ask(self, text: str, max_new_tokens: int = 128, **options: object) -> generation.Generation:
+    def ask(self, text: str, max_new_tokens: int = 128, **options: Any) -> generation.Generation:
         """The answer to `text`; both join the conversation. options: as for `generation.generate`.
 
         Raises MixoffError if the question alone and `max_new_tokens` exceed the context.
@@ -55,7 +55,7 @@ class Chat:
         messages = [*self.messages, {"role": "user", "content": text}]
         if context:
             messages = recent(messages, lambda part: len(self._ids(part)), context - max_new_tokens)
-        options = {"add_special_tokens": False} | options
+        options = {"add_special_tokens": False, **options}
         answer = generation.generate(self.model, self.tokenizer, self.prompt(messages), max_new_tokens, **options)
         self.messages = [*messages, {"role": "assistant", "content": answer.text.strip()}]
         return answer

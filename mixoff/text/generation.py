@@ -195,7 +195,7 @@ def generate(
     prompt: text to continue
     max_new_tokens: new tokens, at most
     temperature, seed, top_p, top_k: as in `Sampling`; temperature 0 is greedy
-    on_text: called with each new piece of text
+    on_text: function that gets each new piece of text
     streamer: transformers streamer that gets each token too
     add_special_tokens: False if the prompt spells them out, as chat templates do
     stop: texts after which generation ends
@@ -314,7 +314,7 @@ def first_not_finite(model: PreTrainedModel, ids: torch.Tensor) -> str | None:
     """The first module whose output is not finite in one pass over ids (1, T); None if all are."""
     import torch
 
-    found = []
+    found: list[str] = []
 
     def look(name: str, output: object) -> None:
         value = output[0] if isinstance(output, tuple) and output else output

@@ -74,6 +74,7 @@ def _read_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
 
 
 def readable(path: str | Path) -> Any:
+    """The file opened as UTF-8 text, without a byte-order mark. Raises MixoffError, with the reason."""
     try:
         return open(path, newline="", encoding="utf-8-sig")
     except OSError as error:

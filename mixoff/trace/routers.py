@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -115,18 +115,18 @@ class Router:
 
         hit_rates: LRU's, by slots per layer; fits weight and rho, with peak 0
         repeats: rates of the same first choice, and of the first or second, as in `repeat_rates`; fits weight and
-            peak, with rho 0.97 by convention: neighbouring tokens alone cannot separate it from weight
+            peak. Neighbouring tokens alone cannot separate rho from weight, so it is 0.97
         """
-        if (hit_rates is None) == (repeats is None):
-            raise MixoffError("give either hit_rates or repeats to fit a router to")
-        if repeats is None:
-            start, grid = cls(num_experts, top_k, 1.0, RHO, 0.0, max(256 // num_experts, 2)), (WEIGHTS, MEMORIES)
-            coarse = [replace(start, weight=w, rho=1 - 1 / tokens) for w, tokens in itertools.product(*grid)]
+        if hit_rates is not None and repeats is None:
+            start = cls(num_experts, top_k, 1.0, RHO, 0.0, max(256 // num_experts, 2))
+            coarse = [replace(start, weight=w, rho=1 - 1 / t) for w, t in itertools.product(WEIGHTS, MEMORIES)]
             best = _closing_in(coarse, "rho", lambda router: router.rmse(hit_rates))
-        else:
-            start, grid = cls(num_experts, top_k, 1.0, RHO, 0.0, 16), (WEIGHTS, PEAKS)
-            coarse = [replace(start, weight=w, peak=p) for w, p in itertools.product(*grid)]
+        elif repeats is not None and hit_rates is None:
+            start = cls(num_experts, top_k, 1.0, RHO, 0.0, 16)
+            coarse = [replace(start, weight=w, peak=p) for w, p in itertools.product(WEIGHTS, PEAKS)]
             best = _closing_in(coarse, "peak", lambda router: _distance(router.repeat_rates().mean(0), repeats))
+        else:
+            raise MixoffError("give either hit_rates or repeats to fit a router to")
         return replace(best, layers=layers)
 
     def rmse(self, hit_rates: Mapping[float, float]) -> float:
@@ -136,9 +136,9 @@ class Router:
 
 def spread(values: float | Sequence[float], layers: int) -> np.ndarray:
     """A number, or values evenly spaced over the model's depth, as one value per layer: float32 (layers,)."""
-    values = np.atleast_1d(np.asarray(values, np.float32))
-    at = np.linspace(0, len(values) - 1, layers)
-    return np.interp(at, np.arange(len(values)), values).astype(np.float32)
+    given = np.atleast_1d(np.asarray(values, np.float32))
+    at = np.linspace(0, len(given) - 1, layers)
+    return np.interp(at, np.arange(len(given)), given).astype(np.float32)
 
 
 def _logits(
@@ -202,15 +202,21 @@ def _closing_in(coarse: Iterable[Router], second: str, misfit: Callable[[Router]
     for step in (0.3, 0.15, 0.08, 0.04):
         places = itertools.product((-step, 0, step), (-step, 0, step))
         best = min([best, *(_moved(best, second, *place) for place in places)], key=misfit)
-    return replace(best, weight=round(best.weight, 3), rho=round(best.rho, 4), peak=round(best.peak, 3))
+    weight, rho, peak = _numbers(best)
+    return replace(best, weight=round(weight, 3), rho=round(rho, 4), peak=round(peak, 3))
 
 
 def _moved(router: Router, second: str, by: float, by_second: float) -> Router:
     """A neighbour: weight, and peak or else the memory 1 / (1 - rho), increased by these shares."""
-    weight = router.weight * (1 + by)
+    weight, rho, peak = _numbers(router)
     if second == "peak":
-        return replace(router, weight=weight, peak=router.peak * (1 + by_second))
-    return replace(router, weight=weight, rho=1 - (1 - router.rho) / (1 + by_second))
+        return replace(router, weight=weight * (1 + by), peak=peak * (1 + by_second))
+    return replace(router, weight=weight * (1 + by), rho=1 - (1 - rho) / (1 + by_second))
+
+
+def _numbers(router: Router) -> Iterator[float]:
+    """Weight, rho and peak of a router whose layers are all alike, as those of `fit` are."""
+    return (x for x in (router.weight, router.rho, router.peak) if not isinstance(x, tuple))
 
 
 # --- presets ---------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ exactly what the runtime counts. `mixoff.simulate` is the function below.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -140,9 +141,9 @@ def simulate(
     slots: slots per layer
     scope: `layer`, or `global`, which puts slots x layers into one pool
     expert_nbytes: bytes of one expert; None takes the trace's
-    prefetch: source of the guesses that are fetched outside the cache while the layer before computes: `none`,
+    prefetch: source of the guesses, fetched outside the cache while the layer before computes: `none`,
         `next-router` (the trace's `predicted`), `popularity` (the most requested experts so far), `oracle`, or
-        `recall=R` (a synthetic predictor that names each expert with chance R, and a wrong one otherwise)
+        `recall=R`. The last is synthetic: it names each expert with chance R, and a wrong one otherwise
     prefetch_nbytes: bytes of guesses per layer, at most; None means K experts, the runtime's rule
 
     >>> trace = Trace.from_array([[[0, 1]], [[0, 2]], [[0, 1]]])
@@ -223,13 +224,13 @@ class Comparison:
 
 
 def compare(
-    trace: Trace, slots: int = 4, scope: str = "layer", expert_nbytes: int | None = None, **options
+    trace: Trace, slots: int = 4, scope: str = "layer", expert_nbytes: int | None = None, **options: Any
 ) -> Comparison:
     """`simulate` with every policy. options: its prefetch arguments."""
     return Comparison(tuple(simulate(trace, policy, slots, scope, expert_nbytes, **options) for policy in CODES))
 
 
-def curve(trace: Trace, policy: str = "lru", scope: str = "layer") -> dict[int, float]:
+def curve(trace: Trace, policy: str = "lru", scope: str = "layer") -> dict[int, float | None]:
     """Hit rate of decoding by slots per layer, from top-k to all experts; one pass for LRU without prompts.
 
     >>> curve(Trace.from_array([[[0, 1]], [[0, 2]], [[0, 1]]], num_experts=4))

@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -97,7 +98,7 @@ class Trace:
         T, L, _ = experts.shape
         is_prompt = _column("is_prompt", np.zeros(T, bool) if is_prompt is None else is_prompt, (T,), "b")
         passes = _default_passes(is_prompt) if passes is None else _column("passes", passes, (T,), "iu")
-        layers = _column("layers", np.arange(L) if layers is None else np.asarray([*layers]), (L,), "iu")
+        numbers = _column("layers", np.arange(L) if layers is None else np.asarray([*layers]), (L,), "iu")
         if weights is not None:
             weights = _column("weights", weights, experts.shape, "f").astype(np.float32)
         if times_s is not None:
@@ -115,7 +116,7 @@ class Trace:
             num_experts=int(num_experts),
             is_prompt=is_prompt,
             passes=passes.astype(np.int64),
-            layers=tuple(layers.tolist()),
+            layers=tuple(numbers.tolist()),
             weights=weights,
             times_s=times_s,
             expert_nbytes=nbytes,
@@ -214,8 +215,9 @@ class Trace:
 
     def select(self, which: np.ndarray | slice) -> Trace:
         """The tokens of a mask (T,) or slice, as a new trace."""
-        cut = {name: getattr(self, name) for name in ("experts", "is_prompt", "passes", *OPTIONAL)}
-        return replace(self, **{name: None if value is None else value[which] for name, value in cut.items()})
+        arrays = {name: getattr(self, name) for name in ("experts", "is_prompt", "passes", *OPTIONAL)}
+        cut: dict[str, Any] = {name: None if array is None else array[which] for name, array in arrays.items()}
+        return replace(self, **cut)
 
     def decode(self) -> Trace:
         """Decoding alone, prompts left out."""
@@ -420,7 +422,8 @@ def load_domains(path: str | Path, num_experts: int = 8) -> dict[str, Trace]:
 
     NAME.weights and NAME.predicted, in the same order, are optional. Raises MixoffError.
     """
-    traces, extras = {}, {}
+    traces: dict[str, np.ndarray] = {}
+    extras: dict[str, dict[str, np.ndarray]] = {}
     for name, array in read_arrays(path).items():
         array = np.moveaxis(array, 0, 1) if array.ndim == 3 else array
         of, _, what = name.rpartition(".")

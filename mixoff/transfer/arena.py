@@ -6,6 +6,7 @@ Letters: **S** slots. Which expert is in which slot is the cache's business.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeAlias
 
 import torch
 
@@ -14,7 +15,7 @@ from mixoff.quantize import strided
 from mixoff.quantize.tensor import QTensor
 from mixoff.shapes.sites import Part, Site, slot_nbytes, torch_dtype
 
-Weight = torch.Tensor | QTensor | strided.StridedTensor
+Weight: TypeAlias = torch.Tensor | QTensor | strided.StridedTensor
 
 
 class Arena:
@@ -29,7 +30,7 @@ class Arena:
         self.sites, self.slot_nbytes = sites, slot_nbytes(sites)
         self.slots = (empty or slab)(slots * self.slot_nbytes).view(slots, -1)  # (S, slot_nbytes)
         self.images = [] if empty else [memoryview(slot.numpy()) for slot in self.slots]
-        kinds = {}
+        kinds: dict[tuple[Part, ...], int] = {}
         self._kind = [kinds.setdefault(site.parts, i) for i, site in enumerate(sites)]  # equal sites share views
         self._views: dict[tuple[int, int], dict[str, Weight]] = {}
 

@@ -1,7 +1,7 @@
 """A GPU as the runtime needs it: memory, page-locked RAM, streams, events, copies, and what the card can do.
 
 Together with `probe`'s bandwidths and the kernels, the only module that calls torch.cuda. It is thin, since it was
-never run on a GPU (docs/gpu.md): tests check every name it uses against the installed torch, and run the modules above
+never run on a GPU (docs/gpu.md). Tests check every name it uses against the installed torch, and run the modules above
 it on a simulated device.
 """
 

@@ -100,12 +100,16 @@ def open_device_transfer(
 
 @dataclass(eq=False)
 class _Fetch:
-    """An expert on its way. place: its place in RAM, or the one it is read into. t0: when it was asked for."""
+    """An expert on its way.
+
+    place: its place in RAM, or the one it is read into; -1 while it waits for one
+    t0: time of the request
+    """
 
     key: Key
     kind: str
     state: str = WAITING
-    place: int | None = None
+    place: int = -1
     t0: float = field(default_factory=time.perf_counter)
     error: Exception | None = None
 
@@ -116,7 +120,7 @@ class DeviceTransfer:
     A landing is timed when its copy is queued: the host does not wait for the copy to end.
 
     kept: number of places that may hold experts the device lacks; the others are always available for reads
-    reading: makes the transfer that reads into the places' memory
+    reading: maker of the transfer that reads into the places' memory
     """
 
     def __init__(
@@ -240,8 +244,9 @@ class DeviceTransfer:
     def _sent(self, slots: Collection[int]) -> int | None:
         """One of `slots` whose copy is queued, else None. Raises the error of a failed read of one of them."""
         for slot in slots:
-            if self.coming[slot].state == FAILED:
-                raise self.coming.pop(slot).error
+            if error := self.coming[slot].error:
+                del self.coming[slot]
+                raise error
         return next((slot for slot in slots if self.coming[slot].state == SENT), None)
 
     def _landing(self, slot: int, fetch: _Fetch) -> Landing:
@@ -323,4 +328,4 @@ class DeviceTransfer:
         """Drop `first`, else the oldest copies, while more than `kept` are alone: reads need the other places."""
         alone = self.copies.alone
         while len(alone) > self.kept:
-            self.copies.free.append(alone.pop(first if first in alone else next(iter(alone))))
+            self.copies.free.append(alone.pop(first if first and first in alone else next(iter(alone))))

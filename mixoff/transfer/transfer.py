@@ -195,7 +195,8 @@ class ThreadTransfer:
 
     def __init__(self, reader: Reader, images: Sequence[memoryview], sizes: Sequence[int], workers: int) -> None:
         self.reader, self.images, self.sizes, self.workers = reader, images, sizes, workers
-        self.queue, self.jobs = _Queue(), {}
+        self.queue = _Queue()
+        self.jobs: dict[int, _Job] = {}
         self.threads: list[threading.Thread] = []
         self._start()
         weakref.finalize(self, self.queue.close)

@@ -57,7 +57,7 @@ def test_compiled_code_gives_the_bits_of_torch():
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_a_rotated_weight_gives_the_product_of_the_weights_it_stands_for(bits, kernel):
     x, w = torch.randn(3, 128), torch.randn(48, 128)
-    q = MIXED.quantize(w, Precision(bits, 32, rotated=True))
+    q = MIXED.quantize_as(w, Precision(bits, 32, rotated=True))
     got, want = kernels.linear(x, q, kernel=kernel), x @ q.dequantize().T
     assert (got - want).norm() < (0.02 if kernel == "int8" else 1e-5) * want.norm()
     assert "rotated" in repr(q) and (q.dequantize() - w).norm() < 0.6 / 2 ** (bits - 2) * w.norm()
@@ -66,7 +66,7 @@ def test_a_rotated_weight_gives_the_product_of_the_weights_it_stands_for(bits, k
 @pytest.mark.parametrize("exact", [True, False])
 def test_an_expert_whose_last_matrix_is_rotated(exact):
     x = torch.randn(2, 64)
-    gate_up, down = (MIXED.quantize(torch.randn(*shape), p) for shape, p in
+    gate_up, down = (MIXED.quantize_as(torch.randn(*shape), p) for shape, p in
                      zip([(256, 64), (64, 128)], [MIXED.experts, MIXED.down], strict=True))  # fmt: skip
     gate, up = (x @ gate_up.dequantize().T).chunk(2, 1)
     want = torch.nn.functional.silu(gate) * up @ down.dequantize().T
@@ -79,7 +79,7 @@ def test_outliers_cost_less():
     torch.manual_seed(0)
     w = torch.randn(128, 256)
     w[:, ::16] *= 8
-    errors = [(MIXED.quantize(w, Precision(2, 64, rotated)).dequantize() - w).norm() for rotated in (False, True)]
+    errors = [(MIXED.quantize_as(w, Precision(2, 64, rotated)).dequantize() - w).norm() for rotated in (False, True)]
     assert errors[1] < 0.9 * errors[0]
 
 

@@ -69,7 +69,8 @@ class CacheView(anywidget.AnyWidget):
         self._row = {layer: i * self.experts for i, layer in enumerate(self.layers)}  # first cell of each layer
         self._cells = bytearray(len(self.layers) * self.experts)  # states, (L, E); plain bytes are the fastest to write
         self._tokenizer, self._stop, self._due = tokenizer, None, 0.0
-        self._token, self._prompt_seen, self._dirty = None, False, False
+        self._token: int | None = None
+        self._prompt_seen = self._dirty = False
         self.tokens = self.hits = self.misses = self.nbytes = 0
         self._frames: list[bytes] = []
         self._stats: list[tuple[int, int, int, int]] = []  # hits, misses, bytes, residents after each token

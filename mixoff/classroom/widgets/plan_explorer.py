@@ -10,7 +10,7 @@ import functools
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import anywidget
 import matplotlib.pyplot as plt
@@ -133,7 +133,8 @@ def _fits(choice: Choice) -> bool:
 def _moves(choice: Choice) -> Iterator[Choice]:
     if choice.slots:
         yield replace(choice, slots=0)
-    smaller = {name: _smaller(name, getattr(choice, name)) for name in ("context", "group", "experts", "attention")}
+    names = ("context", "group", "experts", "attention")
+    smaller: dict[str, list] = {name: _smaller(name, getattr(choice, name)) for name in names}
     for step in range(max(map(len, smaller.values()))):
         yield from (replace(choice, **{name: values[step]}) for name, values in smaller.items() if step < len(values))
     larger = sorted(machines.NAMED.values(), key=lambda machine: machine.fast_bytes)
@@ -178,6 +179,7 @@ class Tier:
 
     @property
     def nbytes(self) -> int:
+        """Total bytes of all parts."""
         return sum(self.parts.values())
 
     def __str__(self) -> str:
@@ -214,7 +216,7 @@ class Outcome:
     @property
     def rates(self) -> dict[str, float]:
         """Tokens/s, `low`, `expected` and `high`; empty if the model does not run."""
-        return self.plan.tokens_per_s if self.fits else {}
+        return {name: rate for name, rate in self.plan.tokens_per_s.items() if self.fits and rate is not None}
 
     @property
     def speed(self) -> str:
@@ -281,7 +283,7 @@ class PlanExplorer(anywidget.AnyWidget):
     choice = traitlets.Dict().tag(sync=True)  # fields of Choice, and `asked`, the number of the question
     answer = traitlets.Dict().tag(sync=True)  # the outcome, or an `error`, and the number of its question
 
-    def __init__(self, model: str = MODELS[0], **controls: int | str) -> None:
+    def __init__(self, model: str = MODELS[0], **controls: Any) -> None:
         self.outcome = explore(Choice(model, **controls))
         choice = self.outcome.choice
         options = SCALES | {"model": _with(MODELS, model), "hardware": _with(machines.NAMED, choice.hardware)}

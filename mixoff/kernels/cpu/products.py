@@ -11,8 +11,7 @@ import functools
 import threading
 from array import array
 from collections.abc import Callable, Sequence
-from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -31,7 +30,7 @@ FP32_ROWS = {2: 128, 3: 64, 4: 128, 8: 128}  # fp32 activations: for more rows d
 
 
 @functools.cache
-def loops() -> ModuleType | None:
+def loops() -> Any:
     """The compiled loops; None where numba is not installed, or the CPU has no fused multiply-add."""
     try:
         from mixoff.kernels.cpu import loops
@@ -47,7 +46,8 @@ def integer_way(features: frozenset[str] | None = None, machine: str | None = No
     >>> integer_way(frozenset({"fma", "avx2"}), "x86_64"), integer_way(frozenset(), "aarch64")
     ('avx2', 'any')
     """
-    features, machine = (features, machine) if features is not None else target()
+    if features is None or machine is None:
+        features, machine = target()
     if machine.startswith(("x86", "i386", "i686", "amd64")):
         if not {"fma", "avx2"} <= features:
             return None
@@ -91,7 +91,7 @@ def gated_mlps(x: torch.Tensor, experts: Sequence[tuple[QTensor, QTensor]], exac
 def _products(x: torch.Tensor, chains: Sequence[tuple[QTensor, ...]], exact: bool, lead: Sequence[int]) -> torch.Tensor:
     """Chains of products: rows x (..., K) times the first weight, gated, times the next: (*lead, N) in x's dtype.
 
-    All chains are one call of compiled code, planned once: a token's weights evict Python and PyTorch from the CPU's
+    All chains are one call of compiled code, planned once. A token's weights evict Python and PyTorch from the CPU's
     caches, so every Python operation here costs several times what it does in a tight loop.
     """
     rows = x if x.dtype in KINDS else x.float()

@@ -87,6 +87,7 @@ class Emitter:
         return self.b.load(place, align=1)
 
     def put(self, value: ir.Value, address: ir.Value, offset: int = 0) -> None:
+        """Store a value `offset` bytes after an address, which need not be aligned."""
         self.b.store(value, self.b.inttoptr(self.b.add(address, I64(offset)), value.type.as_pointer()), align=1)
 
     def splat(self, value: ir.Value) -> ir.Value:
@@ -103,6 +104,7 @@ class Emitter:
         self.b.call(self.b.module.declare_intrinsic("llvm.prefetch", [pointer], kind), [place, I32(0), I32(2), I32(1)])
 
     def every(self, value: int, kind: ir.VectorType | None = None) -> ir.Constant:
+        """A vector constant with the same value for each output."""
         kind = kind or self.ints
         return ir.Constant(kind, [value] * kind.count)
 
@@ -166,6 +168,7 @@ class Emitter:
         return b.and_(b.or_(t, b.shl(t, self.every(4))), self.every(0x0F0F0F0F))
 
     def third_bits(self, spread: ir.Value, i: int, e: int) -> ir.Value:
+        """The third bits of codes number `i`, as bit 2 + `e` of each byte."""
         left = 2 + e - i
         moved = self.b.shl(spread, self.every(left)) if left >= 0 else self.b.lshr(spread, self.every(-left))
         return self.b.and_(moved, self.every(0x04040404 << e))
@@ -235,7 +238,7 @@ class Emitter:
 
     def pairs(self, v: ir.Value, sums: dict[tuple[int, int], ir.Value]) -> None:
         """Sum pairs of products in 16 bits, for as many inputs as these hold, and then to 32."""
-        most = SPANS[self.bits] * WIDTH[self.bits] // 32
+        most = (SPANS[self.bits] or 0) * WIDTH[self.bits] // 32
         shorts: dict[int, ir.Value] = {}
         for j, word, thirds in self.each(v):
             for i, _, codes in self.planes(word, thirds):

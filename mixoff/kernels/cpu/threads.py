@@ -2,7 +2,7 @@
 
 numba's own threading layer is not used: it would end the process when two models compute at once.
 
-PyTorch's own threads get in the way: waking them for a one-token operation takes longer (0.4 ms here, measured) than
+PyTorch's own threads get in the way. Waking them for a one-token operation takes longer (0.4 ms here, measured) than
 the operation itself, and those that spin instead of sleeping occupy the cores that the kernels need. So a pass over one
 token can `borrow` them: PyTorch computes on one thread, our kernels on as many as it had.
 """
@@ -65,7 +65,7 @@ class Crew:
     """`helpers` threads that sleep until there is work, or watch for the next compiled job (see `relay`)."""
 
     def __init__(self, helpers: int) -> None:
-        self.jobs = [SimpleQueue() for _ in range(helpers)]
+        self.jobs: list[SimpleQueue] = [SimpleQueue() for _ in range(helpers)]
         self.lock = threading.Lock()
         self.cells: tuple[np.ndarray, int] | None = None  # with their address, which takes longer to get than a lock
         for i, jobs in enumerate(self.jobs):
@@ -104,7 +104,8 @@ class Crew:
         An error in any of them is raised here, after all have ended.
         """
         threads = len(self.jobs) + 1
-        bounds, done = [count * i // threads for i in range(threads + 1)], SimpleQueue()
+        bounds = [count * i // threads for i in range(threads + 1)]
+        done: SimpleQueue[BaseException | None] = SimpleQueue()
         for i, jobs in enumerate(self.jobs):
             jobs.put((work, bounds[i + 1], bounds[i + 2], done))
         errors = [_attempt(work, bounds[0], bounds[1]), *(done.get() for _ in self.jobs)]

@@ -6,7 +6,7 @@ outputs of a group at a time, one 16-byte load of codes each, so a warp reads wh
 order that a tile fixes; nothing is added atomically, so runs repeat bit for bit. `tl.sum` adds at the end; `tl.dot`
 would need more rows than there are, and on sm_75 it compiles to the same multiply-adds without tensor cores.
 
-A code becomes a number without a conversion, of which older chips do only 16 per cycle: one logical instruction puts it
+A code becomes a number without a conversion, of which older chips do only 16 per cycle. One logical instruction puts it
 into the mantissa of a power of two, and that power is subtracted. The instruction takes one immediate, so the other
 operand comes from a register: `magic`, 2**23 as bits, is an argument so that the compiler does not fold it. bf16 is
 widened by shifting bits.

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -29,7 +29,7 @@ ROTATED = 512  # inputs that a program rotates: four per thread, one load of 16 
 
 
 @functools.cache
-def loops() -> ModuleType | None:
+def loops() -> Any:
     """The kernels; None where triton is not installed."""
     try:
         from mixoff.kernels.triton import loops as triton_loops
