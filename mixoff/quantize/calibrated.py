@@ -107,7 +107,7 @@ def _feed_back(w: Tensor, metric: Metric, q: QTensor, rows: tuple[int, int]) -> 
     start, stop = rows
     feed_back = _loops().compiled()[0]
     values = w[start:stop].T.to(torch.float32, memory_format=torch.contiguous_format, copy=True)  # (K, R)
-    errors, codes = torch.empty(metric.size, stop - start), np.empty(values.shape, np.uint8)
+    errors, codes = torch.empty(metric.size, stop - start), np.empty(values.shape, np.float32)
     lines = np.empty((2, values.numel() // q.group_size), np.float32)
     store, form = block_arrays(q, start, stop)[2:], (q.group_size, 2**q.bits - 1)
     width = PANEL if stop - start == BLOCK else metric.size  # grids of a narrow block span groups of several panels
@@ -129,7 +129,7 @@ def _descend_block(w: Tensor, metric: Metric, q: QTensor, rows: tuple[int, int],
         return
     start, stop = rows
     loop = _loops().compiled()[1]
-    codes = q._codes(start, stop).to(torch.uint8).contiguous().numpy()  # (K, R)
+    codes = q._codes(start, stop).float().contiguous().numpy()  # (K, R)
     lines = tuple(line.flatten().contiguous().numpy() for line in q._metadata(start, stop))
     store, form = block_arrays(q, start, stop)[2:], (q.group_size, 2**q.bits - 1)
     for _ in range(sweeps):
