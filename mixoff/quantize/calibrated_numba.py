@@ -43,7 +43,7 @@ JUMP = np.float32(4)  # a refit that changes a scale by more than this factor is
 
 @functools.cache
 def compiled() -> tuple[Callable, Callable, Callable]:
-    """`feed_back`, `descend` and `pack`, which see."""
+    """The compiled `feed_back`, `descend` and `pack`."""
     stamp = STAMP
 
     def feed_back_panel(values, importance, factor, first, form, codes, lines, store, errors):
