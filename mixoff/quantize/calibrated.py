@@ -44,7 +44,7 @@ def quantize_calibrated(
     - each: `map`, or a thread pool's `map`, over blocks of 128 rows.
 
     Inputs are rounded in order, and each error is made up for by the inputs that follow: `W_k -= e T_kj` with
-    `e = (w - ŵ) / T_jj` (GPTQ, Frantar et al., arXiv 2210.17323, section 3). On reaching a group, its lines are fitted
+    `e = (w - ŵ) / T_jj` (GPTQ, Frantar et al., arXiv 2210.17323, section 4). On reaching a group, its lines are fitted
     by least squares with weights 1/T_jj², and rounded to 8 bits at once. Blocks of outputs in which data-free `lsq` has
     the smaller error get that, so the result is never worse in the damped error.
 

@@ -266,7 +266,7 @@ def descend(stamp, gradient, hessian, first, form, codes, drift, lines, store):
         h, g, q = hessian[start:end, start:end].copy(), gradient[start:end], codes[first + start : first + end]
         moved[:] = ZERO
         if rows == SUPER or len(store[0][0]):  # otherwise several groups are on one grid
-            refit(h, g, q, form[1], lines[0][some], lines[1][some], grid(store, group, some), moved)
+            refit(h, g, q, lines[0][some], lines[1][some], grid(store, group, some), moved)
         move_codes(h, g, q, form[1], lines[0][some], lines[1][some], moved)
         for k in range(size):
             add_scaled(drift[first + start + k], ONE, moved[k])
@@ -292,7 +292,7 @@ def move_codes(h, g, q, top, scale, minimum, moved):
 
 
 @register_jitable
-def refit(h, g, q, top, scale, minimum, parts, moved):
+def refit(h, g, q, scale, minimum, parts, moved):
     """Replace a group's lines by the best ones for its codes, if that lowers the error of the block once stored.
 
     - h, g, q: Hessian (G, G), half gradient (G, R) and codes (G, R) of the group.
@@ -305,7 +305,7 @@ def refit(h, g, q, top, scale, minimum, parts, moved):
         (grids[0].copy(), grids[1].copy(), grids[2].copy(), grids[3].copy()),
         (fine[0].copy(), fine[1].copy()),
     )
-    s, m = best_lines(h, g, q, top, scale, minimum)
+    s, m = best_lines(h, g, q, scale, minimum)
     store_lines(s, m, trial)
     change, product = np.zeros(len(s), np.float32), np.zeros(g.shape, np.float32)
     after, before = factors_and_zeros(s, m)[1], factors_and_zeros(scale, minimum)[1]
@@ -329,7 +329,7 @@ def refit(h, g, q, top, scale, minimum, parts, moved):
 
 
 @register_jitable
-def best_lines(h, g, q, top, scale, minimum):
+def best_lines(h, g, q, scale, minimum):
     """The least-squares lines (R,) of a group for its codes: two unknowns per output. Arguments as in `refit`."""
     s, m = scale.copy(), minimum.copy()
     sums = np.zeros((5, len(s)), np.float32)

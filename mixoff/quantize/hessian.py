@@ -36,9 +36,9 @@ def add_moment(total: Tensor, a: Tensor, x: Tensor, gate: Tensor | None = None) 
         left, right = a[rows].float(), x[rows].float()
         if gate is not None:
             left = left * gate[rows].float().square()[:, None]
-        parts = zip(left.chunk(len(blocks), 1), right.chunk(len(blocks), 1), strict=True)
-        for block, (left, right) in zip(blocks, parts, strict=True):
-            block += left.T @ right
+        pairs = zip(blocks, left.chunk(len(blocks), 1), right.chunk(len(blocks), 1), strict=True)
+        for block, outputs, inputs in pairs:
+            block += outputs.T @ inputs
 
 
 def damping(tokens: float, inputs: int) -> float:
