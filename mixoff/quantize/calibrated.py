@@ -40,13 +40,16 @@ def quantize_calibrated(
     - precision: bits per code and group size.
     - metadata_bits: bits of each scale and minimum, 8 or 16.
     - damping: as in `Metric`; the function `damping` has a rule.
-    - sweeps: passes of `descend` after the error feedback; each lowers the error a little more.
+    - sweeps: passes of `descend` after the error feedback.
     - each: `map`, or a thread pool's `map`, over blocks of 128 rows.
 
     Inputs are rounded in order, and each error is made up for by the inputs that follow: `W_k -= e T_kj` with
-    `e = (w - ŵ) / T_jj` (GPTQ, Frantar et al., arXiv 2210.17323, section 3). On reaching a group, its lines are fitted
+    `e = (w - ŵ) / T_jj` (GPTQ, Frantar et al., arXiv 2210.17323, section 4). On reaching a group, its lines are fitted
     by least squares with weights 1/T_jj², and rounded to 8 bits at once. Blocks of outputs in which data-free `lsq` has
-    the smaller error get that, so the result is never worse.
+    the smaller error get that, so the result is never worse in the damped error.
+
+    Feedback and comparison cost about K products per weight, a sweep as many. Measured on the bundled model at 2 bits,
+    12,800 tokens, divergence from the original: data-free 228 millinats, then 167, 157 and 155 with 0, 1 and 2 sweeps.
 
     The same bits for the same input, machine and number of threads. Needs numba.
     Raises MixoffError as `quantize` and `Metric` do. Tested against GPTQ written out in fp64, and brute force.
@@ -54,7 +57,7 @@ def quantize_calibrated(
     metric = hessian if isinstance(hessian, Metric) else Metric(hessian, damping)
     q = QTensor.empty(tuple(w.shape), precision.bits, precision.group_size, metadata_bits)
     _check_fit(w, metric, precision.group_size)
-    for _ in each(lambda rows: _quantize_block(w.detach(), metric, q, rows, sweeps), q.blocks()):
+    for _ in each(lambda rows: _quantize_block(w, metric, q, rows, sweeps), q.blocks()):
         pass
     return q.to(w.device)
 
@@ -67,8 +70,13 @@ def descend(q: QTensor, w: Tensor, metric: Metric, sweeps: int = 1, each: Callab
     never rises.
     """
     _check_fit(w, metric, q.group_size)
-    for _ in each(lambda rows: _descend_block(w.detach(), metric, q, rows, sweeps), q.blocks()):
+    for _ in each(lambda rows: _descend_block(w, metric, q, rows, sweeps), q.blocks()):
         pass
+
+
+def _rows(w: Tensor, start: int, stop: int) -> Tensor:
+    """Rows of `w` in memory, fp32 (R, K)."""
+    return w.detach()[start:stop].to("cpu", torch.float32)
 
 
 def _check_fit(w: Tensor, metric: Metric, group_size: int) -> None:
@@ -95,9 +103,10 @@ def _loops() -> ModuleType:
 def _quantize_block(w: Tensor, metric: Metric, q: QTensor, rows: tuple[int, int], sweeps: int) -> None:
     """Quantize a block of rows of `w` (N, K) into `q`."""
     start, stop = rows
-    free = quantize(w[start:stop], q.bits, q.group_size, "lsq", q.metadata_bits)
+    part = _rows(w, start, stop)
+    free = quantize(part, q.bits, q.group_size, "lsq", q.metadata_bits)
     error = _feed_back(w, metric, q, rows)
-    if not metric.exceeds((free.dequantize() - w[start:stop].float()).T, error):
+    if not metric.exceeds((free.dequantize() - part).T, error):
         quantize_block(w, q, start, stop, "lsq")
     _descend_block(w, metric, q, rows, sweeps)
 
@@ -106,8 +115,8 @@ def _feed_back(w: Tensor, metric: Metric, q: QTensor, rows: tuple[int, int]) -> 
     """Quantize a block of rows of `w` (N, K) into `q` with error feedback; return its error."""
     start, stop = rows
     feed_back = _loops().compiled()[0]
-    values = w[start:stop].T.to(torch.float32, memory_format=torch.contiguous_format, copy=True)  # (K, R)
-    errors, codes = torch.empty(metric.size, stop - start), np.empty(values.shape, np.uint8)
+    values = _rows(w, start, stop).T.clone(memory_format=torch.contiguous_format)  # (K, R)
+    errors, codes = torch.empty(metric.size, stop - start), np.empty(values.shape, np.float32)
     lines = np.empty((2, values.numel() // q.group_size), np.float32)
     store, form = block_arrays(q, start, stop)[2:], (q.group_size, 2**q.bits - 1)
     width = PANEL if stop - start == BLOCK else metric.size  # grids of a narrow block span groups of several panels
@@ -120,7 +129,7 @@ def _feed_back(w: Tensor, metric: Metric, q: QTensor, rows: tuple[int, int]) -> 
         feed_back(*arrays, (lines[0], lines[1]), store, errors[at:end].numpy())
         error += errors[at:end].square().sum(dtype=torch.float64).item()
     _pack(q, start, stop, codes)
-    return error
+    return error * metric.unit
 
 
 def _descend_block(w: Tensor, metric: Metric, q: QTensor, rows: tuple[int, int], sweeps: int) -> None:
@@ -129,11 +138,11 @@ def _descend_block(w: Tensor, metric: Metric, q: QTensor, rows: tuple[int, int],
         return
     start, stop = rows
     loop = _loops().compiled()[1]
-    codes = q._codes(start, stop).to(torch.uint8).contiguous().numpy()  # (K, R)
+    codes = q._codes(start, stop).float().contiguous().numpy()  # (K, R)
     lines = tuple(line.flatten().contiguous().numpy() for line in q._metadata(start, stop))
     store, form = block_arrays(q, start, stop)[2:], (q.group_size, 2**q.bits - 1)
     for _ in range(sweeps):
-        drift = q.block_weights(start, stop).T.contiguous() - w[start:stop].T.float()  # (K, R)
+        drift = (q.block_weights(start, stop) - _rows(w, start, stop)).T.contiguous()  # (K, R)
         for number, at, end in metric.panels():
             first, hessian = number * metric.size, metric.damped[number]
             gradient = hessian[at:end] @ drift[first : first + metric.size]  # (P, R)

@@ -43,7 +43,7 @@ JUMP = np.float32(4)  # a refit that changes a scale by more than this factor is
 
 @functools.cache
 def compiled() -> tuple[Callable, Callable, Callable]:
-    """`feed_back`, `descend` and `pack`, which see."""
+    """The compiled `feed_back`, `descend` and `pack`."""
     stamp = STAMP
 
     def feed_back_panel(values, importance, factor, first, form, codes, lines, store, errors):
@@ -67,7 +67,7 @@ def feed_back(stamp, values, importance, factor, first, form, codes, lines, stor
     - factor: the panel's square (P, P) of T, the lower Cholesky factor of the inverse Hessian.
     - first: first input of the panel.
     - form: group size and largest code.
-    - codes: uint8 (K, R).
+    - codes: whole numbers, fp32 (K, R).
     - lines: scale and minimum as stored, fp32 (K/G * R,) each.
     - store: parts `wide`, `grids` and `fine` of the block, as in `solve_numba.compiled`.
     - errors: each error divided by the diagonal of T, (P, R), for feedback beyond the panel.
@@ -77,8 +77,9 @@ def feed_back(stamp, values, importance, factor, first, form, codes, lines, stor
         group, end = (first + start) // size, start + size
         choose_lines(values, importance, group, form, lines, store)
         some = slice(group * rows, (group + 1) * rows)
+        a, z = factors_and_zeros(lines[0][some], lines[1][some])
         for j in range(start, end):
-            round_input(panel[j], lines[0][some], lines[1][some], form[1], codes[first + j], errors[j])
+            round_input(panel[j], lines[0][some], a, z, form[1], codes[first + j], errors[j])
             scale_by(errors[j], ONE / factor[j, j])
             for k in range(j + 1, end):
                 add_scaled(panel[k], -factor[k, j], errors[j])
@@ -88,14 +89,23 @@ def feed_back(stamp, values, importance, factor, first, form, codes, lines, stor
 
 
 @register_jitable
-def round_input(values, scale, minimum, top, codes, errors):
+def factors_and_zeros(scale, minimum):
+    """Factor and zero of `code = weight * factor + zero` (R,) each."""
+    a, z = np.empty(len(scale), np.float32), np.empty(len(scale), np.float32)
+    for i in range(len(scale)):
+        a[i], z[i] = factor_and_zero(scale[i], minimum[i], ONE)
+    return a, z
+
+
+@register_jitable
+def round_input(values, scale, a, z, top, codes, errors):
     """Replace the weights of one input (R,) by their approximations; write codes and errors (R,)."""
+    limit = np.float32(top)
     for i in range(len(values)):
-        a, z = factor_and_zero(scale[i], minimum[i], ONE)
-        code = nearest_code(values[i] * a + z, np.float32(top))
-        approximation = (code - z) * scale[i]  # as `QTensor.block_weights` computes it
+        code = nearest_code(values[i] * a[i] + z[i], limit)
+        approximation = (code - z[i]) * scale[i]  # as `QTensor.block_weights` computes it
         errors[i] = values[i] - approximation
-        values[i], codes[i] = approximation, np.uint8(code)
+        values[i], codes[i] = approximation, code
 
 
 @register_jitable
@@ -256,7 +266,7 @@ def descend(stamp, gradient, hessian, first, form, codes, drift, lines, store):
         h, g, q = hessian[start:end, start:end].copy(), gradient[start:end], codes[first + start : first + end]
         moved[:] = ZERO
         if rows == SUPER or len(store[0][0]):  # otherwise several groups are on one grid
-            refit(h, g, q, form[1], lines[0][some], lines[1][some], grid(store, group, some), moved)
+            refit(h, g, q, lines[0][some], lines[1][some], grid(store, group, some), moved)
         move_codes(h, g, q, form[1], lines[0][some], lines[1][some], moved)
         for k in range(size):
             add_scaled(drift[first + start + k], ONE, moved[k])
@@ -268,21 +278,21 @@ def descend(stamp, gradient, hessian, first, form, codes, drift, lines, store):
 @register_jitable
 def move_codes(h, g, q, top, scale, minimum, moved):
     """Coordinate descent on the codes (G, R) of a group with the Hessian (G, G); `moved` (G, R) adds up the changes."""
-    step = np.empty(len(scale), np.float32)
+    step, limit = np.empty(len(scale), np.float32), np.float32(top)
+    a, z = factors_and_zeros(scale, minimum)
     for k in range(len(h)):
-        inverse, row, gradient, total = ONE / h[k, k], q[k], g[k], moved[k]
+        inverse, row, gradient = ONE / h[k, k], q[k], g[k]
         for i in range(len(step)):
-            a, z = factor_and_zero(scale[i], minimum[i], ONE)
-            before = (np.float32(row[i]) - z) * scale[i]
-            code = nearest_code((before - gradient[i] * inverse) * a + z, np.float32(top))
-            step[i], row[i] = (code - z) * scale[i] - before, np.uint8(code)
-            total[i] += step[i]
+            before = (row[i] - z[i]) * scale[i]
+            code = nearest_code((before - gradient[i] * inverse) * a[i] + z[i], limit)
+            step[i], row[i] = (code - z[i]) * scale[i] - before, code
+        add_scaled(moved[k], ONE, step)
         for n in range(len(h)):
             add_scaled(g[n], h[n, k], step)
 
 
 @register_jitable
-def refit(h, g, q, top, scale, minimum, parts, moved):
+def refit(h, g, q, scale, minimum, parts, moved):
     """Replace a group's lines by the best ones for its codes, if that lowers the error of the block once stored.
 
     - h, g, q: Hessian (G, G), half gradient (G, R) and codes (G, R) of the group.
@@ -295,14 +305,13 @@ def refit(h, g, q, top, scale, minimum, parts, moved):
         (grids[0].copy(), grids[1].copy(), grids[2].copy(), grids[3].copy()),
         (fine[0].copy(), fine[1].copy()),
     )
-    s, m = best_lines(h, g, q, top, scale, minimum)
+    s, m = best_lines(h, g, q, scale, minimum)
     store_lines(s, m, trial)
     change, product = np.zeros(len(s), np.float32), np.zeros(g.shape, np.float32)
+    after, before = factors_and_zeros(s, m)[1], factors_and_zeros(scale, minimum)[1]
     for k in range(len(g)):
         for i in range(len(s)):
-            z, before = factor_and_zero(s[i], m[i], ONE)[1], factor_and_zero(scale[i], minimum[i], ONE)[1]
-            code = np.float32(q[k, i])
-            moved[k, i] = (code - z) * s[i] - (code - before) * scale[i]
+            moved[k, i] = (q[k, i] - after[i]) * s[i] - (q[k, i] - before[i]) * scale[i]
         for n in range(len(g)):
             add_scaled(product[n], h[n, k], moved[k])
     for k in range(len(g)):
@@ -320,7 +329,7 @@ def refit(h, g, q, top, scale, minimum, parts, moved):
 
 
 @register_jitable
-def best_lines(h, g, q, top, scale, minimum):
+def best_lines(h, g, q, scale, minimum):
     """The least-squares lines (R,) of a group for its codes: two unknowns per output. Arguments as in `refit`."""
     s, m = scale.copy(), minimum.copy()
     sums = np.zeros((5, len(s)), np.float32)
@@ -330,15 +339,13 @@ def best_lines(h, g, q, top, scale, minimum):
         product[:] = ZERO
         for k in range(len(h)):
             mm += h[n, k]
-            for i in range(len(s)):
-                product[i] += h[n, k] * np.float32(q[k, i])
+            add_scaled(product, h[n, k], q[k])
         for i in range(len(s)):
-            code = np.float32(q[n, i])
-            ss[i] += code * product[i]
-            sm[i] += product[i]
-            gs[i] += code * g[n, i]
-            gm[i] += g[n, i]
-            total[i] += code
+            ss[i] += q[n, i] * product[i]
+            gs[i] += q[n, i] * g[n, i]
+        add_scaled(sm, ONE, product)
+        add_scaled(gm, ONE, g[n])
+        add_scaled(total, ONE, q[n])
     for i in range(len(s)):
         determinant = ss[i] * mm - sm[i] * sm[i]
         if total[i] == 0 and minimum[i] == 0:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from mixoff.errors import MixoffError
-from mixoff.quantize.hessian import factored
+from mixoff.quantize.hessian import factored, unit
 
 DRIFT_SHARE, RESIDUAL_SHARE = 0.5, 0.5  # α and ρ
 DRIFT_DAMPING, RESIDUAL_DAMPING = 0.05, 0.1  # of gram's mean diagonal
@@ -39,7 +39,7 @@ def corrected(
     _check(w.shape[-1] == inputs, f"the matrix has {w.shape[-1]} inputs, and gram {inputs}")
     out = w.float().clone()
     for part, block, (_, factor) in zip(out.chunk(len(blocks), 1), blocks, factored(gram, damping), strict=True):
-        part += share * (part @ _solved(block, factor))
+        part += share * (part @ _solved(block / unit(gram), factor))
     return out
 
 
@@ -54,12 +54,12 @@ def compensated(
     _check(residual.shape == w.shape, f"residual is {tuple(residual.shape)}, and the matrix {tuple(w.shape)}")
     out, factors = w.float().clone(), [factor for _, factor in factored(gram, damping)]
     for part, block, factor in zip(out.chunk(len(factors), 1), residual.chunk(len(factors), 1), factors, strict=True):
-        part += share * _solved(block, factor)
+        part += share * _solved(block / unit(gram), factor)
     return out
 
 
 def _solved(block: Tensor, factor: Tensor) -> Tensor:
-    """`block @ (G + δ)⁻¹` for the Cholesky factor of G + δ read backwards, as `factored` has it."""
+    """`block @ (G + δ)⁻¹` for the factor that `factored` has of G + δ, all in units of G's mean diagonal."""
     return torch.cholesky_solve(block.float().flip(1).T, factor).T.flip(1)
 
 

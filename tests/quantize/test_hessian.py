@@ -68,14 +68,14 @@ def test_shrinking_goes_from_the_layers_hessian_to_the_experts():
 @pytest.mark.parametrize("inputs", [1, 64, 600])
 def test_factors_multiply_to_the_damped_hessian_and_its_inverse(inputs):
     H = hessian(inputs)
-    metric, ridge = Metric(H, 0.01), 0.01 * H.diagonal().mean()
+    metric, mean = Metric(H, 0.01), H.diagonal().mean().double()
     damped, root, inverse = (part[0].double() for part in (metric.damped, metric.root, metric.inverse))
-    torch.testing.assert_close(damped, H.double() + ridge * torch.eye(inputs))
+    torch.testing.assert_close(damped, H.double() / mean + 0.01 * torch.eye(inputs), rtol=1e-5, atol=1e-6)
     assert torch.equal(root, root.tril()) and torch.equal(inverse, inverse.tril())
-    torch.testing.assert_close(root.T @ root, damped, rtol=1e-4, atol=1e-4 * ridge)
+    torch.testing.assert_close(root.T @ root, damped, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(inverse @ inverse.T @ damped, torch.eye(inputs).double(), rtol=0, atol=1e-3)
     dw = torch.randn(5, inputs)
-    exact = ((dw.double() @ damped) * dw).sum().item()
+    exact = ((dw.double() @ damped) * dw).sum().item() * mean.item()
     assert metric.error(dw) == pytest.approx(exact, rel=1e-5)
     assert metric.exceeds(dw.T, exact * 0.999) and not metric.exceeds(dw.T, exact * 1.001)
 
