@@ -18,6 +18,7 @@ from mixoff.errors import MixoffError
 PANEL = 128  # inputs between two products with the rest of a block; a multiple of every group size
 LEAST_DAMPING, MOST_DAMPING, TOKENS_SCALE = 0.01, 0.6, 4.1  # through 0.01 at 17 tokens per input, 0.1 at 7, 0.4 at 1.7
 SMALLEST = 256  # triangles up to this size are inverted in one piece
+ASYMMETRY = 1e-3  # of the largest diagonal, that rounding may cause
 CHUNK = 2048  # tokens whose sum is formed in fp32
 
 
@@ -81,8 +82,7 @@ def factored(hessian: Tensor, damping: float) -> Iterator[tuple[Tensor, Tensor]]
     blocks = (hessian[None] if hessian.dim() == 2 else hessian).cpu()
     _check(blocks, damping)
     for part in blocks:
-        block = part.double().tril().div_(unit(blocks))
-        block += block.tril(-1).T
+        block = part.to(torch.float64, copy=True).div_(unit(blocks))
         block.diagonal().add_(damping)
         factor, failed = torch.linalg.cholesky_ex(block.flip(0, 1))
         if failed:
@@ -105,13 +105,16 @@ def _check(hessian: Tensor, damping: float) -> None:
     if not damping >= 0 or not math.isfinite(damping):
         raise MixoffError(f"damping is {damping!r}: give a share of the mean diagonal, such as {LEAST_DAMPING}")
     diagonal = hessian.diagonal(dim1=1, dim2=2)
-    if wrong := int((~hessian.isfinite()).sum()):
+    if not torch.stack(torch.aminmax(hessian)).isfinite().all():
+        wrong = int((~hessian.isfinite()).sum())
         raise MixoffError(
             f"{wrong:,} of {hessian.numel():,} numbers of the Hessian are NaN or infinity: the activations overflowed, "
             "so calibrate in bf16 or fp32"
         )
     if diagonal.min() < 0:
         raise MixoffError(f"the Hessian's diagonal holds {diagonal.min().item():.4g}: it is not a sum of squares")
+    if (hessian[:, 0] - hessian[:, :, 0]).abs().max() > ASYMMETRY * diagonal.max():
+        raise MixoffError("the Hessian's first row is not its first column: give both triangles of Σ x xᵀ")
     if not diagonal.any():
         raise MixoffError("the Hessian is zero: no token reached this matrix; use its layer's Hessian, or `quantize`")
 
@@ -119,8 +122,7 @@ def _check(hessian: Tensor, damping: float) -> None:
 class Metric:
     """A damped Hessian (K, K), factored: what errors cost.
 
-    - hessian: (K, K), or B blocks on its diagonal (B, K/B, K/B), where all of it would cost too much; only the lower
-      triangle of each is read.
+    - hessian: (K, K), or B blocks on its diagonal (B, K/B, K/B), where all of it would cost too much.
     - damping: share of the mean diagonal that is added to the diagonal. Inputs that are always zero need it.
 
     Attributes: `unit`, the mean diagonal; and in this unit, fp32, one item per block: `damped`, the damped Hessian;

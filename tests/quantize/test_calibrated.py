@@ -191,7 +191,7 @@ def test_the_same_bits_each_time_in_any_dtype_that_holds_them_and_with_threads()
         for again in (w.half(), w.half().float(), w.half().T.contiguous().T.requires_grad_()):
             q = quantize_calibrated(again, hessian, TWO, sweeps=1, each=pool.map)
             assert torch.equal(q.to_buffer(), image)
-    for same in (hessian.tril(), hessian.double(), hessian * 2.0**-110, hessian * 2.0**80):  # only ratios count
+    for same in (hessian.double(), hessian * 2.0**-110, hessian * 2.0**80):  # only ratios count
         assert torch.equal(quantize_calibrated(w.half(), same, TWO, sweeps=1).to_buffer(), image)
     alone = quantize_calibrated(w.half()[128:256], hessian, TWO, sweeps=1)
     assert torch.equal(alone.dequantize(), q.dequantize()[128:256]), "blocks of outputs do not know each other"

@@ -88,6 +88,7 @@ def test_factors_multiply_to_the_damped_hessian_and_its_inverse(inputs):
         (torch.eye(8).index_fill(0, torch.tensor([2]), float("inf")), "8 of 64"),
         (-torch.eye(8), "diagonal holds -1: it is not a sum of squares"),
         (torch.eye(8) + 5 * (1 - torch.eye(8)), "not positive definite with a damping of 0.01: raise the damping"),
+        (torch.ones(8, 8).tril(), "first row is not its first column: give both triangles"),
         (torch.ones(8, 9), r"is \(K, K\) or \(B, K/B, K/B\), not \(1, 8, 9\)"),
         (torch.ones(8), "not"),
         (torch.zeros(0, 0), "not"),
