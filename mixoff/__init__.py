@@ -70,7 +70,6 @@ _ROOMS = (
     "bench",
     "cache",
     "checkpoints",
-    "conversion",
     "errors",
     "kernels",
     "loading",

@@ -53,7 +53,7 @@ class Scheme:
     the bits and groups of Eliseev and Mazur (arXiv 2312.17238, section 4.2); solver and metadata are ours.
 
     >>> Scheme.preset("mixed").precision("experts"), Scheme.preset("mixed").precision("router")
-    (Precision(bits=2, group_size=32), None)
+    (Precision(bits=2, group_size=32, rotated=False), None)
     """
 
     attention: Precision | None = None

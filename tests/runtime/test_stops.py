@@ -31,20 +31,25 @@ from tiny import LOCAL, SHAPE, budget, resident, save_random
 PROMPTS = [torch.arange(3, 12)[None] % 128, torch.tensor([[5, 9], [77, 3]]), torch.arange(40, 100)[None]]
 SAMPLE = 14  # points of each setting in every run; all of them, about 2,000, with --run-slow
 HANG_S = 120
+TERMINAL = []  # file descriptor of standard error, during a test
 PROCESS = os.getpid()  # a forked child has no thread that watches
 
 
 @pytest.fixture(autouse=True)
-def no_hang():
-    """A call that hangs ends the run, with the stack of every thread."""
+def no_hang(request):
+    """A call that hangs ends the run, with the stack of every thread on the terminal, past pytest's capture."""
+    capture = request.config.pluginmanager.getplugin("capturemanager")
+    with capture.global_and_fixture_disabled():
+        TERMINAL.append(os.dup(2))
     watch()
     yield
     faulthandler.cancel_dump_traceback_later()
+    os.close(TERMINAL.pop())
 
 
 def watch():
     """From now on, again, a hang is what takes HANG_S."""
-    faulthandler.dump_traceback_later(HANG_S, exit=True)
+    faulthandler.dump_traceback_later(HANG_S, exit=True, file=TERMINAL[-1])
 
 
 @pytest.fixture(scope="module")
@@ -186,6 +191,8 @@ def test_a_quantized_model_on_two_threads(tiny, tmp_path, everything):
             check(model, want, "no point")
             total = points(model, PROMPTS[1])
             for at in chosen(total, "quantized", everything):
+                if everything and at % 100 == 0:
+                    os.write(TERMINAL[-1], f"point {at} of {total}\n".encode())
                 if where := stop(model, PROMPTS[1], at, Pressed()):
                     check(model, want, where)
                     assert torch.get_num_threads() == 2, where
