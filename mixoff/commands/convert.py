@@ -23,6 +23,10 @@ def add(parser: argparse.ArgumentParser) -> None:
     add("target", metavar="TARGET", help="folder to create; must not exist")
     options.scheme(add, "quantization: SCHEMES", "none")
     options.threads(add, "threads that quantize (default all cores)", name="jobs")
+    text = "quantize for the inputs that a text gives: a file, or the bundled text if no file is named; slower, better"
+    add("--calibrate", nargs="?", const="default", metavar="FILE", help=text)
+    text = "bits per weight of experts, divided among layers and matrices where they help most; needs --calibrate"
+    add("--bits", type=_bits, metavar="B", help=text)
     add("--restart", action="store_true", help="start from scratch, even if an earlier run was interrupted")
 
 
@@ -31,15 +35,19 @@ def main(args: argparse.Namespace) -> int:
     arguments.new_folder(args.target)
     arguments.model(args.source)
     with terminal.starting(f"converting {args.source}"):
+        from mixoff.conversion import convert
         from mixoff.loading import warmup
         from mixoff.quantize.scheme import Scheme
-        from mixoff.store import convert, making
+        from mixoff.store import making
         from mixoff.units import format_nbytes
 
     compile_s = warmup.compile_solvers(Scheme.preset(args.scheme), terminal.say)
     settings = making.Options(args.jobs, args.restart, progress=False if args.json else None)
+    if args.calibrate:
+        tokens, nbytes = convert.needs(args.source, args.calibrate)
+        terminal.say(f"calibrating on {tokens:,} tokens: up to {format_nbytes(nbytes)} of memory (modelled)")
     with _progress_lines(args.target, quiet=args.json):
-        done = convert.run(args.source, args.target, args.scheme, options=settings)
+        done = convert.run(args.source, args.target, args.scheme, args.calibrate, args.bits, options=settings)
     nbytes = sum(p.stat().st_size for p in done.target.iterdir())
     rate = done.source_nbytes / done.seconds / 1e6
     if args.json:
@@ -57,6 +65,17 @@ def main(args: argparse.Namespace) -> int:
     took = f"{done.seconds:.1f} s, {rate:.0f} MB/s of weights, {format_nbytes(done.peak_nbytes)} of memory (measured)"
     print(f"wrote {done.target}: {format_nbytes(nbytes)} in {took}")
     return 0
+
+
+def _bits(text: str) -> float:
+    """A number of bits per weight, from 2 to 16."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 2 <= value <= 16:
+        raise argparse.ArgumentTypeError(f"bits is {text!r}: give a number from 2 to 16, as in 2.5")
+    return value
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +18,8 @@ from mixoff.checkpoints.shards import Ranges, Shards
 from mixoff.conversion import text
 from mixoff.conversion.bits import divide
 from mixoff.conversion.streams import Streams
-from mixoff.errors import MixoffError
+from mixoff.conversion.weights import WIDEST
+from mixoff.errors import CheckpointError, MixoffError
 from mixoff.kernels import reference
 from mixoff.loading.load import load
 from mixoff.quantize.scheme import Scheme
@@ -29,6 +31,7 @@ from mixoff.store.making import Making, Options, Step
 from mixoff.store.source import open_source
 
 SLOTS = 4  # experts of the original model in memory
+BASE_NBYTES = 500 << 20  # libraries, and what the allocator keeps
 
 
 def convert(
@@ -59,7 +62,7 @@ def convert(
 
     A conversion that is interrupted, killed or out of disk space leaves `target.partial`, and the next one continues
     from there. Memory: at most two experts, the backbone's largest tensors and 300 MB; for calibration see
-    `memory_nbytes`. Raises CheckpointError for what cannot be converted, and MixoffError for a scheme that does not
+    `needs`. Raises CheckpointError for what cannot be converted, and MixoffError for a scheme that does not
     suit the model's widths.
     """
     return run(source, target, scheme, calibrate, bits, revision, Options(jobs, restart, progress)).target
@@ -84,10 +87,43 @@ def run(
     scheme = Scheme.preset(scheme) if isinstance(scheme, str) else scheme
     if not scheme.precisions():
         raise MixoffError("scheme 'none' quantizes nothing, so there is nothing to calibrate: choose another scheme")
-    folder = find(source, revision)
+    folder = _plain(find(source, revision))
     if bits is not None:
         scheme = divided(folder, scheme, calibrate, bits, options)
     return store.run(folder.path, target, scheme, None, options, Calibrated(folder, calibrate))
+
+
+def _plain(folder: Folder) -> Folder:
+    """The folder, if its weights can be calibrated."""
+    if folder.is_store:
+        raise CheckpointError(f"{folder} is already a store: calibrate the original model")
+    if folder.kind not in ("plain", "config"):
+        raise CheckpointError(
+            f"{folder} stores weights as {folder.kind}, which cannot be calibrated: leave --calibrate out, or use the "
+            "16-bit original of this model"
+        )
+    return folder
+
+
+def needs(source: str | Path, calibrate: str | Path) -> tuple[int, int]:
+    """Tokens of a calibrated conversion, and the most bytes of memory that it takes, modelled.
+
+    Of T tokens, ten arrays (T, D) of hidden states are alive at a time, and those of the busiest expert, which is taken
+    to get half of all tokens, three times as wide as an expert. Weights are in fp32: the backbone, one expert, its
+    Hessians and their factors.
+    """
+    folder = _plain(find(source))
+    tokens = text.read(calibrate, folder.path).tokens
+    opened = open_source(folder)
+    opened.close()
+    backbone = 4 * sum(math.prod(t.shape) for t in opened.backbone.values())
+    matrices = [part.shape for site in opened.sites for part in site.parts if len(part.shape) == 2]
+    weights, D = max(2 * a * b for a, b in matrices), min(min(shape) for shape in matrices)
+    F = max(max(shape) for shape in matrices)
+    blocks = WIDEST**2 if max(D, F) > WIDEST else max(D, F) ** 2
+    hidden = 4 * tokens * (10 * D + 3 * F // 2)
+    arena = SLOTS * slot_nbytes(opened.sites) + reference.scratch_nbytes(opened.sites, torch.float32)
+    return tokens, backbone + arena + hidden + 4 * (3 * weights + 8 * blocks) + BASE_NBYTES
 
 
 def divided(folder: Folder, scheme: Scheme, source: str | Path, bits: float, options: Options) -> Scheme:

@@ -1,0 +1,190 @@
+"""Calibrated conversion: better outputs at the same bytes, for every family, and the same store after a stop."""
+
+import itertools
+import json
+import logging
+import re
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import mixoff
+from mixoff import CheckpointError, MixoffError, Scheme
+from mixoff.conversion import bits, convert, text
+from mixoff.conversion.weights import blocks
+from mixoff.quantize import Precision
+from mixoff.quantize.layout import packed_nbytes
+from mixoff.store import making
+from mixoff.text.generation import load_tokenizer
+from tiny import BUNDLED, FAMILIES, resident, save_random
+
+SCHEME = Scheme(attention=Precision(4, 16), experts=Precision(2, 16), down=Precision(3, 16, rotated=True))
+FITTING = [family for family in FAMILIES if family != "qwen3_moe"]  # its experts are 72 wide: no group divides that
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """The first two layers of the bundled model, with its tokenizer."""
+    folder = tmp_path_factory.mktemp("small") / "model"
+    shutil.copytree(BUNDLED, folder, ignore=shutil.ignore_patterns("*.safetensors*"))
+    config = json.loads((BUNDLED / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2}))
+    weights = {k: v for f in BUNDLED.glob("*.safetensors") for k, v in load_file(f).items()}
+    kept = {k: v for k, v in weights.items() if not any(f".layers.{i}." in k for i in range(2, 8))}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory):
+    """A text of ten windows."""
+    path = tmp_path_factory.mktemp("text") / "words.txt"
+    path.write_text("".join(content[:4000] for content in mixoff.models.calibration().values()))
+    return path
+
+
+@pytest.fixture(scope="module")
+def store(small, words):
+    return mixoff.convert(small, small.parent / "store", SCHEME, calibrate=words, jobs=1)
+
+
+def contents(folder):
+    return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+def lost(store, model, ids):
+    """KL from the original's predictions to those of the store, nats per token."""
+    with mixoff.load(store, "1GiB", dtype="float32", exact=True) as quantized, torch.inference_mode():
+        a, b = (m(input_ids=ids).logits.float().log_softmax(-1) for m in (model, quantized))
+    return (a.exp() * (a - b)).sum(-1).mean().item()
+
+
+def test_it_keeps_more_of_what_the_model_computes(small, store):
+    tokenizer = load_tokenizer(small)
+    ids = torch.stack([torch.tensor(tokenizer(t)["input_ids"][:200]) for t in mixoff.models.heldout().values()])
+    free = mixoff.convert(small, small.parent / "free", SCHEME)
+    original = resident(small)
+    assert sum(len(v) for v in contents(store).values()) < 1.01 * sum(len(v) for v in contents(free).values())
+    assert lost(store, original, ids) < 0.75 * lost(free, original, ids)
+    assert mixoff.verify(store, full=True)["experts"] == 16
+    facts = json.loads((store / "mixoff.json").read_text())["calibration"]
+    assert facts["tokens"] > 1500 and facts["window"] == text.LENGTH and len(facts["text_sha256"]) == 64
+
+
+@pytest.mark.parametrize("after", [1, 9, 30])
+def test_stopped_and_continued_it_is_the_same_to_the_byte(small, words, store, tmp_path, monkeypatch, after):
+    put, count = making.Making.put, itertools.count(1)
+
+    def counted(self, weight, image):
+        if next(count) > after:
+            raise KeyboardInterrupt
+        return put(self, weight, image)
+
+    monkeypatch.setattr(making.Making, "put", counted)
+    with pytest.raises(KeyboardInterrupt, match="it goes on"):
+        mixoff.convert(small, tmp_path / "store", SCHEME, calibrate=words, jobs=1)
+    monkeypatch.undo()
+    report = convert.run(small, tmp_path / "store", SCHEME, words, options=making.Options(1))
+    assert contents(report.target) == contents(store)
+
+
+@pytest.mark.parametrize("family", FITTING)
+def test_every_family(family, tmp_path, monkeypatch):
+    """Shared experts, biases, transposed and interleaved matrices, no gate, layers without experts or attention."""
+    folder = save_random(tmp_path / "model", family)
+    ids = torch.randint(3, 128, (12, 64), generator=torch.Generator().manual_seed(1))
+    monkeypatch.setattr(text, "read", lambda *_: text.Calibration(ids, "random"))
+    stores = [mixoff.convert(folder, tmp_path / f"{c}", SCHEME, calibrate=c, jobs=1) for c in (None, "default")]
+    assert mixoff.verify(stores[1], full=True)
+    free, calibrated = (lost(store, resident(folder), ids) for store in stores)
+    assert calibrated < free
+
+
+def test_a_budget_of_bits_is_kept_and_divided(small, words, tmp_path):
+    scheme = replace(SCHEME, attention=None)
+    target = mixoff.convert(small, tmp_path / "store", scheme, calibrate=words, bits=2.8, jobs=1)
+    with mixoff.load(target, "1GiB") as model:
+        stored = model.mixoff.source
+        weights = sum(s.num_experts * p.shape[0] * p.shape[1] for s in stored.sites for p in s.parts)
+        taken = 8 * sum(s.num_experts * p.nbytes for s in stored.sites for p in s.parts) / weights
+        assert 2.6 < taken <= 2.8 and len(stored.scheme.by_layer) == 2
+    plan = mixoff.plan(target, hardware="t4")
+    assert plan.bytes["experts"] == sum((target / f"experts-{i:03d}.bin").stat().st_size for i in range(2))
+
+
+def test_the_cheapest_choice_is_that_of_brute_force():
+    """Among three matrices and four forms; a Lagrange multiplier may leave a little unspent, the rest is filled in."""
+    rng = torch.Generator().manual_seed(3)
+    forms = [Precision(*form) for form in bits.FORMS[:4]]
+    keys = [(0, "gate_up_proj"), (0, "down_proj"), (1, "gate_up_proj")]
+    damage = {key: {p: float(torch.rand(1, generator=rng)) / p.bits**2 for p in forms} for key in keys}
+
+    def nbytes(key, p):
+        return packed_nbytes((64 * (1 + key[0]), 128), p.bits, p.group_size)
+
+    def total(choice):
+        return sum(nbytes(key, p) for key, p in choice.items())
+
+    for budget in range(8000, 20000, 1000):
+        found = bits.cheapest(damage, nbytes, budget)
+        every = [dict(zip(keys, ps, strict=True)) for ps in itertools.product(forms, repeat=3)]
+        fitting = [sum(damage[k][p] for k, p in c.items()) for c in every if total(c) <= budget]
+        assert (found is None) == (not fitting)
+        if found:
+            assert total(found) <= budget
+            assert sum(damage[k][p] for k, p in found.items()) <= 1.25 * min(fitting)
+
+
+def test_experts_that_no_token_reached_are_quantized_and_counted(small, tmp_path, monkeypatch, caplog):
+    """A text of one token reaches few experts; the others are quantized for what the layer gets."""
+    ids = torch.full((4, 64), 7)
+    monkeypatch.setattr(text, "read", lambda *_: text.Calibration(ids, "one token"))
+    with caplog.at_level(logging.WARNING):
+        mixoff.verify(mixoff.convert(small, tmp_path / "store", SCHEME, calibrate="default", jobs=1), full=True)
+    assert re.search(r"16 experts got fewer tokens than they have inputs .*[1-9]\d* got none", caplog.text)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "cannot read the calibration text"),
+        (b"\xff\xfe\x00", "not UTF-8"),
+        (b"too short", "less than 256 tokens"),
+    ],
+)
+def test_texts_that_are_none(small, tmp_path, content, message):
+    path = tmp_path / "text"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(MixoffError, match=message):
+        mixoff.convert(small, tmp_path / "store", SCHEME, calibrate=path)
+    assert not (tmp_path / "store").exists() and not (tmp_path / "store.partial").exists()
+
+
+def test_little_text_is_a_warning(small, tmp_path, caplog):
+    path = tmp_path / "text"
+    path.write_text(mixoff.models.calibration()["novel"][:4000])
+    with caplog.at_level(logging.WARNING):
+        assert text.read(path, small).tokens < text.FEW_TOKENS
+    assert "tokens for calibration: with so few" in caplog.text
+
+
+def test_what_cannot_be_calibrated_is_refused(small, store, words, tmp_path):
+    with pytest.raises(CheckpointError, match="already a store"):
+        mixoff.convert(store, tmp_path / "store", SCHEME, calibrate=words)
+    with pytest.raises(MixoffError, match="nothing to calibrate"):
+        mixoff.convert(small, tmp_path / "store", "none", calibrate=words)
+    with pytest.raises(MixoffError, match="add --calibrate"):
+        mixoff.convert(small, tmp_path / "store", SCHEME, bits=2.5)
+    with pytest.raises(MixoffError, match="bits per weight are too few"):
+        mixoff.convert(small, tmp_path / "store", SCHEME, calibrate=words, bits=2.1)
+    with pytest.raises(MixoffError, match="does not quantize"):
+        mixoff.convert(small, tmp_path / "store", Scheme(attention=Precision(4, 16)), calibrate=words, bits=2.5)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_blocks_of_a_hessian():
+    assert [blocks(K) for K in (192, 4096, 14336, 11008)] == [1, 1, 4, 4]
