@@ -38,6 +38,7 @@ from mixoff.store.blueprint import Weight
 from mixoff.store.making import Making
 from mixoff.transfer.arena import view
 
+NAMED = 8  # layers whose unreached experts a warning names
 STAND_INS = 2048  # tokens of the layer that stand in for those that an expert lacks
 log = logging.getLogger("mixoff")
 
@@ -62,7 +63,7 @@ class Streams:
             bool, Tensor
         ] = {}  # inputs of the last norm, by stream: what the experts' output is added to
         self.shared: tuple[tuple, Any] | None = None  # Hessian of the last inputs, which q, k and v have in common
-        self.few: dict[int, list[int]] = {}  # experts that got few tokens, by layer
+        self.few: dict[int, dict[int, int]] = {}  # tokens of the experts that got few, by layer
 
     @torch.inference_mode()
     def run(self, ids: Tensor) -> None:
@@ -199,7 +200,7 @@ class Streams:
             originals = read_expert(source, site, e)
             rows, k = (index == e).nonzero(as_tuple=True)
             if len(rows) < x.shape[1]:
-                self.few.setdefault(site, []).append(len(rows))
+                self.few.setdefault(site, {})[e] = len(rows)
             lacking = None if residual is None else residual[rows]
             quantized = self._expert(site, e, module, originals, (x, before, rows, gates[rows, k], lacking, common))
             for part in parts:
@@ -260,12 +261,13 @@ class Streams:
         """Name the experts that calibration hardly reached."""
         if not self.few:
             return
-        least = min(min(counts) for counts in self.few.values())
-        never = sum(counts.count(0) for counts in self.few.values())
+        counts = [n for experts in self.few.values() for n in experts.values()]
+        never = {site: [e for e, n in experts.items() if n == 0] for site, experts in self.few.items()}
+        named = [f"layer {self.sites[i].layer}: {', '.join(map(str, es))}" for i, es in never.items() if es]
         log.warning(
-            "%d experts got fewer tokens than they have inputs (the least: %d; %d got none), and were quantized for "
-            "the inputs of their layer too. More text of the kind that the model will read helps",
-            sum(map(len, self.few.values())), least, never,
+            "%d experts got fewer tokens than they have inputs (the least: %d), and were quantized for the inputs of "
+            "their layer too; without any token: %s. More text of the kind that the model will read helps",
+            len(counts), min(counts), "; ".join(named[:NAMED]) + " …" * (len(named) > NAMED) or "none",
         )  # fmt: skip
 
 
