@@ -22,7 +22,7 @@ from mixoff.conversion.weights import WIDEST
 from mixoff.errors import CheckpointError, MixoffError
 from mixoff.kernels import reference
 from mixoff.loading.load import load
-from mixoff.quantize.scheme import Scheme
+from mixoff.quantize.scheme import LAST, Scheme
 from mixoff.shapes.sites import slot_nbytes
 from mixoff.store import convert as store
 from mixoff.store import making
@@ -31,6 +31,7 @@ from mixoff.store.making import Making, Options, Step
 from mixoff.store.source import open_source
 
 SLOTS = 4  # experts of the original model in memory
+HIDDEN_NBYTES = 4 << 30  # for hidden states: more tokens would gain little, and wide models would need much memory
 BASE_NBYTES = 500 << 20  # libraries, and what the allocator keeps
 
 
@@ -105,25 +106,52 @@ def _plain(folder: Folder) -> Folder:
     return folder
 
 
-def needs(source: str | Path, calibrate: str | Path) -> tuple[int, int]:
-    """Tokens of a calibrated conversion, and the most bytes of memory that it takes, modelled.
+@dataclass(frozen=True)
+class Widths:
+    """What memory and time of calibration depend on; D is the model's width, F that of an expert."""
 
-    Of T tokens, ten arrays (T, D) of hidden states are alive at a time, and those of the busiest expert, which is taken
-    to get half of all tokens, three times as wide as an expert. Weights are in fp32: the backbone, one expert, its
-    Hessians and their factors.
-    """
+    D: int
+    F: int
+    backbone: int
+    arena_nbytes: int
+
+    @classmethod
+    def of(cls, folder: Folder) -> Widths:
+        """Those of the plain checkpoint in `folder`, from its headers."""
+        source = open_source(folder)
+        source.close()
+        last = [(s.transposed, part.shape) for s in source.sites for part in s.parts if part.name == LAST]
+        arena = SLOTS * slot_nbytes(source.sites) + reference.scratch_nbytes(source.sites, torch.float32)
+        backbone = sum(math.prod(t.shape) for t in source.backbone.values())
+        shapes = [shape[::-1] if transposed else shape for transposed, shape in last]
+        return cls(shapes[0][0], max(F for _, F in shapes), backbone, arena)
+
+    @property
+    def token_nbytes(self) -> int:
+        """Bytes for each token: ten hidden states, and half of the tokens in one expert, three times its width."""
+        return 4 * (10 * self.D + 3 * self.F // 2)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that fit into HIDDEN_NBYTES, at most those of `text`."""
+        return min(text.MOST_TOKENS, HIDDEN_NBYTES // self.token_nbytes)
+
+    def nbytes(self, tokens: int) -> int:
+        """The most bytes of memory that calibration takes, modelled; weights, Hessians and factors are in fp32."""
+        block = min(max(self.D, self.F), WIDEST)
+        weights = 4 * (self.backbone + 3 * 2 * self.D * self.F + 8 * block**2)
+        return weights + self.arena_nbytes + tokens * self.token_nbytes + BASE_NBYTES
+
+
+def needs(source: str | Path, calibrate: str | Path) -> tuple[int, int]:
+    """Tokens of a calibrated conversion, and the most bytes of memory that it takes (modelled)."""
     folder = _plain(find(source))
-    tokens = text.read(calibrate, folder.path).tokens
-    opened = open_source(folder)
-    opened.close()
-    backbone = 4 * sum(math.prod(t.shape) for t in opened.backbone.values())
-    matrices = [part.shape for site in opened.sites for part in site.parts if len(part.shape) == 2]
-    weights, D = max(2 * a * b for a, b in matrices), min(min(shape) for shape in matrices)
-    F = max(max(shape) for shape in matrices)
-    blocks = WIDEST**2 if max(D, F) > WIDEST else max(D, F) ** 2
-    hidden = 4 * tokens * (10 * D + 3 * F // 2)
-    arena = SLOTS * slot_nbytes(opened.sites) + reference.scratch_nbytes(opened.sites, torch.float32)
-    return tokens, backbone + arena + hidden + 4 * (3 * weights + 8 * blocks) + BASE_NBYTES
+    tokens = _text(folder, calibrate).tokens
+    return tokens, Widths.of(folder).nbytes(tokens)
+
+
+def _text(folder: Folder, calibrate: str | Path) -> text.Calibration:
+    return text.read(calibrate, folder.path, Widths.of(folder).tokens)
 
 
 def divided(folder: Folder, scheme: Scheme, source: str | Path, bits: float, options: Options) -> Scheme:
@@ -131,7 +159,7 @@ def divided(folder: Folder, scheme: Scheme, source: str | Path, bits: float, opt
     if scheme.experts is None:
         raise MixoffError(f"{bits} bits are for experts, which this scheme does not quantize: choose another scheme")
     with _threads(options), _original(folder) as model:
-        by_layer = divide(model, text.read(source, folder.path).ids, bits, scheme.metadata_bits)
+        by_layer = divide(model, _text(folder, source).ids, bits, scheme.metadata_bits)
     return replace(scheme, by_layer=by_layer)
 
 
@@ -156,7 +184,7 @@ class Calibrated:
     @property
     def facts(self) -> dict:
         """What the bytes of the store depend on, for its manifest."""
-        found = text.read(self.source, self.folder.path)
+        found = _text(self.folder, self.source)
         return {"text_sha256": found.sha256, "tokens": found.tokens, "window": text.LENGTH}
 
     def __call__(self, files: Making, shards: Shards, steps: list[Step], ranges: Ranges, options: Options) -> int:
@@ -171,7 +199,7 @@ class Calibrated:
             mine = streams.names
             rest = [replace(step, weights=[w for w in step.weights if w.name not in mine]) for step in steps]
             nbytes = making.write(files, shards, rest, ranges, replace(options, progress=False))
-            streams.run(text.read(self.source, self.folder.path).ids)
+            streams.run(_text(self.folder, self.source).ids)
         files.commit()
         return nbytes + sum(w.part.nbytes for w in files.plan.weights if w.name in mine)
 
