@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import mixoff
 from mixoff import CheckpointError, MixoffError, Scheme
+from mixoff.commands import cli
 from mixoff.conversion import bits, convert, text
 from mixoff.conversion.weights import blocks
 from mixoff.quantize import Precision
@@ -188,3 +189,24 @@ def test_what_cannot_be_calibrated_is_refused(small, store, words, tmp_path):
 
 def test_blocks_of_a_hessian():
     assert [blocks(K) for K in (192, 4096, 14336, 11008)] == [1, 1, 4, 4]
+
+
+def test_the_command_line(small, words, tmp_path, capsys):
+    target = tmp_path / "store"
+    arguments = ["convert", str(small), str(target), "--scheme", "mixed", "--calibrate", str(words), "--json"]
+    assert cli.main([*arguments, "--bits", "2.8", "--jobs", "1"]) == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out)["target"] == str(target) and "tokens: up to" in said.err
+    assert cli.main(["verify", str(target), "--full"]) == 0
+    for wrong in ("1", "17", "many"):
+        assert cli.main([*arguments, "--bits", wrong]) == 2
+        assert f"bits is '{wrong}': give a number from 2 to 16" in capsys.readouterr().err
+    assert cli.main(["convert", str(small), str(tmp_path / "other"), "--bits", "2.5"]) == 2
+    assert "add --calibrate" in capsys.readouterr().err
+
+
+def test_memory_is_told_beforehand(small, words):
+    tokens, nbytes = convert.needs(small, words)
+    assert 1500 < tokens < text.MOST_TOKENS
+    report = convert.run(small, small.parent / "measured", SCHEME, words, options=making.Options(1, progress=False))
+    assert report.peak_nbytes <= nbytes
