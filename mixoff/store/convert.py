@@ -59,11 +59,11 @@ def run(
     scheme: str | Scheme = "none",
     revision: str | None = None,
     options: Options = Options(),  # noqa: B008  frozen
-    writer: Writer = write,
+    writer: Writer | None = None,
 ) -> Report:
     """Write the checkpoint `source` as a store; parameters as in `conversion.convert`.
 
-    writer: writes the weights; by default shard by shard, each quantized by itself
+    writer: writes the weights; None goes shard by shard, each quantized by itself
     """
     started = time.perf_counter()
     scheme = Scheme.preset(scheme) if isinstance(scheme, str) else scheme
@@ -77,7 +77,7 @@ def run(
         plan = replace(lay_out(shards.checkpoint, scheme), calibration=getattr(writer, "facts", None))
         loops()  # import numba before memory is watched: it is not part of a conversion
         with _PeakMemory() as peak, _hold(partial, target), _explained(plan, partial, target):
-            nbytes = _make(shards, plan, partial, target, options, writer)
+            nbytes = _make(shards, plan, partial, target, options, writer or write)
     return Report(target, nbytes, time.perf_counter() - started, peak.nbytes)
 
 
