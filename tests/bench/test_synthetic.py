@@ -113,9 +113,9 @@ def test_a_checkpoint_loads_in_both_libraries(tmp_path):
 def test_pools_are_as_the_scheme_quantizes(stores):
     """A block of the pool, put where a matrix has it, is what `Scheme.quantize` made of it."""
     scheme = Scheme.preset("mixed")
-    blocks, ends = synthetic._pool(128, 64, scheme, "experts")
+    blocks, ends = synthetic._pool(128, 64, scheme, scheme.experts)
     q = mixoff.QTensor.empty((128 + 64, 128), 2, 32)
-    synthetic.pick(q, scheme, "experts", __import__("numpy").random.default_rng(3))
+    synthetic.pick(q, scheme, __import__("numpy").random.default_rng(3))
     made = q.dequantize()
     assert any(torch.equal(made[:128], b.dequantize()) for b in blocks)
     assert any(torch.equal(made[128:], e.dequantize()) for e in ends)

@@ -5,10 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from numba import njit
 
 from mixoff import MixoffError, kernels
-from mixoff.kernels.cpu import loops
 from mixoff.quantize import Precision, Scheme, rotation
 from mixoff.shapes.sites import Part, Site, quantized_sites
 
@@ -49,8 +47,11 @@ def test_other_widths_are_refused(shape):
 
 
 def test_compiled_code_gives_the_bits_of_torch():
+    numba = pytest.importorskip("numba", reason="numba is not installed")
+    from mixoff.kernels.cpu import loops
+
     x = torch.randn(3, 272)
-    assert np.array_equal(njit(lambda x: loops.rotated(x))(x.numpy()), rotation.rotate(x).numpy())
+    assert np.array_equal(numba.njit(lambda x: loops.rotated(x))(x.numpy()), rotation.rotate(x).numpy())
 
 
 @pytest.mark.parametrize("kernel", ["int8", "fp32", "dense", "reference"])

@@ -46,7 +46,7 @@ def test_what_load_converts_is_kept_in_the_user_s_cache_and_found_again(cache, s
     assert kept.parent == cache / "stores" and kept.exists() and "delete that folder" in caplog.text
     assert contents(kept) == contents(store)
     caplog.clear()
-    monkeypatch.setattr(conversion, "convert", None)
+    monkeypatch.setattr(conversion, "run", None)
     with mixoff.load(BUNDLED, scheme="mixed") as model:
         assert model.mixoff.source.folder == kept and caplog.text == ""
 
@@ -89,8 +89,8 @@ def test_a_conversion_that_was_killed_goes_on_in_the_next_load(cache, signal, st
 
 
 def test_two_threads_that_want_the_same_store_make_it_once(cache, monkeypatch):
-    runs, convert = [], conversion.convert
-    monkeypatch.setattr(conversion, "convert", lambda *args: runs.append(args) or convert(*args))
+    runs, run = [], conversion.run
+    monkeypatch.setattr(conversion, "run", lambda *args: runs.append(args) or run(*args))
     with ThreadPoolExecutor(2) as pool:
         first, second = pool.map(lambda _: store_of(find(BUNDLED), MIXED), range(2))
     assert first == second and len(runs) == 1
