@@ -11,7 +11,7 @@ import copy
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mixoff.checkpoints.checkpoint import TensorRange
 from mixoff.errors import CheckpointError
@@ -130,7 +130,7 @@ def _quietly() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def opened(folder: Path, tensors: Mapping[str, TensorRange]) -> Iterator[dict[str, object]]:
+def opened(folder: Path, tensors: Mapping[str, TensorRange]) -> Iterator[dict[str, Any]]:
     """The tensors by name as transformers reads them: slices, whose bytes are read on demand."""
     from safetensors import SafetensorError, safe_open
 

@@ -257,7 +257,8 @@ class Checkpoint:
         first = start * dtype_nbytes(stored) // dtype_nbytes(dtype)
         return WidenedExtent(t.file, t.offset + first, place, nbytes, (stored, dtype))
 
-    def _expect(self, t: TensorRange | None, shape: tuple[int, ...], site: Site, e: int) -> None:
+    def _expect(self, t: TensorRange | None, shape: tuple[int, ...], site: Site, e: int) -> TensorRange:
+        """`t`, if it has the shape that an expert needs."""
         if t is None:
             raise CheckpointError(
                 f"{self.folder} lacks weights of expert {e} in layer {site.layer}: "
@@ -272,6 +273,7 @@ class Checkpoint:
             raise CheckpointError(
                 f"expert {e} of layer {site.layer} has shape {t.shape} in {t.file}, config.json says {shape}"
             )
+        return t
 
 
 def _refuse_quantized(config: dict, folder: Path, known: str) -> None:

@@ -23,6 +23,7 @@ from mixoff.checkpoints.model_files import ModelFiles
 from mixoff.errors import CheckpointError
 from mixoff.quantize import strided
 from mixoff.quantize.strided import FP16_PARTS, U8_PARTS, Form, StridedTensor
+from mixoff.quantize.tensor import QTensor
 from mixoff.shapes import config
 from mixoff.shapes.sites import Part, Site, strided_sites
 
@@ -105,12 +106,11 @@ class PublishedCheckpoint(Checkpoint):
         return replace(form_of(self.folder, (rows, part.shape[1]), parts, site.name), matrices=len(names))
 
     def _gather(self, places: dict, site: Site, e: int, part: Part) -> Iterable[Extent]:
-        form = Form(*part.form[1:])
+        form = Form(*(part.form or ())[1:])
         parts, nbytes = strided.layout(part.shape, form)
         for i, matrix in enumerate(MATRICES[part.name]):
             for name, (shape, dtype, at) in parts.items():
-                t = places.get((site.layer, e, f"{matrix}.{name}"))
-                self._expect(t, shape, site, e)
+                t = self._expect(places.get((site.layer, e, f"{matrix}.{name}")), shape, site, e)
                 if t.dtype != DTYPES[dtype]:
                     raise CheckpointError(f"{matrix}.{name} in {t.file} is {t.dtype}, expected {DTYPES[dtype]}")
                 yield Extent(t.file, t.offset, part.offset + i * nbytes + at, t.nbytes)
@@ -176,9 +176,9 @@ def plain_names(ranges: Iterable[str]) -> list[str]:
 
 def read_matrices(
     folder: Path, ranges: Mapping[str, TensorRange], read: Callable[[str], torch.Tensor]
-) -> dict[str, StridedTensor]:
+) -> dict[str, QTensor | StridedTensor]:
     """The backbone's quantized weights by name; `read(name)` reads a tensor of the files."""
-    weights = {}
+    weights: dict[str, QTensor | StridedTensor] = {}
     for name, (shape, form) in matrices(folder, ranges).items():
         layer = name.removesuffix(".weight")
         parts = {part: read(f"{layer}.{part}") for part in PARTS if f"{layer}.{part}" in ranges}

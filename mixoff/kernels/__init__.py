@@ -78,7 +78,7 @@ def linear(
         return _triton(w).dense(x, w)
     if chosen != "reference" and isinstance(w, StridedTensor):
         return strided.linear(x, w)
-    if chosen == "dense":
+    if chosen == "dense" and isinstance(w, QTensor):
         return products.dense(x, w)
     if chosen != "reference":
         raise MixoffError(f"no kernel {chosen!r}: choose one of {', '.join(KERNELS)}")

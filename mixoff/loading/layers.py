@@ -6,6 +6,7 @@ They replace layers of a model that is about to be loaded: created empty, and fi
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,6 +18,7 @@ from mixoff.errors import CheckpointError
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+    from mixoff.quantize.strided import StridedTensor
     from mixoff.quantize.tensor import QTensor
 
 
@@ -65,7 +67,7 @@ class QuantizedEmbedding(nn.Module):
         return repr(self.quantized) if self.quantized else f"{self.shape}, empty"
 
 
-def untie(config: PretrainedConfig, weights: dict[str, QTensor]) -> None:
+def untie(config: PretrainedConfig, weights: dict[str, QTensor | StridedTensor]) -> None:
     """If the head is tied to a quantized embedding, let both layers hold the same quantized weight."""
     shared = next((q for name, q in weights.items() if name.endswith("embed_tokens.weight")), None)
     if shared is not None and config.tie_word_embeddings:
@@ -89,7 +91,7 @@ def hollow(model: nn.Module, names: list[str]) -> None:
 
 def fill(
     model: nn.Module,
-    weights: dict[str, QTensor],
+    weights: Mapping[str, QTensor | StridedTensor],
     dtype: torch.dtype,
     exact: bool = False,
     where: torch.device = CPU,

@@ -61,7 +61,7 @@ class Form:
             raise MixoffError(f"groups of {G} do not divide a weight of shape {tuple(shape)}: use another checkpoint")
 
 
-def layout(shape: tuple[int, int], form: Form) -> tuple[dict[str, tuple[tuple[int, ...], torch.dtype, int]], int]:
+def layout(shape: tuple[int, ...], form: Form) -> tuple[dict[str, tuple[tuple[int, ...], torch.dtype, int]], int]:
     """Shape, dtype and offset of each part of one of the weight's matrices, by hqq's name; and the matrix's bytes.
 
     >>> parts, nbytes = layout((14336, 4096), Form(2, 16, 128))
@@ -84,7 +84,7 @@ def layout(shape: tuple[int, int], form: Form) -> tuple[dict[str, tuple[tuple[in
     return parts, end
 
 
-def packed_nbytes(shape: tuple[int, int], form: Form) -> int:
+def packed_nbytes(shape: tuple[int, ...], form: Form) -> int:
     """Bytes of a weight (N, K), including metadata."""
     return form.matrices * layout(shape, form)[1]
 
@@ -96,7 +96,7 @@ class StridedTensor:
     Tested bit for bit against `hqq.core.quantize.Quantizer.dequantize`.
     """
 
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     form: Form
     matrices: tuple[dict[str, Tensor], ...]
 
@@ -170,7 +170,7 @@ class StridedTensor:
     # To and from memory and files
 
     @classmethod
-    def from_buffer(cls, buffer: Tensor, offset: int, shape: tuple[int, int], form: Form) -> StridedTensor:
+    def from_buffer(cls, buffer: Tensor, offset: int, shape: tuple[int, ...], form: Form) -> StridedTensor:
         """Views, not copies, of the `packed_nbytes` bytes of a uint8 buffer (nbytes,) that begin at `offset`."""
         parts, nbytes = layout(shape, form)
         if offset < 0 or offset + form.matrices * nbytes > len(buffer):
@@ -190,7 +190,7 @@ class StridedTensor:
         return StridedTensor(self.shape, self.form, matrices)
 
     @classmethod
-    def from_parts(cls, shape: tuple[int, int], form: Form, tensors: dict[str, Tensor]) -> StridedTensor:
+    def from_parts(cls, shape: tuple[int, ...], form: Form, tensors: dict[str, Tensor]) -> StridedTensor:
         """A weight that is one matrix, from tensors of any origin. Raises CheckpointError for what they cannot be."""
         wanted = {name: (size, dtype) for name, (size, dtype, _) in layout(shape, form)[0].items()}
         given = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}

@@ -115,9 +115,9 @@ def quantized_sites(sites: tuple[Site, ...], scheme: Scheme) -> tuple[Site, ...]
 
 def _quantized(part: Part, i: int, site: Site, scheme: Scheme) -> Part:
     """A matrix as (outputs, inputs), the order of quantized weights in every family; biases stay as they are."""
-    if len(part.shape) != 2:
-        return part
     precision = scheme.expert(part.name, i)
+    if len(part.shape) != 2 or precision is None:
+        return part
     form = precision.bits, precision.group_size, scheme.metadata_bits
     shape = part.shape[::-1] if site.transposed else part.shape
     nbytes = packed_nbytes(shape, *form)

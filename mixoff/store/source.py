@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from mixoff.checkpoints import backbone, published
 from mixoff.checkpoints.checkpoint import Extent, TensorRange, read_header
@@ -124,7 +125,7 @@ def _stored_backbone(folder: Path, manifest: dict) -> dict[str, TensorRange]:
 
 
 @contextmanager
-def open_backbone(source: Source) -> Iterator[tuple[dict[str, QTensor | StridedTensor], dict[str, object]]]:
+def open_backbone(source: Source) -> Iterator[tuple[dict[str, QTensor | StridedTensor], dict[str, Any]]]:
     """The backbone's quantized weights by name, and its other tensors as slices of the files that `source` reads."""
     with backbone.opened(source.folder, source.backbone) as slices:
         quantized = published.read_matrices(source.folder, source.backbone, lambda name: slices[name][...])

@@ -33,11 +33,11 @@ def linear(x: torch.Tensor, w: StridedTensor) -> torch.Tensor:
     """`x @ w.T` for x (T, K) and w (N, K), in x's dtype -> (T, N); `serves(x, w)` must hold."""
     out = torch.empty(x.shape[0], w.shape[0])  # (T, N)
     rows, run = w.shape[0] // len(w.matrices), kernel(w.form.bits)
+    assert run is not None
     activations = x.float().contiguous().numpy()
     for i, parts in enumerate(w.matrices):
         columns = out[:, i * rows : (i + 1) * rows].numpy()
-        arguments = (activations, *_arrays(parts), columns)
-        share(lambda first, last, args=arguments: run(*args, first, last), w.step, rows * w.shape[1])
+        share(functools.partial(run, activations, *_arrays(parts), columns), w.step, rows * w.shape[1])
     return out.to(x.dtype)
 
 
