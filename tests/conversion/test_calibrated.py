@@ -116,6 +116,22 @@ def test_a_budget_of_bits_is_kept_and_divided(small, words, tmp_path):
     assert plan.bytes["experts"] == sum((target / f"experts-{i:03d}.bin").stat().st_size for i in range(2))
 
 
+@pytest.mark.filterwarnings("ignore:all experts")
+@pytest.mark.parametrize("exact", [True, False])
+def test_forms_of_their_own_are_exact(small, tmp_path, exact):
+    """Rotated, and different by matrix and layer: the same bits resident, in a tight budget, and offloaded in place."""
+    layers = ((Precision(2, 64), Precision(3, 32, True)), (Precision(4, 32), Precision(2, 64, True)))
+    scheme = Scheme(experts=Precision(2, 64), by_layer=layers)
+    store, ids = mixoff.convert(small, tmp_path / "store", scheme), torch.arange(5, 25)[None]
+    here = resident(small)
+    mixoff.offload(here, "400kB", scheme=scheme, exact=exact)
+    with torch.no_grad(), mixoff.load(store, "1GiB", dtype="float32", exact=exact) as whole:
+        want = whole(ids).logits
+        assert torch.equal(here(ids).logits, want)
+    with torch.no_grad(), mixoff.load(store, "400kB", dtype="float32", exact=exact, scope="global") as tight:
+        assert torch.equal(tight(ids).logits, want) and tight.mixoff.info().capacity < 16
+
+
 def test_the_cheapest_choice_is_that_of_brute_force():
     """Among three matrices and four forms; a Lagrange multiplier may leave a little unspent, the rest is filled in."""
     rng = torch.Generator().manual_seed(3)
