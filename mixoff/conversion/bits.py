@@ -3,8 +3,8 @@
 Letters: **T** tokens, **N** outputs, **K** inputs, **E** experts.
 
 The damage to a model's predictions is close to 1.3 nats per token for each unit of relative error in the residual
-stream: the sum over layers of E|dMoE|^2 / E|x|^2 (measured on the bundled model: 0.98 to 1.53 of it, by layer and
-matrix; docs/quantization.md). A pass over the text measures these errors for each form, on a few experts and rows; a
+stream: the sum over layers of E|dMoE|^2 / E|x|^2 (reported by a prototype on the bundled model: 0.98 to 1.53 times
+that, by layer and matrix). A pass over the text measures these errors for each form, on a few experts and rows; a
 Lagrange multiplier then picks a form for each layer and matrix. Forms are the same for all experts of a layer: slots of
 one size for each layer, and hardly worse than a form for each expert.
 """
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mixoff import kernels
-from mixoff.conversion.weights import Inputs, matrices, metric, read_expert
+from mixoff.conversion.weights import Inputs, decoder_of, matrices, metric, read_expert
 from mixoff.errors import MixoffError
 from mixoff.quantize import rotation
 from mixoff.quantize.calibrated import quantize_calibrated
@@ -137,9 +137,8 @@ class Damage:
     @torch.inference_mode()
     def measure(self, ids: Tensor) -> None:
         """Pass the windows `ids` (B, T) through the model."""
-        decoder = self.model.get_decoder() if hasattr(self.model, "get_decoder") else self.model.base_model
         with self._watching():
-            decoder(input_ids=ids, use_cache=False)
+            decoder_of(self.model)(input_ids=ids, use_cache=False)
 
     @contextmanager
     def _watching(self) -> Iterator[None]:

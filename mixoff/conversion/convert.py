@@ -89,9 +89,10 @@ def run(
     if not scheme.precisions():
         raise MixoffError("scheme 'none' quantizes nothing, so there is nothing to calibrate: choose another scheme")
     folder = _plain(find(source, revision))
+    given = _text(folder, calibrate)
     if bits is not None:
-        scheme = divided(folder, scheme, calibrate, bits, options)
-    return store.run(folder.path, target, scheme, None, options, Calibrated(folder, calibrate))
+        scheme = divided(folder, scheme, given, bits, options)
+    return store.run(folder.path, target, scheme, None, options, Calibrated(folder, given))
 
 
 def _plain(folder: Folder) -> Folder:
@@ -154,12 +155,12 @@ def _text(folder: Folder, calibrate: str | Path) -> text.Calibration:
     return text.read(calibrate, folder.path, Widths.of(folder).tokens)
 
 
-def divided(folder: Folder, scheme: Scheme, source: str | Path, bits: float, options: Options) -> Scheme:
+def divided(folder: Folder, scheme: Scheme, given: text.Calibration, bits: float, options: Options) -> Scheme:
     """`scheme` with a budget of bits for experts divided among layers and matrices."""
     if scheme.experts is None:
         raise MixoffError(f"{bits} bits are for experts, which this scheme does not quantize: choose another scheme")
     with _threads(options), _original(folder) as model:
-        by_layer = divide(model, _text(folder, source).ids, bits, scheme.metadata_bits)
+        by_layer = divide(model, given.ids, bits, scheme.metadata_bits)
     return replace(scheme, by_layer=by_layer)
 
 
@@ -179,13 +180,12 @@ class Calibrated:
     """Writes the weights of a store, calibrated on text; see `store.convert.run`."""
 
     folder: Folder
-    source: str | Path
+    given: text.Calibration
 
     @property
     def facts(self) -> dict:
         """What the bytes of the store depend on, for its manifest."""
-        found = _text(self.folder, self.source)
-        return {"text_sha256": found.sha256, "tokens": found.tokens, "window": text.LENGTH}
+        return {"text_sha256": self.given.sha256, "tokens": self.given.tokens, "window": text.LENGTH}
 
     def __call__(self, files: Making, shards: Shards, steps: list[Step], ranges: Ranges, options: Options) -> int:
         """Write what is not done yet; returns the bytes of weights that were read."""
@@ -199,7 +199,7 @@ class Calibrated:
             mine = streams.names
             rest = [replace(step, weights=[w for w in step.weights if w.name not in mine]) for step in steps]
             nbytes = making.write(files, shards, rest, ranges, replace(options, progress=False))
-            streams.run(_text(self.folder, self.source).ids)
+            streams.run(self.given.ids)
         files.commit()
         return nbytes + sum(w.part.nbytes for w in files.plan.weights if w.name in mine)
 

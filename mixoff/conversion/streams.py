@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mixoff import kernels
-from mixoff.conversion.weights import Inputs, calibrated, matrices, metric, moment, read_expert
+from mixoff.conversion.weights import Inputs, calibrated, decoder_of, matrices, metric, moment, read_expert
 from mixoff.errors import MixoffError
 from mixoff.quantize.scheme import LAST, Precision
 from mixoff.quantize.tensor import QTensor
@@ -39,7 +39,7 @@ from mixoff.store.making import Making
 from mixoff.transfer.arena import view
 
 NAMED = 8  # layers whose unreached experts a warning names
-STAND_INS = 2048  # tokens of the layer that stand in for those that an expert lacks
+EXTRA_TOKENS = 2048  # other tokens of the layer, for an expert that got few
 log = logging.getLogger("mixoff")
 
 
@@ -68,9 +68,8 @@ class Streams:
     @torch.inference_mode()
     def run(self, ids: Tensor) -> None:
         """Pass the windows `ids` (B, T) through both models."""
-        decoder = self.model.get_decoder() if hasattr(self.model, "get_decoder") else self.model.base_model
         with self._watching():
-            hidden = decoder(input_ids=ids, use_cache=False)[0]
+            hidden = decoder_of(self.model)(input_ids=ids, use_cache=False)[0]
             for name, linear in self._linears().items():
                 if not name.startswith(self.prefix):
                     self._quantize_linear(name, linear, hidden.flatten(0, -2))
@@ -234,7 +233,7 @@ class Streams:
             )
         others = None
         if len(rows) < turned[LAST].shape[1]:
-            others = hidden(x[:: max(1, len(x) // STAND_INS)], q)
+            others = hidden(x[:: max(1, len(x) // EXTRA_TOKENS)], q)
         inputs = Inputs(hidden(x[rows], q), hidden(before[rows], turned[first]), gate, lacking, others)
         with _named(self.weights[f"{place}.{LAST}"]):
             last = calibrated(turned[LAST], inputs, _precision(self.weights[f"{place}.{LAST}"]), scheme, self.pool.map)

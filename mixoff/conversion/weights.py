@@ -7,10 +7,11 @@ diagonal.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from mixoff.quantize import hessian as hessians
 from mixoff.quantize import rotation, targets
@@ -34,7 +35,7 @@ class Inputs:
     - original: inputs in the original model (T, K); None if they are the same or not known.
     - gate: the router's weights (T,); None for 1.
     - residual: what the residual stream lacks (T, N), for the last matrix of an expert.
-    - others: inputs of other tokens (S, K), which stand in where T is small.
+    - others: inputs of other tokens of the layer (S, K), for a Hessian of few tokens T.
     """
 
     quantized: Tensor
@@ -47,6 +48,11 @@ class Inputs:
         """The same with rotated inputs."""
         turn = [x if x is None else rotation.rotate(x) for x in (self.quantized, self.original, self.others)]
         return Inputs(turn[0], turn[1], self.gate, self.residual, turn[2])
+
+
+def decoder_of(model: PreTrainedModel) -> nn.Module:
+    """The part of a model that computes hidden states, without its head."""
+    return model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
 
 
 def read_expert(source: Source, site: int, e: int) -> dict[str, Tensor]:
@@ -115,7 +121,7 @@ def calibrated(
     if len(given.quantized) and own.diagonal(dim1=-2, dim2=-1).any():
         w = _target(w, given, own)
     q = quantize_calibrated(w.contiguous(), damped, precision, scheme.metadata_bits, sweeps=SWEEPS, each=each)
-    return QTensor(q.shape, q.bits, q.group_size, q.metadata_bits, q.parts, precision.rotated)
+    return replace(q, rotated=precision.rotated)
 
 
 def _target(w: Tensor, given: Inputs, own: Tensor) -> Tensor:
