@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mixoff import kernels
-from mixoff.conversion.weights import Inputs, calibrated, decoder_of, matrices, metric, moment, read_expert
+from mixoff.conversion.weights import NARROW, Inputs, calibrated, decoder_of, matrices, metric, moment, read_expert
 from mixoff.errors import MixoffError
 from mixoff.quantize.scheme import LAST, Precision
 from mixoff.quantize.tensor import QTensor
@@ -251,8 +251,9 @@ class Streams:
         if weight.name in self.making.journal.done:
             return self._stored(weight, tuple(w.shape))
         common = None
-        if layer:  # its target would cost more than all the rest, and gains nothing: docs/quantization.md
-            given, common = Inputs(given.quantized, gate=given.gate), layer.moment
+        if layer:  # a target for a wide one would cost more than all the rest, and gains little: docs/log.md
+            common = layer.moment
+            given = replace(given, residual=None, original=given.original if w.shape[1] <= NARROW else None)
         with _named(weight):
             q = calibrated(w, given, weight.precision, self.scheme, self.pool.map, common)
         self._put(weight, q.to_buffer())

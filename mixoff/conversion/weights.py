@@ -24,7 +24,8 @@ from mixoff.transfer.arena import view
 
 WIDEST = 4096  # inputs of one block of a Hessian: factoring costs the cube of it
 WHOLE = 64  # inputs that a block has a multiple of: whole groups of any usual size
-SWEPT = 1024  # inputs up to which a sweep of coordinate descent follows the error feedback; beyond, time is dear
+NARROW = 1024  # inputs up to which matrices are quantized with all care; beyond, time is dear
+SWEEPS = 2  # of coordinate descent after the error feedback, for narrow matrices
 
 
 @dataclass
@@ -120,7 +121,7 @@ def calibrated(
     damped, own = measure or metric(given, common)
     if len(given.quantized) and own.diagonal(dim1=-2, dim2=-1).any():
         w = _target(w, given, own)
-    sweeps = int(w.shape[1] <= SWEPT)
+    sweeps = SWEEPS if w.shape[1] <= NARROW else 0
     q = quantize_calibrated(w.contiguous(), damped, precision, scheme.metadata_bits, sweeps=sweeps, each=each)
     return replace(q, rotated=precision.rotated)
 
