@@ -10,6 +10,7 @@ import argparse
 import shutil
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,18 +21,16 @@ from mixoff import models, quality
 from mixoff.quantize import Precision, Scheme
 from mixoff.text.generation import load_tokenizer
 
-FOUR = Precision(4, 64)
-ROTATED = Scheme(attention=FOUR, shared_experts=FOUR, experts=Precision(2, 64), down=Precision(3, 64, rotated=True))
+BEFORE = replace(Scheme.preset("mixed"), experts=Precision(2, 32), down=None)  # `mixed` until December 2026
 
 
 def rows(bits):
     """Name, scheme and options of each row."""
-    yield "`mixed`, data-free", "mixed", {}
-    yield "`mixed`", "mixed", {"calibrate": "default"}
-    yield "2 bits g64, down rotated in 3 bits g64, data-free", ROTATED, {}
-    yield "the same", ROTATED, {"calibrate": "default"}
+    for name, scheme in (("2 bits g32", BEFORE), ("`small`", "small"), ("`mixed`", "mixed")):
+        yield f"{name}, data-free", scheme, {}
+        yield name, scheme, {"calibrate": "default"}
     for budget in bits:
-        yield f"`--bits {budget}`", ROTATED, {"calibrate": "default", "bits": budget}
+        yield f"`--bits {budget}`", "mixed", {"calibrate": "default", "bits": budget}
 
 
 def cells(folder, base, over, reference):

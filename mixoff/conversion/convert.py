@@ -31,7 +31,7 @@ from mixoff.store.making import Making, Options, Step
 from mixoff.store.source import open_source
 
 SLOTS = 4  # experts of the original model in memory
-HIDDEN_NBYTES = 4 << 30  # for hidden states: more tokens would gain little, and wide models would need much memory
+HIDDEN_NBYTES = 3 << 30  # for hidden states: with more tokens, wide models would take much memory and many hours
 BASE_NBYTES = 500 << 20  # libraries, and what the allocator keeps
 
 

@@ -9,8 +9,9 @@ states and with those of the quantized model:
     x̂  ──> quantized layer ──> x̂'      each matrix is quantized when it is called, for both of its inputs
 
 So whatever comes before a matrix is already quantized when its turn comes, in any family that transformers has. Experts
-are read one at a time. A conversion that was killed runs again through what is done, with the weights of the store, and
-goes on to the same bytes.
+are read one at a time, and each computes for both streams while it is in memory; the original layer is then called
+again, to go on from what its experts put out. A conversion that was killed runs again through what is done, with the
+weights of the store, and goes on to the same bytes.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ import logging
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -28,19 +30,32 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mixoff import kernels
-from mixoff.conversion.weights import Inputs, calibrated, decoder_of, matrices, metric, moment, read_expert
+from mixoff.conversion.weights import NARROW, Inputs, calibrated, decoder_of, matrices, metric, moment, read_expert
 from mixoff.errors import MixoffError
 from mixoff.quantize.scheme import LAST, Precision
 from mixoff.quantize.tensor import QTensor
-from mixoff.runtime.experts import activated, expert_mlp
+from mixoff.runtime.experts import activated, normed
 from mixoff.shapes.config import backbone_roles, expert_modules, layers_of
 from mixoff.store.blueprint import Weight
 from mixoff.store.making import Making
-from mixoff.transfer.arena import view
 
 NAMED = 8  # layers whose unreached experts a warning names
 EXTRA_TOKENS = 2048  # other tokens of the layer, for an expert that got few
 log = logging.getLogger("mixoff")
+
+
+@dataclass
+class Layer:
+    """The experts of a layer while they are quantized: x (T, D) is what all of them get, in the quantized stream."""
+
+    site: int
+    module: nn.Module
+    x: Tensor
+
+    @cached_property
+    def moment(self) -> Tensor:
+        """Second moment of x (D, D)."""
+        return moment(self.x, self.x)
 
 
 class Streams:
@@ -63,6 +78,8 @@ class Streams:
             bool, Tensor
         ] = {}  # inputs of the last norm, by stream: what the experts' output is added to
         self.shared: tuple[tuple, Any] | None = None  # Hessian of the last inputs, which q, k and v have in common
+        self.answer: Tensor | None = None  # what a layer's experts put out in the original stream
+        self.spent: list[nn.Linear] = []  # matrices of the layer that are quantized
         self.few: dict[int, dict[int, int]] = {}  # tokens of the experts that got few, by layer
 
     @torch.inference_mode()
@@ -121,15 +138,26 @@ class Streams:
 
     def _layer(self, layer: nn.Module, forward: Callable, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         self.noted.clear()
+        self.answer = None
         self.x = hidden if self.x is None else self.x
-        self.original = True
-        after = forward(self.x, *args, **kwargs)
-        self.original = False
+        after = self._in_original(forward, *args, **kwargs)
         out = forward(hidden, *args, **kwargs)
+        if self.answer is not None:  # what experts put out in the original was not known the first time
+            after = self._in_original(forward, *args, **kwargs)
         self.x = after[0] if isinstance(after, tuple) else after
+        for linear in self.spent:
+            linear.weight.data = linear.weight.data.new_empty(0)  # it is not needed any more
+        self.spent.clear()
         self.noted.clear()
         self.shared = None
         return out
+
+    def _in_original(self, forward: Callable, *args: Any, **kwargs: Any) -> Any:
+        self.original = True
+        try:
+            return forward(self.x, *args, **kwargs)
+        finally:
+            self.original = False
 
     def _norm(self, norm: nn.Module, forward: Callable, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         self.entered[self.original] = hidden
@@ -144,23 +172,33 @@ class Streams:
                 f"{name} is called twice per layer: this model cannot be calibrated, leave --calibrate out"
             )
         q = self._quantize_linear(name, linear, x.flatten(0, -2))
-        linear.weight.data = linear.weight.data.new_empty(0)  # it is not needed any more
+        self.spent.append(linear)
         out = kernels.linear(x, q, exact=True)
         return out if linear.bias is None else out + linear.bias
 
     def _experts(
         self, site: int, module: nn.Module, forward: Callable, x: Tensor, index: Tensor, weights: Tensor
     ) -> Tensor:
-        """Experts of a layer: x (T, D), and the router's choice and weights (T, top k)."""
-        if self.original:
+        """Experts of a layer: x (T, D), and the router's choice and weights (T, top k).
+
+        In both streams tokens go where the original's router sends them, so that products serve twice: to quantize, and
+        to go on.
+        """
+        if self.original and self.answer is None:
             self.noted[site] = x, index, weights, self.entered.get(True)
-            return forward(x, index, weights)
-        out = torch.zeros_like(x)
-        for e, image in self._quantize_experts(site, module, x):
+            return torch.zeros_like(x)
+        if self.original:
+            return self.answer
+        before, index, weights, entered = self.noted.pop(site)
+        lacking = None if entered is None else (entered - self.entered[False]).flatten(0, -2)
+        layer, out, self.answer = Layer(site, module, x), torch.zeros_like(x), torch.zeros_like(x)
+        for e in range(self.sites[site].num_experts):
             rows, k = (index == e).nonzero(as_tuple=True)
-            if len(rows):
-                parts = {part.name: view(image, part) for part in self.sites[site].parts}
-                out.index_add_(0, rows, expert_mlp(module, x[rows], parts, None, True) * weights[rows, k, None])
+            gate = weights[rows, k]
+            given = Inputs(x[rows], before[rows], gate, None if lacking is None else lacking[rows])
+            quantized, original = self._expert(layer, e, given)
+            out.index_add_(0, rows, quantized * gate[:, None])
+            self.answer.index_add_(0, rows, original * gate[:, None])
         return out
 
     # Quantizing
@@ -178,66 +216,48 @@ class Streams:
         self._put(weight, q.to_buffer())
         return q
 
-    def _quantize_experts(self, site: int, module: nn.Module, x: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """Every expert of a layer with its quantized image, for inputs x (T, D) of the quantized stream."""
-        before, index, gates, entered = self.noted.pop(site)
-        now = self.entered.get(False)
-        residual = None if entered is None else (entered - now).flatten(0, -2)
-        source, common = self.model.mixoff.source, None
-        for e in range(self.sites[site].num_experts):
-            parts = self.sites[site].parts
-            names = {part.name: f"{self.sites[site].name}.{e}.{part.name}" for part in parts}
-            image = torch.zeros(self.sites[site].expert_nbytes, dtype=torch.uint8)
-            done = all(name in self.making.journal.done for name in names.values())
-            if done:
-                for part in parts:
-                    image[part.offset : part.offset + part.nbytes] = self._bytes(self.weights[names[part.name]])
-                yield e, image
-                continue
-            if common is None:
-                common = moment(x, x)
-            originals = read_expert(source, site, e)
-            rows, k = (index == e).nonzero(as_tuple=True)
-            if len(rows) < x.shape[1]:
-                self.few.setdefault(site, {})[e] = len(rows)
-            lacking = None if residual is None else residual[rows]
-            quantized = self._expert(site, e, module, originals, (x, before, rows, gates[rows, k], lacking, common))
-            for part in parts:
-                place = image[part.offset : part.offset + part.nbytes]
-                made = quantized.get(part.name)
-                old = originals[part.name].contiguous()
-                place.copy_(old.view(-1).view(torch.uint8) if made is None else made.to_buffer())
-                if made is not None:
-                    self._put(self.weights[names[part.name]], place)
-            yield e, image
-
-    def _expert(
-        self, site: int, e: int, module: nn.Module, originals: dict[str, Tensor], given: tuple
-    ) -> dict[str, QTensor]:
-        """The quantized matrices of one expert."""
-        x, before, rows, gate, lacking, common = given
-        turned = matrices(originals, module.is_transposed)
+    def _expert(self, layer: Layer, e: int, given: Inputs) -> tuple[Tensor, Tensor]:
+        """Quantize an expert, or read it from the store; returns what it puts out, quantized and original, (T, D)."""
+        place = f"{self.sites[layer.site].name}.{e}"
+        parts = {part.name: self.weights[f"{place}.{part.name}"] for part in self.sites[layer.site].parts}
+        originals = read_expert(self.model.mixoff.source, layer.site, e)
+        turned = matrices(originals, layer.module.is_transposed)
         first = next(name for name in turned if name != LAST)
-        scheme, place = self.scheme, f"{self.sites[site].name}.{e}"
+        biases = {name.removesuffix("_bias"): w.float() for name, w in originals.items() if w.dim() == 1}
 
-        def hidden(x: Tensor, w: Any) -> Tensor:
+        def passed(x: Tensor, name: str, w: Tensor | QTensor) -> Tensor:
             out = kernels.linear(x, w, exact=True)
-            if module.has_bias:
-                out = out + originals[f"{first}_bias"].float()
-            return activated(module, out, None)
+            out = out.add_(biases[name]) if name in biases else out
+            return normed(layer.module, out) if name == LAST else activated(layer.module, out, None)
 
-        with _named(self.weights[f"{place}.{first}"]):
-            inputs = Inputs(x[rows], before[rows], gate)
-            q = calibrated(
-                turned[first], inputs, _precision(self.weights[f"{place}.{first}"]), scheme, self.pool.map, common
-            )
+        if len(given.quantized) < layer.x.shape[1]:
+            self.few.setdefault(layer.site, {})[e] = len(given.quantized)
+        q = self._matrix(parts[first], turned[first], given, layer)
+        h, before = passed(given.quantized, first, q), passed(given.original, first, turned[first])
         others = None
-        if len(rows) < turned[LAST].shape[1]:
-            others = hidden(x[:: max(1, len(x) // EXTRA_TOKENS)], q)
-        inputs = Inputs(hidden(x[rows], q), hidden(before[rows], turned[first]), gate, lacking, others)
-        with _named(self.weights[f"{place}.{LAST}"]):
-            last = calibrated(turned[LAST], inputs, _precision(self.weights[f"{place}.{LAST}"]), scheme, self.pool.map)
-        return {first: q, LAST: last}
+        if len(h) < h.shape[1]:
+            others = passed(layer.x[:: max(1, len(layer.x) // EXTRA_TOKENS)], first, q)
+        inputs = replace(given, quantized=h, original=before, others=others)
+        last = self._matrix(parts[LAST], turned[LAST], inputs)
+        return passed(h, LAST, last), passed(before, LAST, turned[LAST])
+
+    def _matrix(self, weight: Weight, w: Tensor, given: Inputs, layer: Layer | None = None) -> QTensor | Tensor:
+        """A matrix (N, K) of an expert, quantized or read from the store; as it is, if it stays so.
+
+        layer: for a matrix that gets the inputs of the layer
+        """
+        if weight.precision is None:
+            return w
+        if weight.name in self.making.journal.done:
+            return self._stored(weight, tuple(w.shape))
+        common = None
+        if layer:  # a target for a wide one would cost more than all the rest, and gains little: docs/log.md
+            common = layer.moment
+            given = replace(given, residual=None, original=given.original if w.shape[1] <= NARROW else None)
+        with _named(weight):
+            q = calibrated(w, given, weight.precision, self.scheme, self.pool.map, common)
+        self._put(weight, q.to_buffer())
+        return q
 
     # The store in the making
 

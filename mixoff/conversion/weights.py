@@ -24,7 +24,8 @@ from mixoff.transfer.arena import view
 
 WIDEST = 4096  # inputs of one block of a Hessian: factoring costs the cube of it
 WHOLE = 64  # inputs that a block has a multiple of: whole groups of any usual size
-SWEEPS = 1  # of coordinate descent after the error feedback
+NARROW = 1024  # inputs up to which matrices are quantized with all care; beyond, time is dear
+SWEEPS = 2  # of coordinate descent after the error feedback, for narrow matrices
 
 
 @dataclass
@@ -120,16 +121,17 @@ def calibrated(
     damped, own = measure or metric(given, common)
     if len(given.quantized) and own.diagonal(dim1=-2, dim2=-1).any():
         w = _target(w, given, own)
-    q = quantize_calibrated(w.contiguous(), damped, precision, scheme.metadata_bits, sweeps=SWEEPS, each=each)
+    sweeps = SWEEPS if w.shape[1] <= NARROW else 0
+    q = quantize_calibrated(w.contiguous(), damped, precision, scheme.metadata_bits, sweeps=sweeps, each=each)
     return replace(q, rotated=precision.rotated)
 
 
 def _target(w: Tensor, given: Inputs, own: Tensor) -> Tensor:
     """Weights to aim for, so that errors made so far are made up for."""
-    count = blocks(w.shape[1])
+    drift = residual = None
     if given.original is not None:
-        w = targets.corrected(w, own, moment(given.original - given.quantized, given.quantized, given.gate, count))
+        lost = given.original - given.quantized
+        drift = moment(lost, given.quantized, given.gate, blocks(w.shape[1]))
     if given.residual is not None:
-        lacking = moment(given.residual, given.quantized, given.gate)
-        w = targets.compensated(w, own, lacking, targets.RESIDUAL_SHARE / count)
-    return w
+        residual = moment(given.residual, given.quantized, given.gate)
+    return w if drift is None and residual is None else targets.aimed(w, own, drift, residual)

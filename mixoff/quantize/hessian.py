@@ -17,7 +17,7 @@ from mixoff.errors import MixoffError
 
 PANEL = 128  # inputs between two products with the rest of a block; a multiple of every group size
 LEAST_DAMPING, MOST_DAMPING, TOKENS_SCALE = 0.01, 0.6, 4.1  # through 0.01 at 17 tokens per input, 0.1 at 7, 0.4 at 1.7
-SMALLEST = 256  # triangles up to this size are inverted in one piece
+SMALLEST = 256  # inputs up to which squares are formed, and triangles inverted, in one piece
 ASYMMETRY = 1e-3  # of the largest diagonal, that rounding may cause
 CHUNK = 2048  # tokens whose sum is formed in fp32
 
@@ -34,12 +34,30 @@ def add_moment(total: Tensor, a: Tensor, x: Tensor, gate: Tensor | None = None) 
     blocks = total[None] if total.dim() == 2 else total
     for start in range(0, len(x), CHUNK):
         rows = slice(start, start + CHUNK)
-        left, right = a[rows].float(), x[rows].float()
+        left = right = x[rows].float()
         if gate is not None:
-            left = left * gate[rows].float().square()[:, None]
+            left = right = right * gate[rows].float()[:, None]
+        if a is not x:
+            left = a[rows].float() if gate is None else a[rows].float() * gate[rows].float()[:, None]
         pairs = zip(blocks, left.chunk(len(blocks), 1), right.chunk(len(blocks), 1), strict=True)
         for block, outputs, inputs in pairs:
-            block += outputs.T @ inputs
+            if a is x:
+                _add_square(block, inputs)
+            else:
+                block += outputs.T @ inputs
+
+
+def _add_square(total: Tensor, x: Tensor) -> None:
+    """Add xᵀ x to `total` (K, K), by halves: the other triangle is the mirror image, so half of the work is saved."""
+    half = x.shape[1] // 2
+    if x.shape[1] <= SMALLEST:
+        total += x.T @ x
+        return
+    corner = x[:, half:].T @ x[:, :half]
+    total[half:, :half] += corner
+    total[:half, half:] += corner.T
+    _add_square(total[:half, :half], x[:, :half])
+    _add_square(total[half:, half:], x[:, half:])
 
 
 def damping(tokens: float, inputs: int) -> float:

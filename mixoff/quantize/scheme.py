@@ -49,11 +49,11 @@ class Scheme:
     - metadata_bits: bits of each group's scale and minimum, 8 or 16.
     - solver: `"rtn"`, `"hqq"` or `"lsq"`, as in `quantize`.
 
-    Mixtral-8x7B then takes (modelled, GiB): mixed 14.4, paper 17.1, small 13.0, quality 23.5, none 87.0. `paper` has
+    Mixtral-8x7B then takes (modelled, GiB): mixed 14.8, paper 17.1, small 13.0, quality 23.5, none 87.0. `paper` has
     the bits and groups of Eliseev and Mazur (arXiv 2312.17238, section 4.2); solver and metadata are ours.
 
     >>> Scheme.preset("mixed").precision("experts"), Scheme.preset("mixed").precision("router")
-    (Precision(bits=2, group_size=32, rotated=False), None)
+    (Precision(bits=2, group_size=64, rotated=False), None)
     """
 
     attention: Precision | None = None
@@ -139,12 +139,13 @@ class Scheme:
         return cls(**values)
 
 
+TWO, FOUR = Precision(2, 64), Precision(4, 64)
 PRESETS = {
-    name: Scheme(attention=Precision(4, 64), experts=experts, shared_experts=Precision(4, 64))
-    for name, experts in {
-        "mixed": Precision(2, 32),
-        "paper": Precision(2, 16),
-        "small": Precision(2, 64),
-        "quality": Precision(4, 64),
-    }.items()
+    name: Scheme(attention=FOUR, experts=experts, shared_experts=FOUR, down=down)
+    for name, experts, down in (
+        ("mixed", TWO, Precision(3, 64, rotated=True)),
+        ("paper", Precision(2, 16), None),
+        ("small", TWO, Precision(2, 64, rotated=True)),
+        ("quality", FOUR, None),
+    )
 } | {"none": Scheme()}

@@ -320,7 +320,7 @@ def test_ablations_are_those_of_the_paper(tiny_store):
         (["STORE", "--routing", "real"], "unknown routing 'real'"),
         (["STORE", "--peers", "llama.cpp"], "--gguf FILE"),
         (["STORE", "--peers", "accelerate"], "--checkpoint FOLDER"),
-        (["--shape", "mixtral-8x7b", "--folder", "FOLDER"], r"refusing to write 14.4 GiB .* pass --yes"),
+        (["--shape", "mixtral-8x7b", "--folder", "FOLDER"], r"refusing to write 14.8 GiB .* pass --yes"),
     ],
 )
 def test_what_is_wrong_with_a_request_is_said(tiny_store, tmp_path, words, message):

@@ -96,8 +96,8 @@ def test_disk_space_is_looked_at_first(tmp_path, monkeypatch):
 
 
 def test_mixtral_s_store_has_the_size_of_the_scheme():
-    """14.4 GiB for `mixed`, as the scheme's own table says; nothing is written."""
-    assert synthetic.store_nbytes("mixtral-8x7b", "mixed") / 2**30 == pytest.approx(14.4, abs=0.05)
+    """14.8 GiB for `mixed`, as the scheme's own table says; nothing is written."""
+    assert synthetic.store_nbytes("mixtral-8x7b", "mixed") / 2**30 == pytest.approx(14.76, abs=0.05)
 
 
 def test_a_checkpoint_loads_in_both_libraries(tmp_path):
@@ -114,7 +114,7 @@ def test_pools_are_as_the_scheme_quantizes(stores):
     """A block of the pool, put where a matrix has it, is what `Scheme.quantize` made of it."""
     scheme = Scheme.preset("mixed")
     blocks, ends = synthetic._pool(128, 64, scheme, scheme.experts)
-    q = mixoff.QTensor.empty((128 + 64, 128), 2, 32)
+    q = mixoff.QTensor.empty((128 + 64, 128), 2, 64)
     synthetic.pick(q, scheme, __import__("numpy").random.default_rng(3))
     made = q.dequantize()
     assert any(torch.equal(made[:128], b.dequantize()) for b in blocks)

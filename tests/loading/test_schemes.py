@@ -73,9 +73,9 @@ def put_dequantized(model, folder, scheme):
         old = f"model.layers.{layer}.block_sparse_moe.experts"
         for e in range(block.mlp.experts.num_experts):
             w1, w3, w2 = (weights[f"{old}.{e}.{w}.weight"] for w in ("w1", "w3", "w2"))
-            gate_up = scheme.quantize(torch.cat([w1, w3]), "experts")
-            block.mlp.experts.gate_up_proj.data[e] = gate_up.dequantize()
-            block.mlp.experts.down_proj.data[e] = scheme.quantize(w2, "experts").dequantize()
+            for name, w in (("gate_up_proj", torch.cat([w1, w3])), ("down_proj", w2)):
+                q = scheme.quantize_as(w, scheme.expert(name, layer))
+                getattr(block.mlp.experts, name).data[e] = q.dequantize()
         for p in ("q_proj", "k_proj", "v_proj", "o_proj"):
             linear, stored = getattr(block.self_attn, p), weights[f"model.layers.{layer}.self_attn.{p}.weight"]
             linear.weight.data = scheme.quantize(stored, "attention").dequantize()

@@ -156,7 +156,7 @@ def test_more_hits_are_never_slower(mixtral):
 
 def test_a_prediction_is_the_sum_of_its_terms(mixtral):
     made = predict(mixtral, "mixed", T4, 0.5, background=False)
-    moved = 64 * 55_394_304 * 0.5
+    moved = 64 * 57_057_280 * 0.5
     assert made.terms["fetches"] == pytest.approx(moved / 12e9)
     assert made.floors["transfer"] == pytest.approx(moved / 12e9)
     assert made.seconds == pytest.approx(sum(made.terms.values())) and "(modelled)" in str(made)
@@ -164,24 +164,24 @@ def test_a_prediction_is_the_sum_of_its_terms(mixtral):
 
 
 def test_every_input_can_be_replaced(mixtral):
-    mine = Efficiency(dict.fromkeys((2, 4, 16), 1.0), 0.0, 0.0, "measured: mine")
+    mine = Efficiency(dict.fromkeys((2, 3, 4, 16), 1.0), 0.0, 0.0, "measured: mine")
     made = predict(mixtral, "mixed", T4, 1.0, efficiency=mine)
     assert made.seconds == pytest.approx(made.floors["memory"])
     faster = predict(mixtral, "mixed", replace(T4, link_Bps=24e9), 0.5, background=False)
-    assert faster.terms["fetches"] == pytest.approx(64 * 55_394_304 * 0.5 / 24e9)
+    assert faster.terms["fetches"] == pytest.approx(64 * 57_057_280 * 0.5 / 24e9)
 
 
 def test_misses_from_the_disk_cost_more(mixtral):
     near, far = (predict(mixtral, "mixed", T4, 0.5, ram_share=share).seconds for share in (1.0, 0.0))
     assert far > 5 * near  # 0.5 GB/s against 12
     on_cpu = predict(mixtral, "mixed", LAPTOP, 0.5, background=False)
-    each = 55_394_304 / LAPTOP.disk_Bps + HERE.miss_s
+    each = 57_057_280 / LAPTOP.disk_Bps + HERE.miss_s
     assert on_cpu.terms["fetches"] == pytest.approx(64 * 0.5 * each)
 
 
 def test_copies_within_ram_are_never_hidden_on_a_cpu(mixtral):
     """What a RAM tier holds is copied by the thread that computes, the rest comes behind the residents' products."""
-    each = 55_394_304 / (LAPTOP.fast_Bps / 2) + HERE.miss_s
+    each = 57_057_280 / (LAPTOP.fast_Bps / 2) + HERE.miss_s
     near = predict(mixtral, "mixed", LAPTOP, 0.5, ram_share=1.0).terms["fetches"]
     assert near == pytest.approx(64 * 0.5 * each)
     half, far = (predict(mixtral, "mixed", LAPTOP, 0.5, ram_share=share).terms["fetches"] for share in (0.5, 0.0))

@@ -5,7 +5,7 @@ import torch
 
 from mixoff.errors import MixoffError
 from mixoff.quantize.hessian import CHUNK, LEAST_DAMPING, Metric, add_moment, damping, shrink
-from mixoff.quantize.targets import compensated, corrected
+from mixoff.quantize.targets import DAMPING, RESIDUAL_SHARE, aimed
 
 
 @pytest.fixture(autouse=True)
@@ -120,24 +120,26 @@ def test_targets_are_the_least_squares_solutions():
     gram, drift, missing = moments(x, other, residual, v[:, 0])
     inputs = (v * other).double()
     target = torch.linalg.lstsq(inputs, (v * (x @ w.T)).double()).solution.T
-    torch.testing.assert_close(corrected(w, gram, drift, share=1, damping=0).double(), target, rtol=0, atol=1e-4)
+    torch.testing.assert_close(aimed(w, gram, drift, drift_share=1, damping=0).double(), target, rtol=0, atol=1e-4)
     extra = torch.linalg.lstsq(inputs, (v * residual).double()).solution.T
-    torch.testing.assert_close(compensated(w, gram, missing, 1, 0).double() - w, extra, rtol=0, atol=1e-4)
-    halfway = corrected(w, gram, drift, share=0.5, damping=0)
+    given_back = aimed(w, gram, residual=missing, residual_share=1, damping=0).double() - w
+    torch.testing.assert_close(given_back, extra, rtol=0, atol=1e-4)
+    both = aimed(w, gram, drift, missing, drift_share=1, residual_share=1, damping=0).double()
+    torch.testing.assert_close(both, target + extra, rtol=0, atol=1e-4)
+    halfway = aimed(w, gram, drift, drift_share=0.5, damping=0)
     torch.testing.assert_close(halfway.double(), (w + target) / 2, rtol=0, atol=1e-4)
-    assert torch.equal(corrected(w, gram, torch.zeros_like(drift)), w) and torch.equal(
-        compensated(w, gram, missing, 0), w
-    )
+    assert torch.equal(aimed(w, gram, torch.zeros_like(drift)), w)
+    assert torch.equal(aimed(w, gram, residual=missing, residual_share=0), w)
 
 
 def test_damping_of_targets_is_a_ridge():
     w, x = torch.randn(4, 16), torch.randn(100, 16)
     other = x + 0.3 * torch.randn(100, 16)
     gram, drift, _ = moments(x, other, torch.zeros(100, 4), torch.ones(100))
-    ridge = (0.05 * gram.diagonal().mean()).sqrt() * torch.eye(16).double()
+    ridge = (DAMPING * gram.diagonal().mean()).sqrt() * torch.eye(16).double()
     stacked = torch.cat([other.double(), ridge])  # the ridge pulls W* towards W
     target = torch.linalg.lstsq(stacked, torch.cat([(x @ w.T).double(), ridge @ w.double().T])).solution.T
-    torch.testing.assert_close(corrected(w, gram, drift, share=1).double(), target, rtol=0, atol=1e-4)
+    torch.testing.assert_close(aimed(w, gram, drift, drift_share=1).double(), target, rtol=0, atol=1e-4)
 
 
 def test_targets_by_blocks():
@@ -149,18 +151,17 @@ def test_targets_by_blocks():
     for n, half in enumerate(halves):
         part = slice(16 * n, 16 * n + 16)
         ridge = gram.diagonal(dim1=1, dim2=2).mean() / half[0].diagonal().mean()  # damping is of the whole diagonal
-        one = corrected(w[:, part], *half[:2], damping=0.05 * ridge.item())
-        torch.testing.assert_close(corrected(w, gram, drift)[:, part], one)
-        one = compensated(w[:, part], half[0], half[2], damping=0.1 * ridge.item())
-        torch.testing.assert_close(compensated(w, gram, missing)[:, part], one)
+        share, damped = RESIDUAL_SHARE / len(halves), DAMPING * ridge.item()
+        one = aimed(w[:, part], *half, residual_share=share, damping=damped)
+        torch.testing.assert_close(aimed(w, gram, drift, missing)[:, part], one)
 
 
 def test_moments_of_another_matrix_are_refused():
-    with pytest.raises(MixoffError, match="has 8 inputs, and gram 16"):
-        corrected(torch.ones(4, 8), torch.eye(16), torch.eye(16))
+    with pytest.raises(MixoffError, match=r"the matrix is \(4, 8\), which does not fit \(16, 16\)"):
+        aimed(torch.ones(4, 8), torch.eye(16), torch.eye(16))
     with pytest.raises(MixoffError, match=r"drift is \(8, 8\)"):
-        corrected(torch.ones(4, 16), torch.eye(16), torch.eye(8))
+        aimed(torch.ones(4, 16), torch.eye(16), torch.eye(8))
     with pytest.raises(MixoffError, match=r"residual is \(16, 4\)"):
-        compensated(torch.ones(4, 16), torch.eye(16), torch.ones(16, 4))
+        aimed(torch.ones(4, 16), torch.eye(16), residual=torch.ones(16, 4))
     with pytest.raises(MixoffError, match="no token reached"):
-        corrected(torch.ones(4, 16), torch.zeros(16, 16), torch.zeros(16, 16))
+        aimed(torch.ones(4, 16), torch.zeros(16, 16), torch.zeros(16, 16))

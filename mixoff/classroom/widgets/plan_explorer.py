@@ -49,7 +49,13 @@ MODELS = (
 PLAIN = 16  # bits of weights that are not quantized
 CONTEXTS = tuple(512 << i for i in range(9))  # 512 to 131,072 tokens
 ATTENTION_GROUP = 64  # group size of attention and shared experts, as in every preset
-SCALES = {"experts": (*BITS, PLAIN), "attention": (*BITS, PLAIN), "group": GROUP_SIZES, "context": CONTEXTS}
+MIXED = 2.33  # bits of the preset `mixed`, mean: gate and up in 2, down in 3
+SCALES = {
+    "experts": (BITS[0], MIXED, *BITS[1:], PLAIN),
+    "attention": (*BITS, PLAIN),
+    "group": GROUP_SIZES,
+    "context": CONTEXTS,
+}
 PARTS = {"backbone": "", "KV cache": "..", "workspace": "xx", "experts": "//", "kept free": "--"}  # with hatches
 COLOURS = dict(zip(PARTS, plans.COLOURS.values(), strict=True))
 
@@ -59,7 +65,7 @@ class Choice:
     """Values of the controls.
 
     model: name that `mixoff.plan` takes.
-    experts, attention: bits per weight.
+    experts, attention: bits per weight; MIXED for experts as in the preset `mixed`.
     group: group size of the experts.
     context: tokens in the KV cache.
     slots: slots per layer; 0 for as many as fit.
@@ -67,9 +73,9 @@ class Choice:
     """
 
     model: str = MODELS[0]
-    experts: int = 2
+    experts: float = MIXED
     attention: int = 4
-    group: int = 32
+    group: int = 64
     context: int = 4096
     slots: int = 0
     hardware: str = planner.DEFAULT
@@ -77,8 +83,11 @@ class Choice:
     @property
     def scheme(self) -> Scheme:
         """Bits and groups of each part. Raises MixoffError for unknown bits or group sizes."""
-        experts, attention = _precision(self.experts, self.group), _precision(self.attention, ATTENTION_GROUP)
-        return Scheme(attention=attention, experts=experts, shared_experts=attention)
+        attention, down = _precision(self.attention, ATTENTION_GROUP), None
+        experts = _precision(BITS[0] if self.experts == MIXED else self.experts, self.group)
+        if self.experts == MIXED:
+            down = Precision(BITS[1], self.group, rotated=True)
+        return Scheme(attention=attention, experts=experts, shared_experts=attention, down=down)
 
     def __str__(self) -> str:
         group = "" if self.experts == PLAIN else f" in groups of {self.group}"
@@ -86,8 +95,8 @@ class Choice:
         return f"{self.model.rpartition('/')[2]}, {bits}, context {self.context:,}, {self.hardware}"
 
 
-def _precision(bits: int, group: int) -> Precision | None:
-    return None if bits == PLAIN else Precision(bits, group)
+def _precision(bits: float, group: int) -> Precision | None:
+    return None if bits == PLAIN else Precision(bits, group)  # type: ignore[arg-type]  # Precision refuses fractions
 
 
 @functools.lru_cache(maxsize=32)
@@ -141,7 +150,7 @@ def _moves(choice: Choice) -> Iterator[Choice]:
     yield from (replace(choice, hardware=machine.name) for machine in larger if machine.device == "cuda")
 
 
-def _smaller(name: str, value: int) -> list[int]:
+def _smaller(name: str, value: float) -> list:
     """Values of a control that take fewer bytes, nearest first; larger groups have less metadata."""
     if name == "group":
         return [size for size in GROUP_SIZES if size > value]

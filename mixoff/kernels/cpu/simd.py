@@ -32,7 +32,8 @@ TOP = 127  # the largest quantized activation
 BLOCK = 128  # outputs per block of codes
 UNSHIFTED = 4  # bits of a byte whose codes are multiplied in place; their sums are shifted down instead
 AHEAD = 4096  # bytes by which codes are prefetched ahead: the CPU does not predict the steps between blocks
-HELD = 16  # most vectors of activations that a group keeps in registers; more are read for every vector of outputs
+HELD = {"avx2": 8, "any": 8, "vnni": 16}  # vectors of activations kept in registers; wider groups take several turns
+TURNS = 2  # most turns of a group, whose sums wait in the L1 cache meanwhile
 GRIDS = (1, 1 / 256, 1, -1 / 256)  # what base, span, top and span of a grid are multiplied with before use
 SPANS = {2: 128, 3: 64, 4: 32, 8: None}  # inputs whose products sum up in 16 bits; None: 8-bit codes never do
 
@@ -63,19 +64,50 @@ class Emitter:
         A vector's words are loaded, multiplied and summed up before the next vector's. All orders do the same work, but
         this one lets the CPU look ahead: it came near the speed of memory, and others did not (docs/kernels.md).
         """
-        self.place, self.held = place, {}
+        self.place = place
         self.factors = [self.factors_of(t) for t in range(self.rows)]
-        at = [(j, i, t) for j in range(self.words) for i in range(8 // WIDTH[self.bits]) for t in range(self.rows)]
-        few = self.way != "float" and len(at) <= HELD
+        turns, beside = self.turns(), 1 if self.lanes else LINE // (4 * self.wide)
+        waiting = [self.waiting() for _ in range(self.rows if len(turns) > 1 else 0)]
+        for words in turns:
+            self.hold(words)
+            first, last = words.start == 0, words.stop == self.words
+
+            def line(i: ir.Value, words: range = words, first: bool = first, last: bool = last) -> None:
+                for k in range(beside):
+                    v, self.first = self.b.add(self.b.mul(i, I64(beside)), I64(k)), k == 0
+                    sums = self.sums_of_floats(v) if self.way == "float" else self.integers(v, words)
+                    if not first:
+                        kept = [self.at(self.moved(at, v, 4), self.ints) for at in waiting]
+                        sums = [self.b.add(*both) for both in zip(sums, kept, strict=True)]
+                    if last:
+                        self.finish(v, sums)
+                    else:
+                        for at, total in zip(waiting, sums, strict=True):
+                            self.put(total, self.moved(at, v, 4))
+
+            self.loop(lines, line)
+
+    def turns(self) -> list[range]:
+        """Words of the group by turns: as few as suffice to hold the activations of each in registers."""
+        vectors = self.words * (8 // WIDTH[self.bits]) * self.rows
+        count = -(-vectors // HELD.get(self.way, vectors))
+        if count > min(TURNS, self.words):
+            count = 1
+        size = self.words // count
+        return [range(i * size, (i + 1) * size) for i in range(count)]
+
+    def hold(self, words: range) -> None:
+        """Load the activations of some words into registers, if they fit there."""
+        at = [(j, i, t) for j in words for i in range(8 // WIDTH[self.bits]) for t in range(self.rows)]
+        few = self.way != "float" and len(at) <= HELD[self.way]
+        self.held = {}
         self.held = {place: self.activations(*place) for place in at} if few else {}
-        beside = 1 if self.lanes else LINE // (4 * self.wide)
 
-        def line(i: ir.Value) -> None:
-            for k in range(beside):
-                v, self.first = self.b.add(self.b.mul(i, I64(beside)), I64(k)), k == 0
-                self.finish(v, self.sums_of_floats(v) if self.way == "float" else self.integers(v))
-
-        self.loop(lines, line)
+    def waiting(self) -> ir.Value:
+        """The address of room for 32 bits of each output of a block, on the stack."""
+        with self.b.goto_entry_block():
+            room = self.b.alloca(ir.ArrayType(I32, BLOCK))
+        return self.b.ptrtoint(room, I64)
 
     def moved(self, address: ir.Value, v: ir.Value, nbytes: int) -> ir.Value:
         """The address for vector v, whose outputs have `nbytes` each there."""
@@ -133,19 +165,19 @@ class Emitter:
 
     # Codes
 
-    def each(self, v: ir.Value) -> Iterator[tuple[int, ir.Value, ir.Value | None]]:
-        """Number, words and third bits of each word of vector v."""
+    def each(self, v: ir.Value, words: range) -> Iterator[tuple[int, ir.Value, ir.Value | None]]:
+        """Number, words and third bits of each of some words of vector v."""
         place, b = self.place, self.b
         at, high = self.moved(place.codes, v, 4), self.moved(place.high, v, 2)
-        for j in range(self.words):
-            words = b.add(at, b.mul(I64(j), place.codes_row))
+        for j in words:
+            word = b.add(at, b.mul(I64(j), place.codes_row))
             if self.first and not self.lanes:
-                self.prefetch(words, AHEAD)
+                self.prefetch(word, AHEAD)
             thirds = None
             if self.bits == 3:
                 bits = self.at(b.add(high, b.mul(I64(j), place.high_row)), ir.VectorType(I16, self.wide))
                 thirds = self.b.zext(bits, self.ints)
-            yield j, self.at(words, self.ints), thirds
+            yield j, self.at(word, self.ints), thirds
 
     def planes(self, word: ir.Value, thirds: ir.Value | None) -> Iterator[tuple[int, int, ir.Value]]:
         """Code i of each byte of a vector of words, as (i, e, codes * 2**e).
@@ -216,36 +248,36 @@ class Emitter:
 
     # Sums of a group
 
-    def integers(self, v: ir.Value) -> list[ir.Value]:
-        """Sum of codes times quantized activations over a group, 32 bits for each output: one for each row."""
+    def integers(self, v: ir.Value, words: range) -> list[ir.Value]:
+        """Sum of codes times quantized activations over some words, 32 bits for each output: one for each row."""
         add = self.four_bytes if self.way == "vnni" or SPANS[self.bits] is None else self.pairs
         sums: dict[tuple[int, int], ir.Value] = {}  # by row and by the power of two that it is too large by
-        add(v, sums)
+        add(v, words, sums)
         powers = sorted({e for _, e in sums})
         return [
             functools.reduce(self.b.add, (self.b.ashr(sums[t, e], self.every(e)) if e else sums[t, e] for e in powers))
             for t in range(self.rows)
         ]
 
-    def four_bytes(self, v: ir.Value, sums: dict[tuple[int, int], ir.Value]) -> None:
+    def four_bytes(self, v: ir.Value, words: range, sums: dict[tuple[int, int], ir.Value]) -> None:
         """Sum four products at a time to 32 bits."""
-        for j, word, thirds in self.each(v):
+        for j, word, thirds in self.each(v, words):
             for i, e, codes in self.planes(word, thirds):
                 for t in range(self.rows):
                     total, x = sums.get((t, e), self.every(0)), self.activations(j, i, t)
                     wide = self.way != "vnni"
                     sums[t, e] = self.b.add(total, self.madd_wide(codes, x)) if wide else self.dot4(total, codes, x)
 
-    def pairs(self, v: ir.Value, sums: dict[tuple[int, int], ir.Value]) -> None:
+    def pairs(self, v: ir.Value, words: range, sums: dict[tuple[int, int], ir.Value]) -> None:
         """Sum pairs of products in 16 bits, for as many inputs as these hold, and then to 32."""
         most = (SPANS[self.bits] or 0) * WIDTH[self.bits] // 32
         shorts: dict[int, ir.Value] = {}
-        for j, word, thirds in self.each(v):
+        for j, word, thirds in self.each(v, words):
             for i, _, codes in self.planes(word, thirds):
                 for t in range(self.rows):
                     pair = self.madd8(codes, self.activations(j, i, t))
                     shorts[t] = self.b.add(shorts[t], pair) if t in shorts else pair
-            if (j + 1) % most == 0 or j + 1 == self.words:
+            if (j + 1) % most == 0 or j + 1 == words.stop:
                 for t in range(self.rows):
                     total = self.madd16(shorts.pop(t), self.every(1, self.shorts2))
                     sums[t, 0] = self.b.add(sums[t, 0], total) if (t, 0) in sums else total
@@ -254,7 +286,7 @@ class Emitter:
         """Sum of codes times fp32 activations over a group: of inputs with even and with odd numbers, then both."""
         b, width = self.b, WIDTH[self.bits]
         totals = {(t, odd): ir.Constant(self.floats, None) for t in range(self.rows) for odd in range(2)}
-        for j, word, thirds in self.each(v):
+        for j, word, thirds in self.each(v, range(self.words)):
             for k in range(32 // width):
                 code = b.and_(b.lshr(word, self.every(width * k)), self.every(2**width - 1))
                 if thirds:
