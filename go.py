@@ -57,7 +57,8 @@ NBVAL = (
     "--nbval-sanitize-with=tests/nbval_sanitize.cfg",
 )
 # One worker per core, four at most (each holds torch); a file stays in one, since a chapter's cells share a kernel.
-WORKERS = ("-n", "auto", "--maxprocesses=4", "--dist=loadfile")
+# Files are taken in the order of tests/conftest.py, longest first, rather than by their number of tests.
+WORKERS = ("-n", "auto", "--maxprocesses=4", "--dist=loadfile", "--no-loadscope-reorder")
 NO_VENV = """\
 This Python cannot make virtual environments: its `venv` module is incomplete, and there is no `uv` on the path.
 Install one of them, then run the same command again:
@@ -146,7 +147,8 @@ def install_small_torch() -> None:
 
 def install(extras: set[str], torch: str, fresh: bool = False) -> None:
     """Installs torch as chosen, then mixoff from this folder, editable, with its extras."""
-    pip = (python_in(VENV), "-m", "pip", "install", "--quiet", "--disable-pip-version-check")
+    # Python compiles what it imports; pip would compile all of it, one file after the other
+    pip = (python_in(VENV), "-m", "pip", "install", "--quiet", "--no-compile", "--disable-pip-version-check")
     if torch:
         words = shlex.split(torch, posix=os.name != "nt")
         must(*pip, *words, failed=f"pip could not install {torch!r}, the value of MIXOFF_TORCH")

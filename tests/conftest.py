@@ -6,6 +6,7 @@
 Every skip that can happen stands in QUARANTINE.md; test_quarantine.py holds that list to the code.
 """
 
+import functools
 import os
 import pathlib
 import shutil
@@ -39,14 +40,36 @@ def pytest_unconfigure(config):
     shutil.rmtree(config.mixoff_cache, ignore_errors=True)
 
 
-def pytest_collection_modifyitems(config, items):
+# Files of a minute or more, longest first. The workers of pytest-xdist take file by file in this order (`go.py`), then
+# chapters, then all else, so that none is left alone with a long one at the end.
+LONGEST = (
+    *("test_kernels", "test_chapters_in_browser", "test_families", "test_quantize", "test_offload", "test_cli"),
+    *("test_notebooks", "test_schemes", "test_conversion", "test_cuda", "test_calibrated", "test_triton"),
+    *("test_model_files", "test_plan", "test_hub", "test_other_systems", "test_kept", "test_site", "test_quarantine"),
+)
+
+
+def rank(path):
+    """The place of a test file or chapter in the order in which workers take them."""
+    place = dict(zip(LONGEST, range(len(LONGEST)), strict=True))
+    return place.get(path.stem, len(LONGEST) + (path.suffix != ".ipynb"))
+
+
+def has_gpu():
+    """Whether torch sees a GPU; importing it takes seconds, so only a run with such tests asks."""
     import torch
 
-    here = {"slow": config.getoption("--run-slow"), "gpu": torch.cuda.is_available()}
-    unfit = [item for item in items if any(item.get_closest_marker(mark) and not here[mark] for mark in here)]
+    return torch.cuda.is_available()
+
+
+def pytest_collection_modifyitems(config, items):
+    here = {"slow": lambda: config.getoption("--run-slow"), "gpu": functools.cache(has_gpu)}
+    unfit = [item for item in items if any(item.get_closest_marker(mark) and not here[mark]() for mark in here)]
     if unfit:
         config.hook.pytest_deselected(items=unfit)
         items[:] = [item for item in items if item not in unfit]
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: rank(item.path))
 
 
 def forbid_skip(report):

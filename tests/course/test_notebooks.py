@@ -18,7 +18,7 @@ import badges
 import chapter_rules
 import make_colab
 import nb
-from chapters import often
+from chapters import together
 from go import NBVAL
 
 PINS, SANITIZE = "tests/fakes/colab_pins.txt", "tests/nbval_sanitize.cfg"
@@ -319,41 +319,45 @@ def test_install_cell_does_nothing_where_mixoff_is_there(monkeypatch):
 
 RUN_AS_COLAB = """
 import pathlib, sys
+import nbformat
 import chapter_rules, nb
-profile, path = map(pathlib.Path, sys.argv[1:])
+profile, *paths = map(pathlib.Path, sys.argv[1:])
 startup = profile / "profile_default" / "startup"
 startup.mkdir(parents=True)
 (startup / "00-colab.py").write_text("import google.colab.output\\n")
-book = nb.read(path)
+chapters = [[cell for _, cell in chapter_rules.code_cells(nb.read(path))] for path in paths]
+book = nbformat.v4.new_notebook(cells=[cell for chapter in chapters for cell in chapter])
 with nb.this_python(str(profile)):
     nb.execute(book, profile)
-cells = [cell for _, cell in chapter_rules.code_cells(book)]
-assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
-print(sum(bool(cell.outputs) for cell in cells), "cells with outputs")
+assert [cell.execution_count for cell in book.cells] == list(range(1, len(book.cells) + 1))
+outputs = iter([bool(cell.outputs) for cell in book.cells])
+print(*(sum(next(outputs) for _ in chapter) for chapter in chapters))
 """
 
 
-def run_as_colab(python, path, root, folder, source=None):
-    """Runs a generated notebook with Colab's package imported and its variables set; returns the finished process.
+def run_as_colab(python, paths, root, folder, source=None):
+    """Runs generated notebooks with Colab's package imported and its variables set, all in one kernel, because starting
+    one takes as long as a chapter. Returns the finished process, which prints how many cells of each have outputs.
 
     source: what the install cell is to install; where mixoff is there already, it installs nothing.
     """
     places = [root / "course", root / "tests" / "fakes"]
-    paths = {"PYTHONPATH": os.pathsep.join(map(str, places)), "MIXOFF_SOURCE": str(source or root)}
-    command = [python, "-c", RUN_AS_COLAB, folder / "ipython", path]
-    return subprocess.run(command, env=os.environ | COLAB_ENV | paths, cwd=folder, capture_output=True, text=True)
+    colab = {"PYTHONPATH": os.pathsep.join(map(str, places)), "MIXOFF_SOURCE": str(source or root)}
+    command = [python, "-c", RUN_AS_COLAB, folder / "ipython", *(root / "colab" / path.name for path in paths)]
+    return subprocess.run(command, env=os.environ | COLAB_ENV | colab, cwd=folder, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("path", often(badges.chapters()))
-def test_generated_chapter_runs_as_on_colab(path, root, tmp_path):
-    done = run_as_colab(sys.executable, root / "colab" / path.name, root, tmp_path)
+@pytest.mark.parametrize("paths", together(badges.chapters()))
+def test_generated_chapters_run_as_on_colab(paths, root, tmp_path):
+    done = run_as_colab(sys.executable, paths, root, tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert int(done.stdout.split()[0]) >= chapter_rules.MIN_CELLS_WITH_OUTPUT
+    counts = list(map(int, done.stdout.split()))
+    assert len(counts) == len(paths) and min(counts) >= chapter_rules.MIN_CELLS_WITH_OUTPUT
 
 
 # ---------------------------------------------------------------- Colab's versions
 # An environment of its own needs a package index and some forty packages, and with it every chapter and the tests of
-# the core run once more: as long as all of CI. So these tests are slow ones; in CI the chapters of `often` run under
+# the core run once more: as long as all of CI. So these tests are slow ones; in CI the chapters of `together` run under
 # the emulation above, with the versions of this environment.
 
 VERSIONS = """
@@ -403,7 +407,7 @@ def test_the_install_cell_installs_the_wheel_and_leaves_colabs_versions(root, tm
     pins = dict(line.split("==") for line in (root / PINS).read_text().split() if "==" in line)
     assert where is None and before.items() >= {name: pins[name] for name in before.keys() & pins.keys()}.items()
     assert {"transformers", "huggingface_hub", "numpy", "ipywidgets", "ipython"} <= pins.keys()
-    done = run_as_colab(colab_python, root / "colab" / "00_start_here.ipynb", root, tmp_path, wheel)
+    done = run_as_colab(colab_python, badges.chapters()[:1], root, tmp_path, wheel)
     assert done.returncode == 0, done.stderr[-3000:]
     after, where = versions(colab_python, tmp_path)
     assert after == before and str(colab_python.parents[1]) in where
@@ -412,7 +416,7 @@ def test_the_install_cell_installs_the_wheel_and_leaves_colabs_versions(root, tm
 @pytest.mark.slow
 @pytest.mark.parametrize("path", badges.chapters()[1:], ids=lambda path: path.stem)
 def test_generated_chapter_runs_with_colabs_versions(path, root, tmp_path, colab_python, wheel):
-    done = run_as_colab(colab_python, root / "colab" / path.name, root, tmp_path, wheel)
+    done = run_as_colab(colab_python, [path], root, tmp_path, wheel)
     assert done.returncode == 0, done.stderr[-3000:]
 
 

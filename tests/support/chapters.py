@@ -3,7 +3,18 @@
 import pytest
 
 
+def is_always_run(path):
+    """Whether a chapter is the first one or has widgets. The others run with slow tests (`go.py test --all`)."""
+    return path.name.startswith("00") or "classroom.widgets" in path.read_text("utf-8")
+
+
 def often(chapters):
-    """Parameters: chapter 00 and those with widgets always, the others where slow tests run (`go.py test --all`)."""
-    marked = [(path, path.name.startswith("00") or "classroom.widgets" in path.read_text("utf-8")) for path in chapters]
-    return [pytest.param(p, id=p.stem, marks=[] if always else [pytest.mark.slow]) for p, always in marked]
+    """Parameters: a chapter each."""
+    return [pytest.param(p, id=p.stem, marks=[] if is_always_run(p) else [pytest.mark.slow]) for p in chapters]
+
+
+def together(chapters):
+    """Parameters: the chapters that are always run in one list, then each of the others in a list of its own."""
+    always = [path for path in chapters if is_always_run(path)]
+    others = [path for path in chapters if not is_always_run(path)]
+    return [pytest.param(always, id="always"), *(pytest.param([p], id=p.stem, marks=pytest.mark.slow) for p in others)]
