@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from mixoff import models
-from mixoff.checkpoints.names import missing, parse
+from mixoff.checkpoints.names import full, missing, parse
 from mixoff.commands import terminal
 from mixoff.errors import CheckpointError, MixoffError, suggestion
 from mixoff.units import parse_nbytes
@@ -143,7 +143,8 @@ def model(path: str) -> None:
         return
     if (repository := parse(path)) is not None:
         if os.environ.get("HF_HUB_OFFLINE", "").upper() not in ("1", "ON", "YES", "TRUE"):
-            terminal.say(f"no folder at {repository}: looking for it on the Hugging Face Hub")
+            given = path if path == str(repository) else f"{path} is {repository}"
+            terminal.say(f"no folder at {given}: looking for it on the Hugging Face Hub")
         return
     folder = Path(os.path.expanduser(path))
     if os.path.isfile(folder):
@@ -158,13 +159,24 @@ def plan_source(path: str) -> str:
     """A model to plan: what `model` takes, a config.json, or the name of a well-known model, returned in full."""
     from mixoff.shapes.known import PRESETS, named_as
 
-    if os.path.isfile(path) or (path := named_as(path)) in PRESETS:
+    if os.path.isfile(path) or (path := named_as(full(path))) in PRESETS:
         return path
     try:
         model(path)
     except CheckpointError as error:
         raise CheckpointError(f"{error}; or one of {', '.join(PRESETS)}") from None
     return path
+
+
+def text_of(path: str) -> str:
+    """The text of a file in UTF-8. Raises MixoffError."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.read()
+    except (OSError, UnicodeDecodeError) as error:
+        raise MixoffError(f"cannot read {path} as text: {getattr(error, 'strerror', None) or error}") from error
+    except ValueError as error:  # a name that no file can have
+        raise MixoffError(f"cannot read {path!r} as text: {error}") from error
 
 
 def new_file(path: str, *suffixes: str) -> None:

@@ -37,14 +37,14 @@ def shape_of(source: ModelShape | PretrainedConfig | str | Path) -> ModelShape:
         return source
     if isinstance(source, PretrainedConfig):
         return from_config(source, source.model_type)
-    return from_config(read(source), named_as(source))
+    return from_config(read(source), named_as(names.full(source)))
 
 
 def read(source: str | Path) -> PretrainedConfig:
     """The configuration that `source` names; see `shape_of`."""
     from transformers import AutoConfig
 
-    if (name := named_as(source)) in PRESETS:
+    if (name := named_as(names.full(source))) in PRESETS:
         values = dict(PRESETS[name])
         return AutoConfig.for_model(values.pop("model_type"), **values)
     folder = here(source)
