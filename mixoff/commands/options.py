@@ -56,7 +56,7 @@ def seed(add: Callable, default: int = 0) -> None:
 
 
 def loading(add: Callable) -> None:
-    """How a model is loaded: budget, precision, cache, reads, device, context and threads, as `opened.load` takes them."""
+    """How a model is loaded: budget, precision, cache, reads, device, context and threads."""
     choice, whole = arguments.choice, arguments.whole
     fast_bytes(add)
     scheme(add, "quantize a plain checkpoint first, and keep the result: SCHEMES")
