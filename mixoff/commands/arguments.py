@@ -143,8 +143,8 @@ def model(path: str) -> None:
         return
     if (repository := parse(path)) is not None:
         if os.environ.get("HF_HUB_OFFLINE", "").upper() not in ("1", "ON", "YES", "TRUE"):
-            given = path if path == str(repository) else f"{path} is {repository}"
-            terminal.say(f"no folder at {given}: looking for it on the Hugging Face Hub")
+            given = f"no folder at {path}" if path == str(repository) else f"{path} is {repository}"
+            terminal.say(f"{given}: looking for it on the Hugging Face Hub")
         return
     folder = Path(os.path.expanduser(path))
     if os.path.isfile(folder):

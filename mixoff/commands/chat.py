@@ -38,10 +38,7 @@ COMMANDS = {
     "save": "FILE writes the conversation as JSON",
     "quit": "ends the chat, as Ctrl-D does",
 }
-KEYS = (
-    'Alt-Enter or Ctrl-J begins a new line, and so does Enter after """. Ctrl-C stops an answer; a second Ctrl-C '
-    "drops it."
-)
+KEYS = 'Alt-Enter begins a new line, and so does Enter after """. Ctrl-C stops an answer; a second Ctrl-C drops it.'
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -142,6 +139,7 @@ class Session:
                 lines.note("Ctrl-D or /quit ends the chat.")
             except MixoffError as error:
                 lines.note(f"mixoff: {one_line(error)}")
+                lines.note("")
 
     def listen(self, source: lines.Source) -> None:
         """Answer what a file or a pipe asks. The first error ends the program."""

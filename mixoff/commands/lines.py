@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import shutil
 import sys
-import textwrap
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol, TextIO
 
+from mixoff.commands import terminal
 from mixoff.errors import MixoffError, one_line, printable
 
 if TYPE_CHECKING:
@@ -64,7 +63,6 @@ class Keyboard:
             history=InMemoryHistory(),  # nothing that a person writes is left on the disk
             completer=words,
             complete_while_typing=False,
-            multiline=True,
             key_bindings=_keys(),
             prompt_continuation=lambda *_: "  ",
         )
@@ -75,12 +73,13 @@ class Keyboard:
 
 
 def _keys() -> KeyBindings:
-    """Enter sends, unless a fence is open; Alt-Enter and Ctrl-J begin a new line."""
+    """Enter sends, unless a fence is open; Alt-Enter begins a new line. Enter typed ahead arrives as Ctrl-J."""
     from prompt_toolkit.key_binding import KeyBindings
 
     keys = KeyBindings()
 
     @keys.add("enter")
+    @keys.add("c-j")
     def _send(event: KeyPressEvent) -> None:
         text = event.current_buffer.text.strip()
         if text.startswith(FENCE) and not is_whole(text):
@@ -89,7 +88,6 @@ def _keys() -> KeyBindings:
             event.current_buffer.validate_and_handle()
 
     @keys.add("escape", "enter")
-    @keys.add("c-j")
     def _new_line(event: KeyPressEvent) -> None:
         event.current_buffer.newline(copy_margin=False)
 
@@ -163,11 +161,9 @@ def note(text: str, indent: int = 0) -> None:
 
     indent: columns before each line but the first
     """
-    text = printable(text, "\n")
-    if sys.stderr.isatty():
-        width = shutil.get_terminal_size().columns - 1
-        text = textwrap.fill(text, max(width, 2 * indent, 20), subsequent_indent=" " * indent)
-        text = text if os.environ.get("NO_COLOR") else f"\x1b[2m{text}\x1b[0m"
+    text = terminal.fold(printable(text, "\n"), sys.stderr, indent)
+    dim = text and sys.stderr.isatty() and not os.environ.get("NO_COLOR")
+    text = f"\x1b[2m{text}\x1b[0m" if dim else text
     print(text, file=sys.stderr, flush=True)
 
 

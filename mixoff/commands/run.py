@@ -7,7 +7,7 @@ import json
 import sys
 from typing import TYPE_CHECKING
 
-from mixoff.commands import arguments, opened, options
+from mixoff.commands import arguments, opened, options, terminal
 from mixoff.errors import MixoffError, one_line, printable
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def main(args: argparse.Namespace) -> int:
     prompt_text = f"prompt of {result.prompt_tokens} at {result.prompt_tokens_per_s:.1f} tokens/s"
     speeds = f"{len(result.token_ids)} new at {result.tokens_per_s:.1f} tokens/s (measured) on {device}"
     times = f"{result.first_s:.2f} s to the first, loaded in {ready.load_s:.1f} s"
-    print(f"{prompt_text}, {speeds}; {times}; {info}", file=sys.stderr)
+    print(terminal.fold(f"{prompt_text}, {speeds}; {times}; {info}", sys.stderr), file=sys.stderr)
     return 0
 
 

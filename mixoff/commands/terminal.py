@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TextIO
 
 from mixoff.errors import printable
 
@@ -21,6 +24,18 @@ def starting(activity: str) -> Iterator[None]:
     finally:
         if shown:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+def fold(text: str, stream: TextIO, indent: int = 0) -> str:
+    """`text` broken between words at the width of the terminal that `stream` is; in a file, lines stay whole.
+
+    indent: columns before each further line of a line that was broken
+    """
+    if not stream.isatty():
+        return text
+    width = max(shutil.get_terminal_size().columns - 1, indent + 20)
+    wrap = textwrap.TextWrapper(width, subsequent_indent=" " * indent, break_on_hyphens=False, drop_whitespace=True)
+    return "\n".join("\n".join(wrap.wrap(line)) for line in text.split("\n"))
 
 
 def quiet_transformers() -> None:

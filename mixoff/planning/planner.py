@@ -260,6 +260,10 @@ def ways_out(needs: Needs, machine: Hardware) -> list[str]:
     if machine.disk_bytes is not None and of.stored > machine.disk_bytes:
         lacking = of.stored - machine.disk_bytes
         ways.append(f"free {format_nbytes(lacking)} of disk: the store takes {format_nbytes(of.stored)}")
+        if smaller := _smaller_scheme(needs, machine):
+            ways.insert(
+                0, f"use --scheme {smaller}: its store fits onto the disk, and a slot of each layer into memory"
+            )
     if not of.shape.sites:
         return ways or [f"use a machine with {format_nbytes(needs.fixed + of.experts)} of fast memory"]
     need = needed_fast_nbytes(needs, machine)
@@ -285,7 +289,7 @@ def _shorter_context(needs: Needs, machine: Hardware) -> int | None:
 
 
 def _smaller_scheme(needs: Needs, machine: Hardware, whole: bool = False) -> str | None:
-    """The scheme with the most bits, yet fewer than now, with which one slot per layer (whole: everything) fits."""
+    """The scheme with the most bits, yet fewer than now, that fits: one slot per layer, or everything if `whole`."""
     if needs.sizes.scheme is None or not needs.sizes.shape.sites:
         return None
     for name in ("quality", "paper", "mixed", "small"):
@@ -296,6 +300,7 @@ def _smaller_scheme(needs: Needs, machine: Hardware, whole: bool = False) -> str
         except MixoffError:  # a group that divides no width of this model
             continue
         enough = all(n >= (site.num_experts if whole else 1) for n, site in zip(slots, of.sites, strict=True))
-        if enough and of.experts < needs.sizes.experts:
+        on_disk = machine.disk_bytes is None or of.stored <= machine.disk_bytes
+        if enough and on_disk and of.experts < needs.sizes.experts:
             return name
     return None
