@@ -1,4 +1,4 @@
-"""The command line: `mixoff demo, run, chat, convert, verify, bench, trace, simulate, plan, doctor`.
+"""The command line: `mixoff demo, run, chat, convert, verify, bench, trace, simulate, plan, list, rm, doctor`.
 
 Each command is a module with its `HELP`, its options (`add`) and its work (`main`). Every command takes `--json`: then
 standard output holds one JSON object and nothing else. An invalid request is one line on standard error and exit
@@ -15,12 +15,12 @@ from collections.abc import Sequence
 from typing import NoReturn, TextIO
 
 from mixoff._version import __version__
-from mixoff.commands import bench, chat, convert, demo, doctor, plan, run, simulate, trace, verify
+from mixoff.commands import bench, chat, convert, demo, doctor, listing, plan, remove, run, simulate, trace, verify
 from mixoff.errors import MixoffError, one_line, suggestion
 
 COMMANDS = {
     "demo": demo, "run": run, "chat": chat, "convert": convert, "verify": verify, "bench": bench, "trace": trace,
-    "simulate": simulate, "plan": plan, "doctor": doctor,
+    "simulate": simulate, "plan": plan, "list": listing, "rm": remove, "doctor": doctor,
 }  # fmt: skip
 
 

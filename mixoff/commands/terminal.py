@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
-from mixoff.errors import printable
+from mixoff.errors import MixoffError, printable
 
 
 @contextmanager
@@ -34,7 +34,7 @@ def fold(text: str, stream: TextIO, indent: int = 0) -> str:
     if not stream.isatty():
         return text
     width = max(shutil.get_terminal_size().columns - 1, indent + 20)
-    wrap = textwrap.TextWrapper(width, subsequent_indent=" " * indent, break_on_hyphens=False, drop_whitespace=True)
+    wrap = textwrap.TextWrapper(width, subsequent_indent=" " * indent, break_on_hyphens=False, break_long_words=False)
     return "\n".join("\n".join(wrap.wrap(line)) for line in text.split("\n"))
 
 
@@ -44,6 +44,14 @@ def quiet_transformers() -> None:
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
+
+
+def confirmed(question: str, way_out: str) -> bool:
+    """Whether a person at the terminal says yes. Raises MixoffError without a terminal, naming the way out."""
+    if not sys.stdin.isatty():
+        raise MixoffError(f"nobody is here to answer the question {question!r}: {way_out}")
+    print(f"{printable(question)} [y/N] ", end="", file=sys.stderr, flush=True)
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
 def say(line: str) -> None:
