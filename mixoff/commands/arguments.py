@@ -125,6 +125,12 @@ def real(name: str, way_out: str, least: float = 0.0, most: float = 1e6) -> Call
     return read
 
 
+def kv_bits(text: str) -> int | None:
+    """Bits of keys and values; None is 16."""
+    bits = choice("kv_bits", ("4", "8", "16"))(text)
+    return None if bits == "16" else int(bits)
+
+
 def words(text: str) -> str:
     """Text that can be encoded as UTF-8."""
     try:

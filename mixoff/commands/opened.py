@@ -14,7 +14,7 @@ from mixoff.commands import options, terminal
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-SETTINGS = ("scheme", "policy", "scope", "dtype", "ram_bytes", "prefetch", "io", "device")
+SETTINGS = ("scheme", "policy", "scope", "dtype", "ram_bytes", "prefetch", "io", "device", "kv_bits")
 
 
 @dataclass

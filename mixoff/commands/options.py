@@ -73,6 +73,13 @@ def loading(add: Callable) -> None:
     text = "largest number of tokens, prompt and new ones together (default the model's)"
     add("--context", type=whole("context", "give at least two tokens", 2), metavar="N", help=text)
     threads(add, "threads that compute (default all cores)")
+    kv_bits(add)
+
+
+def kv_bits(add: Callable) -> None:
+    """`--kv-bits`: 4, 8, or None for 16."""
+    text = "bits of keys and values: 4 or 8 are smaller and not exact, and need hqq (default 16, or 32 in float32)"
+    add("--kv-bits", type=arguments.kv_bits, metavar="B", help=text)
 
 
 def sampling(add: Callable, temperature: float) -> None:

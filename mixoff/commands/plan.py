@@ -25,6 +25,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     add("--context", type=context, default=4096, metavar="N", help="tokens in the KV cache")
     add("--batch", type=whole("batch", "plan for at least one sequence"), default=1, metavar="N", help="batch size")
     options.scheme(add, "quantization: SCHEMES (default: that of run, 16 bits for a plain checkpoint)")
+    options.kv_bits(add)
     text = "t4, rtx-3060, ..., or 'here', measured once (default here; with --fast or --ram a T4)"
     add("--hardware", type=arguments.machine, metavar="NAME", help=text)
     add("--refresh", action="store_true", help="measure this machine again")
@@ -42,7 +43,7 @@ def main(args: argparse.Namespace) -> int:
         if args.refresh:
             probe.probe(cached=False)
         described = args.fast or args.ram  # a machine that is not this one
-        settings = {name: getattr(args, name) for name in ("context", "batch")}
+        settings = {name: getattr(args, name) for name in ("context", "batch", "kv_bits")}
         settings["hardware"] = args.hardware or (planner.DEFAULT if described else "here")
         settings["scheme"] = args.scheme or describe.default_scheme(source)
         plan = planner.plan(source, args.fast, args.ram, args.disk, **settings)

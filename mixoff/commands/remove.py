@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
+import os
 from typing import TYPE_CHECKING
 
 from mixoff.commands import terminal
@@ -27,15 +27,17 @@ def main(args: argparse.Namespace) -> int:
     """Ask, and delete. Every name is looked up before anything is deleted."""
     from mixoff.store import inventory
 
-    places = [".", *(name for name in args.names if Path(name).is_dir())]
+    places = [".", *(name for name in args.names if os.path.isdir(name))]
     listed = inventory.entries(places)
     chosen = list(dict.fromkeys(inventory.find(name, listed) for name in args.names))
     removed = [entry for entry in chosen if args.yes or _confirmed(entry)]
     for entry in removed:
         inventory.remove(entry)
-    report = {"removed": [entry.to_dict() for entry in removed], "nbytes": sum(entry.nbytes for entry in removed)}
-    names = ", ".join(entry.name for entry in removed) or "nothing"
-    print(json.dumps(report) if args.json else f"removed {names}: {format_nbytes(report['nbytes'])}")
+    nbytes = sum(entry.nbytes for entry in removed)
+    if args.json:
+        print(json.dumps({"removed": [entry.to_dict() for entry in removed], "nbytes": nbytes}))
+    else:
+        print(f"removed {', '.join(entry.name for entry in removed) or 'nothing'}: {format_nbytes(nbytes)}")
     return 0
 
 

@@ -46,6 +46,7 @@ def plan(
     scheme: str | Scheme | None = None,
     hardware: str | Hardware | None = None,
     hit_rate: float | None = None,
+    kv_bits: int | None = None,
 ) -> Plan:
     """Where the bytes of a model go on a machine, whether it fits, and how fast it may be. Nothing is downloaded.
 
@@ -62,30 +63,40 @@ def plan(
     scheme: `Scheme`, or a preset's name; None is `mixed`, or the scheme of a store
     hardware: name in `hardware.NAMED`, `here` to measure this machine, or a `Hardware`; None is a T4
     hit_rate: hit rate of the fast tier, in place of a modelled one
+    kv_bits: 4 or 8 bits for keys and values; None is the dtype of the computation
     """
     if context < 1 or batch < 1:
         raise MixoffError(f"context is {context} and batch {batch}: plan for at least one token of one sequence")
     machine = _machine(hardware, fast_bytes, ram_bytes, disk_bytes)
-    return _plan(_needs(source, scheme, machine, context, batch), machine, hit_rate)
+    return _plan(_needs(source, scheme, machine, context, batch, kv_bits), machine, hit_rate)
 
 
-def fast_nbytes(source: str | Path, machine: Hardware, context: int, scheme: Scheme | None = None) -> int:
+def fast_nbytes(
+    source: str | Path, machine: Hardware, context: int, scheme: Scheme | None = None, kv_bits: int | None = None
+) -> int:
     """Bytes left for experts in the fast memory of `machine`: the default budget of `load` on a GPU.
 
     Raises BudgetError, with the ways out, if not even one slot per layer fits.
     """
-    needs = _needs(source, scheme, machine, context, 1)
+    needs = _needs(source, scheme, machine, context, 1, kv_bits)
     if not any(needs.slots(_remaining(needs, machine))):
         raise BudgetError(f"{needs.sizes.shape.name} does not fit: " + "; or ".join(ways_out(needs, machine)))
     return _remaining(needs, machine)
 
 
-def _needs(source: object, scheme: str | Scheme | None, machine: Hardware, context: int, batch: int) -> Needs:
+def _needs(
+    source: object,
+    scheme: str | Scheme | None,
+    machine: Hardware,
+    context: int,
+    batch: int,
+    kv_bits: int | None = None,
+) -> Needs:
     shape = describe.shape_of(source)
     if not shape.parameters["experts"]:
         raise CheckpointError(shape.refusal)
     shape, scheme = as_stored(shape, source, scheme)
-    return Needs.of(sizes.sizes_of(shape, scheme), machine, context, batch)
+    return Needs.of(sizes.sizes_of(shape, scheme), machine, context, batch, kv_bits)
 
 
 def _machine(hardware: str | Hardware | None, *given: int | str | None) -> Hardware:
@@ -281,7 +292,7 @@ def _shorter_context(needs: Needs, machine: Hardware) -> int | None:
     """The longest context, by halving, with which one slot per layer fits."""
     context = needs.context // 2
     while context >= 128:
-        shorter = Needs.of(needs.sizes, machine, context, needs.batch)
+        shorter = Needs.of(needs.sizes, machine, context, needs.batch, needs.kv_bits)
         if any(shorter.slots(_remaining(shorter, machine))):
             return context
         context //= 2

@@ -115,7 +115,7 @@ def _on_hub() -> Iterator[Entry]:
 
 def _has_experts(folder: Path) -> bool:
     """Whether config.json describes experts, or the folder is a store."""
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError, AttributeError):
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         parts = [part for part in (config, config.get("text_config")) if isinstance(part, dict)]
         return any(key in part for part in parts for key in EXPERTS)
@@ -131,11 +131,11 @@ def find(name: str, listed: Iterable[Entry]) -> Entry:
     wanted = full(name)
     path = Path(os.path.expanduser(name))
     for entry in listed:
-        if entry.name == wanted or (path.exists() and entry.path.resolve() == path.resolve()):
+        if entry.name == wanted or (os.path.exists(path) and entry.path.resolve() == path.resolve()):
             return entry
     if len(same := [entry for entry in listed if entry.path.name == name]) == 1:
         return same[0]
-    if path.exists():
+    if os.path.exists(path):
         raise CheckpointError(f"{name} is not a store of mixoff, so it stays: remove it by hand")
     known = {spelling for entry in listed for spelling in (entry.name, entry.path.name)}
     raise CheckpointError(f"no model here is called {name}: `mixoff list` names all{suggestion(name, known)}")
