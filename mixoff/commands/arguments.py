@@ -15,6 +15,7 @@ import stat
 import tempfile
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -40,15 +41,38 @@ T = TypeVar("T")
 
 def choice(what: str, names: Iterable[str], short: dict[str, str] | None = None) -> Callable[[str], str]:
     """One of `names`, or a key of `short`. An error about an unknown `what` lists the names and suggests one."""
-    names, short = list(names), short or {}
+    return _Choice(what, list(names), short or {})
 
-    def read(text: str) -> str:
-        if (name := short.get(text.lower(), text)) in names:
+
+@dataclass(frozen=True, eq=False)
+class _Choice:
+    """A type of argparse options: one of `names`, which shells can complete."""
+
+    what: str
+    names: list[str]
+    short: dict[str, str]
+
+    def __call__(self, text: str) -> str:
+        if (name := self.short.get(text.lower(), text)) in self.names:
             return name
-        known = f"unknown {what} {text!r}: choose one of {', '.join(names)}"
-        raise argparse.ArgumentTypeError(known + suggestion(text, [*names, *short]))
+        known = f"unknown {self.what} {text!r}: choose one of {', '.join(self.names)}"
+        raise argparse.ArgumentTypeError(known + suggestion(text, [*self.names, *self.short]))
 
-    return read
+
+def names_of(kind: object) -> list[str]:
+    """The names that an option of this type takes, for completion in a shell; empty if they cannot be listed."""
+    from mixoff.cache.policies import POLICIES
+    from mixoff.planning.hardware import NAMED
+
+    if isinstance(kind, _Choice):
+        return kind.names
+    by_hand: dict[object, list[str]] = {
+        policy: [*sorted(POLICIES), "none"],
+        machine: [*NAMED, "here"],
+        device: ["auto", "cpu", "cuda"],
+        kv_bits: ["4", "8", "16"],
+    }
+    return by_hand.get(kind, [])
 
 
 def policy(text: str) -> str:

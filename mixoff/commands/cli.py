@@ -1,4 +1,4 @@
-"""The command line: `mixoff demo, run, chat, convert, verify, bench, trace, simulate, plan, list, rm, doctor`.
+"""The command line: `mixoff COMMAND`, with the commands in COMMANDS.
 
 Each command is a module with its `HELP`, its options (`add`) and its work (`main`). Every command takes `--json`: then
 standard output holds one JSON object and nothing else. An invalid request is one line on standard error and exit
@@ -15,12 +15,27 @@ from collections.abc import Sequence
 from typing import NoReturn, TextIO
 
 from mixoff._version import __version__
-from mixoff.commands import bench, chat, convert, demo, doctor, listing, plan, remove, run, simulate, trace, verify
+from mixoff.commands import (
+    bench,
+    chat,
+    completion,
+    convert,
+    demo,
+    doctor,
+    listing,
+    plan,
+    remove,
+    run,
+    simulate,
+    trace,
+    verify,
+)
 from mixoff.errors import MixoffError, one_line, suggestion
 
 COMMANDS = {
     "demo": demo, "run": run, "chat": chat, "convert": convert, "verify": verify, "bench": bench, "trace": trace,
     "simulate": simulate, "plan": plan, "list": listing, "rm": remove, "doctor": doctor,
+    "completion": completion,
 }  # fmt: skip
 
 
@@ -114,5 +129,5 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=module.HELP, description=module.HELP, formatter_class=_Formatter)
         command.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
         module.add(command)
-        command.set_defaults(main=module.main, options=list(command._option_string_actions))
+        command.set_defaults(main=module.main, options=list(command._option_string_actions), parser=parser)
     return parser

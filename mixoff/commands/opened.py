@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mixoff.commands import options, terminal
+from mixoff.checkpoints.names import parse
+from mixoff.commands import convert, options, terminal
+from mixoff.units import format_nbytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -35,7 +39,7 @@ class Opened:
 def opened(args: argparse.Namespace) -> Iterator[Opened]:
     """The model at `args.path`, closed at the end. Raises MixoffError."""
     start = time.perf_counter()
-    with terminal.starting(f"loading {args.path}"):
+    with terminal.starting(f"loading {args.path}"), terminal.ticking(lambda: _progress(args)):
         model, tokenizer = _load(args)
     load_s = time.perf_counter() - start
     with model:
@@ -59,6 +63,22 @@ def _load(args: argparse.Namespace) -> tuple:
     except BaseException:
         model.mixoff.close()
         raise
+
+
+def _progress(args: argparse.Namespace) -> str | None:
+    """What takes long before a model is loaded: a download, or a conversion where no bar shows it."""
+    from mixoff.store import inventory, kept
+
+    if args.scheme and not sys.stderr.isatty():
+        partial = max(kept.stores().glob("*.partial/store"), key=lambda path: path.stat().st_mtime, default=None)
+        if partial is not None:
+            return convert.converted(str(partial))
+    if (model := parse(args.path)) is None:
+        return None
+    from huggingface_hub import constants
+
+    folder = Path(constants.HF_HUB_CACHE, f"models--{model.repo.replace('/', '--')}", "blobs")
+    return f"fetched {format_nbytes(nbytes)} of {model}" if (nbytes := inventory.nbytes_of(folder)) else None
 
 
 def sampling(args: argparse.Namespace) -> dict[str, Any]:

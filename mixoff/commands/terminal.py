@@ -5,11 +5,14 @@ from __future__ import annotations
 import shutil
 import sys
 import textwrap
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
 from mixoff.errors import MixoffError, printable
+
+EVERY_S = 10.0  # seconds between lines of progress
 
 
 @contextmanager
@@ -24,6 +27,25 @@ def starting(activity: str) -> Iterator[None]:
     finally:
         if shown:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def ticking(status: Callable[[], str | None], every_s: float = EVERY_S) -> Iterator[None]:
+    """Print what `status` returns every so many seconds, unless it is None or the same as before."""
+    ended = threading.Event()
+
+    def tick() -> None:
+        last = None
+        while not ended.wait(every_s):
+            if (line := status()) not in (None, last):
+                say(str(line))
+                last = line
+
+    threading.Thread(target=tick, daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
 
 
 def fold(text: str, stream: TextIO, indent: int = 0) -> str:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from mixoff.planning.hardware import Hardware
     from mixoff.quantize.scheme import Scheme
+    from mixoff.shapes.sizes import Sizes
 
 
 DEFAULT = "t4"  # the GPU of free notebooks
@@ -67,8 +68,9 @@ def plan(
     """
     if context < 1 or batch < 1:
         raise MixoffError(f"context is {context} and batch {batch}: plan for at least one token of one sequence")
+    of = _sizes(source, scheme)  # first: measuring this machine for a model that cannot be planned would be in vain
     machine = _machine(hardware, fast_bytes, ram_bytes, disk_bytes)
-    return _plan(_needs(source, scheme, machine, context, batch, kv_bits), machine, hit_rate)
+    return _plan(Needs.of(of, machine, context, batch, kv_bits), machine, hit_rate)
 
 
 def fast_nbytes(
@@ -92,11 +94,16 @@ def _needs(
     batch: int,
     kv_bits: int | None = None,
 ) -> Needs:
+    return Needs.of(_sizes(source, scheme), machine, context, batch, kv_bits)
+
+
+def _sizes(source: object, scheme: str | Scheme | None) -> Sizes:
+    """The sizes of a model that mixoff serves. Raises CheckpointError for others."""
     shape = describe.shape_of(source)
     if not shape.parameters["experts"]:
         raise CheckpointError(shape.refusal)
     shape, scheme = as_stored(shape, source, scheme)
-    return Needs.of(sizes.sizes_of(shape, scheme), machine, context, batch, kv_bits)
+    return sizes.sizes_of(shape, scheme)
 
 
 def _machine(hardware: str | Hardware | None, *given: int | str | None) -> Hardware:
