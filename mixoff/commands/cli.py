@@ -27,6 +27,7 @@ from mixoff.commands import (
     remove,
     run,
     simulate,
+    terminal,
     trace,
     verify,
 )
@@ -51,13 +52,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         return 1
     except KeyboardInterrupt as interrupt:
-        print(f"mixoff: {one_line(interrupt) if interrupt.args else 'interrupted'}", file=sys.stderr)
+        _tell(one_line(interrupt) if interrupt.args else "interrupted")
         return 130
     except Exception as error:
-        print(f"mixoff: {_message(error)}", file=sys.stderr)
+        _tell(_message(error))
         if os.environ.get("MIXOFF_TRACEBACK") == "1":
             traceback.print_exception(error)
         return 2
+
+
+def _tell(line: str) -> None:
+    print(terminal.fold(f"mixoff: {line}", sys.stderr, indent=8), file=sys.stderr)
 
 
 def _message(error: Exception) -> str:
