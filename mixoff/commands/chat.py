@@ -104,10 +104,14 @@ class Totals:
 
 @dataclass
 class Session:
-    """A conversation with a model, and the commands that a person gives in between."""
+    """A conversation with a model, and the commands that a person gives in between.
+
+    at_keyboard: whether Ctrl-C stops an answer; it ends a program that reads from a pipe
+    """
 
     args: argparse.Namespace
     ready: opened.Opened
+    at_keyboard: bool = True
     totals: Totals = field(default_factory=Totals)
 
     def __post_init__(self) -> None:
@@ -142,7 +146,8 @@ class Session:
                 lines.note("")
 
     def listen(self, source: lines.Source) -> None:
-        """Answer what a file or a pipe asks. The first error ends the program."""
+        """Answer what a file or a pipe asks. The first error, or Ctrl-C, ends the program."""
+        self.at_keyboard = False
         try:
             while True:
                 self.take(source.read())
@@ -161,12 +166,14 @@ class Session:
     def _answer(self, text: str) -> None:
         before, known = self._info(), len(self.chat.messages)
         show, end = self._screen()
-        with lines.silent_keys(), stopped_by_ctrl_c() as press:
+        with lines.silent_keys(), stopped_by_ctrl_c(self.at_keyboard) as press:
             try:
                 asked = opened.sampling(self.args) | {"on_text": press.heard(show), "ended": press.pressed}
                 answer = self.chat.ask(text, self.longest, **asked)
             except KeyboardInterrupt:
                 end()
+                if not self.at_keyboard:
+                    raise
                 lines.note("Stopped. The question is not part of the conversation.")
                 return
         end()
@@ -286,13 +293,15 @@ class Press:
 
 
 @contextmanager
-def stopped_by_ctrl_c() -> Iterator[Press]:
-    """Within an answer, the first Ctrl-C ends it after its current token. Before its first word, and the second time,
-    Ctrl-C is the usual KeyboardInterrupt, since a long prompt may take minutes."""
+def stopped_by_ctrl_c(at_keyboard: bool = True) -> Iterator[Press]:
+    """Within an answer to a person, the first Ctrl-C ends it after its current token.
+
+    Before its first word, and the second time, Ctrl-C is the usual KeyboardInterrupt: a long prompt may take minutes.
+    """
     press = Press()
 
     def handle(_signal: int, _frame: Any) -> None:
-        if press.stop or not press.begun:
+        if press.stop or not (press.begun and at_keyboard):
             raise KeyboardInterrupt
         press.stop = True
 

@@ -86,12 +86,13 @@ def _progress_lines(target: str, quiet: bool) -> Iterator[None]:
 
 
 def converted(store: str) -> str | None:
-    """How much of a store is written."""
+    """How much of a store is written; None while its files are laid out."""
     from mixoff.units import format_nbytes
 
     with suppress(OSError):  # files come and go
         stats = [entry.stat() for entry in os.scandir(store)]
         # files have their final size from the start: what was written shows in their blocks
         written = sum(min(512 * getattr(s, "st_blocks", s.st_size // 512), s.st_size) for s in stats)
-        return f"converted {format_nbytes(written)} of {format_nbytes(sum(s.st_size for s in stats))}"
+        whole = sum(s.st_size for s in stats)
+        return f"converted {format_nbytes(written)} of {format_nbytes(whole)}" if written else None
     return None

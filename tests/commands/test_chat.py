@@ -196,6 +196,14 @@ def test_after_ctrl_c_at_any_moment_the_next_answer_is_right(session, said, caps
     assert session.chat.messages[-1]["content"] == said(SECOND)[0].strip()
 
 
+def test_ctrl_c_ends_a_program_that_reads_from_a_pipe(session, capsys):
+    stop = session.ready.model.mixoff.on_event(lambda event: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        session.listen(lines.Piped(io.StringIO(f"{FIRST}\n{SECOND}\n")))
+    stop()
+    assert session.chat.messages == []
+
+
 def test_a_person_at_a_terminal(said):
     """Several lines, an answer that Ctrl-C stops, the right answer afterwards, and Ctrl-D: in a real terminal."""
     pexpect = pytest.importorskip("pexpect", reason="pexpect is not installed")
