@@ -28,6 +28,7 @@ COLAB = {
     "safetensors": "0.5.0",
     "filelock": "3.15.0",
     "tqdm": "4.66.0",
+    "prompt_toolkit": "3.0.53",
 }
 HEAVY = ("torch", "transformers", "numba", "ipywidgets", "anywidget", "matplotlib", "hqq", "triton", "rich", "numpy")
 

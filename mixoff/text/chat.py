@@ -46,12 +46,17 @@ class Chat:
         """Whether the model comes with a template for conversations."""
         return bool(self.tokenizer.chat_template)
 
+    @property
+    def limit(self) -> int | None:
+        """Tokens of messages and answer together, at most; None for a model without a limit."""
+        return self.context or getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
     def ask(self, text: str, max_new_tokens: int = 128, **options: Any) -> generation.Generation:
         """The answer to `text`; both join the conversation. options: as for `generation.generate`.
 
         Raises MixoffError if the question alone and `max_new_tokens` exceed the context.
         """
-        context = self.context or getattr(self.model.config, "max_position_embeddings", None)
+        context = self.limit
         messages = [*self.messages, {"role": "user", "content": text}]
         if context:
             messages = recent(messages, lambda part: len(self._ids(part)), context - max_new_tokens)
