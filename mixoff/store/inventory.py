@@ -104,10 +104,10 @@ def nbytes_of(folder: Path) -> int:
 
 def _on_hub() -> Iterator[Entry]:
     """Mixture-of-Experts models in the Hub's cache."""
-    from huggingface_hub import CacheNotFound, scan_cache_dir
+    from huggingface_hub import CacheNotFound, constants, scan_cache_dir
 
     with suppress(CacheNotFound, OSError):
-        for repo in scan_cache_dir().repos:
+        for repo in scan_cache_dir(constants.HF_HUB_CACHE).repos:
             if repo.repo_type == "model" and any(_has_experts(r.snapshot_path) for r in repo.revisions):
                 commits = tuple(sorted(revision.commit_hash for revision in repo.revisions))
                 yield Entry(repo.repo_id, "hub", repo.size_on_disk, repo.repo_path, None, commits)
@@ -157,9 +157,9 @@ def remove(entry: Entry) -> None:
 
 
 def _remove_from_hub_cache(entry: Entry) -> None:
-    from huggingface_hub import scan_cache_dir
+    from huggingface_hub import constants, scan_cache_dir
 
-    info = scan_cache_dir()
+    info = scan_cache_dir(constants.HF_HUB_CACHE)
     # commits alone would leave it open which model they belong to
     alone = replace(info, repos=frozenset(repo for repo in info.repos if repo.repo_path == entry.path))
     alone.delete_revisions(*entry.revisions).execute()
