@@ -1,4 +1,4 @@
-"""The command line: `mixoff demo, run, convert, verify, bench, trace, simulate, plan, doctor`.
+"""The command line: `mixoff demo, run, serve, convert, verify, bench, trace, simulate, plan, doctor`.
 
 Each command is a module with its `HELP`, its options (`add`) and its work (`main`). Every command takes `--json`: then
 standard output holds one JSON object and nothing else. An invalid request is one line on standard error and exit
@@ -15,11 +15,11 @@ from collections.abc import Sequence
 from typing import NoReturn, TextIO
 
 from mixoff._version import __version__
-from mixoff.commands import bench, convert, demo, doctor, plan, run, simulate, trace, verify
+from mixoff.commands import bench, convert, demo, doctor, plan, run, serve, simulate, trace, verify
 from mixoff.errors import MixoffError, one_line, suggestion
 
 COMMANDS = {
-    "demo": demo, "run": run, "convert": convert, "verify": verify, "bench": bench, "trace": trace,
+    "demo": demo, "run": run, "serve": serve, "convert": convert, "verify": verify, "bench": bench, "trace": trace,
     "simulate": simulate, "plan": plan, "doctor": doctor,
 }  # fmt: skip
 
