@@ -65,14 +65,14 @@ class RowsBatcher:
     def step(self) -> None:
         """One pass over the running rows, and one over the prompts of newcomers."""
         self._drop()
-        new, running = [row for row in self._new if not row.ended], self._batch
-        if running and new and not caches.joinable(running.cache):
-            new, running = running.rows + new, None
-        self._batch, self._new = running, []
-        if running:
-            self._decode(running)
-        if new := [row for row in new if self._score(row)]:
+        self._new = [row for row in self._new if not row.ended]
+        if self._batch and self._new and not caches.joinable(self._batch.cache):
+            self._batch, self._new = None, self._batch.rows + self._new
+        if self._batch:
+            self._decode(self._batch)
+        if new := [row for row in self._new if self._score(row)]:
             self._admit(new)
+        self._new = []  # only now: after an exception, `clear` returns every row
 
     def _drop(self) -> None:
         """Drop the rows that ended; a cache from which rows cannot be taken is made again from the others' tokens."""

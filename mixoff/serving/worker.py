@@ -89,7 +89,7 @@ class Worker:
     @property
     def waiting(self) -> int:
         """Rows that wait."""
-        return len(self._waiting)
+        return sum(not row.cancelled for row in list(self._waiting))
 
     def submit(self, rows: Iterable[Row]) -> None:
         """Queue the rows of one request. Raises Full if there is no room for all of them, and Stopping."""
@@ -97,7 +97,7 @@ class Worker:
         with self._changed:
             if self.draining or not self.alive:
                 raise Stopping("this server is about to end: ask again when it is back")
-            free = self.most_rows - self.running + self.most_waiting - len(self._waiting)
+            free = self.most_rows - self.running + self.most_waiting - self.waiting
             if len(rows) > free:
                 raise Full(self._no_room(len(rows)), self._retry_s())
             self._waiting += rows
@@ -176,7 +176,10 @@ class Worker:
         with self._changed:
             running = sum(not row.ended for row in (*self.batcher.rows, *self._sound))
             room = self.most_rows - running
-            new = [self._waiting.popleft() for _ in range(min(room, len(self._waiting)))]
+            new: list[Row] = []
+            while self._waiting and len(new) < room:
+                if not (row := self._waiting.popleft()).ended:
+                    new.append(row)
             self.counts.prompt_tokens += sum(len(row.prompt) for row in new)
             self.running = running + len(new)
             return new
