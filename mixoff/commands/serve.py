@@ -37,6 +37,9 @@ def add(parser: argparse.ArgumentParser) -> None:
     add("--parallel", type=rows, default=8, metavar="N", help="answers that are computed together")
     waiting = whole("max_queue", "give a whole number of at least 0", 0)
     add("--max-queue", type=waiting, default=64, metavar="N", help="answers that may wait; more are refused with 429")
+    tokens = whole("kv_tokens", "give at least 64 tokens", 64)
+    text = "tokens whose keys and values the paged batcher holds (default N contexts)"
+    add("--kv-tokens", type=tokens, default=0, metavar="T", help=text)
     text = "largest number of tokens, prompt and answer together (default 4096, or the model's own if smaller)"
     add("--context", type=whole("context", "give at least two tokens", 2), metavar="N", help=text)
     add("--max-body", type=arguments.size, default="4MiB", metavar="SIZE", help="largest body of a request")
@@ -116,7 +119,11 @@ def _limits(args: argparse.Namespace) -> Limits:
     from mixoff.units import parse_nbytes
 
     return Limits(
-        rows=args.parallel, waiting=args.max_queue, body_nbytes=parse_nbytes(args.max_body), grace_s=args.grace
+        rows=args.parallel,
+        waiting=args.max_queue,
+        kv_tokens=args.kv_tokens,
+        body_nbytes=parse_nbytes(args.max_body),
+        grace_s=args.grace,
     )
 
 

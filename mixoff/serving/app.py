@@ -10,6 +10,7 @@ import contextlib
 import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,9 +22,10 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from mixoff.errors import MixoffError, one_line
 from mixoff.pages import out_of_memory
-from mixoff.serving import replies
+from mixoff.serving import page, replies
 from mixoff.serving.answer import Answers, RowFailed
 from mixoff.serving.fields import Asked, ChatAsked, TextAsked
+from mixoff.serving.grid import Grid
 from mixoff.serving.metrics import Metrics
 from mixoff.serving.replies import ChatReply, Reply, TextReply
 from mixoff.serving.row import News, Row
@@ -41,6 +43,13 @@ class Service:
     served: Served
     worker: Worker
     metrics: Metrics
+    grid: Grid
+
+    @classmethod
+    def of(cls, served: Served, worker: Worker) -> Service:
+        """A service with metrics and grid of its own."""
+        runtime = served.model.mixoff
+        return cls(served, worker, Metrics(worker, runtime), Grid(runtime))
 
     async def rows(self, make: Callable[[Any], list[Row]], asked: Asked) -> Answers:
         """Queue the rows of a request."""
@@ -79,14 +88,13 @@ class Service:
         }
 
 
-def create_app(served: Served, worker: Worker) -> FastAPI:
-    """The application; its worker has been started."""
-    service = Service(served, worker, Metrics(worker, served.model.mixoff))
+def create_app(service: Service) -> FastAPI:
+    """The application; `service.worker` must be started for requests to be answered."""
     app = FastAPI(title="mixoff", docs_url=None, redoc_url=None, openapi_url=None)
-    app.state.service = service
     _add_errors(app)
     _add_openai(app, service)
     _add_state(app, service)
+    _add_page(app, service.grid)
     return app
 
 
@@ -125,6 +133,28 @@ def _add_state(app: FastAPI, service: Service) -> None:
     @app.get("/metrics")
     def metrics() -> Response:
         return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
+
+def _add_page(app: FastAPI, grid: Grid) -> None:
+    def add(path: str) -> None:
+        @app.get(path)
+        def file() -> Response:
+            media_type, text = page.read(path)
+            return Response(text, headers=page.HEADERS, media_type=media_type)
+
+    for path in page.FILES:
+        add(path)
+
+    @app.get("/grid")
+    def watch() -> Response:
+        return StreamingResponse(_frames(grid), headers=NO_CACHE, media_type="text/event-stream")
+
+
+async def _frames(grid: Grid) -> AsyncIterator[str]:
+    yield _event(grid.shape())
+    async with aclosing(grid.frames()) as frames:
+        async for frame in frames:
+            yield ": nothing new\n\n" if frame is None else _event(frame)
 
 
 class Stream(StreamingResponse):
@@ -191,7 +221,7 @@ def _explain(error: BaseException | None) -> tuple[int, str]:
         return 503, str(error)
     if isinstance(error, MixoffError):
         return 500, one_line(error)
-    if error is not None and (why := out_of_memory(error)):
+    if isinstance(error, Exception) and (why := out_of_memory(error)):
         return 503, f"memory ran out ({one_line(why)}): ask for less, or again later"
     return 500, f"{type(error).__name__}: {one_line(error)}"
 

@@ -12,9 +12,13 @@ from mixoff.serving.row import Row
 
 
 class Batcher(Protocol):
-    """Computes the next tokens of several rows together."""
+    """Computes the next tokens of several rows together. scores_prompts: whether it reports their log-probabilities."""
 
-    rows: list[Row]
+    scores_prompts: bool
+
+    @property
+    def rows(self) -> list[Row]:
+        """Rows that have not been dropped."""
 
     def join(self, rows: list[Row]) -> None:
         """Take in `rows`, whose tokens so far are read in the next step."""

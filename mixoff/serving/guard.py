@@ -13,14 +13,14 @@ from typing import Any
 
 from starlette.responses import JSONResponse
 
-from mixoff.serving import replies
+from mixoff.serving import page, replies
 from mixoff.units import format_nbytes
 
 Message = MutableMapping[str, Any]
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
-OPEN = ("/", "/health", "/page.js", "/page.css", "/grid.js", "/grid.css", "/favicon.ico")  # need no key
+OPEN = ("/health", *page.FILES)  # need no key
 
 
 class _Refused(Exception):

@@ -1,4 +1,4 @@
-"""What `/metrics` tells Prometheus. Names are those of the Prometheus conventions: base units, `_total` for counters."""
+"""What `/metrics` tells Prometheus, in names of its conventions: base units, and `_total` for counters."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class _Now(Collector):
         }
         for name, (text, value) in totals.items():
             yield CounterMetricFamily(f"mixoff_{name}", text, value)
-        now = {
+        now: dict[str, tuple[str, float]] = {
             "rows_running": ("answers being computed", self.worker.running),
             "rows_waiting": ("answers in the queue", self.worker.waiting),
             "tokens_per_second": ("tokens per second lately", counts.tokens_per_s()),
@@ -86,5 +86,5 @@ class _Now(Collector):
             "experts_resident": ("slots that hold an expert", info.resident),
             "fast_tier_bytes": ("bytes allocated for the fast tier", info.fast_bytes_peak),
         }
-        for name, (text, value) in now.items():
-            yield GaugeMetricFamily(f"mixoff_{name}", text, value)
+        for name, (text, state) in now.items():
+            yield GaugeMetricFamily(f"mixoff_{name}", text, state)

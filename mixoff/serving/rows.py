@@ -35,6 +35,8 @@ class _Batch:
 class RowsBatcher:
     """Computes rows as one padded batch."""
 
+    scores_prompts = True
+
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         self._batch: _Batch | None = None
@@ -66,10 +68,11 @@ class RowsBatcher:
         """One pass over the running rows, and one over the prompts of newcomers."""
         self._drop()
         self._new = [row for row in self._new if not row.ended]
-        if self._batch and self._new and not caches.joinable(self._batch.cache):
-            self._batch, self._new = None, self._batch.rows + self._new
-        if self._batch:
-            self._decode(self._batch)
+        running = self._batch
+        if running and self._new and not caches.joinable(running.cache):
+            self._batch, self._new = None, running.rows + self._new
+        elif running:
+            self._decode(running)
         if new := [row for row in self._new if self._score(row)]:
             self._admit(new)
         self._new = []  # only now: after an exception, `clear` returns every row

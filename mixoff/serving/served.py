@@ -78,9 +78,7 @@ class Served:
         for number, ids in enumerate([prompt for prompt in prompts for _ in range(n)]):
             settings = sampling(asked, (seed + number) % SEEDS, best, self.vocabulary)
             new, grammar = self._limit(ids, limit), self._grammar(asked)
-            row = Row(
-                self.tokenizer, ids, new, settings, ends=ends, stops=stops, score_prompt=scored, grammar=grammar
-            )
+            row = Row(self.tokenizer, ids, new, settings, ends=ends, stops=stops, score_prompt=scored, grammar=grammar)
             rows.append(row)
         return rows
 

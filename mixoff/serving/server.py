@@ -20,7 +20,7 @@ import uvicorn
 from fastapi import FastAPI
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-from mixoff.serving.app import create_app
+from mixoff.serving.app import Service, create_app
 from mixoff.serving.batcher import Batcher
 from mixoff.serving.guard import Guard
 from mixoff.serving.metrics import Counted
@@ -42,12 +42,14 @@ class Limits:
 
     rows: answers computed together
     waiting: answers that may wait for them
+    kv_tokens: tokens whose keys and values the paged batcher holds; 0 is enough for `rows` full contexts
     body_nbytes, body_s: largest body of a request, and seconds that it may take to arrive
     grace_s: seconds for running answers to finish once the server is told to end
     """
 
     rows: int = 8
     waiting: int = 64
+    kv_tokens: int = 0
     body_nbytes: int = 4 << 20
     body_s: float = 30.0
     grace_s: float = 30.0
@@ -62,23 +64,21 @@ def make_batcher(kind: str, served: Served, limits: Limits) -> Batcher:
         return RowsBatcher(served.model)
     from mixoff.serving.paged import PagedBatcher
 
-    return PagedBatcher(served.model, limits.rows, served.context)
+    return PagedBatcher(served.model, limits.rows, served.context, limits.kv_tokens)
 
 
-def make_app(
-    served: Served, worker: Worker, limits: Limits, api_key: str | None = None, hosts: tuple[str, ...] = ()
-) -> Any:
+def make_app(service: Service, limits: Limits, api_key: str | None = None, hosts: tuple[str, ...] = ()) -> FastAPI:
     """The application behind its guards. hosts: names that requests may use; empty is any."""
-    app = create_app(served, worker)
-    app.router.lifespan_context = _lifespan(worker, limits)
+    app = create_app(service)
+    app.router.lifespan_context = _lifespan(service.worker)
     app.add_middleware(Guard, api_key=api_key, most_nbytes=limits.body_nbytes, body_s=limits.body_s)
-    app.add_middleware(Counted, metrics=app.state.service.metrics)
+    app.add_middleware(Counted, metrics=service.metrics)
     if hosts:  # a page of another site could otherwise reach a server without a key through a name of its own
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*hosts], www_redirect=False)
     return app
 
 
-def _lifespan(worker: Worker, limits: Limits) -> Callable[[FastAPI], Any]:
+def _lifespan(worker: Worker) -> Callable[[FastAPI], Any]:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         worker.start()
@@ -91,17 +91,21 @@ def _lifespan(worker: Worker, limits: Limits) -> Callable[[FastAPI], Any]:
 class Server(uvicorn.Server):
     """uvicorn's server, which tells the worker at once when a signal asks it to end."""
 
-    def __init__(self, config: uvicorn.Config, worker: Worker, grace_s: float, on_ready: Callable[[int], None]) -> None:
+    def __init__(
+        self, config: uvicorn.Config, service: Service, grace_s: float, on_ready: Callable[[int], None]
+    ) -> None:
         super().__init__(config)
-        self.worker, self.grace_s, self.on_ready = worker, grace_s, on_ready
+        self.service, self.grace_s, self.on_ready = service, grace_s, on_ready
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Answer a signal: finish what runs, within the grace; a second Ctrl-C ends at once."""
         super().handle_exit(sig, frame)
         if self.force_exit:
             os._exit(130)  # the worker may be inside a pass, which nothing else ends
-        self.worker.drain()
-        late = threading.Timer(self.grace_s, self.worker.stop)  # its rows then end with an error that clients can read
+        self.service.worker.drain()
+        self.service.grid.end()
+        # rows that are late end with an error that their clients can read
+        late = threading.Timer(self.grace_s, self.service.worker.stop)
         late.daemon = True
         late.start()
 
@@ -132,9 +136,10 @@ def serve(
     on_ready: gets the port once requests are taken
     """
     worker = Worker(make_batcher(batcher, served, limits), limits.rows, limits.waiting)
+    service = Service.of(served, worker)
     hosts = (*LOOPBACK, "[::1]") if host in LOOPBACK else ()
     config = uvicorn.Config(
-        make_app(served, worker, limits, api_key, hosts),
+        make_app(service, limits, api_key, hosts),
         host=host,
         port=port,
         log_config=None,
@@ -144,7 +149,7 @@ def serve(
         timeout_graceful_shutdown=round(limits.grace_s) + 5,
     )
     with _signals_kept():
-        Server(config, worker, limits.grace_s, on_ready).run()
+        Server(config, service, limits.grace_s, on_ready).run()
 
 
 @contextlib.contextmanager

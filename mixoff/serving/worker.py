@@ -94,6 +94,8 @@ class Worker:
     def submit(self, rows: Iterable[Row]) -> None:
         """Queue the rows of one request. Raises Full if there is no room for all of them, and Stopping."""
         rows = list(rows)
+        if any(row.score_prompt for row in rows) and not self.batcher.scores_prompts:
+            raise MixoffError("this server does not score prompts (echo with logprobs): start it with --batcher rows")
         with self._changed:
             if self.draining or not self.alive:
                 raise Stopping("this server is about to end: ask again when it is back")

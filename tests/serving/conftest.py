@@ -6,7 +6,7 @@ import torch
 pytest.importorskip("fastapi", reason="the extra serve is not installed")
 pytest.importorskip("openai", reason="openai is not installed")
 
-import served as support  # noqa: E402
+import served as support
 
 
 @pytest.fixture(scope="session")

@@ -6,14 +6,11 @@ import torch
 import mixoff
 import served as support
 import tiny
-from mixoff.serving.row import Row
+from batches import LIMITS, alone, rows_of, run, tokens
 from mixoff.serving.rows import RowsBatcher
-from mixoff.serving.sampling import Sampling
 from mixoff.serving.server import make_batcher
 
-KINDS = ("rows",)
-PROMPTS = (5, 14, 3, 9, 30, 2, 11, 7)  # tokens of each
-LIMITS = (12, 20, 5, 16, 9, 25, 1, 14)
+KINDS = ("rows", "paged")
 
 
 @pytest.fixture(params=KINDS)
@@ -21,40 +18,6 @@ def batcher(request, model):
     made = make_batcher(request.param, model, support.serving.LIMITS)
     yield made
     made.close()
-
-
-def rows_of(model, count=8, **sampling):
-    """Rows of all kinds: greedy ones, sampled ones, short and long."""
-    made = []
-    for i in range(count):
-        ids = torch.randint(3, 120, (PROMPTS[i],), generator=torch.Generator().manual_seed(i)).tolist()
-        settings = Sampling(**{"temperature": (0.0, 1.0, 0.7)[i % 3], "top_p": 1 - 0.1 * (i % 2), "seed": i} | sampling)
-        made.append(Row(model.tokenizer, ids, LIMITS[i], settings))
-    return made
-
-
-def run(batcher, rows, late=None):
-    """Let `rows` run to their ends; late: rows by the number of the step before which they join."""
-    late = dict(late or {})
-    batcher.join(rows)
-    steps = 0
-    while batcher.rows or late:
-        batcher.join(late.pop(steps, []))
-        batcher.step()
-        steps += 1
-    return rows
-
-
-def tokens(rows):
-    return [row.ids[len(row.prompt) :] for row in rows]
-
-
-def alone(batcher, model, **sampling):
-    """The tokens of each row when nothing else runs."""
-    rows = rows_of(model, **sampling)
-    for row in rows:
-        run(batcher, [row])
-    return tokens(rows)
 
 
 def test_eight_rows_get_the_tokens_of_each_alone(batcher, model):

@@ -65,7 +65,8 @@ def connect(server, body, stream, complete=True):
     """A raw connection on which a request was sent."""
     raw = json.dumps(body | {"stream": stream}).encode()
     link = socket.create_connection(("127.0.0.1", server.port), timeout=support.WAIT_S)
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(raw)}\r\n\r\n"
+    lines = ["POST /v1/completions HTTP/1.1", "Host: localhost", "Content-Type: application/json"]
+    head = "\r\n".join([*lines, f"Content-Length: {len(raw)}", "", ""])
     link.sendall(head.encode() + (raw if complete else raw[: len(raw) // 2]))
     return link
 

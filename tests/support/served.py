@@ -49,11 +49,12 @@ class Running:
     def __init__(self, served, batcher="rows", api_key=None, limits=serving.LIMITS, wrap=lambda batcher: batcher):
         self.served, self.model, self.limits = served, served.model, limits
         self.worker = Worker(wrap(serving.make_batcher(batcher, served, limits)), limits.rows, limits.waiting)
-        app = serving.make_app(served, self.worker, limits, api_key, serving.LOOPBACK)
+        self.service = serving.Service.of(served, self.worker)
+        app = serving.make_app(self.service, limits, api_key, serving.LOOPBACK)
         options = {"host": "127.0.0.1", "port": 0, "log_config": None, "access_log": False}
         config = serving.uvicorn.Config(app, **options, timeout_graceful_shutdown=5)
         self.ready, self.port = threading.Event(), None
-        self.server = serving.Server(config, self.worker, limits.grace_s, self._note_port)
+        self.server = serving.Server(config, self.service, limits.grace_s, self._note_port)
         self.thread = threading.Thread(target=self.server.run, daemon=True)
 
     def _note_port(self, port):
