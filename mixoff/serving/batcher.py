@@ -20,6 +20,9 @@ class Batcher(Protocol):
     def rows(self) -> list[Row]:
         """Rows that have not been dropped."""
 
+    def fits(self, row: Row) -> bool:
+        """Whether memory is free for a row next to those that run. Raises MixoffError if it never could be."""
+
     def join(self, rows: list[Row]) -> None:
         """Take in `rows`, whose tokens so far are read in the next step."""
 

@@ -38,9 +38,10 @@ class PagedBatcher:
         self._numbers = itertools.count()
         if others := set(getattr(model.config.get_text_config(), "layer_types", None) or ()) - {"full_attention"}:
             raise MixoffError(f"this model needs --batcher rows: it has layers of {', '.join(sorted(others))}")
-        blocks = -(-(tokens or most_rows * context) // BLOCK)
+        self.blocks = tokens // BLOCK if tokens else most_rows * -(-context // BLOCK)
         config = ContinuousBatchingConfig(
-            num_blocks=blocks,
+            num_blocks=self.blocks + 1,  # the scheduler keeps one
+            safety_margin=0.0,
             max_batch_tokens=max(PROMPT_TOKENS, most_rows),
             allow_block_sharing=False,
             use_async_batching=False,
@@ -59,6 +60,19 @@ class PagedBatcher:
             self._loop = self._manager.batch_processor = self._manager._create_batch_processor()
         except (ValueError, RuntimeError, NotImplementedError, AttributeError) as error:
             raise MixoffError(f"this model needs --batcher rows: {one_line(error)}") from error
+
+    def fits(self, row: Row) -> bool:
+        """Whether there are blocks for the whole of a row. Raises MixoffError if there never could be.
+
+        Without this, rows that grow into each other's blocks would be read again and again, or wait for ever.
+        """
+        need = _blocks(row)
+        if need > self.blocks:
+            raise MixoffError(
+                f"the request needs the keys and values of {need * BLOCK} tokens, and this server holds "
+                f"{self.blocks * BLOCK}: lower max_tokens, or start it with a larger --kv-tokens"
+            )
+        return need + sum(_blocks(row) for row in self.rows if not row.ended) <= self.blocks
 
     def join(self, rows: list[Row]) -> None:
         """Take in `rows`; their tokens are read in the next steps."""
@@ -80,6 +94,8 @@ class PagedBatcher:
         if self._loop.prepare_next_batch():
             self._loop._generation_step(self.model)
             self._loop.update_batch()
+        elif self.rows:
+            raise RuntimeError("transformers schedules no row, which would go on for ever")
 
     def choose(self, logits: torch.Tensor) -> torch.Tensor:
         """The tokens that the rows of this pass choose from `logits` (rows, V), each as the only finite score."""
@@ -120,6 +136,11 @@ class _Choose(LogitsProcessor):
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """The scores after each row has chosen."""
         return self.batcher.choose(scores)
+
+
+def _blocks(row: Row) -> int:
+    """Blocks for all tokens of a row."""
+    return -(-(len(row.prompt) + row.limit) // BLOCK)
 
 
 def _block_size() -> str:

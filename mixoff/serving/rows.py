@@ -50,6 +50,10 @@ class RowsBatcher:
         """Rows that have not been dropped."""
         return [*(self._batch.rows if self._batch else ()), *self._new]
 
+    def fits(self, row: Row) -> bool:
+        """True: the cache grows with its rows."""
+        return True
+
     def join(self, rows: list[Row]) -> None:
         """Take in `rows`; their tokens are read in the next step."""
         self._new += rows

@@ -96,6 +96,8 @@ class Worker:
         rows = list(rows)
         if any(row.score_prompt for row in rows) and not self.batcher.scores_prompts:
             raise MixoffError("this server does not score prompts (echo with logprobs): start it with --batcher rows")
+        for row in rows:
+            self.batcher.fits(row)  # raises for a row that never will
         with self._changed:
             if self.draining or not self.alive:
                 raise Stopping("this server is about to end: ask again when it is back")
@@ -157,8 +159,9 @@ class Worker:
         if self._alone:
             self._try_alone()
             return
-        self.batcher.join([*self._sound, *self._newcomers()])
+        self.batcher.join(self._sound)
         self._sound = []
+        self._admit()
         self._compute()
 
     def _try_alone(self) -> None:
@@ -174,17 +177,18 @@ class Worker:
         self.counts.add(sum(row.count for row in rows) - before)
         self._note_pace(rows, time.perf_counter() - start)
 
-    def _newcomers(self) -> list[Row]:
+    def _admit(self) -> None:
+        """Let rows that wait join, first come first served, while there is room."""
         with self._changed:
-            running = sum(not row.ended for row in (*self.batcher.rows, *self._sound))
-            room = self.most_rows - running
-            new: list[Row] = []
-            while self._waiting and len(new) < room:
-                if not (row := self._waiting.popleft()).ended:
-                    new.append(row)
-            self.counts.prompt_tokens += sum(len(row.prompt) for row in new)
-            self.running = running + len(new)
-            return new
+            self.running = sum(not row.ended for row in self.batcher.rows)
+            while self._waiting and self.running < self.most_rows:
+                if not (row := self._waiting[0]).ended:
+                    if not self.batcher.fits(row):
+                        return
+                    self.batcher.join([row])
+                    self.counts.prompt_tokens += len(row.prompt)
+                    self.running += 1
+                self._waiting.popleft()
 
     def _failed(self, error: Exception) -> None:
         """After a pass that failed: end its only row, or try its rows one by one."""

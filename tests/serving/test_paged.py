@@ -7,19 +7,34 @@ import pytest
 import mixoff
 import served as support
 import tiny
-from batches import alone, rows_of, run, tokens
+from batches import alone, rows_of, tokens
 from mixoff.serving.paged import PagedBatcher
+from mixoff.serving.row import Row
+from mixoff.serving.sampling import Sampling
+from mixoff.serving.worker import Worker
 from served import NAME, said_alone
 
 
 def test_rows_that_do_not_fit_in_the_blocks_take_turns(model):
-    """128 tokens for eight rows that need 228: transformers drops the blocks of some, and reads them again later."""
-    batcher = PagedBatcher(model.model, 8, 256, tokens=128)
-    rows = run(batcher, rows_of(model))
-    batcher.close()
+    """96 tokens for eight rows that need a block of 32 or two each: three run at most, and none grows into another."""
+    batcher = PagedBatcher(model.model, 8, 256, tokens=96)
+    worker, rows, most = Worker(batcher), rows_of(model), []
+    for row in rows:
+        row.listener = lambda news: most.append(len(batcher.rows))
+    worker.start()
+    worker.submit(rows)
+    support.wait_until(lambda: all(row.reason for row in rows))
+    assert worker.stop() and max(most) == 3
     fresh = PagedBatcher(model.model, 8, 256)
     assert tokens(rows) == alone(fresh, model)
     fresh.close()
+
+
+def test_a_row_that_never_fits_is_refused(model):
+    batcher = PagedBatcher(model.model, 8, 256, tokens=64)
+    with pytest.raises(mixoff.MixoffError, match="needs the keys and values of 96 tokens, and this server holds 64"):
+        batcher.fits(Row(model.tokenizer, [1] * 30, 40, Sampling()))
+    batcher.close()
 
 
 @pytest.mark.parametrize("family", ["jamba", "gpt_oss"])
