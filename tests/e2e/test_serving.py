@@ -60,7 +60,7 @@ def ask(page, text, tokens=24):
     page.fill("#limit", str(tokens))
     page.fill("#question", text)
     page.press("#question", "Enter")
-    page.wait_for_function("!document.getElementById('send').disabled")
+    page.wait_for_selector("#send:enabled")
     return page.locator("#turns li").last.evaluate("turn => turn.textContent")
 
 
@@ -126,7 +126,7 @@ def test_the_keyboard_is_enough(visit, server):
     page.keyboard.press("Enter")
     page.wait_for_selector("#turns .assistant")
     page.keyboard.press("Escape")
-    page.wait_for_function("!document.getElementById('send').disabled")
+    page.wait_for_selector("#send:enabled")
     assert page.evaluate("document.activeElement.id") == "question"
     server.idle()
 
@@ -138,9 +138,9 @@ def test_escape_stops_the_answer(visit, server):
     page.fill("#limit", "200")
     page.fill("#question", QUESTION)
     page.press("#question", "Enter")
-    page.wait_for_function("document.querySelector('#turns .assistant')?.textContent.length > 10")
+    support.wait_until(lambda: len("".join(page.locator("#turns .assistant").all_inner_texts())) > 10)
     page.click("#stop")
-    page.wait_for_function("!document.getElementById('send').disabled")
+    page.wait_for_selector("#send:enabled")
     before = server.worker.counts.tokens
     assert server.idle() - before <= 5
 
@@ -158,7 +158,7 @@ def test_the_page_follows_the_theme(visit, server, dark):
 def test_errors_are_shown_and_the_key_is_asked_for(visit, model):
     with support.Running(model, api_key="secret") as server:
         page = visit(server)
-        page.wait_for_function("document.getElementById('state').textContent.includes('API key')")
+        page.wait_for_selector("#state:has-text('API key')")
         page.evaluate("document.querySelector('details').open = true")
         page.fill("#key", "secret")
         page.press("#key", "Tab")
