@@ -62,8 +62,8 @@ def test_extras_accumulate_and_are_never_lost(world):
     go.ensure("lab")
     go.ensure("test")
     go.ensure("demo")
-    assert installs(world) == [["--editable", package] for package in (".[lab]", ".[lab,test]", ".[reference]")]
-    assert json.loads(go.STAMP.read_text())["extras"] == ["lab", "reference", "test"]
+    assert installs(world) == [["--editable", package] for package in (".[lab]", ".[lab,serve,test]", ".[reference]")]
+    assert json.loads(go.STAMP.read_text())["extras"] == ["lab", "reference", "serve", "test"]
 
 
 def test_changed_dependencies_install_again(world):

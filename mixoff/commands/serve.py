@@ -30,7 +30,12 @@ def add(parser: argparse.ArgumentParser) -> None:
     port = whole("port", "give a port from 0, which is any free one, to 65535", 0, 65535)
     add("--port", type=port, default=8080, help="port to listen on")
     add("--name", type=arguments.words, help="name of the model in requests (default the end of MODEL)")
-    add("--api-key", metavar="KEY", help=f"key that requests must bring (default the variable {KEY}, if it is set)")
+    add(
+        "--api-key",
+        type=arguments.words,
+        metavar="KEY",
+        help=f"key that requests must bring (default the variable {KEY}, if it is set)",
+    )
     text = "how answers are computed together: rows works for every family, paged bounds the memory of long ones"
     add("--batcher", type=choice("batcher", BATCHERS), default="rows", help=text)
     rows = whole("parallel", "give a whole number from 1 to 256", 1, 256)
@@ -86,6 +91,7 @@ def main(args: argparse.Namespace) -> int:
 def _check_extra() -> None:
     try:
         import fastapi  # noqa: F401
+        import llguidance  # noqa: F401
         import prometheus_client  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError as error:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mixoff.serving.sampling import Logprob, Sampler, Sampling
 from mixoff.text.generation import Decoder
@@ -15,6 +15,8 @@ from mixoff.text.generation import Decoder
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
+
+    from mixoff.serving.grammar import Grammar
 
 STOP, LENGTH, CANCELLED, FAILED = "stop", "length", "cancelled", "error"
 
@@ -56,7 +58,7 @@ class Row:
         ends: frozenset[int] = frozenset(),
         stops: tuple[str, ...] = (),
         score_prompt: bool = False,
-        grammar: Any = None,
+        grammar: Grammar | None = None,
     ) -> None:
         self.prompt, self.ids, self.limit, self.ends, self.stops = tuple(ids), list(ids), limit, ends, stops
         self.sampling, self.sampler = sampling, Sampler(sampling, grammar)

@@ -10,13 +10,16 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from transformers import LogitsProcessorList
 from transformers.generation import logits_process as filters
 
 from mixoff.errors import MixoffError
+
+if TYPE_CHECKING:
+    from mixoff.serving.grammar import Grammar
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ class Logprob(NamedTuple):
 class Sampler:
     """Chooses the tokens of one row."""
 
-    def __init__(self, sampling: Sampling, grammar: Any = None) -> None:
+    def __init__(self, sampling: Sampling, grammar: Grammar | None = None) -> None:
         self.sampling, self.grammar = sampling, grammar
         self.generator = torch.Generator().manual_seed(sampling.seed)
         self.filters = _filters(sampling)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from mixoff.errors import MixoffError
 from mixoff.serving.fields import Asked, ChatAsked, TextAsked
+from mixoff.serving.grammar import Grammar, Grammars
 from mixoff.serving.row import Row
 from mixoff.serving.sampling import Sampling
 from mixoff.text import generation
@@ -44,6 +45,7 @@ class Served:
         end = self.model.generation_config.eos_token_id
         self.ends = frozenset([] if end is None else end if isinstance(end, list) else [end])
         self.chat = Chat(self.model, self.tokenizer)
+        self.grammars = Grammars(self.tokenizer, self.vocabulary, self.ends)
 
     def spell(self, token: int) -> str:
         """The text of one token."""
@@ -95,10 +97,11 @@ class Served:
             )
         return room if limit is None else limit
 
-    def _grammar(self, asked: Asked) -> Any:
-        if asked.response_format is None or asked.response_format.type == "text":
-            return None
-        raise MixoffError("response_format is not supported")
+    def _grammar(self, asked: Asked) -> Grammar | None:
+        grammar = self.grammars.of(asked.response_format)
+        if grammar is not None and asked.ignore_eos:
+            raise MixoffError("response_format ends an answer where its JSON ends: leave out ignore_eos")
+        return grammar
 
 
 def sampling(asked: Asked, seed: int, best: int | None, vocabulary: int) -> Sampling:

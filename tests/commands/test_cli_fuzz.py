@@ -40,6 +40,12 @@ OPTIONS = {
         ("--scheme", "--scope", "--policy", "--prefetch", "--io", "--device", "--dtype"): NAMES,
         ("--prompt", "--system", "--stop"): ["\udcff", "ab\ud800"],
     },
+    "serve": {
+        ("--context", "--threads", "--port", "--parallel", "--max-queue", "--kv-tokens"): NUMBERS,
+        ("--fast-bytes", "--ram-bytes", "--max-body"): SIZES,
+        ("--scheme", "--prefetch", "--io", "--device", "--dtype", "--batcher"): NAMES,
+        ("--name", "--api-key"): ["\udcff", "ab\ud800"],
+    },
     "demo": {("--max-new-tokens", "--seed"): NUMBERS, ("--fast-bytes",): SIZES, ("--prompt",): ["\udcff"]},
     "convert": {("--jobs",): NUMBERS, ("--scheme",): NAMES},
     "trace": {("--max-new-tokens",): NUMBERS, ("--fast-bytes",): SIZES, ("--prefetch",): NAMES},
@@ -61,6 +67,7 @@ OPTIONS = {
 }
 NEEDED = {
     "run": ["tiny-mixtral", "--prompt", "a"],
+    "serve": ["tiny-mixtral"],
     "convert": ["tiny-mixtral", "target"],
     "trace": ["tiny-mixtral", "--prompt-file", "prompt.txt", "--out", "t.npz"],
     "simulate": ["tiny-mixtral/novel"],
@@ -104,6 +111,7 @@ def path_cases():
     unwritable = ["/proc/x", "/dev/null/x", "file/x", "no/such/x", "store", "file", "empty", "\0", "x" * 300]
     for path in nothing:
         yield ["run", path, "--prompt", "a"]
+        yield ["serve", path]
         yield ["convert", path, "target"]
         yield ["verify", path]
         yield ["trace", path, "--prompt-file", "prompt.txt", "--out", "t.npz"]

@@ -3,6 +3,7 @@
 Texts are compared with `generate` of the same model, which knows no server and no batch.
 """
 
+import json
 import math
 
 import openai
@@ -313,6 +314,39 @@ def test_fields_that_change_nothing_are_ignored(client):
     assert reply.choices[0].message.content == chat(client).choices[0].message.content
 
 
+# JSON -----------------------------------------------------------------------------------------------------------------
+
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 12},
+        "kind": {"enum": ["cat", "dog"]},
+        "ages": {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 99}, "maxItems": 3},
+    },
+    "required": ["name", "kind", "ages"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_an_answer_follows_its_schema(client, seed):
+    """A random model, so that nothing but the grammar can have made it valid."""
+    wanted = {"type": "json_schema", "json_schema": {"name": "animal", "schema": SCHEMA, "strict": True}}
+    reply = chat(client, response_format=wanted, temperature=1.0, seed=seed, max_tokens=120)
+    said = json.loads(reply.choices[0].message.content)
+    assert set(said) == {"name", "kind", "ages"} and said["kind"] in ("cat", "dog") and len(said["name"]) <= 12
+    assert reply.choices[0].finish_reason == "stop" and all(0 <= age <= 99 for age in said["ages"])
+
+
+def test_an_object_begins_like_one(client):
+    reply = text(client, extra_body={"response_format": {"type": "json_object"}}, max_tokens=4)
+    assert reply.choices[0].text.startswith("{")
+    assert (
+        chat(client, response_format={"type": "text"}).choices[0].message.content
+        == chat(client).choices[0].message.content
+    )
+
+
 # Refusals -------------------------------------------------------------------------------------------------------------
 
 REFUSED = {
@@ -336,6 +370,13 @@ REFUSED = {
     "no tokens": ({"prompt": [[]]}, "the prompt is empty"),
     "surrogate": ({"prompt": "caf\udce9"}, "not valid Unicode"),
     "logprobs": ({"logprobs": 21}, "logprobs"),
+    "schema": ({"response_format": {"type": "json_schema"}}, "response_format of type json_schema needs"),
+    "bad schema": (
+        {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "nonsense"}}}},
+        "response_format: ",
+    ),
+    "format": ({"response_format": {"type": "xml"}}, "response_format.type"),
+    "endless": ({"response_format": {"type": "json_object"}, "ignore_eos": True}, "leave out ignore_eos"),
 }
 
 
