@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 CONTEXT = 4096  # tokens of prompt and answer, unless the model's own limit is smaller or the user says otherwise
 SEEDS = 2**64
+OWN = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")  # what a generation_config.json may recommend
+ASKED = (*OWN, "presence_penalty", "frequency_penalty")
 
 
 @dataclass
@@ -78,7 +80,7 @@ class Served:
         ends, stops = frozenset() if asked.ignore_eos else self.ends, asked.stops
         rows = []
         for number, ids in enumerate([prompt for prompt in prompts for _ in range(n)]):
-            settings = sampling(asked, (seed + number) % SEEDS, best, self.vocabulary)
+            settings = sampling(asked, (seed + number) % SEEDS, best, self.vocabulary, self.model.generation_config)
             new, grammar = self._limit(ids, limit), self._grammar(asked)
             row = Row(self.tokenizer, ids, new, settings, ends=ends, stops=stops, score_prompt=scored, grammar=grammar)
             rows.append(row)
@@ -104,12 +106,15 @@ class Served:
         return grammar
 
 
-def sampling(asked: Asked, seed: int, best: int | None, vocabulary: int) -> Sampling:
-    """The parameters of one answer, with OpenAI's defaults. Raises MixoffError."""
-    names = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
-    given: dict[str, Any] = {name: value for name in names if (value := getattr(asked, name)) is not None}
+def sampling(asked: Asked, seed: int, best: int | None, vocabulary: int, model: Any = None) -> Sampling:
+    """The parameters of one answer; those that were not asked for are the model's own, else OpenAI's defaults.
+
+    model: a generation_config. Raises MixoffError.
+    """
+    given: dict[str, Any] = {name: value for name in OWN if (value := getattr(model, name, None)) is not None}
+    given |= {name: value for name in ASKED if (value := getattr(asked, name)) is not None}
     given["top_p"] = given.get("top_p") or 1.0  # 0 is no limit, as for llama.cpp
-    top_k = max(asked.top_k or 0, 0)
+    top_k = max(given.pop("top_k", 0), 0)
     return Sampling(
         **given,
         top_k=top_k if top_k < vocabulary else 0,

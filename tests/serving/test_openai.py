@@ -11,6 +11,8 @@ import pytest
 import torch
 
 import served as support
+from mixoff.serving.fields import TextAsked
+from mixoff.serving.served import sampling
 from served import NAME, said_alone
 
 PROMPT = "It was a fine morning in the spring"
@@ -409,3 +411,14 @@ def test_chats_that_cannot_be_answered_are_refused_in_words(server, fields, mess
 def test_the_client_turns_refusals_into_its_errors(client):
     with pytest.raises(openai.BadRequestError, match="context of 256"):
         text(client, max_tokens=1000)
+
+
+def test_what_was_not_asked_for_is_as_the_model_recommends(model):
+    from transformers import GenerationConfig
+
+    own = GenerationConfig(temperature=0.6, top_p=0.95, top_k=20)
+    asked = TextAsked(model=NAME, prompt="a", top_p=0.5, presence_penalty=1.0)
+    settings = sampling(asked, 7, None, 4096, own)
+    assert (settings.temperature, settings.top_p, settings.top_k) == (0.6, 0.5, 20)
+    assert (settings.presence_penalty, settings.seed, settings.top_logprobs) == (1.0, 7, None)
+    assert sampling(asked, 7, None, 4096).temperature == 1.0
