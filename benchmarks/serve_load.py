@@ -36,8 +36,8 @@ TEXTS = (
     "And the LORD said unto Moses,",
 )
 NAMES = (
-    "clients", "tokens/s", "CPU ms per token", "first token p50 / p95 / p99, s", "next token p50 / p95 / p99, ms", "MB per token",
-    "server, MiB", "wrong texts",
+    "clients", "tokens/s", "CPU ms per token", "first token p50 / p95 / p99, s", "next token p50 / p95 / p99, ms",
+    "MB per token", "server, MiB", "wrong texts",
 )  # fmt: skip
 
 

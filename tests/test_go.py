@@ -157,7 +157,7 @@ def test_require_all_installs_every_extra_for_test_alone(world, monkeypatch):
     monkeypatch.setenv("MIXOFF_REQUIRE_ALL", "1")
     go.ensure("demo")
     go.ensure("test")
-    wanted = [".", ".[e2e,lab,site,test,triton]", ".[reference]"]
+    wanted = [".", ".[e2e,lab,serve,site,test,triton]", ".[reference]"]
     assert installs(world) == [["--editable", package] for package in wanted]
 
 
