@@ -93,7 +93,9 @@ class Worker:
 
     def submit(self, rows: Iterable[Row]) -> None:
         """Queue the rows of one request. Raises Full if there is no room for all of them, and Stopping."""
-        rows = list(rows)
+        rows, most = list(rows), self.most_rows + self.most_waiting
+        if len(rows) > most:
+            raise MixoffError(f"the request asks for {len(rows)} answers, and this server takes {most} at once")
         if any(row.score_prompt for row in rows) and not self.batcher.scores_prompts:
             raise MixoffError("this server does not score prompts (echo with logprobs): start it with --batcher rows")
         for row in rows:
@@ -103,7 +105,8 @@ class Worker:
                 raise Stopping("this server is about to end: ask again when it is back")
             free = self.most_rows - self.running + self.most_waiting - self.waiting
             if len(rows) > free:
-                raise Full(self._no_room(len(rows)), self._retry_s())
+                full = f"{self.running} answers are running and {self.waiting} are waiting"
+                raise Full(f"{full}, the most that this server takes: ask again later", self._retry_s())
             self._waiting += rows
             self._changed.notify()
 
@@ -125,11 +128,6 @@ class Worker:
         if self._thread.ident is not None:
             self._thread.join(timeout_s)
         return not self.alive
-
-    def _no_room(self, rows: int) -> str:
-        if rows > self.most_rows + self.most_waiting:
-            return f"the request asks for {rows} answers, and the server takes {self.most_rows + self.most_waiting}"
-        return f"{self.running} answers are running and {self.waiting} are waiting, the most that this server takes"
 
     def _retry_s(self) -> int:
         """Seconds until a row that runs may end and make room."""
