@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from mixoff.commands import arguments, options, terminal
 from mixoff.errors import MixoffError, one_line
+from mixoff.serving import listen
 
 if TYPE_CHECKING:
     from mixoff.serving.served import Served
@@ -65,6 +66,7 @@ def main(args: argparse.Namespace) -> int:
     arguments.model(args.path)
     key = args.api_key or os.environ.get(KEY) or None
     _check_extra()
+    listening = listen.bind(args.host, args.port)
     with terminal.starting(f"loading {args.path}"):
         served = _load(args)
     from mixoff.serving import server
@@ -73,18 +75,14 @@ def main(args: argparse.Namespace) -> int:
         from mixoff.loading import warmup
 
         warmup.compile_for(served.model, terminal.say)
-        try:
-            server.serve(
-                served,
-                args.host,
-                args.port,
-                batcher=args.batcher,
-                api_key=key,
-                limits=_limits(args),
-                on_ready=lambda port: _say(args, served, port, key),
-            )
-        except SystemExit as error:  # uvicorn's way to say that it could not listen; it has logged why
-            raise MixoffError(f"cannot listen on {args.host}:{args.port}: give another --port or --host") from error
+        server.serve(
+            served,
+            listening,
+            batcher=args.batcher,
+            api_key=key,
+            limits=_limits(args),
+            on_ready=lambda port: _say(args, served, port, key),
+        )
     return 0
 
 

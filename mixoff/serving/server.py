@@ -118,8 +118,7 @@ class Server(uvicorn.Server):
 
 def serve(
     served: Served,
-    host: str = "127.0.0.1",
-    port: int = 8080,
+    listening: socket.socket,
     *,
     batcher: str = "rows",
     api_key: str | None = None,
@@ -130,18 +129,16 @@ def serve(
 
     Parameters
     ----------
-    host, port: address to listen on; port 0 is any free one
+    listening: a bound socket, as from `listen.bind`; one on loopback answers requests for this machine's name only
     batcher: one of BATCHERS
     api_key: key that requests must bring; None asks for none
     on_ready: gets the port once requests are taken
     """
     worker = Worker(make_batcher(batcher, served, limits), limits.rows, limits.waiting)
     service = Service.of(served, worker)
-    hosts = (*LOOPBACK, "[::1]") if host in LOOPBACK else ()
+    hosts = (*LOOPBACK, "[::1]") if listening.getsockname()[0] in LOOPBACK else ()
     config = uvicorn.Config(
         make_app(service, limits, api_key, hosts),
-        host=host,
-        port=port,
         log_config=None,
         access_log=False,
         server_header=False,
@@ -149,7 +146,7 @@ def serve(
         timeout_graceful_shutdown=round(limits.grace_s) + 5,
     )
     with _signals_kept():
-        Server(config, service, limits.grace_s, on_ready).run()
+        Server(config, service, limits.grace_s, on_ready).run(sockets=[listening])
 
 
 @contextlib.contextmanager
