@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from mixoff.errors import MixoffError, suggestion
 
-MOST_ANSWERS, MOST_STOPS, MOST_LOGPROBS = 128, 16, 20
+MOST_ANSWERS, MOST_STOPS, MOST_LOGPROBS, MOST_BIASES = 128, 16, 20, 1024
 # they say something about the request, not about the answer
 IGNORED = (
     "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
@@ -145,6 +145,9 @@ class TextAsked(Asked):
         prompts = [given] if isinstance(given, str) or (given and isinstance(given[0], int)) else list(given)
         if not prompts:
             raise MixoffError("prompt is an empty list: give a text, or a list of texts")
+        if len(prompts) * (self.n or 1) > MOST_ANSWERS:  # before any is read: a small body can ask for very many
+            asked = f"{len(prompts)} prompts with {self.n or 1} answers each"
+            raise MixoffError(f"the request asks for {asked}: ask for at most {MOST_ANSWERS} answers at once")
         return prompts
 
 

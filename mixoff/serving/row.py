@@ -126,8 +126,7 @@ class Row:
         if found:
             news.reason, self._held = STOP, self._held[: min(found)]
             return
-        keep = max((n for stop in self.stops for n in range(1, len(stop)) if self._held.endswith(stop[:n])), default=0)
-        final = len(self._held) - keep
+        final = len(self._held) - max((_overlap(self._held, stop) for stop in self.stops), default=0)
         news.text += self._held[:final]
         self._held = self._held[final:]
 
@@ -135,3 +134,9 @@ class Row:
         if self.reason is None:
             self.reason = news.reason
             self.listener(news)
+
+
+def _overlap(text: str, stop: str) -> int:
+    """The most characters at the end of `text` that begin `stop`."""
+    most = min(len(stop) - 1, len(text))
+    return next((n for n in range(most, 0, -1) if text.endswith(stop[:n])), 0)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mixoff.errors import MixoffError
-from mixoff.serving.fields import Asked, ChatAsked, TextAsked
+from mixoff.serving.fields import MOST_BIASES, Asked, ChatAsked, TextAsked
 from mixoff.serving.grammar import Grammar, Grammars
 from mixoff.serving.row import Row
 from mixoff.serving.sampling import Sampling
@@ -55,7 +55,7 @@ class Served:
 
     def chat_rows(self, asked: ChatAsked) -> list[Row]:
         """The rows of a chat. Raises MixoffError."""
-        text = self.chat.prompt(asked.turns(), **(asked.chat_template_kwargs or {}))
+        text = self.chat.prompt(asked.turns(), asked.chat_template_kwargs)
         return self._rows(asked, [self._encode(text, False)], asked.limit, asked.best)
 
     def text_rows(self, asked: TextAsked) -> list[Row]:
@@ -125,6 +125,8 @@ def sampling(asked: Asked, seed: int, best: int | None, vocabulary: int, model: 
 
 
 def _bias(given: dict[str, float], vocabulary: int) -> dict[int, float]:
+    if len(given) > MOST_BIASES:
+        raise MixoffError(f"logit_bias names {len(given)} tokens: give at most {MOST_BIASES}")
     strange = [token for token in given if not (token.isdecimal() and int(token[:20]) < vocabulary)]
     if strange:
         raise MixoffError(f"logit_bias names token {strange[0][:20]!r}: this model knows 0 to {vocabulary - 1}")

@@ -130,6 +130,11 @@ def test_stop_strings_end_and_are_left_out(client):
     assert streamed == reply.choices[0].text, "no part of a stop string may be sent"
 
 
+def test_a_stop_string_of_a_million_characters_costs_nothing(client):
+    whole = text(client).choices[0].text
+    assert text(client, stop=[whole[-2:] + "a" * 1_000_000, "b" * 1_000_000]).choices[0].text == whole
+
+
 def test_what_only_begins_like_a_stop_string_is_sent(client):
     whole = text(client, max_tokens=24).choices[0].text
     stop = whole[-3:] + "and something that is never said"
@@ -368,6 +373,8 @@ REFUSED = {
     "context": ({"max_tokens": 300}, "300 new ones are more than this server's context of 256 holds"),
     "long": ({"prompt": "word " * 600}, "tokens of prompt"),
     "type": ({"prompt": 3}, "prompt"),
+    "prompts": ({"prompt": ["a"] * 100_000, "n": 100}, "asks for 100000 prompts with 100 answers each"),
+    "biases": ({"logit_bias": {str(i): 1 for i in range(2000)}}, "logit_bias names 2000 tokens: give at most 1024"),
     "empty": ({"prompt": []}, "prompt is an empty list"),
     "no tokens": ({"prompt": [[]]}, "the prompt is empty"),
     "surrogate": ({"prompt": "caf\udce9"}, "not valid Unicode"),
@@ -399,6 +406,7 @@ REFUSED_CHATS = {
     "top_logprobs": ({"top_logprobs": 2}, "top_logprobs needs logprobs"),
     "limit": ({"max_tokens": 0}, "max_tokens: Input should be greater than or equal to 1"),
     "missing": ({"messages": None}, "messages"),
+    "variables": ({"chat_template_kwargs": {"conversation": [], "messages": 3}}, "chat template refuses"),
 }
 
 
