@@ -18,6 +18,8 @@ import psutil
 import pytest
 
 import served as support
+from mixoff.serving.row import Row
+from mixoff.serving.sampling import Sampling
 from served import NAME, said_alone, wait_until
 
 PROMPT = "It was a fine morning"
@@ -272,14 +274,20 @@ def test_a_request_that_could_never_fit_is_refused(server):
 
 
 def test_a_newcomer_waits_for_one_pass_only(server):
-    batcher = server.worker.batcher
-    batcher.pass_s = PASS_S
-    link = connect(server, LONG, True)
-    wait_until(lambda: server.worker.running == 1)
-    before = server.worker.counts.steps
-    assert answer(server, max_tokens=1) is not None
-    assert server.worker.counts.steps - before <= 3
-    link.close()
+    """It is submitted while a pass runs, and has its first token in the next one."""
+    worker, tokens, passes = server.worker, server.served.tokenizer(PROMPT)["input_ids"], []
+    running, newcomer = (Row(server.served.tokenizer, tokens, 30, Sampling(temperature=0)) for _ in range(2))
+    newcomer.listener = lambda news: passes.append(worker.counts.steps)
+
+    def submit_once(rows):
+        if running.count == 5 and not passes:
+            passes.append(worker.counts.steps)
+            worker.submit([newcomer])
+
+    worker.batcher.fault = submit_once
+    worker.submit([running])
+    server.idle()
+    assert passes[1] - passes[0] == 1 and running.ids == newcomer.ids
 
 
 def test_a_key_is_asked_for(model):
