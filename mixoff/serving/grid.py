@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable
@@ -81,8 +82,9 @@ class Grid:
 
     def _restart(self) -> None:
         """Begin with what is resident now; counts are those since somebody watches."""
+        resident = self.runtime.resident()  # before our lock: events come while the runtime holds its own
         with self._lock:
-            self._cells = Cells(self.layers, self.experts, self.runtime.resident())
+            self._cells = Cells(self.layers, self.experts, resident)
             self._token: int | None = None
             self._number = self._passes = 0
             self._rates: list[float] = []
@@ -99,7 +101,8 @@ class Grid:
                 self._number += 1
         if time.monotonic() >= self._due:
             self._due = time.monotonic() + 1 / MAX_FPS
-            self._loop.call_soon_threadsafe(self._wake)
+            with contextlib.suppress(RuntimeError):  # the loop has ended: nobody watches any more
+                self._loop.call_soon_threadsafe(self._wake)
 
     def _end_pass(self) -> None:
         hits, misses, _, _ = self._cells.stats()
