@@ -41,7 +41,7 @@ def parsed(lines):
 
 def test_requirements_txt_equals_pyproject(root):
     extras = PROJECT["optional-dependencies"]
-    want = parsed(PROJECT["dependencies"] + extras["lab"] + extras["test"] + extras["reference"])
+    want = parsed(PROJECT["dependencies"] + extras["lab"] + extras["test"] + extras["serve"] + extras["reference"])
     assert parsed((root / "requirements.txt").read_text(encoding="utf-8").splitlines()) == want
 
 

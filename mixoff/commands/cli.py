@@ -26,6 +26,7 @@ from mixoff.commands import (
     plan,
     remove,
     run,
+    serve,
     simulate,
     terminal,
     trace,
@@ -34,7 +35,7 @@ from mixoff.commands import (
 from mixoff.errors import MixoffError, one_line, suggestion
 
 COMMANDS = {
-    "demo": demo, "run": run, "chat": chat, "convert": convert, "verify": verify, "bench": bench, "trace": trace,
+    "demo": demo, "run": run, "chat": chat, "serve": serve, "convert": convert, "verify": verify, "bench": bench, "trace": trace,
     "simulate": simulate, "plan": plan, "list": listing, "rm": remove, "doctor": doctor,
     "completion": completion,
 }  # fmt: skip

@@ -65,13 +65,17 @@ class Chat:
         self.messages = [*messages, {"role": "assistant", "content": answer.text.strip()}]
         return answer
 
-    def prompt(self, messages: list[Message]) -> str:
-        """The text of `messages` for the model, with special tokens. Raises MixoffError if the template fails."""
+    def prompt(self, messages: list[Message], variables: dict[str, Any] | None = None) -> str:
+        """The text of `messages` for the model, with special tokens. Raises MixoffError if the template fails.
+
+        variables: what the template may read next to the messages, such as `enable_thinking`
+        """
         template = None if self.own_template else PLAIN  # None is the tokenizer's own
         try:
             with bounded():
                 return self.tokenizer.apply_chat_template(
-                    messages, chat_template=template, tokenize=False, add_generation_prompt=True
+                    messages,
+                    **(variables or {}) | {"chat_template": template, "tokenize": False, "add_generation_prompt": True},
                 )
         except MixoffError:
             raise

@@ -47,6 +47,12 @@ OPTIONS = {
         ("--scheme", "--policy", "--device", "--dtype"): NAMES,
         ("--system", "--stop"): ["\udcff", "ab\ud800"],
     },
+    "serve": {
+        ("--context", "--threads", "--port", "--parallel", "--max-queue", "--kv-tokens"): NUMBERS,
+        ("--fast-bytes", "--ram-bytes", "--max-body"): SIZES,
+        ("--scheme", "--prefetch", "--io", "--device", "--dtype", "--batcher"): NAMES,
+        ("--name", "--api-key"): ["\udcff", "ab\ud800"],
+    },
     "demo": {("--max-new-tokens", "--seed"): NUMBERS, ("--fast-bytes",): SIZES, ("--prompt",): ["\udcff"]},
     "convert": {("--jobs",): NUMBERS, ("--scheme",): NAMES},
     "trace": {("--max-new-tokens",): NUMBERS, ("--fast-bytes",): SIZES, ("--prefetch",): NAMES},
@@ -69,6 +75,7 @@ OPTIONS = {
 NEEDED = {
     "run": ["tiny-mixtral", "--prompt", "a"],
     "chat": ["tiny-mixtral"],
+    "serve": ["tiny-mixtral"],
     "convert": ["tiny-mixtral", "target"],
     "trace": ["tiny-mixtral", "--prompt-file", "prompt.txt", "--out", "t.npz"],
     "simulate": ["tiny-mixtral/novel"],
@@ -115,6 +122,7 @@ def path_cases():
         yield ["run", "tiny-mixtral", "--prompt-file", path] if path != "file" else ["fly"]
         yield ["chat", path]
         yield ["rm", path, "--yes"]
+        yield ["serve", path]
         yield ["convert", path, "target"]
         yield ["verify", path]
         yield ["trace", path, "--prompt-file", "prompt.txt", "--out", "t.npz"]
