@@ -552,11 +552,18 @@ KEPT = 262_144_000 + 1_048_576 + 266_240  # embeddings and head, routers, norms
 )
 def test_presets_have_their_published_sizes(name, size):
     scheme, nbytes = Scheme.preset(name), 2 * KEPT
+
+    def price(form):
+        """Bytes per weight."""
+        if form is None:
+            return 2
+        return packed_nbytes((128, 4096), form.bits, form.group_size, scheme.metadata_bits) / (128 * 4096)
+
     for role, count in MIXTRAL.items():
-        form = scheme.precision(role)
-        nbytes += count * (
-            packed_nbytes((128, 4096), form.bits, form.group_size, scheme.metadata_bits) / (128 * 4096) if form else 2
-        )
+        forms = [scheme.precision(role)] * 3
+        if role == "experts":  # gate, up and down are of one size
+            forms[2] = scheme.down or scheme.experts
+        nbytes += count * sum(map(price, forms)) / 3
     assert nbytes / 2**30 == pytest.approx(size, abs=0.05)
     assert [scheme.precision(role) for role in ("router", "norms", "head", "embeddings")] == [None] * 4
 
