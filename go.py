@@ -41,13 +41,13 @@ OLDEST, TOO_NEW = (3, 10), (3, 15)  # numba follows a new Python late
 JOBS = ("demo", "lab", "test", "e2e", "bench", "site", "slides", "schedule")
 EXTRAS = {
     "lab": {"lab"},
-    "test": {"lab", "test", "reference"},
-    "e2e": {"lab", "test", "e2e", "site"},
+    "test": {"lab", "test", "serve", "reference"},
+    "e2e": {"lab", "test", "serve", "e2e", "site"},
     "site": {"lab", "site"},
     "slides": {"lab", "site"},
     "schedule": {"lab", "site"},
 }
-ALL_EXTRAS = {"lab", "test", "reference", "e2e", "triton", "site"}
+ALL_EXTRAS = {"lab", "test", "serve", "reference", "e2e", "triton", "site"}
 
 NBVAL = (
     "--nbval",

@@ -36,7 +36,7 @@ CHAPTERS = "<!-- chapters -->"  # in docs/index.md
 ALIVE = ("CacheView", "EvictionStepper")  # the others ask the kernel for each figure
 ASLEEP = "As it was when the chapter was run. Its controls need a kernel: open the chapter in JupyterLab or in Colab."
 PAGES_FIRST = ("teach", "schedule", "glossary")
-PAGES_OF_USERS = ("recipes", "architecture", "api", "plan", "conversion", "gpu")
+PAGES_OF_USERS = ("daily", "serving", "recipes", "architecture", "api", "plan", "conversion", "gpu")
 
 
 # ---------------------------------------------------------------- links

@@ -62,8 +62,8 @@ def test_extras_accumulate_and_are_never_lost(world):
     go.ensure("lab")
     go.ensure("test")
     go.ensure("demo")
-    assert installs(world) == [["--editable", package] for package in (".[lab]", ".[lab,test]", ".[reference]")]
-    assert json.loads(go.STAMP.read_text())["extras"] == ["lab", "reference", "test"]
+    assert installs(world) == [["--editable", package] for package in (".[lab]", ".[lab,serve,test]", ".[reference]")]
+    assert json.loads(go.STAMP.read_text())["extras"] == ["lab", "reference", "serve", "test"]
 
 
 def test_changed_dependencies_install_again(world):
@@ -157,7 +157,7 @@ def test_require_all_installs_every_extra_for_test_alone(world, monkeypatch):
     monkeypatch.setenv("MIXOFF_REQUIRE_ALL", "1")
     go.ensure("demo")
     go.ensure("test")
-    wanted = [".", ".[e2e,lab,site,test,triton]", ".[reference]"]
+    wanted = [".", ".[e2e,lab,serve,site,test,triton]", ".[reference]"]
     assert installs(world) == [["--editable", package] for package in wanted]
 
 

@@ -28,6 +28,7 @@ COLAB = {
     "safetensors": "0.5.0",
     "filelock": "3.15.0",
     "tqdm": "4.66.0",
+    "prompt_toolkit": "3.0.53",
 }
 HEAVY = ("torch", "transformers", "numba", "ipywidgets", "anywidget", "matplotlib", "hqq", "triton", "rich", "numpy")
 
@@ -40,7 +41,7 @@ def parsed(lines):
 
 def test_requirements_txt_equals_pyproject(root):
     extras = PROJECT["optional-dependencies"]
-    want = parsed(PROJECT["dependencies"] + extras["lab"] + extras["test"] + extras["reference"])
+    want = parsed(PROJECT["dependencies"] + extras["lab"] + extras["test"] + extras["serve"] + extras["reference"])
     assert parsed((root / "requirements.txt").read_text(encoding="utf-8").splitlines()) == want
 
 

@@ -18,10 +18,10 @@ from pathlib import Path
 
 from mixoff.checkpoints import model_files
 from mixoff.checkpoints.checkpoint import TensorRange, parse_header
-from mixoff.checkpoints.model_files import MAX_HEADER, WHOLE
+from mixoff.checkpoints.model_files import MAX_HEADER, SIDE_FILES, WHOLE
 from mixoff.checkpoints.names import HubId
 from mixoff.checkpoints.published import open_checkpoint
-from mixoff.checkpoints.shards import SIDE_FILES, read_side_files
+from mixoff.checkpoints.shards import read_side_files
 from mixoff.errors import AGAIN, CheckpointError
 
 # files fetched first to load a model: they tell which others are needed; a store may be on the Hub too

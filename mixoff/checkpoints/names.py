@@ -1,4 +1,4 @@
-"""Names of models: a folder, a bundled model, or a Hub id."""
+"""Names of models: a folder, a bundled model, a Hub id, its address on the Hub, or a well-known model's short name."""
 
 from __future__ import annotations
 
@@ -7,10 +7,17 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import unquote
 
 from mixoff import models
 from mixoff.errors import CheckpointError, suggestion
+from mixoff.shapes import known
 
+PAGE = re.compile(  # a model's page on the Hub, or the page of a branch, a folder or a file of it
+    r"^(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/(?P<repo>[^/?#]+/[^/?#]+)"
+    r"(?:/(?:tree|blob|resolve)/(?P<revision>[^/?#]+))?(?:[/?#].*)?$"
+)
+SIZE = re.compile(r"\d+(x\d+)?b(-|$)")  # a short name says how large the model is: `gpt` alone fetches nothing
 NAME = re.compile(r"^(?P<repo>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>[\w./-]+))?$")
 
 
@@ -25,6 +32,18 @@ class HubId:
         return f"{self.repo}@{self.revision}" if self.revision else self.repo
 
 
+def full(source: str | Path) -> str:
+    """The Hub id that an address on the Hub or a well-known model's short name stands for; any other name as it is.
+
+    >>> full("https://huggingface.co/org/model/tree/v1.0"), full("qwen3-30b-a3b"), full("./org/model")
+    ('org/model@v1.0', 'Qwen/Qwen3-30B-A3B', './org/model')
+    """
+    if page := PAGE.match(str(source)):
+        revision = page["revision"] if page["revision"] != "main" else None
+        return f"{page['repo']}@{unquote(revision)}" if revision else page["repo"]
+    return known.named_as(source) if SIZE.search(str(source).lower()) else str(source)
+
+
 def parse(path: str | Path, revision: str | None = None) -> HubId | None:
     """The model on the Hub that `path` names; None for an existing folder, a bundled model, or any other path.
 
@@ -33,11 +52,12 @@ def parse(path: str | Path, revision: str | None = None) -> HubId | None:
     >>> parse("org/model@v1.0"), parse("./org/model"), parse("org/model", revision="refs/pr/1").revision
     (HubId(repo='org/model', revision='v1.0'), None, 'refs/pr/1')
     """
-    m = NAME.match(str(path))
+    m = NAME.match(name := full(path))
     if not m or str(path) in models.names() or os.path.exists(path):  # os.path.exists raises nothing, whatever the name
         return None
     revision = revision or m["revision"]
-    return HubId(m["repo"], revision) if revision or not os.path.isdir(m["repo"].split("/")[0]) else None
+    plain = name == str(path) and os.path.isdir(m["repo"].split("/")[0])
+    return HubId(m["repo"], revision) if revision or not plain else None
 
 
 def missing(path: str | Path) -> str:

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Protocol
 
 from mixoff.checkpoints.checkpoint import Checkpoint
+from mixoff.checkpoints.model_files import SIDE_FILES
 from mixoff.checkpoints.published import open_checkpoint
 from mixoff.errors import CheckpointError
 from mixoff.folders import sync
 
 CHUNK = 1 << 22  # bytes copied at a time
 Range = tuple[str, int, int]  # file, offset, size
-SIDE_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "README.md", "LICENSE*", "NOTICE*")  # tokenizer, card, licences
 
 
 class Shards(Protocol):

@@ -17,6 +17,7 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from mixoff.cache.cells import AWAY, EVICTED, HIT, MISS, PREFETCHED, RESIDENT  # noqa: F401  # codes of a grid
 from mixoff.cache.events import Event
 
 # Okabe and Ito, Color Universal Design (2008)
@@ -53,7 +54,6 @@ STATES = (
     ("prefetched", "p", OKABE_ITO["yellow"]),
     ("evicted", "x", "#FFFFFF"),
 )
-AWAY, RESIDENT, HIT, MISS, PREFETCHED, EVICTED = range(len(STATES))
 LINE = "#999999"
 
 

@@ -15,11 +15,12 @@ import stat
 import tempfile
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 from mixoff import models
-from mixoff.checkpoints.names import missing, parse
+from mixoff.checkpoints.names import full, missing, parse
 from mixoff.commands import terminal
 from mixoff.errors import CheckpointError, MixoffError, suggestion
 from mixoff.units import parse_nbytes
@@ -40,15 +41,38 @@ T = TypeVar("T")
 
 def choice(what: str, names: Iterable[str], short: dict[str, str] | None = None) -> Callable[[str], str]:
     """One of `names`, or a key of `short`. An error about an unknown `what` lists the names and suggests one."""
-    names, short = list(names), short or {}
+    return _Choice(what, list(names), short or {})
 
-    def read(text: str) -> str:
-        if (name := short.get(text.lower(), text)) in names:
+
+@dataclass(frozen=True, eq=False)
+class _Choice:
+    """A type of argparse options: one of `names`, which shells can complete."""
+
+    what: str
+    names: list[str]
+    short: dict[str, str]
+
+    def __call__(self, text: str) -> str:
+        if (name := self.short.get(text.lower(), text)) in self.names:
             return name
-        known = f"unknown {what} {text!r}: choose one of {', '.join(names)}"
-        raise argparse.ArgumentTypeError(known + suggestion(text, [*names, *short]))
+        known = f"unknown {self.what} {text!r}: choose one of {', '.join(self.names)}"
+        raise argparse.ArgumentTypeError(known + suggestion(text, [*self.names, *self.short]))
 
-    return read
+
+def names_of(kind: object) -> list[str]:
+    """The names that an option of this type takes, for completion in a shell; empty if they cannot be listed."""
+    from mixoff.cache.policies import POLICIES
+    from mixoff.planning.hardware import NAMED
+
+    if isinstance(kind, _Choice):
+        return kind.names
+    by_hand: dict[object, list[str]] = {
+        policy: [*sorted(POLICIES), "none"],
+        machine: [*NAMED, "here"],
+        device: ["auto", "cpu", "cuda"],
+        kv_bits: ["4", "8", "16"],
+    }
+    return by_hand.get(kind, [])
 
 
 def policy(text: str) -> str:
@@ -125,6 +149,12 @@ def real(name: str, way_out: str, least: float = 0.0, most: float = 1e6) -> Call
     return read
 
 
+def kv_bits(text: str) -> int | None:
+    """Bits of keys and values; None is 16."""
+    bits = choice("kv_bits", ("4", "8", "16"))(text)
+    return None if bits == "16" else int(bits)
+
+
 def words(text: str) -> str:
     """Text that can be encoded as UTF-8."""
     try:
@@ -143,7 +173,8 @@ def model(path: str) -> None:
         return
     if (repository := parse(path)) is not None:
         if os.environ.get("HF_HUB_OFFLINE", "").upper() not in ("1", "ON", "YES", "TRUE"):
-            terminal.say(f"no folder at {repository}: looking for it on the Hugging Face Hub")
+            given = f"no folder at {path}" if path == str(repository) else f"{path} is {repository}"
+            terminal.say(f"{given}: looking for it on the Hugging Face Hub")
         return
     folder = Path(os.path.expanduser(path))
     if os.path.isfile(folder):
@@ -158,13 +189,24 @@ def plan_source(path: str) -> str:
     """A model to plan: what `model` takes, a config.json, or the name of a well-known model, returned in full."""
     from mixoff.shapes.known import PRESETS, named_as
 
-    if os.path.isfile(path) or (path := named_as(path)) in PRESETS:
+    if os.path.isfile(path) or (path := named_as(full(path))) in PRESETS:
         return path
     try:
         model(path)
     except CheckpointError as error:
         raise CheckpointError(f"{error}; or one of {', '.join(PRESETS)}") from None
     return path
+
+
+def text_of(path: str) -> str:
+    """The text of a file in UTF-8. Raises MixoffError."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.read()
+    except (OSError, UnicodeDecodeError) as error:
+        raise MixoffError(f"cannot read {path} as text: {getattr(error, 'strerror', None) or error}") from error
+    except ValueError as error:  # a name that no file can have
+        raise MixoffError(f"cannot read {path!r} as text: {error}") from error
 
 
 def new_file(path: str, *suffixes: str) -> None:

@@ -1,4 +1,4 @@
-"""The command line: `mixoff demo, run, convert, verify, bench, trace, simulate, plan, doctor`.
+"""The command line: `mixoff COMMAND`, with the commands in COMMANDS.
 
 Each command is a module with its `HELP`, its options (`add`) and its work (`main`). Every command takes `--json`: then
 standard output holds one JSON object and nothing else. An invalid request is one line on standard error and exit
@@ -15,12 +15,29 @@ from collections.abc import Sequence
 from typing import NoReturn, TextIO
 
 from mixoff._version import __version__
-from mixoff.commands import bench, convert, demo, doctor, plan, run, simulate, trace, verify
+from mixoff.commands import (
+    bench,
+    chat,
+    completion,
+    convert,
+    demo,
+    doctor,
+    listing,
+    plan,
+    remove,
+    run,
+    serve,
+    simulate,
+    terminal,
+    trace,
+    verify,
+)
 from mixoff.errors import MixoffError, one_line, suggestion
 
 COMMANDS = {
-    "demo": demo, "run": run, "convert": convert, "verify": verify, "bench": bench, "trace": trace,
-    "simulate": simulate, "plan": plan, "doctor": doctor,
+    "demo": demo, "run": run, "chat": chat, "serve": serve, "convert": convert, "verify": verify, "bench": bench,
+    "trace": trace, "simulate": simulate, "plan": plan, "list": listing, "rm": remove, "doctor": doctor,
+    "completion": completion,
 }  # fmt: skip
 
 
@@ -36,13 +53,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         return 1
     except KeyboardInterrupt as interrupt:
-        print(f"mixoff: {one_line(interrupt) if interrupt.args else 'interrupted'}", file=sys.stderr)
+        _tell(one_line(interrupt) if interrupt.args else "interrupted")
         return 130
     except Exception as error:
-        print(f"mixoff: {_message(error)}", file=sys.stderr)
+        _tell(_message(error))
         if os.environ.get("MIXOFF_TRACEBACK") == "1":
             traceback.print_exception(error)
         return 2
+
+
+def _tell(line: str) -> None:
+    print(terminal.fold(f"mixoff: {line}", sys.stderr, indent=8), file=sys.stderr)
 
 
 def _message(error: Exception) -> str:
@@ -114,5 +135,5 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=module.HELP, description=module.HELP, formatter_class=_Formatter)
         command.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
         module.add(command)
-        command.set_defaults(main=module.main, options=list(command._option_string_actions))
+        command.set_defaults(main=module.main, options=list(command._option_string_actions), parser=parser)
     return parser

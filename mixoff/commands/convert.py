@@ -6,14 +6,13 @@ import argparse
 import json
 import os
 import sys
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 
 from mixoff.commands import arguments, options, terminal
 
 HELP = "write a checkpoint as a store: one aligned byte range per expert"
-EVERY_S = 10.0  # seconds between lines of progress where standard error is not a terminal
+EVERY_S = terminal.EVERY_S
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -81,21 +80,19 @@ def _bits(text: str) -> float:
 @contextmanager
 def _progress_lines(target: str, quiet: bool) -> Iterator[None]:
     """Print a line of progress from time to time where standard error is not a terminal, which shows a bar."""
-    ended = threading.Event()
-    if not quiet and not sys.stderr.isatty():
-        threading.Thread(target=_print_progress, args=(f"{target}.partial/store", ended), daemon=True).start()
-    try:
+    shown = not quiet and not sys.stderr.isatty()
+    with terminal.ticking(lambda: converted(f"{target}.partial/store"), EVERY_S) if shown else nullcontext():
         yield
-    finally:
-        ended.set()
 
 
-def _print_progress(store: str, ended: threading.Event) -> None:
+def converted(store: str) -> str | None:
+    """How much of a store is written; None while its files are laid out."""
     from mixoff.units import format_nbytes
 
-    while not ended.wait(EVERY_S):
-        with suppress(OSError):  # files come and go
-            stats = [entry.stat() for entry in os.scandir(store)]
-            # files have their final size from the start: what was written shows in their blocks
-            written = sum(min(512 * getattr(s, "st_blocks", s.st_size // 512), s.st_size) for s in stats)
-            terminal.say(f"converted {format_nbytes(written)} of {format_nbytes(sum(s.st_size for s in stats))}")
+    with suppress(OSError):  # files come and go
+        stats = [entry.stat() for entry in os.scandir(store)]
+        # files have their final size from the start: what was written shows in their blocks
+        written = sum(min(512 * getattr(s, "st_blocks", s.st_size // 512), s.st_size) for s in stats)
+        whole = sum(s.st_size for s in stats)
+        return f"converted {format_nbytes(written)} of {format_nbytes(whole)}" if written else None
+    return None

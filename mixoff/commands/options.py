@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from mixoff.commands import arguments
 
-PATH = "folder of a store or checkpoint, bundled model, or Hub id"
+PATH = "folder of a store or checkpoint, bundled model, or Hub id, its address, or a short name such as mixtral-8x7b"
 SCHEMES = f"{', '.join(arguments.SCHEMES[:-1])} or {arguments.SCHEMES[-1]}"
 
 
@@ -53,3 +53,48 @@ def seed(add: Callable, default: int = 0) -> None:
     """`--seed`, any 64-bit number, signed or unsigned."""
     kind = arguments.whole("seed", "give a whole number of at most 64 bits", -(2**63), 2**64 - 1)
     add("--seed", type=kind, default=default, metavar="N", help="random seed for sampling")
+
+
+def loading(add: Callable) -> None:
+    """How a model is loaded: budget, precision, cache, reads, device, context and threads."""
+    choice, whole = arguments.choice, arguments.whole
+    fast_bytes(add)
+    scheme(add, "quantize a plain checkpoint first, and keep the result: SCHEMES")
+    text = "pools of slots: 'layer', one per MoE layer, or 'global', one for all layers"
+    add("--scope", type=choice("scope", arguments.SCOPES), default="layer", help=text)
+    add("--policy", type=arguments.policy, default="lru", help="policy that chooses the expert to evict")
+    text = "bytes of expert copies in RAM, between fast tier and disk (default none)"
+    add("--ram-bytes", type=arguments.size, metavar="SIZE", help=text)
+    prefetch(add)
+    io(add)
+    add("--device", type=arguments.device, default="auto", help="auto, cpu, cuda or cuda:N; auto prefers a GPU")
+    dtype = choice("dtype", arguments.DTYPES, arguments.SHORT)
+    add("--dtype", type=dtype, default="auto", help="dtype of computation: auto, float32, bfloat16 or float16")
+    text = "largest number of tokens, prompt and new ones together (default the model's)"
+    add("--context", type=whole("context", "give at least two tokens", 2), metavar="N", help=text)
+    threads(add, "threads that compute (default all cores)")
+    kv_bits(add)
+
+
+def kv_bits(add: Callable) -> None:
+    """`--kv-bits`: 4, 8, or None for 16."""
+    text = "bits of keys and values: 4 or 8 are smaller and not exact, and need hqq (default 16, or 32 in float32)"
+    add("--kv-bits", type=arguments.kv_bits, metavar="B", help=text)
+
+
+def sampling(add: Callable, temperature: float) -> None:
+    """How the next token is chosen, and where a text ends: names as in `generation.generate`."""
+    real, whole = arguments.real, arguments.whole
+    kind = real("temperature", "give 0, which is greedy, or a positive number")
+    add("--temperature", type=kind, default=temperature, metavar="X", help="sampling temperature; 0 is greedy")
+    kind = real("top_p", "give a share above 0, up to 1", 1e-9, 1.0)
+    add("--top-p", type=kind, metavar="P", help="sample from the likeliest tokens of this total share (default all)")
+    top_k = whole("top_k", "give a whole number of at least 1", 1, 2**31 - 1)
+    add("--top-k", type=top_k, metavar="K", help="sample from this many likeliest tokens (default all)")
+    text = "sample from tokens with this share of the likeliest one's probability (default all)"
+    add("--min-p", type=real("min_p", "give a share from 0 to 1", 0.0, 1.0), metavar="P", help=text)
+    seed(add)
+    add("--stop", type=arguments.words, action="append", metavar="TEXT", help="text to end after; may be repeated")
+
+
+SAMPLING = ("temperature", "seed", "top_p", "top_k", "min_p", "stop")

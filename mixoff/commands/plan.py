@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
+import sys
 
 from mixoff.commands import arguments, options, terminal
-
-if TYPE_CHECKING:
-    from mixoff.planning.plan import Plan
 
 HELP = "what a model needs, where its bytes go, whether it fits, and how fast it runs"
 
@@ -27,10 +24,12 @@ def add(parser: argparse.ArgumentParser) -> None:
     context = whole("context", "plan for at least one token")
     add("--context", type=context, default=4096, metavar="N", help="tokens in the KV cache")
     add("--batch", type=whole("batch", "plan for at least one sequence"), default=1, metavar="N", help="batch size")
-    options.scheme(add, "quantization: SCHEMES (default mixed, or that of a store)")
-    text = "t4, rtx-3060, ..., or 'here', measured once (default t4)"
+    options.scheme(add, "quantization: SCHEMES (default: that of run, 16 bits for a plain checkpoint)")
+    options.kv_bits(add)
+    text = "t4, rtx-3060, ..., or 'here', measured once (default here; with --fast or --ram a T4)"
     add("--hardware", type=arguments.machine, metavar="NAME", help=text)
-    add("--refresh", action="store_true", help="with --hardware here: measure this machine again")
+    add("--refresh", action="store_true", help="measure this machine again")
+    add("--verbose", action="store_true", help="show every byte, all advice, and the origin of each figure")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -38,18 +37,18 @@ def main(args: argparse.Namespace) -> int:
     source = arguments.plan_source(args.source)
     with terminal.starting(f"planning {source}"):
         from mixoff.planning import planner, probe
+        from mixoff.planning.plan import LABEL
+        from mixoff.store import describe
 
-    if args.refresh:
-        probe.probe(cached=False)
-    settings = {name: getattr(args, name) for name in ("context", "batch", "scheme", "hardware")}
-    plan = planner.plan(source, args.fast, args.ram, args.disk, **settings)
-    print(plan.to_json() if args.json else f"{_heading(args, plan)}\n{plan}")
+        if args.refresh:
+            probe.probe(cached=False)
+        described = args.fast or args.ram  # a machine that is not this one
+        settings = {name: getattr(args, name) for name in ("context", "batch", "kv_bits")}
+        settings["hardware"] = args.hardware or (planner.DEFAULT if described else "here")
+        settings["scheme"] = args.scheme or describe.default_scheme(source)
+        plan = planner.plan(source, args.fast, args.ram, args.disk, **settings)
+    if args.json:
+        print(plan.to_json())
+    else:
+        print(terminal.fold(str(plan) if args.verbose else plan.brief(), sys.stdout, LABEL))
     return 0
-
-
-def _heading(args: argparse.Namespace, plan: Plan) -> str:
-    """The planned machine and scheme, and how to plan what `run` and `convert` do by default."""
-    other = [] if args.hardware or args.fast else ["--hardware here plans for this machine"]
-    other += [] if args.scheme or plan.scheme == "none" else ["--scheme none for 16 bits, as run and convert have them"]
-    text = f"{'a plan':<12} for {plan.hardware.name}, with experts as {plan.scheme}"
-    return f"{text} ({', '.join(other)})" if other else text

@@ -7,7 +7,6 @@ import json
 import os
 
 from mixoff.commands import arguments, options, terminal
-from mixoff.errors import MixoffError
 
 HELP = "record which experts a model uses while it generates"
 
@@ -26,7 +25,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Generate once, and write the trace."""
     out = args.out if os.path.splitext(args.out)[1] else f"{args.out}.npz"
-    prompt = _read_text(args.prompt_file)
+    prompt = arguments.text_of(args.prompt_file)
     arguments.new_file(out, ".npz")
     arguments.model(args.path)
     with terminal.starting(f"loading {args.path}"):
@@ -53,13 +52,3 @@ def main(args: argparse.Namespace) -> int:
     }
     print(json.dumps(report) if args.json else f"wrote {out}: {trace}, {format_nbytes(report['nbytes'])}")
     return 0
-
-
-def _read_text(path: str) -> str:
-    try:
-        with open(path, encoding="utf-8") as file:
-            return file.read()
-    except (OSError, UnicodeDecodeError) as error:
-        raise MixoffError(f"cannot read {path} as text: {getattr(error, 'strerror', None) or error}") from error
-    except ValueError as error:  # a name that no file can have
-        raise MixoffError(f"cannot read {path!r} as text: {error}") from error

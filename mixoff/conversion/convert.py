@@ -140,7 +140,7 @@ class Widths:
     def nbytes(self, tokens: int) -> int:
         """The most bytes of memory that calibration takes, modelled; weights, Hessians and factors are in fp32."""
         block = min(max(self.D, self.F), WIDEST)
-        weights = 4 * (self.backbone + 3 * 2 * self.D * self.F + 8 * block**2)
+        weights = 4 * (self.backbone + 3 * 2 * self.D * self.F + 12 * block**2)
         return weights + self.arena_nbytes + tokens * self.token_nbytes + BASE_NBYTES
 
 

@@ -21,6 +21,7 @@ from mixoff.errors import BudgetError, MixoffError
 from mixoff.kernels import reference
 from mixoff.loading.backbone import load_backbone
 from mixoff.loading.hooks import bind
+from mixoff.loading.kv_bits import quantize_cache
 from mixoff.planning import planner, probe
 from mixoff.planning.budget import goes_direct, pinned_nbytes
 from mixoff.planning.hardware import Hardware
@@ -56,10 +57,12 @@ def load(
     device: str = "auto",
     dtype: str | torch.dtype = "auto",
     context: int = 4096,
+    kv_bits: int | None = None,
 ) -> PreTrainedModel:
     """A transformers model whose experts stay in a store or checkpoint folder until the router asks for them.
 
-    What the model computes depends on `scheme`, `dtype` and `exact` alone. Raises CheckpointError or BudgetError.
+    What the model computes depends on `scheme`, `dtype`, `exact` and `kv_bits` alone. Raises CheckpointError or
+    BudgetError.
     Tested bit for bit against transformers' `grouped_mm` with all experts resident.
 
     Parameters
@@ -85,13 +88,15 @@ def load(
         a CPU computes fp16 in fp32, and a GPU older than sm_80 computes bf16 in fp16.
         A backbone beyond fp16's range is then refused, while experts stay as stored and are not checked
     context: tokens for whose keys and values a GPU's memory is kept free
+    kv_bits: 4 or 8 bits for keys and values in `generate`, by transformers' own quantized cache (extra `kv`: hqq);
+        None keeps them in the dtype of the computation, which is exact
     """
     gpu = cuda.pick(device)
     with ExitStack() as undo:
         source = _open(find(path, revision), scheme)
         undo.callback(source.close)
         compute = _compute_dtype(dtype, source.dtype, gpu)
-        budget, ram = budgets(source, fast_bytes, ram_bytes, gpu, compute, context)
+        budget, ram = budgets(source, fast_bytes, ram_bytes, gpu, compute, context, kv_bits)
         limited = ram_bytes is not None or gpu is not None
         source.reader = choose_io(source.reader, source.sites, io, budget, limited)
         model = load_backbone(source, compute, exact, gpu) if gpu else None  # first: slots take what it leaves
@@ -111,6 +116,8 @@ def load(
         undo.callback(runtime.close)
         _check_memory((0 if gpu else runtime.arena.numel()) + runtime.ram_nbytes)
         model = model or load_backbone(source, compute, exact)
+        if kv_bits is not None:
+            quantize_cache(model, kv_bits)
         undo.pop_all()
     bind(model, runtime)
     return model
@@ -123,6 +130,7 @@ def budgets(
     gpu: cuda.Cuda | None,
     compute: torch.dtype,
     context: int,
+    kv_bits: int | None = None,
 ) -> tuple[int, int]:
     """Bytes of the fast and the RAM tier: as given, else from a plan for the free memory of the GPU.
 
@@ -134,7 +142,7 @@ def budgets(
         return parse_nbytes(CPU_BUDGET) if fast is None else fast, ram or 0
     machine = replace(measured(gpu.describe()), compute_dtype=str(compute).removeprefix("torch."))
     if fast is None:
-        fast = planner.fast_nbytes(source.folder, machine, context, scheme_asked(source))
+        fast = planner.fast_nbytes(source.folder, machine, context, scheme_asked(source), kv_bits)
     if ram is None:
         experts = sum(site.num_experts * sites.stride(site) for site in source.sites)
         resident = fast >= experts + reference.scratch_nbytes(source.sites, compute)

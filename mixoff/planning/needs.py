@@ -29,6 +29,7 @@ class Needs:
 
     compute: dtype of the computation
     page_cache: RAM for cached files; 0 on a machine with a card
+    kv_bits: bits of keys and values; None is the dtype of the computation
     """
 
     sizes: Sizes
@@ -39,10 +40,11 @@ class Needs:
     kv_cache: int
     workspace: int
     page_cache: int
+    kv_bits: int | None = None
 
     @classmethod
-    def of(cls, of: Sizes, machine: Hardware, context: int, batch: int) -> Needs:
-        """The needs of a model, in the dtype that the machine computes in."""
+    def of(cls, of: Sizes, machine: Hardware, context: int, batch: int, kv_bits: int | None = None) -> Needs:
+        """The needs of a model, in the dtype that the machine computes in; kv_bits as for `plan`."""
         compute = speed.compute_dtype(machine, of.shape.dtype)
         return cls(
             sizes=of,
@@ -50,9 +52,10 @@ class Needs:
             batch=batch,
             compute=compute,
             backbone=of.backbone(compute),
-            kv_cache=of.shape.with_dtype(compute).kv_nbytes(context, batch),
+            kv_cache=of.shape.with_dtype(compute).with_kv_bits(kv_bits).kv_nbytes(context, batch),
             workspace=workspace_nbytes(of, compute, rows=batch * math.ceil(context * PROMPT_SHARE)),
             page_cache=machine.fast_bytes if machine.device == "cpu" else 0,
+            kv_bits=kv_bits,
         )
 
     @property

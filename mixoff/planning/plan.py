@@ -70,6 +70,10 @@ class Plan:
         """`to_dict` as one line of JSON."""
         return json.dumps(self.to_dict())
 
+    def brief(self) -> str:
+        """Five lines: model, machine, verdict, speed, and advice: the first, or all if the model does not fit."""
+        return "\n".join(f"{label:<{LABEL}}{text}" for label, text in _brief(self))
+
     def __str__(self) -> str:
         return "\n".join(_lines(self))
 
@@ -88,6 +92,7 @@ class Plan:
 COLOURS = {  # Okabe and Ito's, legible on light and dark; the table next to the bar names each part too
     "backbone": "#0072B2", "kv_cache": "#56B4E9", "workspace": "#F0E442", "slots": "#009E73", "reserved": "#999999",
 }  # fmt: skip
+LABEL = 13  # columns of the label in front of each line
 NAMES = {"kv_cache": "KV cache", "slots": "experts in slots", "reserved": "kept free"}
 
 
@@ -125,6 +130,25 @@ def _rows(plan: Plan) -> list[tuple[str, str]]:
         floors = ", ".join(f"{name} {ms:.1f}" for name, ms in plan.floors_ms.items())
         rows.append(("floors", f"{floors} ms a token (modelled: bytes over bandwidth alone)"))
     return rows
+
+
+def _brief(plan: Plan) -> list[tuple[str, str]]:
+    """Label and text of each line of a short plan."""
+    p, slots = plan.parameters, f"{plan.slots_per_layer} of {plan.experts_per_layer} experts of each layer"
+    stored = f"{format_nbytes(plan.bytes['store'])} {'in 16 bits' if plan.scheme == 'none' else f'as {plan.scheme}'}"
+    verdict = f"{stored} fit, with {slots} in fast memory: fast_bytes={plan.fast_bytes}"
+    if plan.resident:
+        verdict = f"{stored} fit whole into fast memory"
+    if not plan.fits:
+        verdict = f"{stored} do not fit"
+    advice = plan.advice[:1] if plan.fits else ["; or ".join(plan.advice)]
+    return [
+        ("model", f"{plan.source}: {p['total'] / 1e9:.2f} B parameters, {p['active'] / 1e9:.2f} B active per token"),
+        ("machine", str(plan.hardware)),
+        ("verdict", verdict),
+        ("tokens/s", f"{_speed(plan)} (modelled), hit rate {plan.hit_rate:.2f}"),
+        ("advice", advice[0] if advice else "none: --verbose shows every byte and the origin of each figure"),
+    ]
 
 
 def _pinned_text(plan: Plan) -> str:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from mixoff.planning.hardware import Hardware
     from mixoff.quantize.scheme import Scheme
+    from mixoff.shapes.sizes import Sizes
 
 
 DEFAULT = "t4"  # the GPU of free notebooks
@@ -46,6 +47,7 @@ def plan(
     scheme: str | Scheme | None = None,
     hardware: str | Hardware | None = None,
     hit_rate: float | None = None,
+    kv_bits: int | None = None,
 ) -> Plan:
     """Where the bytes of a model go on a machine, whether it fits, and how fast it may be. Nothing is downloaded.
 
@@ -62,30 +64,46 @@ def plan(
     scheme: `Scheme`, or a preset's name; None is `mixed`, or the scheme of a store
     hardware: name in `hardware.NAMED`, `here` to measure this machine, or a `Hardware`; None is a T4
     hit_rate: hit rate of the fast tier, in place of a modelled one
+    kv_bits: 4 or 8 bits for keys and values; None is the dtype of the computation
     """
     if context < 1 or batch < 1:
         raise MixoffError(f"context is {context} and batch {batch}: plan for at least one token of one sequence")
+    of = _sizes(source, scheme)  # first: measuring this machine for a model that cannot be planned would be in vain
     machine = _machine(hardware, fast_bytes, ram_bytes, disk_bytes)
-    return _plan(_needs(source, scheme, machine, context, batch), machine, hit_rate)
+    return _plan(Needs.of(of, machine, context, batch, kv_bits), machine, hit_rate)
 
 
-def fast_nbytes(source: str | Path, machine: Hardware, context: int, scheme: Scheme | None = None) -> int:
+def fast_nbytes(
+    source: str | Path, machine: Hardware, context: int, scheme: Scheme | None = None, kv_bits: int | None = None
+) -> int:
     """Bytes left for experts in the fast memory of `machine`: the default budget of `load` on a GPU.
 
     Raises BudgetError, with the ways out, if not even one slot per layer fits.
     """
-    needs = _needs(source, scheme, machine, context, 1)
+    needs = _needs(source, scheme, machine, context, 1, kv_bits)
     if not any(needs.slots(_remaining(needs, machine))):
         raise BudgetError(f"{needs.sizes.shape.name} does not fit: " + "; or ".join(ways_out(needs, machine)))
     return _remaining(needs, machine)
 
 
-def _needs(source: object, scheme: str | Scheme | None, machine: Hardware, context: int, batch: int) -> Needs:
+def _needs(
+    source: object,
+    scheme: str | Scheme | None,
+    machine: Hardware,
+    context: int,
+    batch: int,
+    kv_bits: int | None = None,
+) -> Needs:
+    return Needs.of(_sizes(source, scheme), machine, context, batch, kv_bits)
+
+
+def _sizes(source: object, scheme: str | Scheme | None) -> Sizes:
+    """The sizes of a model that mixoff serves. Raises CheckpointError for others."""
     shape = describe.shape_of(source)
     if not shape.parameters["experts"]:
         raise CheckpointError(shape.refusal)
     shape, scheme = as_stored(shape, source, scheme)
-    return Needs.of(sizes.sizes_of(shape, scheme), machine, context, batch)
+    return sizes.sizes_of(shape, scheme)
 
 
 def _machine(hardware: str | Hardware | None, *given: int | str | None) -> Hardware:
@@ -260,6 +278,10 @@ def ways_out(needs: Needs, machine: Hardware) -> list[str]:
     if machine.disk_bytes is not None and of.stored > machine.disk_bytes:
         lacking = of.stored - machine.disk_bytes
         ways.append(f"free {format_nbytes(lacking)} of disk: the store takes {format_nbytes(of.stored)}")
+        if smaller := _smaller_scheme(needs, machine):
+            ways.insert(
+                0, f"use --scheme {smaller}: its store fits onto the disk, and a slot of each layer into memory"
+            )
     if not of.shape.sites:
         return ways or [f"use a machine with {format_nbytes(needs.fixed + of.experts)} of fast memory"]
     need = needed_fast_nbytes(needs, machine)
@@ -277,7 +299,7 @@ def _shorter_context(needs: Needs, machine: Hardware) -> int | None:
     """The longest context, by halving, with which one slot per layer fits."""
     context = needs.context // 2
     while context >= 128:
-        shorter = Needs.of(needs.sizes, machine, context, needs.batch)
+        shorter = Needs.of(needs.sizes, machine, context, needs.batch, needs.kv_bits)
         if any(shorter.slots(_remaining(shorter, machine))):
             return context
         context //= 2
@@ -285,7 +307,7 @@ def _shorter_context(needs: Needs, machine: Hardware) -> int | None:
 
 
 def _smaller_scheme(needs: Needs, machine: Hardware, whole: bool = False) -> str | None:
-    """The scheme with the most bits, yet fewer than now, with which one slot per layer (whole: everything) fits."""
+    """The scheme with the most bits, yet fewer than now, that fits: one slot per layer, or everything if `whole`."""
     if needs.sizes.scheme is None or not needs.sizes.shape.sites:
         return None
     for name in ("quality", "paper", "mixed", "small"):
@@ -296,6 +318,7 @@ def _smaller_scheme(needs: Needs, machine: Hardware, whole: bool = False) -> str
         except MixoffError:  # a group that divides no width of this model
             continue
         enough = all(n >= (site.num_experts if whole else 1) for n, site in zip(slots, of.sites, strict=True))
-        if enough and of.experts < needs.sizes.experts:
+        on_disk = machine.disk_bytes is None or of.stored <= machine.disk_bytes
+        if enough and on_disk and of.experts < needs.sizes.experts:
             return name
     return None

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from mixoff.errors import MixoffError
 from mixoff.shapes import sites
 from mixoff.shapes.config import dtype_name, expert_modules
 
@@ -17,6 +18,10 @@ if TYPE_CHECKING:
 
 
 CACHE_NAMES = ("cache", "past_key_values")  # transformers' argument for keys and values: since 5.24, and before
+BITS = (4, 8)  # of a quantized cache
+RESIDUAL = 128  # newest tokens, at most, that a quantized cache of transformers keeps as they are
+GROUP = 64  # values that share a scale and a zero point, at most
+COPIES = 2  # of one layer's keys and values while attention reads them: unpacked, and with the newest tokens appended
 REHEARSED = 97  # tokens of the rehearsal: a prime that is not a width of any layer, so it marks the dimension of tokens
 
 
@@ -101,11 +106,62 @@ def _tensors(thing: object, window: int | None, seen: set[int]) -> Iterator[tupl
 
 def _formula(config: PretrainedConfig) -> tuple[CacheLayer, ...]:
     """Keys and values of every layer, for a model that neither compresses nor windows them."""
+    heads, width = _heads(config)
+    item = sites.dtype_nbytes(dtype_name(config))
+    layers = config.get_text_config().num_hidden_layers
+    return tuple(CacheLayer(0, 2 * heads * width * item, None) for _ in range(layers))
+
+
+def quantized(cache: tuple[CacheLayer, ...], config: PretrainedConfig, bits: int) -> tuple[CacheLayer, ...]:
+    """The cache with keys and values in `bits`, as transformers' quantized cache keeps them, and its working copy.
+
+    Raises MixoffError for other bits, and for a cache that is more than keys and values of every token.
+    """
+    if bits not in BITS:
+        raise MixoffError(f"kv_bits is {bits}: choose one of {', '.join(map(str, BITS))}, or leave it out for 16")
+    text, item = config.get_text_config(), sites.dtype_nbytes(dtype_name(config))
+    heads, width = _heads(config)
+    plain = getattr(text, "num_hidden_layers", 0) * (CacheLayer(0, 2 * heads * width * item, None),)
+    tokens = sum(layer.per_token for layer in cache)
+    if any(layer.fixed or layer.window for layer in cache) or tokens != sum(layer.per_token for layer in plain):
+        raise MixoffError(
+            "kv_bits suits a cache of keys and values of every token, and this model keeps states, windows or "
+            "compressed keys: leave kv_bits out"
+        )
+    values = tokens // item
+    packed = values * bits // 8 + 2 * (values // group_size(heads, width)) * item
+    working = COPIES * plain[0].per_token
+    return (CacheLayer(RESIDUAL * tokens, packed, None), CacheLayer(0, working, None))
+
+
+def cache_options(config: PretrainedConfig, bits: int) -> dict[str, object]:
+    """Arguments of transformers' `QuantizedCache`. Groups run along a head's width, so each token has its own."""
+    size = group_size(*_heads(config))
+    return {
+        "backend": "hqq", "nbits": bits, "axis_key": 1, "axis_value": 1, "q_group_size": size,
+        "residual_length": RESIDUAL,
+    }  # fmt: skip
+
+
+def group_size(heads: int, width: int) -> int:
+    """The largest group, up to GROUP, that divides a head's width and makes an even number of groups per token.
+
+    hqq packs two halves of the groups into one byte.
+
+    >>> group_size(8, 128), group_size(2, 48), group_size(1, 64), group_size(4, 80)
+    (64, 48, 32, 40)
+    """
+    fitting = (g for g in range(GROUP, 0, -1) if width % g == 0 and heads * (width // g) % 2 == 0)
+    if (size := next(fitting, None)) is None:
+        raise MixoffError(f"kv_bits cannot pack {heads} head of width {width}: leave kv_bits out")
+    return size
+
+
+def _heads(config: PretrainedConfig) -> tuple[int, int]:
+    """Heads of keys and values, and their width."""
     text = config.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    item = sites.dtype_nbytes(dtype_name(config))
-    return tuple(CacheLayer(0, 2 * heads * width * item, None) for _ in range(text.num_hidden_layers))
+    return heads, getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
 
 
 def advance(

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from mixoff.errors import CheckpointError
 from mixoff.shapes.config import backbone_roles, configured_top_k, dtype_name, expert_modules, expert_sites
 from mixoff.shapes.config import skeleton as skeleton_of
-from mixoff.shapes.kv_cache import CacheLayer, rehearse
+from mixoff.shapes.kv_cache import CacheLayer, quantized, rehearse
 from mixoff.shapes.sites import Site
 
 if TYPE_CHECKING:
@@ -110,6 +110,10 @@ class ModelShape:
     def with_dtype(self, dtype: str) -> ModelShape:
         """The same model with weights and cache in another dtype."""
         return self if dtype == self.dtype else from_config(self.config, self.name, dtype)
+
+    def with_kv_bits(self, bits: int | None) -> ModelShape:
+        """The same model with keys and values in 4 or 8 bits; None leaves them. Raises MixoffError if it cannot."""
+        return self if bits is None else replace(self, cache=quantized(self.cache, self.config, bits))
 
     def quantized_only(self, names: Collection[str]) -> ModelShape:
         """The same model if only tensors of these names can be quantized; others stay in 16 bits.

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from mixoff.errors import CheckpointError
+from mixoff.errors import CheckpointError, MixoffError
 from mixoff.quantize import strided
 from mixoff.quantize.layout import packed_nbytes
 from mixoff.quantize.scheme import Scheme
@@ -98,10 +98,13 @@ def stride(site: Site) -> int:
 def quantized_sites(sites: tuple[Site, ...], scheme: Scheme) -> tuple[Site, ...]:
     """The sites as they are stored under `scheme`; biases stay as they are.
 
-    Raises MixoffError if a group does not divide a width.
+    Raises MixoffError if a group does not divide a width, or if `by_layer` is for another number of layers.
     """
     if scheme.experts is None:
         return sites
+    if scheme.by_layer and len(scheme.by_layer) != len(sites):
+        layers = f"it has {len(scheme.by_layer)} layers of experts, and this one {len(sites)}"
+        raise MixoffError(f"this scheme is for another model: {layers}")
     if any(part.form is not None for site in sites for part in site.parts):
         raise CheckpointError(
             "these experts are quantized already: convert them with scheme 'none', which keeps them, "

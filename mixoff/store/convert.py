@@ -27,12 +27,11 @@ from mixoff.folders import sync
 from mixoff.quantize.scheme import Scheme
 from mixoff.quantize.solve import loops
 from mixoff.store.blueprint import Blueprint, lay_out
-from mixoff.store.journal import Journal
+from mixoff.store.journal import PARTS, Journal
 from mixoff.store.making import Making, Options, Step, WeightError, steps_of, write
 from mixoff.store.manifest import FORMAT, VERSION
 from mixoff.units import format_nbytes
 
-PARTS = ("store", "kept", "shards", "journal.new")  # what `TARGET.partial` may hold, in addition to journal and lock
 Writer = Callable[[Making, Shards, list[Step], Ranges, Options], int]  # returns the bytes of weights that it read
 log = logging.getLogger("mixoff")
 

@@ -14,7 +14,7 @@ from mixoff.checkpoints.survey import survey
 from mixoff.errors import CheckpointError, MixoffError
 from mixoff.quantize.scheme import Scheme
 from mixoff.shapes import config, sizes
-from mixoff.shapes.known import PRESETS, named_as
+from mixoff.shapes.known import DEMO, PRESETS, named_as
 from mixoff.shapes.shape import ModelShape, Stored, from_config
 from mixoff.store.manifest import read_manifest
 from mixoff.store.source import open_source
@@ -37,14 +37,14 @@ def shape_of(source: ModelShape | PretrainedConfig | str | Path) -> ModelShape:
         return source
     if isinstance(source, PretrainedConfig):
         return from_config(source, source.model_type)
-    return from_config(read(source), named_as(source))
+    return from_config(read(source), named_as(names.full(source)))
 
 
 def read(source: str | Path) -> PretrainedConfig:
     """The configuration that `source` names; see `shape_of`."""
     from transformers import AutoConfig
 
-    if (name := named_as(source)) in PRESETS:
+    if (name := named_as(names.full(source))) in PRESETS:
         values = dict(PRESETS[name])
         return AutoConfig.for_model(values.pop("model_type"), **values)
     folder = here(source)
@@ -77,6 +77,16 @@ def as_stored(shape: ModelShape, source: object, scheme: str | Scheme | None) ->
         survey(folder.checkpoint())
         return shape, _only(source, scheme, sizes.PUBLISHED)
     return _in_files(shape, folder), scheme
+
+
+def default_scheme(source: str | Path) -> str | None:
+    """The scheme in which `run` would use a model: `none`, or None for files that are quantized already.
+
+    A checkpoint in 8 or 4 bits that cannot be used in place counts as one of these: a plan then takes `mixed`.
+    """
+    folder = None if str(source) in PRESETS else here(source)
+    kind = folder.kind if folder else "config"
+    return "none" if kind in ("plain", "config") and str(source) != DEMO else None
 
 
 def _in_files(shape: ModelShape, folder: Folder) -> ModelShape:

@@ -13,6 +13,8 @@ from pathlib import Path
 
 from mixoff.folders import sync
 
+PARTS = ("store", "kept", "shards", "journal.new")  # what `TARGET.partial` may hold, in addition to journal and lock
+
 
 class Journal:
     """Finished pieces by key, in a file that begins with the identity of the job. Opening it only reads.

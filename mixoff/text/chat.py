@@ -46,12 +46,17 @@ class Chat:
         """Whether the model comes with a template for conversations."""
         return bool(self.tokenizer.chat_template)
 
+    @property
+    def limit(self) -> int | None:
+        """Tokens of messages and answer together, at most; None for a model without a limit."""
+        return self.context or getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
     def ask(self, text: str, max_new_tokens: int = 128, **options: Any) -> generation.Generation:
         """The answer to `text`; both join the conversation. options: as for `generation.generate`.
 
         Raises MixoffError if the question alone and `max_new_tokens` exceed the context.
         """
-        context = self.context or getattr(self.model.config, "max_position_embeddings", None)
+        context = self.limit
         messages = [*self.messages, {"role": "user", "content": text}]
         if context:
             messages = recent(messages, lambda part: len(self._ids(part)), context - max_new_tokens)
@@ -60,13 +65,17 @@ class Chat:
         self.messages = [*messages, {"role": "assistant", "content": answer.text.strip()}]
         return answer
 
-    def prompt(self, messages: list[Message]) -> str:
-        """The text of `messages` for the model, with special tokens. Raises MixoffError if the template fails."""
+    def prompt(self, messages: list[Message], variables: dict[str, Any] | None = None) -> str:
+        """The text of `messages` for the model, with special tokens. Raises MixoffError if the template fails.
+
+        variables: what the template may read next to the messages, such as `enable_thinking`
+        """
         template = None if self.own_template else PLAIN  # None is the tokenizer's own
         try:
             with bounded():
                 return self.tokenizer.apply_chat_template(
-                    messages, chat_template=template, tokenize=False, add_generation_prompt=True
+                    messages,
+                    **(variables or {}) | {"chat_template": template, "tokenize": False, "add_generation_prompt": True},
                 )
         except MixoffError:
             raise

@@ -37,12 +37,14 @@ class Sampling:
     seed: seed of random choices
     top_p: sample only from the likeliest tokens with this share of the probability; None is all
     top_k: sample only from this many likeliest tokens; None is all
+    min_p: sample only from tokens with at least this share of the likeliest one's probability; None is all
     """
 
     temperature: float = 0.0
     seed: int = 0
     top_p: float | None = None
     top_k: int | None = None
+    min_p: float | None = None
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
@@ -53,14 +55,17 @@ class Sampling:
             raise MixoffError(f"top_p is {self.top_p}: give a share above 0, up to 1")
         if self.top_k is not None and not 0 < self.top_k < 2**31:
             raise MixoffError(f"top_k is {self.top_k}: give a whole number of at least 1")
+        if self.min_p is not None and not 0 <= self.min_p <= 1:
+            raise MixoffError(f"min_p is {self.min_p}: give a share from 0 to 1")
 
     def options(self) -> dict:
         """The same as arguments of transformers' `generate`."""
         if self.temperature > 0:
-            limits = {"top_k": self.top_k or 0} | ({} if self.top_p is None else {"top_p": self.top_p})
+            limits = {"top_k": self.top_k or 0, "min_p": self.min_p}
+            limits |= {} if self.top_p is None else {"top_p": self.top_p}
             return {"do_sample": True, "temperature": self.temperature} | limits
         # given, or transformers warns that the model's own sampling parameters are not used
-        return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, "min_p": None}
 
 
 @dataclass
@@ -158,6 +163,18 @@ class _Clock:
             self.on_text(piece)
 
 
+class _Ended:
+    """A stopping criterion of transformers: asks a function after each token."""
+
+    def __init__(self, ended: Callable[[], bool]) -> None:
+        self.ended = ended
+
+    def __call__(self, ids: torch.Tensor, _scores: object, **_options: object) -> torch.Tensor:
+        import torch
+
+        return torch.full((ids.shape[0],), self.ended(), dtype=torch.bool, device=ids.device)
+
+
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer in `folder`, never running code from it. Raises CheckpointError."""
     from transformers import AutoTokenizer
@@ -182,8 +199,10 @@ def generate(
     *,
     top_p: float | None = None,
     top_k: int | None = None,
+    min_p: float | None = None,
     stop: list[str] | None = None,
     context: int | None = None,
+    ended: Callable[[], bool] | None = None,
 ) -> Generation:
     """Continue `prompt`.
 
@@ -194,20 +213,22 @@ def generate(
     model, tokenizer: any causal language model of transformers
     prompt: text to continue
     max_new_tokens: new tokens, at most
-    temperature, seed, top_p, top_k: as in `Sampling`; temperature 0 is greedy
+    temperature, seed, top_p, top_k, min_p: as in `Sampling`; temperature 0 is greedy
     on_text: function that gets each new piece of text
     streamer: transformers streamer that gets each token too
     add_special_tokens: False if the prompt spells them out, as chat templates do
     stop: texts after which generation ends
     context: limit on prompt and new tokens together; None is the model's own
+    ended: asked after each token whether to end there
     """
     import torch
 
-    sampling = Sampling(temperature, seed, top_p, top_k)
+    sampling = Sampling(temperature, seed, top_p, top_k, min_p)
     ids = encode(model, tokenizer, prompt, add_special_tokens).to(model.device)
     limits = [n for n in (context, getattr(model.config, "max_position_embeddings", None)) if n]
     _check_room(ids["input_ids"].shape[1], max_new_tokens, min(limits, default=None))
     options = ONE_TEXT | sampling.options() | ({"stop_strings": stop} if stop else {})
+    options |= {"stopping_criteria": [_Ended(ended)]} if ended else {}
     torch.manual_seed(seed)
     clock = _Clock(tokenizer, on_text, streamer)
     end = model.generation_config.eos_token_id

@@ -423,13 +423,37 @@ def test_a_system_message_goes_through_the_template(capsys):
 
 
 def test_a_plan_says_for_what_it_is(capsys):
+    """Five lines. By default they are for this machine and 16 bits, which is what `run` does."""
     assert main(["plan", "mixtral-8x7b"]) == 0
-    first, second, *_ = capsys.readouterr().out.splitlines()
-    assert "for t4, with experts as mixed (--hardware here plans for this machine, --scheme none for 16 bits" in first
-    assert "mistralai/Mixtral-8x7B-Instruct-v0.1: 46.70 B parameters" in second
+    first, second, third, *rest = capsys.readouterr().out.splitlines()
+    assert "mistralai/Mixtral-8x7B-Instruct-v0.1: 46.70 B parameters" in first and len(rest) == 2
+    assert second.split()[:2] == ["machine", "here:"] and third.split()[1:5] == ["87.0", "GiB", "in", "16"]
     assert main(["plan", "tiny-mixtral", "--hardware", "RTX 4090", "--scheme", "none"]) == 0
     out = capsys.readouterr().out
     assert "(" not in out.splitlines()[0] and "do not offload: everything fits into the fast memory of rtx-4090" in out
+    assert main(["plan", "mixtral-8x7b", "--fast", "4GiB", "--scheme", "mixed"]) == 0
+    out = capsys.readouterr().out
+    assert "machine      t4: cuda, fast memory 4.00 GiB" in out and "do not fit" in out and "raise --fast to" in out
+
+
+def test_a_verbose_plan_names_every_byte_and_its_origin(capsys):
+    assert main(["plan", "mixtral-8x7b", "--hardware", "t4", "--scheme", "mixed", "--verbose"]) == 0
+    out = capsys.readouterr().out
+    assert out == f"{mixoff.plan('mixtral-8x7b', hardware='t4', scheme='mixed')}\n" and "inputs" in out
+
+
+@pytest.mark.parametrize("name", ["mixtral-8x7b", "https://huggingface.co/mistralai/Mixtral-8x7B-Instruct-v0.1"])
+def test_short_names_and_addresses_are_names_of_models(capsys, monkeypatch, name):
+    from mixoff.commands import arguments
+
+    full = "mistralai/Mixtral-8x7B-Instruct-v0.1"
+    assert arguments.plan_source(name) == full
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    arguments.model(name)
+    assert f"mixoff: {name} is {full}: looking for it on" in capsys.readouterr().err
+    assert main(["run", name, "--prompt", "a"]) == 2  # the tests are offline
+    assert f"hf download {full}" in capsys.readouterr().err
+    assert main(["run", "mixtral", "--prompt", "a"]) == 2, "a name without a size could fetch 93 GB by mistake"
 
 
 def test_a_conversion_without_a_terminal_tells_its_progress(capsys, tmp_path, monkeypatch):

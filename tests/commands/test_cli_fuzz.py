@@ -36,9 +36,22 @@ NAMES = ["", "Lru2", "\x1b[31m", "\udcff", "a\nb", "x" * 3000]
 OPTIONS = {
     "run": {
         ("--max-new-tokens", "--threads", "--top-k", "--seed", "--context", "--temperature", "--top-p"): NUMBERS,
+        ("--min-p",): NUMBERS,
         ("--fast-bytes", "--ram-bytes"): SIZES,
         ("--scheme", "--scope", "--policy", "--prefetch", "--io", "--device", "--dtype"): NAMES,
         ("--prompt", "--system", "--stop"): ["\udcff", "ab\ud800"],
+    },
+    "chat": {
+        ("--max-new-tokens", "--threads", "--top-k", "--context", "--temperature", "--top-p", "--min-p"): NUMBERS,
+        ("--fast-bytes", "--ram-bytes"): SIZES,
+        ("--scheme", "--policy", "--device", "--dtype"): NAMES,
+        ("--system", "--stop"): ["\udcff", "ab\ud800"],
+    },
+    "serve": {
+        ("--context", "--threads", "--port", "--parallel", "--max-queue", "--kv-tokens"): NUMBERS,
+        ("--fast-bytes", "--ram-bytes", "--max-body"): SIZES,
+        ("--scheme", "--prefetch", "--io", "--device", "--dtype", "--batcher"): NAMES,
+        ("--name", "--api-key"): ["\udcff", "ab\ud800"],
     },
     "demo": {("--max-new-tokens", "--seed"): NUMBERS, ("--fast-bytes",): SIZES, ("--prompt",): ["\udcff"]},
     "convert": {("--jobs",): NUMBERS, ("--scheme",): NAMES},
@@ -61,6 +74,8 @@ OPTIONS = {
 }
 NEEDED = {
     "run": ["tiny-mixtral", "--prompt", "a"],
+    "chat": ["tiny-mixtral"],
+    "serve": ["tiny-mixtral"],
     "convert": ["tiny-mixtral", "target"],
     "trace": ["tiny-mixtral", "--prompt-file", "prompt.txt", "--out", "t.npz"],
     "simulate": ["tiny-mixtral/novel"],
@@ -104,6 +119,10 @@ def path_cases():
     unwritable = ["/proc/x", "/dev/null/x", "file/x", "no/such/x", "store", "file", "empty", "\0", "x" * 300]
     for path in nothing:
         yield ["run", path, "--prompt", "a"]
+        yield ["run", "tiny-mixtral", "--prompt-file", path] if path != "file" else ["fly"]
+        yield ["chat", path]
+        yield ["rm", path, "--yes"]
+        yield ["serve", path]
         yield ["convert", path, "target"]
         yield ["verify", path]
         yield ["trace", path, "--prompt-file", "prompt.txt", "--out", "t.npz"]
@@ -126,6 +145,11 @@ def path_cases():
     yield ["run", "store", "--scheme", "small", "--prompt", "a"]
     yield ["run", "tiny-mixtral", "--prompt", "a", "--fast-bytes", "1B"]
     yield ["run", "tiny-mixtral", "--prompt", "a", "--context", "2"]
+    yield ["run", "tiny-mixtral", "--prompt", "a", "--prompt-file", "prompt.txt"]
+    yield ["run", "tiny-mixtral", "--prompt", "a", "--system", "b", "--raw"]
+    yield ["rm", "tiny-mixtral", "--yes"]
+    yield ["rm", "store", "tiny-mixtrl", "--yes"]
+    yield ["rm", "store"]
     yield ["plan", "tiny-mixtral", "--scheme", "mixed", "--fast", "1B", "--batch", "0"]
 
 

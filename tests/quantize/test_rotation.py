@@ -97,6 +97,8 @@ def test_precision_by_matrix_and_layer():
     assert Scheme.from_json(by_layer.to_json()) == by_layer
     with pytest.raises(MixoffError, match="has 2 layers of experts"):
         quantized_sites((*sites, site), by_layer)
+    with pytest.raises(MixoffError, match="2 layers of experts, and this one 1"):
+        quantized_sites(sites[:1], by_layer)
 
 
 def test_descriptions_from_before_are_read():

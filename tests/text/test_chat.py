@@ -56,11 +56,16 @@ def test_turns_are_written_by_the_model_s_template(model, tokenizer):
 
 
 def test_a_model_that_was_never_taught_to_chat_continues_the_text(model, tokenizer):
+    tokenizer.chat_template = None
     chat = Chat(model, tokenizer)
     assert not chat.own_template
     answer = chat.ask("It was a fine morning", 4)
     assert chat.prompt(chat.messages) == f"<s>It was a fine morning\n{answer.text.strip()}\n"
     assert tokenizer.chat_template is None and "messages" in PLAIN
+
+
+def test_the_bundled_model_s_template_writes_turns_on_lines_of_their_own(model, tokenizer):
+    assert tokenizer.chat_template == PLAIN and Chat(model, tokenizer).own_template
 
 
 def test_what_no_longer_fits_is_forgotten_oldest_turn_first(model, tokenizer, monkeypatch):

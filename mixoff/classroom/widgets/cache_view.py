@@ -18,9 +18,9 @@ import numpy as np
 import traitlets
 
 from mixoff.cache.cache import ExpertCache
+from mixoff.cache.cells import CODES, EVICTED, HIT, MISS, Cells, Stats
 from mixoff.cache.events import HIT as GRANTED
 from mixoff.classroom import plots
-from mixoff.classroom.plots import AWAY, EVICTED, HIT, MISS, PREFETCHED, RESIDENT
 from mixoff.errors import MixoffError
 from mixoff.units import format_nbytes
 
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
     from mixoff.trace.trace import Trace
 
 HERE = Path(__file__).parent
-CODES = {"hit": HIT, "miss": MISS, "prefetch": PREFETCHED, "evict": EVICTED}
-AFTERWARDS = bytes([AWAY, RESIDENT, RESIDENT, RESIDENT, PREFETCHED, AWAY]).ljust(256, b"\0")  # the next token's
 MAX_FPS = 20
 MAX_RECORDED = 2_000_000  # bytes of frames kept for replay; longer runs keep the last tokens
 RATES = 200  # hit rates in the sparkline
@@ -66,18 +64,15 @@ class CacheView(anywidget.AnyWidget):
             sites = runtime.source.sites
             shape = {"layers": [site.layer for site in sites], "experts": max(site.num_experts for site in sites)}
         super().__init__(**shape)
-        self._row = {layer: i * self.experts for i, layer in enumerate(self.layers)}  # first cell of each layer
-        self._cells = bytearray(len(self.layers) * self.experts)  # states, (L, E); plain bytes are the fastest to write
+        self._cells = Cells(self.layers, self.experts, runtime.resident() if runtime else ())
         self._tokenizer, self._stop, self._due = tokenizer, None, 0.0
         self._token: int | None = None
         self._prompt_seen = self._dirty = False
-        self.tokens = self.hits = self.misses = self.nbytes = 0
+        self.tokens = 0
         self._frames: list[bytes] = []
-        self._stats: list[tuple[int, int, int, int]] = []  # hits, misses, bytes, residents after each token
+        self._stats: list[Stats] = []  # hits, misses, bytes, residents after each token
         self._words: list[str] = []
         if runtime is not None:
-            for layer, expert in runtime.resident():
-                self._cells[self._row[layer] + expert] = RESIDENT
             self._stop = runtime.on_event(self.note)
 
     @classmethod
@@ -104,36 +99,41 @@ class CacheView(anywidget.AnyWidget):
         keys = [(layer, int(e)) for e in trace.experts[t, layer]]
         for grant in cache.access(pool, keys, prompt):
             if grant.evicted is not None:
-                self._mark(*grant.evicted, EVICTED)
+                self._cells.mark(*grant.evicted, EVICTED)
             hit = grant.kind == GRANTED
-            self._mark(*grant.key, HIT if hit else MISS)
+            self._cells.mark(*grant.key, HIT if hit else MISS)
             if not prompt:
-                self.hits += hit
-                self.misses += not hit
-                self.nbytes += (not hit) * nbytes
+                self._cells.hits += hit
+                self._cells.misses += not hit
+                self._cells.nbytes += (not hit) * nbytes
 
-    def _mark(self, row: int, expert: int, state: int) -> None:
-        self._cells[row * self.experts + expert] = state
+    @property
+    def hits(self) -> int:
+        """Hits of decoding."""
+        return self._cells.hits
+
+    @property
+    def misses(self) -> int:
+        """Misses of decoding."""
+        return self._cells.misses
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that decoding moved into the fast tier."""
+        return self._cells.nbytes
 
     # live
 
     def note(self, event: Event) -> None:
         """Record one event of a runtime."""
-        state = CODES.get(event.kind)
-        if state is None:
+        if event.kind not in CODES:
             return
         if event.token != self._token:
             if self._dirty and self._tokenizer is None:
                 self._end_token("")
             self._token = event.token
         self._dirty = True
-        self._cells[self._row[event.layer] + event.expert] = state
-        if event.phase == "decode":
-            if state == HIT:
-                self.hits += 1
-            else:
-                self.misses += state == MISS
-                self.nbytes += event.nbytes
+        self._cells.note(event)
 
     def put(self, ids: Any) -> None:
         """Streamer of transformers: receive the prompt, then one new token at a time."""
@@ -151,15 +151,14 @@ class CacheView(anywidget.AnyWidget):
     def _end_token(self, word: str) -> None:
         self._dirty = False
         self.tokens += 1
-        self._frames.append(bytes(self._cells))
-        residents = len(self._cells) - self._cells.count(AWAY) - self._cells.count(EVICTED)
-        self._stats.append((self.hits, self.misses, self.nbytes, residents))
+        self._frames.append(self._cells.frame())
+        self._stats.append(self._cells.stats())
         self._words.append(word)
         if len(self._frames) * len(self._cells) > MAX_RECORDED:
             del self._frames[0], self._stats[0], self._words[0]
         if time.monotonic() >= self._due:
             self.flush()
-        self._cells = self._cells.translate(AFTERWARDS)
+        self._cells.end_pass()
 
     def flush(self) -> None:
         """Show the newest frame now."""
