@@ -129,7 +129,7 @@ def test_what_transformers_loads_is_loaded_and_converted_alike(saved, tmp_path, 
     assert mixoff.verify(target, full=True)["experts"] == 12
     for path in (folder, target):
         assert all(torch.equal(a, b) for a, b in zip(logits(path), want, strict=True))
-    assert mixoff.plan(folder).fits and mixoff.plan(target).fits
+    assert mixoff.plan(folder, scheme="paper").fits and mixoff.plan(target).fits
 
 
 def without_index(many, saved):
@@ -219,7 +219,7 @@ REFUSED = {
 }
 COMMANDS = {
     "load": lambda folder, _: mixoff.load(folder, fast_bytes="1MB").mixoff.close(),
-    "load in a scheme": lambda folder, _: mixoff.load(folder, fast_bytes="1MB", scheme="mixed").mixoff.close(),
+    "load in a scheme": lambda folder, _: mixoff.load(folder, fast_bytes="1MB", scheme="paper").mixoff.close(),
     "convert": lambda folder, target: mixoff.convert(folder, target),
     "plan": lambda folder, _: mixoff.plan(folder),
 }
@@ -308,7 +308,7 @@ def lacking(target):
         (lambda target: edit_json(target / "config.json", num_experts_per_tok=5), "each token to 5 experts"),
     ],
 )
-@pytest.mark.parametrize("scheme", ["none", "mixed"])
+@pytest.mark.parametrize("scheme", ["none", "paper"])
 def test_verify_load_and_plan_agree_on_a_store(one, tmp_path, scheme, harm, message):
     target = mixoff.convert(one, tmp_path / "store", scheme)
     harm(target)
@@ -319,7 +319,7 @@ def test_verify_load_and_plan_agree_on_a_store(one, tmp_path, scheme, harm, mess
 
 def test_a_configuration_alone_can_be_planned(one):
     (one / WHOLE).unlink()
-    assert not model_files.begun(one) and mixoff.plan(one).fits
+    assert not model_files.begun(one) and mixoff.plan(one, scheme="paper").fits
 
 
 # --- numbers ----------------------------------------------------------------------------------------------------------

@@ -286,7 +286,7 @@ def to_gpu(model):
 
 
 @pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize("scheme", ["none", "mixed"])
+@pytest.mark.parametrize("scheme", ["none", "paper"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_a_layer_waits_for_the_device_once_and_mixes_no_devices(tmp_path, monkeypatch, scheme, dtype, batch):
     """A prompt and a token of each row, with guesses: all but what `to_host` brings stays on the device."""
