@@ -177,7 +177,7 @@ def test_a_cache_that_cannot_be_written_only_costs_the_next_probe(tmp_path, monk
     monkeypatch.setattr(probe.tempfile, "tempdir", str(tmp_path / "tmp"))
     assert cli.main(["doctor"]) == 0 and cli.main(["plan", "tiny-mixtral", "--hardware", "here"]) == 0
     out, err = capsys.readouterr()
-    assert err == "" and "a plan       for here" in out and set(figures) == {tmp_path / "tmp"}
+    assert err == "" and "machine      here: cpu" in out and set(figures) == {tmp_path / "tmp"}
     assert not any((tmp_path / "tmp").iterdir())
 
 
