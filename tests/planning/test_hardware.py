@@ -178,7 +178,8 @@ def test_a_cache_that_cannot_be_written_only_costs_the_next_probe(tmp_path, monk
     assert cli.main(["doctor"]) == 0 and cli.main(["plan", "tiny-mixtral", "--hardware", "here"]) == 0
     out, err = capsys.readouterr()
     assert err == "" and "machine      here: cpu" in out and set(figures) == {tmp_path / "tmp"}
-    assert not any((tmp_path / "tmp").iterdir())
+    left = {path.name for path in (tmp_path / "tmp").iterdir()}
+    assert not {name for name in left if not name.startswith("torchinductor_")}  # PyTorch's own, where hqq loads it
 
 
 @pytest.mark.parametrize("change", [{"disk_Bps": "fast"}, {"ram_Bps": None}, {"direct": 3}, {"link_Bps": [1]}])
