@@ -204,6 +204,9 @@ def test_ctrl_c_ends_a_program_that_reads_from_a_pipe(session, capsys):
     assert session.chat.messages == []
 
 
+READS_KEYS = "\x1b[?2004h"  # bracketed paste begins: the prompt has the terminal, which loses a Ctrl-D that comes before
+
+
 def test_a_person_at_a_terminal(said):
     """Several lines, an answer that Ctrl-C stops, the right answer afterwards, and Ctrl-D: in a real terminal."""
     pexpect = pytest.importorskip("pexpect", reason="pexpect is not installed")
@@ -217,6 +220,7 @@ def test_a_person_at_a_terminal(said):
         child.expect(r"\[(\d+) tokens at")
         assert int(child.match[1]) < 300
         child.expect("What was written stays")
+        child.expect_exact(READS_KEYS)
 
     child.expect("Ctrl-D ends the chat")
     child.send('"""It was\r')
