@@ -56,7 +56,8 @@ def _load(args: argparse.Namespace) -> tuple:
 
     if args.threads:
         torch.set_num_threads(args.threads)
-    settings = {name: getattr(args, name) for name in SETTINGS} | ({"context": args.context} if args.context else {})
+    settings = {name: value for name, value in vars(args).items() if name in SETTINGS}  # some commands have fewer
+    settings |= {"context": args.context} if args.context else {}
     model = load.load(args.path, args.fast_bytes, **settings)
     try:
         return model, generation.load_tokenizer(model.mixoff.source.folder)

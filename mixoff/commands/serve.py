@@ -8,7 +8,7 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
-from mixoff.commands import arguments, options, terminal
+from mixoff.commands import arguments, opened, options
 from mixoff.errors import MixoffError, one_line
 from mixoff.serving import listen
 
@@ -67,14 +67,12 @@ def main(args: argparse.Namespace) -> int:
     key = args.api_key or os.environ.get(KEY) or None
     _check_extra()
     listening = listen.bind(args.host, args.port)
-    with terminal.starting(f"loading {args.path}"):
-        served = _load(args)
-    from mixoff.serving import server
+    with opened.opened(args) as ready:
+        from mixoff.serving import server
+        from mixoff.serving.served import Served
 
-    with served.model:
-        from mixoff.loading import warmup
-
-        warmup.compile_for(served.model, terminal.say)
+        name = args.name or os.path.basename(os.path.normpath(args.path))
+        served = Served(ready.model, ready.tokenizer, name, args.context or 0)
         server.serve(
             served,
             listening,
@@ -95,27 +93,6 @@ def _check_extra() -> None:
     except ImportError as error:
         reason = one_line(error)
         raise MixoffError(f"serving needs more packages ({reason}): pip install 'mixoff[serve]'") from error
-
-
-def _load(args: argparse.Namespace) -> Served:
-    import torch
-
-    from mixoff.loading import load
-    from mixoff.serving.served import Served
-    from mixoff.text import generation
-
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    names = ("scheme", "dtype", "ram_bytes", "prefetch", "io", "device")
-    settings = {name: getattr(args, name) for name in names} | ({"context": args.context} if args.context else {})
-    model = load.load(args.path, args.fast_bytes, **settings)
-    try:
-        tokenizer = generation.load_tokenizer(model.mixoff.source.folder)
-        name = args.name or os.path.basename(os.path.normpath(args.path))
-        return Served(model, tokenizer, name, args.context or 0)
-    except BaseException:
-        model.mixoff.close()
-        raise
 
 
 def _limits(args: argparse.Namespace) -> Limits:

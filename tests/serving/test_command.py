@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from mixoff.commands import serve
+from mixoff.commands import opened, serve
 from mixoff.commands.cli import main
 from mixoff.serving import listen, server
 
@@ -22,7 +22,7 @@ def test_a_missing_extra_is_named(monkeypatch, capsys):
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "no-such-host.invalid", "300.1.1.1"])
 def test_an_address_that_cannot_be_had_is_said_before_the_model_is_loaded(host, monkeypatch, capsys):
-    monkeypatch.setattr(serve, "_load", lambda args: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(opened, "opened", lambda args: pytest.fail("the model was loaded"))
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         assert main(["serve", "tiny-mixtral", "--host", host, "--port", str(port)]) == 2
