@@ -307,6 +307,8 @@ def quantized(model: nn.Module, schemes: Scheme | Mapping[str, Scheme]) -> Itera
     schemes: one scheme for all roles, or schemes by role
     """
     by_role = schemes if isinstance(schemes, Mapping) else dict.fromkeys(ROLES, schemes)
+    for scheme in by_role.values():
+        scheme.check_layers(len(config.expert_modules(model)))
     sizes: dict[str, tuple[int, int]] = {}
     originals: dict[int, tuple[Tensor, Tensor | None]] = {}
     try:

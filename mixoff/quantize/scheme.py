@@ -93,13 +93,14 @@ class Scheme:
             raise MixoffError(f"a model has no part {role!r}: choose one of {', '.join(ROLES + KEPT)}")
         return None if role in KEPT else getattr(self, role)
 
-    def expert(self, part: str, site: int) -> Precision | None:
-        """The precision of a matrix of an expert, by its name, in layer number `site` of those that have experts.
+    def check_layers(self, count: int) -> None:
+        """Raise MixoffError if `by_layer` is for a model with another number of layers with experts than `count`."""
+        if self.by_layer and len(self.by_layer) != count:
+            layers = f"it has {len(self.by_layer)} layers of experts, and this one {count}"
+            raise MixoffError(f"this scheme is for another model: {layers}")
 
-        Raises MixoffError if `by_layer` is for a model with fewer layers.
-        """
-        if self.by_layer and site >= len(self.by_layer):
-            raise MixoffError(f"this scheme is for another model: it has {len(self.by_layer)} layers of experts")
+    def expert(self, part: str, site: int) -> Precision | None:
+        """The precision of a matrix of an expert, by its name, in layer number `site` of those that have experts."""
         first, last = self.by_layer[site] if self.by_layer else (self.experts, self.down or self.experts)
         return last if part == LAST else first
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from mixoff.errors import CheckpointError, MixoffError
+from mixoff.errors import CheckpointError
 from mixoff.quantize import strided
 from mixoff.quantize.layout import packed_nbytes
 from mixoff.quantize.scheme import Scheme
@@ -102,9 +102,7 @@ def quantized_sites(sites: tuple[Site, ...], scheme: Scheme) -> tuple[Site, ...]
     """
     if scheme.experts is None:
         return sites
-    if scheme.by_layer and len(scheme.by_layer) != len(sites):
-        layers = f"it has {len(scheme.by_layer)} layers of experts, and this one {len(sites)}"
-        raise MixoffError(f"this scheme is for another model: {layers}")
+    scheme.check_layers(len(sites))
     if any(part.form is not None for site in sites for part in site.parts):
         raise CheckpointError(
             "these experts are quantized already: convert them with scheme 'none', which keeps them, "
