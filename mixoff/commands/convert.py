@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 
 from mixoff.commands import arguments, options, terminal
+from mixoff.store.inventory import nbytes_of
 
 HELP = "write a checkpoint as a store: one aligned byte range per expert"
 EVERY_S = terminal.EVERY_S
@@ -47,7 +48,7 @@ def main(args: argparse.Namespace) -> int:
         terminal.say(f"calibrating on {tokens:,} tokens: up to {format_nbytes(nbytes)} of memory (modelled)")
     with _progress_lines(args.target, quiet=args.json):
         done = convert.run(args.source, args.target, args.scheme, args.calibrate, args.bits, options=settings)
-    nbytes = sum(p.stat().st_size for p in done.target.iterdir())
+    nbytes = nbytes_of(done.target)
     rate = done.source_nbytes / done.seconds / 1e6
     if args.json:
         report = {

@@ -16,6 +16,7 @@ from mixoff._version import __version__
 from mixoff.checkpoints.shards import LocalShards
 from mixoff.errors import MixoffError
 from mixoff.store import convert
+from mixoff.store.inventory import nbytes_of
 from mixoff.store.manifest import FORMAT, MANIFEST, VERSION
 from mixoff.units import format_nbytes
 
@@ -48,7 +49,7 @@ def store_of(folder: Folder, scheme: Scheme) -> Path:
         with FileLock(f"{target}.lock"):
             if not (target / MANIFEST).exists():
                 convert.run(folder.path, target, scheme)
-                size = format_nbytes(sum(file.stat().st_size for file in target.iterdir()))
+                size = format_nbytes(nbytes_of(target))
                 log.warning("kept %s in %s for the next time: delete that folder to free it", size, target)
     except OSError as error:
         raise MixoffError(
