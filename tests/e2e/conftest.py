@@ -138,24 +138,35 @@ def serve_offline(context, home, blocked):
 
 
 @pytest.fixture
-def open_notebook(lab, browser):
-    """A function that opens a copy of a notebook and returns its page, with `page.complaints` noted from the start."""
-    home, work = lab
+def new_page(browser):
+    """A function that opens an empty page in a context of its own; its errors are noted in `page.complaints`."""
     contexts = []
+
+    def open_page(width, height, dark=False):
+        size = {"width": width, "height": height}
+        contexts.append(browser.new_context(color_scheme="dark" if dark else "light", viewport=size))
+        page = contexts[-1].new_page()
+        page.complaints = []
+        page.on("pageerror", lambda error: page.complaints.append(str(error)))
+        page.on("console", lambda line: page.complaints.append(line.text) if line.type == "error" else None)
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+
+
+@pytest.fixture
+def open_notebook(lab, new_page):
+    """A function that opens a copy of a notebook and returns its page."""
+    home, work = lab
 
     def open_copy(path):
         shutil.copy(path, work / path.name)
-        context = browser.new_context(viewport={"width": 1200, "height": 1600})
-        contexts.append(context)
-        page = context.new_page()
-        page.complaints = []
-        serve_offline(context, home, page.complaints)
-        page.on("pageerror", lambda error: page.complaints.append(str(error)))
-        page.on("console", lambda line: page.complaints.append(line.text) if line.type == "error" else None)
+        page = new_page(1200, 1600)
+        serve_offline(page.context, home, page.complaints)
         page.goto(f"{home}/doc/tree/{path.name}?reset")
         page.wait_for_function(KERNEL_IS_READY, timeout=KERNEL_TIMEOUT_MS)
         return page
 
-    yield open_copy
-    for context in contexts:
-        context.close()
+    return open_copy

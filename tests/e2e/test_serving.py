@@ -25,23 +25,16 @@ def server(model):
 
 
 @pytest.fixture
-def visit(browser):
+def visit(new_page):
     """A function that opens a server's page, which can reach that server and nothing else."""
-    contexts = []
 
     def open_page(server, dark=False):
-        context = browser.new_context(color_scheme="dark" if dark else "light", viewport={"width": 1200, "height": 800})
-        contexts.append(context)
-        page = context.new_page()
-        page.complaints = []
-        context.route("**/*", lambda route: only(server.url, route, page.complaints))
-        page.on("pageerror", lambda error: page.complaints.append(str(error)))
+        page = new_page(1200, 800, dark)
+        page.context.route("**/*", lambda route: only(server.url, route, page.complaints))
         page.goto(server.url)
         return page
 
-    yield open_page
-    for context in contexts:
-        context.close()
+    return open_page
 
 
 def only(home, route, blocked):

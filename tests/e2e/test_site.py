@@ -24,25 +24,17 @@ def site(tmp_path_factory):
 
 
 @pytest.fixture
-def open_page(site, browser):
+def open_page(site, new_page):
     """A function that opens a page of the site from the disk, and notes complaints and whatever asks a network."""
-    contexts = []
 
     def open_file(name, theme="light"):
-        context = browser.new_context(color_scheme=theme, viewport={"width": 1300, "height": 1000})
-        contexts.append(context)
-        page = context.new_page()
-        page.complaints = []
-        page.on("pageerror", lambda error: page.complaints.append(str(error)))
-        page.on("console", lambda line: page.complaints.append(line.text) if line.type == "error" else None)
+        page = new_page(1300, 1000, theme == "dark")
         local = ("file:", "data:", "blob:")
         page.on("request", lambda r: None if r.url.startswith(local) else page.complaints.append(r.url))
         page.goto((site / name).as_uri())
         return page
 
-    yield open_file
-    for context in contexts:
-        context.close()
+    return open_file
 
 
 # ---------------------------------------------------------------- pages

@@ -30,17 +30,11 @@ BODY = '<!doctype html><html lang="en"><body><div id="widget"></div></body></htm
 
 
 @pytest.fixture
-def mount(browser):
+def mount(new_page):
     """A function that shows a widget in an empty page and returns the page, with its complaints."""
-    pages = []
 
     def show(widget, dark=False):
-        context = browser.new_context(color_scheme="dark" if dark else "light", viewport={"width": 900, "height": 500})
-        pages.append(context)
-        page = context.new_page()
-        page.complaints = []
-        page.on("pageerror", lambda error: page.complaints.append(str(error)))
-        page.on("console", lambda line: page.complaints.append(line.text) if line.type == "error" else None)
+        page = new_page(900, 500, dark)
         page.route("**/*", lambda route: route.fulfill(body=BODY, content_type="text/html"))
         page.goto(HOME)
         names = [
@@ -52,9 +46,7 @@ def mount(browser):
         page.evaluate(MOUNT, [str(widget._esm), str(widget._css), state])
         return page
 
-    yield show
-    for context in pages:
-        context.close()
+    return show
 
 
 def figures(page, root=".mixoff-cache"):
