@@ -18,12 +18,13 @@ import torch
 
 import _table
 import mixoff
+from calibration_table import BEFORE
 from mixoff.bench import synthetic
 from mixoff.quantize import Precision, Scheme
 
 MIXED = Scheme.preset("mixed")
 FORMS = {
-    "2 bits g32": replace(MIXED, experts=Precision(2, 32), down=None),
+    "2 bits g32": BEFORE,
     "`mixed`: 2 bits g64, down 3 bits g64 rotated": MIXED,
     "the same, not rotated": replace(MIXED, down=Precision(3, 64)),
     "`small`: 2 bits g64, down rotated": Scheme.preset("small"),

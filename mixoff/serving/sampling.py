@@ -27,7 +27,7 @@ class Sampling:
     """The parameters of one answer, checked by `fields`.
 
     temperature: 0 always takes the likeliest token
-    top_p, top_k, min_p: limits on the tokens to draw from; 1, 0 and 0 are no limit
+    top_p, top_k, min_p: limit the tokens to draw from; 1, 0 and 0 mean no limit
     presence_penalty, frequency_penalty: as OpenAI defines them, over new tokens
     repetition_penalty: as transformers defines it, over prompt and new tokens; 1 is none
     logit_bias: numbers to add to the logits, by token

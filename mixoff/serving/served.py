@@ -113,7 +113,7 @@ def sampling(asked: Asked, seed: int, best: int | None, vocabulary: int, model: 
     """
     given: dict[str, Any] = {name: value for name in OWN if (value := getattr(model, name, None)) is not None}
     given |= {name: value for name in ASKED if (value := getattr(asked, name)) is not None}
-    given["top_p"] = given.get("top_p") or 1.0  # 0 is no limit, as for llama.cpp
+    given["top_p"] = given.get("top_p") or 1.0  # 0 means no limit, as in llama.cpp
     top_k = max(given.pop("top_k", 0), 0)
     return Sampling(
         **given,

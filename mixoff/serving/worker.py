@@ -92,7 +92,7 @@ class Worker:
         return sum(not row.cancelled for row in list(self._waiting))
 
     def submit(self, rows: Iterable[Row]) -> None:
-        """Queue the rows of one request. Raises Full if there is no room for all of them, and Stopping."""
+        """Queue the rows of one request. Raises Full if they do not all fit, and Stopping if the server is ending."""
         rows, most = list(rows), self.most_rows + self.most_waiting
         if len(rows) > most:
             raise MixoffError(f"the request asks for {len(rows)} answers, and this server takes {most} at once")
