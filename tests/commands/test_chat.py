@@ -204,7 +204,7 @@ def test_ctrl_c_ends_a_program_that_reads_from_a_pipe(session, capsys):
     assert session.chat.messages == []
 
 
-READS_KEYS = "\x1b[?2004h"  # bracketed paste begins: the prompt has the terminal, which loses a Ctrl-D that comes before
+READS_KEYS = "\x1b[?2004h"  # bracketed paste begins: now the prompt reads keys; a Ctrl-D before it is lost
 
 
 def test_a_person_at_a_terminal(said):

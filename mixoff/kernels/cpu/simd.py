@@ -70,22 +70,21 @@ class Emitter:
         waiting = [self.waiting() for _ in range(self.rows if len(turns) > 1 else 0)]
         for words in turns:
             self.hold(words)
-            first, last = words.start == 0, words.stop == self.words
+            self.loop(lines, functools.partial(self.line, words, beside, waiting))
 
-            def line(i: ir.Value, words: range = words, first: bool = first, last: bool = last) -> None:
-                for k in range(beside):
-                    v, self.first = self.b.add(self.b.mul(i, I64(beside)), I64(k)), k == 0
-                    sums = self.sums_of_floats(v) if self.way == "float" else self.integers(v, words)
-                    if not first:
-                        kept = [self.at(self.moved(at, v, 4), self.ints) for at in waiting]
-                        sums = [self.b.add(*both) for both in zip(sums, kept, strict=True)]
-                    if last:
-                        self.finish(v, sums)
-                    else:
-                        for at, total in zip(waiting, sums, strict=True):
-                            self.put(total, self.moved(at, v, 4))
-
-            self.loop(lines, line)
+    def line(self, words: range, beside: int, waiting: list[ir.Value], i: ir.Value) -> None:
+        """One turn for the `beside` vectors of cache line i; sums of earlier turns are in `waiting`, by row."""
+        for k in range(beside):
+            v, self.first = self.b.add(self.b.mul(i, I64(beside)), I64(k)), k == 0
+            sums = self.sums_of_floats(v) if self.way == "float" else self.integers(v, words)
+            if words.start > 0:
+                kept = [self.at(self.moved(at, v, 4), self.ints) for at in waiting]
+                sums = [self.b.add(*both) for both in zip(sums, kept, strict=True)]
+            if words.stop == self.words:
+                self.finish(v, sums)
+                continue
+            for at, total in zip(waiting, sums, strict=True):
+                self.put(total, self.moved(at, v, 4))
 
     def turns(self) -> list[range]:
         """Words of the group by turns: as few as suffice to hold the activations of each in registers."""
