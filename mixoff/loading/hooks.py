@@ -10,11 +10,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from mixoff.kernels.cpu import products
 from mixoff.kernels.cpu.threads import borrow, give_back
 from mixoff.loading import layers, refusals
 from mixoff.loading.passes import wrap
 from mixoff.loading.rescue import guard
 from mixoff.runtime.runtime import Runtime
+from mixoff.runtime.step import Step
 from mixoff.shapes.config import expert_modules
 
 # what a router raises when its arguments differ from its neighbour's
@@ -55,12 +57,17 @@ class NextRouter:
         return undo
 
     def _hook(self, i: int) -> Callable:
-        def before(_: nn.Module, args: tuple, kwargs: dict) -> None:
-            self.extra[i] = args[1:], {name: value for name, value in kwargs.items() if name != "hidden_states"}
-            if i + 1 < len(self.routers) and self.listening():
-                self._predict(i, args[0] if args else kwargs["hidden_states"])
+        def before_router(_: nn.Module, args: tuple, kwargs: dict) -> None:
+            extra = {name: value for name, value in kwargs.items() if name != "hidden_states"}
+            self.ask(i, args[0] if args else kwargs["hidden_states"], args[1:], extra)
 
-        return before
+        return before_router
+
+    def ask(self, i: int, x: torch.Tensor, args: tuple = (), kwargs: dict | None = None) -> None:
+        """Have router i + 1 guess from what router i is called with: x (T, D), and other arguments."""
+        self.extra[i] = args, kwargs or {}
+        if i + 1 < len(self.routers) and self.listening():
+            self._predict(i, x)
 
     @torch.no_grad()
     def _predict(self, i: int, x: torch.Tensor) -> None:
@@ -126,13 +133,34 @@ def bind(model: PreTrainedModel, runtime: Runtime, loaded: bool = True) -> ExitS
         undo.callback(model.base_model.register_forward_pre_hook(before, with_kwargs=True).remove)
         if any(isinstance(module, layers.QuantizedLinear) for module in model.modules()):
             undo.callback(lend(model.base_model))
+        ask = None
         if runtime.guesses.active:
             names = list(expert_modules(model))
-            undo.push(NextRouter(model, names, runtime.expect, runtime.wants_guesses, runtime.guesses.stop).attach())
+            routers = NextRouter(model, names, runtime.expect, runtime.wants_guesses, runtime.guesses.stop)
+            undo.push(routers.attach())
+            ask = routers.ask if None not in routers.routers else None
+        if runtime.source.scheme.experts is not None and not runtime.exact and products.loops() is not None:
+            undo.push(compile_step(model, runtime, ask))
         undo.push(guard(model, runtime))
         model.mixoff = runtime
         undo.callback(delattr, model, "mixoff")
         return undo.pop_all()
+
+
+def compile_step(model: PreTrainedModel, runtime: Runtime, ask: Callable | None) -> ExitStack:
+    """Let compiled programs compute single tokens (`runtime.step`); closing the result ends it."""
+    undo, step = ExitStack(), Step(model, runtime, ask)
+
+    def around(forward: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
+        with step.passing(read_by(args, kwargs), kwargs):
+            return forward(*args, **kwargs)
+
+    undo.callback(wrap(model.base_model, around))
+    for layer in step.layers:
+        undo.callback(wrap(layer.module, layer.forward))
+    runtime.step = step
+    undo.callback(setattr, runtime, "step", None)
+    return undo
 
 
 def _note_pass(runtime: Runtime, ids: torch.Tensor, kwargs: dict) -> None:

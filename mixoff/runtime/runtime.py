@@ -24,7 +24,7 @@ import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -112,6 +112,7 @@ class Runtime:
         self._policy, self._compute = policy, compute
         self._prefetch, self._top_k = prefetch, top_k
         self.reroute: Callable | None = None
+        self.step: Any = None  # what compiles single tokens (`step.Step`), if anything does
         self._listeners: list[Callable[[Event], None]] = []
         self._routing: list[Callable] = []
         self._lock = threading.RLock()

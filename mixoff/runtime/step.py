@@ -1,0 +1,344 @@
+"""The decode step: one token through a decoder layer by two compiled calls, with the cache of experts in between.
+
+Letters: **D** model width, **E** experts, **K** experts per token.
+PyTorch takes two thirds of the time of a token for what are not products: hundreds of small operations per layer, each
+of which finds its code evicted by the weights that pass through. So a layer that is built like the common decoder is
+compiled as a whole. Which layers are is never decided by their names: their parts are looked for, and a layer is
+computed both ways, with the token at hand, when it is first needed and whenever the cache has doubled. If the results
+differ by more than rounding, transformers' modules compute it from then on.
+
+Only for models with quantized experts: others equal plain transformers bit for bit. Values between the operations of a
+layer are fp32 here, and rounded to the model's dtype between layers.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from mixoff.kernels.cpu import threads
+from mixoff.kernels.cpu.program import Memory
+from mixoff.runtime.decoder import (
+    Attention,
+    Experts,
+    Half,
+    Unlike,
+    Whole,
+    attention_of,
+    computable,
+    router_of,
+)  # fmt: skip
+from mixoff.runtime.growing import Growing, growing
+from mixoff.runtime.runtime import Runtime
+
+# Rounding, by dtype: most of a relative error between both ways, and what rounding the stream itself adds to it
+CLOSE = {torch.float32: 0.02, torch.bfloat16: 0.06}
+EPSILON = {torch.float32: 1e-5, torch.bfloat16: 0.01}
+NEAR = 0.05  # most of a relative difference of the router's weights
+CACHES = ("cache", "past_key_values")  # names of the argument, by version of transformers
+
+
+class Step:
+    """The decode step of one model, layer by layer; each thread has its own programs, since they hold addresses.
+
+    ask: called with (site, x) for guesses of the next layer, or None
+    """
+
+    def __init__(self, model: nn.Module, runtime: Runtime, ask: Callable[[int, torch.Tensor], None] | None) -> None:
+        self.model, self.runtime, self.ask = model, runtime, ask
+        self.here = Here()
+        self.layers = [Layer(self, module, i) for i, module in enumerate(_layers(model))]
+        self.watched = [
+            (parent._modules, name, child)
+            for layer in self.layers
+            for parent in layer.module.modules()
+            for name, child in parent._modules.items()
+            if child is not None
+        ]
+
+    def allowed(self, ids: torch.Tensor | None, kwargs: dict[str, Any]) -> bool:
+        """Whether a pass over `ids` may be computed by programs: one token, and nobody looks inside the layers."""
+        if ids is None or ids.shape[0] * ids.shape[1] != 1 or ids.device.type != "cpu" or torch.is_grad_enabled():
+            return False
+        if torch.compiler.is_compiling() or any(kwargs.get(name) for name in kwargs if name.startswith("output_")):
+            return False
+        config = self.model.config
+        if any(getattr(config, f"output_{name}", False) for name in ("attentions", "hidden_states", "router_logits")):
+            return False
+        return not _has_any_global_hook() and all(_untouched(*seen) for seen in self.watched)
+
+    @contextmanager
+    def passing(self, ids: torch.Tensor | None, kwargs: dict[str, Any]) -> Iterator[None]:
+        """During a pass over `ids`, compute layers by programs where that is possible."""
+        before, self.here.active = self.here.active, self.allowed(ids, kwargs)
+        try:
+            yield
+        finally:
+            self.here.active = before
+
+    def info(self) -> str:
+        """In words, what computes single tokens."""
+        reasons = sorted({layer.reason for layer in self.layers if layer.reason})
+        count = sum(not layer.reason for layer in self.layers)
+        return f"compiled in {count} of {len(self.layers)} layers" + "".join(f"; {reason}" for reason in reasons)
+
+
+class Here(threading.local):
+    """What a thread has: whether a pass is on, memory, programs by layer, and tables of positions."""
+
+    def __init__(self) -> None:
+        self.active = False
+        self.memory = Memory()
+        self.programs: dict[int, tuple[tuple, Half]] = {}
+        self.tables: tuple[Any, torch.Tensor, torch.Tensor] | None = None
+
+    def positions(self, given: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin (1, 1, R) in fp32, widened once per pass."""
+        if self.tables is None or self.tables[0] is not given[0]:
+            cos, sin = (table.detach().float().flatten().contiguous() for table in given)
+            self.tables = given[0], cos, sin
+        return self.tables[1:]
+
+
+def _untouched(modules: dict[str, Any], name: str, child: nn.Module) -> bool:
+    """Whether a module is where it was, without hooks but those that only collect what somebody asks for."""
+    if modules.get(name) is not child or "forward" in vars(child):
+        return False
+    hooks = (*child._forward_hooks.values(), *child._forward_pre_hooks.values())
+    return not hooks or all(getattr(hook, "__name__", "") in QUIET for hook in hooks)
+
+
+QUIET = ("output_capturing_hook", "before_router")  # of transformers, for `output_…`, and our own guesses
+
+
+def _layers(model: nn.Module) -> list[nn.Module]:
+    """The decoder layers of a model: modules with attention of their own, in order."""
+    return [module for module in model.modules() if hasattr(module, "self_attn") and hasattr(module, "input_layernorm")]
+
+
+class Layer:
+    """One decoder layer: which parts of it are compiled, and its programs. reason: why none are, or empty."""
+
+    def __init__(self, step: Step, module: nn.Module, index: int) -> None:
+        self.step, self.module, self.index = step, module, index
+        self.reason, self.checked = "", 0
+        self.turned = 0
+        self.experts: Experts | None = None
+        self.parts: Attention | None = None
+        try:
+            self.parts = attention_of(module)
+            self.block = _block(module)
+        except Unlike as error:
+            self.reason = str(error)
+
+    def forward(self, original: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Replaces the layer's forward pass; `original` computes whatever programs do not."""
+        if self.reason or not self.step.here.active:
+            return original(*args, **kwargs)
+        x, positions = args[0] if args else kwargs.get("hidden_states"), kwargs.get("position_embeddings")
+        room = self._room(kwargs)
+        if room is None or x is None or kwargs.get("attention_mask") is not None or not isinstance(positions, tuple):
+            return original(*args, **kwargs)
+        if room.used + 1 >= 2 * self.checked:
+            self.reason = self._unlike(original, x, room, args, kwargs)
+            if self.reason:
+                return original(*args, **kwargs)
+            self.checked = room.used + 1
+        return self._compute(x, room, positions, _cache_layer(self.parts, kwargs))
+
+    def _room(self, kwargs: dict[str, Any]) -> Growing | None:
+        layer = _cache_layer(self.parts, kwargs)
+        return None if layer is None else growing(layer, self.module.input_layernorm.weight.dtype)
+
+    def _compute(self, x: torch.Tensor, room: Growing, positions: tuple, cache_layer: Any) -> torch.Tensor:
+        half, out = self._run(x, room, positions), torch.empty_like(x)
+        room.add(cache_layer)
+        if isinstance(half, Whole):
+            self._serve(half)
+            half.finish(out, threads.count())
+            return out
+        stream, normed = half.results()
+        inner = self.block(normed.to(x.dtype).view_as(x))
+        inner = inner[0] if isinstance(inner, tuple) else inner
+        return (stream.view_as(x) + inner.float() * self.parts.factor).to(x.dtype)
+
+    def _run(self, x: torch.Tensor, room: Growing, positions: tuple) -> Half:
+        """Compute up to the experts, or up to the router's choice; the cache gets this token's keys and values."""
+        half = self._program(x.dtype)
+        half.aim(x, *self.step.here.positions(positions), room)
+        half.program.run(threads.count(), 0, half.end)
+        return half
+
+    def _program(self, dtype: torch.dtype) -> Half:
+        """This thread's program."""
+        here, key = self.step.here, (dtype, self.turned, self.experts, threads.count())
+        known = here.programs.get(self.index)
+        if known is None or known[0] != key:
+            parts = self.parts, here.memory, self.turned, dtype == torch.bfloat16
+            half = Half(*parts) if self.experts is None else Whole(*parts, self.experts, self._weights())
+            known = here.programs[self.index] = key, half
+        return known[1]
+
+    def _weights(self) -> dict[str, Any]:
+        """The weights of an expert of this layer, of whatever expert is in the first slot: for their form."""
+        assert self.experts is not None
+        runtime, site = self.experts.module._mixoff
+        return runtime.arena.weights(0, site)
+
+    # Experts ----------------------------------------------------------------------------------------------------------
+
+    def _serve(self, half: Whole) -> None:
+        """Compute the chosen experts as the runtime brings them."""
+        runtime, site = self.experts.module._mixoff
+        if self.step.ask is not None:
+            self.step.ask(site, half.results()[1].to(self.module.input_layernorm.weight.dtype)[None])
+        self._tell(half, runtime, site)
+        chosen, weights = half.chosen.tolist(), half.weights.tolist()
+        place = {expert: i for i, expert in enumerate(chosen) if expert < self.experts.module.num_experts}
+        number = threads.count()
+
+        def compute(loaded: dict[int, dict[str, Any]]) -> None:
+            rows = [(place[expert], parts) for expert, parts in loaded.items() if expert in place]
+            if rows:
+                half.experts(rows, number)
+
+        if len(place) < len(chosen):  # only a `reroute` chooses none, or one twice
+            half.outs.zero_()
+        given = [weights[i] if weights[i] == weights[i] else 0.0 for i in place.values()]
+        runtime.serve(site, list(place), compute, None if runtime.in_prompt() else given)
+        for i, expert in enumerate(chosen):
+            if place.get(expert, i) != i:
+                half.outs[i] = half.outs[place[expert]]
+
+    @staticmethod
+    def _tell(half: Whole, runtime: Runtime, site: int) -> None:
+        """Show the choice to those who listen, and let `reroute` change it."""
+        if runtime.reroute is not None:
+            chosen, weights = runtime.reroute(site, half.chosen[None].clone(), half.weights[None].clone())
+            half.chosen.copy_(chosen[0])
+            half.weights.copy_(weights[0])
+        runtime.note_routing(site, half.chosen[None].clone(), half.weights[None].clone())
+
+    # Comparison -------------------------------------------------------------------------------------------------------
+
+    def _unlike(self, original: Callable, x: torch.Tensor, room: Growing, args: tuple, kwargs: dict[str, Any]) -> str:
+        """Compute this token both ways, without experts; returns in what they differ, or an empty string."""
+        positions, seen = kwargs["position_embeddings"], self._by_modules(original, args, kwargs)
+        R = positions[0].shape[-1]
+        for turned in [self.turned] if self.turned else [R, 2 * R]:  # tables name each angle twice, or once
+            if turned > self.parts.size:
+                continue
+            self.turned = turned
+            stream, normed = self._run(x, room, positions).results()
+            added, want = stream - x.float().flatten(), (seen.out.float() - x.float()).flatten()
+            noise = EPSILON[x.dtype] * float(x.float().norm())
+            if not _close(added + self.parts.factor * seen.inner.float().flatten(), want, noise, x.dtype):
+                continue
+            if _close(normed, seen.x.float().flatten(), noise, x.dtype):
+                self.experts = self._experts(normed, seen)
+                return ""
+        self.turned = 0
+        return f"{type(self.module).__name__} has attention of another kind"
+
+    def _by_modules(self, original: Callable, args: tuple, kwargs: dict[str, Any]) -> Seen:
+        """This token through transformers' modules, with a copy of the cache and without the experts."""
+        seen, name = Seen(), next(name for name in CACHES if kwargs.get(name) is not None)
+        cache = copy.copy(kwargs[name])
+        cache.layers = list(cache.layers)
+        index = self.parts.module.layer_idx
+        cache.layers[index] = copy.copy(cache.layers[index])
+        with ExitStack() as undo:
+            experts = getattr(self.block, "experts", None)
+            if "_mixoff" in vars(experts or self.block):
+                _replace(experts, seen.experts, undo)
+                router = _router(self.block)
+                undo.callback(setattr, router, "_forward_pre_hooks", router._forward_pre_hooks)
+                router._forward_pre_hooks = type(router._forward_pre_hooks)()
+            _replace(self.block, functools.partial(seen.block, self.block.forward), undo)
+            out = original(*args, **{**kwargs, name: cache})
+        seen.out = out[0] if isinstance(out, tuple) else out
+        return seen
+
+    def _experts(self, normed: torch.Tensor, seen: Seen) -> Experts | None:
+        """The second half, if it is a softmax router and experts that stages can compute, and nothing else."""
+        if seen.chosen is None or len(seen.chosen) != 1 or not torch.equal(seen.inner.flatten(), seen.given.flatten()):
+            return None
+        module = self.block.experts
+        runtime, site = module._mixoff
+        try:
+            router, bias = router_of(self.block)
+        except Unlike:
+            return None
+        if not computable(module, runtime.arena.weights(0, site)):
+            return None
+        p = torch.softmax(torch.nn.functional.linear(normed, router.float(), bias), -1)
+        theirs, weights = p[seen.chosen[0]], seen.weights[0].float()
+        if not theirs.min() >= (1 - NEAR) * p.topk(len(theirs)).values[-1]:
+            return None
+        for divide in (True, False):
+            mine = theirs / theirs.sum() if divide else theirs
+            if (mine - weights).abs().max() <= NEAR * weights.max():
+                known = self.experts
+                return known if known and known.divide == divide else Experts(module, router, bias, divide, len(theirs))
+        return None
+
+
+class Seen:
+    """What a layer's modules computed: the block's input and output, the router's choice, and the layer's output."""
+
+    chosen: torch.Tensor | None = None
+    weights: torch.Tensor
+    given: torch.Tensor
+    x: torch.Tensor
+    inner: torch.Tensor
+    out: torch.Tensor
+
+    def experts(self, hidden_states: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """Stands for the experts: notes the choice, and returns numbers of about the right size."""
+        self.chosen, self.weights, self.given = chosen, weights, hidden_states.flip(-1)
+        return self.given
+
+    def block(self, original: Callable, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Stands for the block around the experts."""
+        out = original(x, *args, **kwargs)
+        self.x, self.inner = x, out[0] if isinstance(out, tuple) else out
+        return out
+
+
+def _replace(module: nn.Module, forward: Callable, undo: ExitStack) -> None:
+    """Give a module another forward pass for a while."""
+    module.forward = forward
+    undo.callback(delattr, module, "forward")
+
+
+def _close(mine: torch.Tensor, theirs: torch.Tensor, noise: float, dtype: torch.dtype) -> bool:
+    return float((mine - theirs).norm()) <= CLOSE[dtype] * float(theirs.norm()) + noise
+
+
+def _block(layer: nn.Module) -> nn.Module:
+    """The second half of a layer: the child that contains its experts, or its dense network. Raises Unlike."""
+    for child in layer.children():
+        if any("_mixoff" in vars(module) for module in child.modules()):
+            return child
+    if isinstance(block := getattr(layer, "mlp", None), nn.Module):
+        return block
+    raise Unlike("no experts and no network")
+
+
+def _router(block: nn.Module) -> nn.Module:
+    return getattr(block, "gate", None) or block.router
+
+
+def _cache_layer(parts: Attention | None, kwargs: dict[str, Any]) -> Any:
+    """The layer's part of the cache that a pass was given, or None."""
+    cache = next((kwargs[name] for name in CACHES if kwargs.get(name) is not None), None)
+    layers, index = getattr(cache, "layers", ()), getattr(parts.module, "layer_idx", None) if parts else None
+    return layers[index] if index is not None and index < len(layers) else None
