@@ -31,6 +31,7 @@ WIDTH = {2: 2, 3: 2, 4: 4, 8: 8}  # bits per code in a word; the third bit of 3-
 TOP = 127  # the largest quantized activation
 BLOCK = 128  # outputs per block of codes
 UNSHIFTED = 4  # bits of a byte whose codes are multiplied in place; their sums are shifted down instead
+LINES = 4 * BLOCK // LINE  # cache lines of a word of each output of a block
 AHEAD = 4096  # bytes by which codes are prefetched ahead: the CPU does not predict the steps between blocks
 HELD = {"avx2": 8, "any": 8, "vnni": 16}  # vectors of activations kept in registers; wider groups take several turns
 TURNS = 2  # most turns of a group, whose sums wait in the L1 cache meanwhile
@@ -75,7 +76,7 @@ class Emitter:
     def line(self, words: range, beside: int, waiting: list[ir.Value], i: ir.Value) -> None:
         """One turn for the `beside` vectors of cache line i; sums of earlier turns are in `waiting`, by row."""
         for k in range(beside):
-            v, self.first = self.b.add(self.b.mul(i, I64(beside)), I64(k)), k == 0
+            v, self.first, self.line_number = self.b.add(self.b.mul(i, I64(beside)), I64(k)), k == 0, i
             sums = self.sums_of_floats(v) if self.way == "float" else self.integers(v, words)
             if words.start > 0:
                 kept = [self.at(self.moved(at, v, 4), self.ints) for at in waiting]
@@ -171,7 +172,8 @@ class Emitter:
         for j in words:
             word = b.add(at, b.mul(I64(j), place.codes_row))
             if self.first and not self.lanes:
-                self.prefetch(word, AHEAD)
+                line = b.add(b.mul(self.line_number, I64(len(words))), I64(j - words.start + words.start * LINES))
+                self.prefetch(b.add(place.codes, b.mul(line, I64(LINE))), AHEAD)
             thirds = None
             if self.bits == 3:
                 bits = self.at(b.add(high, b.mul(I64(j), place.high_row)), ir.VectorType(I16, self.wide))
