@@ -158,6 +158,8 @@ def compile_step(model: PreTrainedModel, runtime: Runtime, ask: Callable | None)
     undo.callback(wrap(model.base_model, around))
     for layer in step.layers:
         undo.callback(wrap(layer.module, layer.forward))
+    if step.compiles_head():
+        undo.callback(wrap(model.get_output_embeddings(), step.head))
     runtime.step = step
     undo.callback(setattr, runtime, "step", None)
     return undo

@@ -123,10 +123,11 @@ class Half:
         p.step(stages.norm.address, self.source)
         p.product(x, [(parts.q, q), (parts.k, k), (parts.v, v)], "x")
         q_norm, k_norm = (getattr(attention, f"{name}_norm", None) for name in "qk")
+        whole = q_norm is not None and q_norm.weight.numel() > C
         self.attention = p.record(stages.Attention(
             q, k, v, *(p.floats(getattr(attention, f"{name}_proj").bias) for name in "qkv"),
             p.floats(q_norm.weight if q_norm else None), p.floats(k_norm.weight if k_norm else None),
-            bool(q_norm) and q_norm.weight.numel() > C, bits(_eps(q_norm) if q_norm else 0.0), 0, 0, turned,
+            whole, bits(_eps(q_norm) if q_norm else 0.0), 0, 0, turned,
             0, 0, narrow, 0, 0, H, G, C, bits(float(attention.scaling)), p.floats(getattr(attention, "sinks", None)),
             mixed,
         ))  # fmt: skip

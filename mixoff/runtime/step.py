@@ -25,7 +25,7 @@ from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from mixoff.kernels.cpu import threads
-from mixoff.kernels.cpu.program import Memory
+from mixoff.kernels.cpu.program import Memory, plain, readable
 from mixoff.runtime.decoder import (
     Attention,
     Experts,
@@ -43,6 +43,7 @@ from mixoff.runtime.runtime import Runtime
 CLOSE = {torch.float32: 0.02, torch.bfloat16: 0.06}
 EPSILON = {torch.float32: 1e-5, torch.bfloat16: 0.01}
 NEAR = 0.05  # most of a relative difference of the router's weights
+FEW = 8  # rows of the head that are compiled: those of a small batch
 CACHES = ("cache", "past_key_values")  # names of the argument, by version of transformers
 
 
@@ -74,6 +75,19 @@ class Step:
         if any(getattr(config, f"output_{name}", False) for name in ("attentions", "hidden_states", "router_logits")):
             return False
         return not _has_any_global_hook() and all(_untouched(*seen) for seen in self.watched)
+
+    def head(self, original: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Replaces the forward pass of a head in bf16, for few rows."""
+        x, head = args[0] if args else None, self.model.get_output_embeddings()
+        if x is None or x.numel() > FEW * x.shape[-1] or not x.is_cpu or torch.is_grad_enabled():
+            return original(*args, **kwargs)
+        return plain(x, head.weight.detach(), head.bias)
+
+    def compiles_head(self) -> bool:
+        """Whether the head is a plain linear layer in bf16."""
+        head = self.model.get_output_embeddings()
+        weight = head.weight if type(head) is nn.Linear else None
+        return weight is not None and weight.dtype == torch.bfloat16 and readable(weight.detach())
 
     @contextmanager
     def passing(self, ids: torch.Tensor | None, kwargs: dict[str, Any]) -> Iterator[None]:
@@ -108,9 +122,9 @@ class Here(threading.local):
         return self.tables[1:]
 
 
-def _untouched(modules: dict[str, Any], name: str, child: nn.Module) -> bool:
+def _untouched(modules: dict[str, Any], name: str, child: Any) -> bool:
     """Whether a module is where it was, without hooks but those that only collect what somebody asks for."""
-    if modules.get(name) is not child or "forward" in vars(child):
+    if name not in modules or modules[name] is not child or "forward" in vars(child):
         return False
     hooks = (*child._forward_hooks.values(), *child._forward_pre_hooks.values())
     return not hooks or all(getattr(hook, "__name__", "") in QUIET for hook in hooks)
@@ -131,8 +145,8 @@ class Layer:
         self.step, self.module, self.index = step, module, index
         self.reason, self.checked = "", 0
         self.turned = 0
-        self.experts: Experts | None = None
-        self.parts: Attention | None = None
+        self.experts: Any = None  # `Experts`, if they are compiled too
+        self.parts: Any = None  # an `Attention`, unless there is a reason
         try:
             self.parts = attention_of(module)
             self.block = _block(module)

@@ -13,7 +13,7 @@ from mixoff import CheckpointError, MixoffError, Scheme
 from mixoff.commands.cli import main
 from mixoff.quantize.scheme import PRESETS, Precision
 from mixoff.quantize.solve import quantize
-from mixoff.runtime import backend
+from mixoff.runtime import decoder
 from mixoff.store.manifest import MANIFEST, QUANTIZED, read_quantized
 from tiny import BUNDLED, VARIED, budget, decode, resident, save_random
 from tolerances import RANDOM_4BIT_COSINE, within_rounding
@@ -48,10 +48,8 @@ def test_offloaded_equals_all_resident(stores, name, scope):
 
 def test_who_listens_hears_of_each_expert_alone_and_changes_no_bit(stores, monkeypatch):
     """What is there is computed together, unless somebody wants to know when each was."""
-    together, own = [], backend.expert_mlps
-    monkeypatch.setattr(
-        backend, "expert_mlps", lambda m, x, found, *a: together.append(len(found)) or own(m, x, found, *a)
-    )
+    together, own = [], decoder.Whole.experts
+    monkeypatch.setattr(decoder.Whole, "experts", lambda self, rows, n: together.append(len(rows)) or own(self, rows, n))
     spans = []
     with mixoff.load(stores["mixed"], fast_bytes="1GiB") as model:
         decode(model, IDS)

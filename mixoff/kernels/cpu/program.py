@@ -39,8 +39,9 @@ def readable(matrix: object) -> bool:
     """Whether a program can multiply with it: packed codes, or rows of whole vectors in fp32 or bf16."""
     if isinstance(matrix, QTensor):
         return matrix.metadata_bits == 8 and products.loops() is not None
-    plain = isinstance(matrix, torch.Tensor) and matrix.dtype in products.KINDS and matrix.is_cpu
-    return plain and matrix.is_contiguous() and matrix.dim() == 2 and matrix.shape[1] % 64 == 0  # type: ignore[union-attr]
+    if not isinstance(matrix, torch.Tensor) or matrix.dtype not in products.KINDS or not matrix.is_cpu:
+        return False
+    return matrix.is_contiguous() and matrix.dim() == 2 and matrix.shape[1] % 64 == 0
 
 
 class Memory:
@@ -160,12 +161,24 @@ class Program:
         self.step(stages().several.address, record, starts[-1], size)
         return places[1]
 
-    def rows(self, x: int, w: torch.Tensor, out: int, bias: int = 0) -> None:
-        """Add the product of K numbers at x with a plain matrix (N, K), straight from its memory."""
+    def rows(self, x: int, w: torch.Tensor, out: int, bias: int = 0, T: int = 1) -> None:
+        """Add the product of T rows of K numbers at x with a plain matrix (N, K), straight from its memory."""
         N, K = w.shape
         self.kept.append(w)
-        record = self.record(stages().Router(x, w.data_ptr(), narrow(w), bias, K, N, out))
-        self.step(stages().router.address, record, N, PLAIN * N * K)
+        record = self.record(stages().Rows(x, T, w.data_ptr(), narrow(w), bias, K, N, out))
+        self.step(stages().rows.address, record, N, PLAIN * N * K * T)
+
+
+def plain(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """`x @ w.T + bias` for few rows x (..., K) and w (N, K) in bf16, in x's dtype -> (..., N), summed in fp32.
+
+    PyTorch takes four times as long as the memory where the CPU has no instructions for bf16.
+    """
+    program, rows = Program(Memory()), x.detach().float().contiguous()
+    out = torch.empty(*x.shape[:-1], w.shape[0])
+    program.rows(rows.data_ptr(), w, out.data_ptr(), program.floats(bias), rows.numel() // w.shape[1])
+    program.run(threads.count())
+    return out.to(x.dtype)
 
 
 def job_of(w: QTensor, room: Prepared, x: int = 0, gate: bool = False, out: int = 0) -> list[int]:

@@ -38,8 +38,8 @@ Attention = namedtuple(
     "Attention",
     "q k v q_bias k_bias v_bias q_norm k_norm whole eps cos sin R keys values narrow room before H G C scale sinks out",
 )
-# - x: (D,); weight: (E, D); logits: (E,)
-Router = namedtuple("Router", "x weight narrow bias D E logits")
+# - x: (T, D); weight: (E, D); out: (T, E)
+Rows = namedtuple("Rows", "x T weight narrow bias D E out")
 # - experts, weights: the choice (K,), int64 and fp32; divide: weights are divided by their sum
 Choice = namedtuple("Choice", "logits E K divide experts weights")
 # - functions: an address for each job; starts: first blocks of the jobs, and the end
@@ -279,15 +279,16 @@ def softmax(p, scale, sink):
         p[t] *= factor
 
 
-def _router(job, first, last):
-    """Logits of experts first..last."""
+def _rows(job, first, last):
+    """Products with rows first..last of a plain matrix, read once for all T."""
     stamp = STAMP  # noqa: F841
-    x, weight, narrow, bias, D, E, logits = record(job, 7)
-    out = floats(logits, E)
+    x, T, weight, narrow, bias, D, E, results = record(job, 8)
+    out = floats(results, T * E)
     for e in range(first, last):
-        out[e] = dot(True, x, weight + 2 * e * D, D) if narrow else dot(False, x, weight + 4 * e * D, D)
-        if bias:
-            out[e] += floats(bias, E)[e]
+        for t in range(T):
+            at = x + 4 * t * D
+            value = dot(True, at, weight + 2 * e * D, D) if narrow else dot(False, at, weight + 4 * e * D, D)
+            out[t * E + e] = value + floats(bias, E)[e] if bias else value
 
 
 def _choose(job, first, last):
@@ -344,6 +345,6 @@ def _sum(job, first, last):
     kept(total, out, 0, narrow)
 
 
-nothing, norm, append, attend, router, choose, several, weighted = (
-    function(stage, "numpy") for stage in (_nothing, _norm, _append, _attend, _router, _choose, _several, _sum)
+nothing, norm, append, attend, rows, choose, several, weighted = (
+    function(stage, "numpy") for stage in (_nothing, _norm, _append, _attend, _rows, _choose, _several, _sum)
 )
