@@ -7,7 +7,7 @@ import functools
 import torch
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from mixoff.runtime.experts import by_expert, expert_mlp, expert_mlps
+from mixoff.runtime.experts import by_expert, expert_mlp, expert_mlps, grouped_mlps, groups
 from mixoff.transfer.arena import Weight
 
 
@@ -110,17 +110,21 @@ def _rows(
     given: the router's weights (T, K)
     """
     runtime, site = self._mixoff
-    K, weights = given.shape[1], None if runtime.in_prompt() else _given(where, given)
+    K, by_policy = given.shape[1], None if runtime.in_prompt() else _given(where, given)
     out, where = hidden_states.new_zeros(given.numel(), hidden_states.shape[1]), _rows_on(hidden_states.device, where)
 
     def compute(loaded: dict[int, dict[str, Weight]]) -> None:
-        for expert in loaded:
-            if (rows := where.get(expert)) is not None:  # (R,); None for experts that only whole layers bring
-                at = functools.partial(_place, where, len(out), expert)
-                mine = hidden_states[rows // K]  # (R, D)
-                out[rows] = expert_mlp(self, mine, loaded[expert], runtime.scratch, runtime.exact, at)
+        mine = {expert: loaded[expert] for expert in loaded if expert in where}  # whole layers bring others too
+        if len(mine) > 1 and groups(self, hidden_states, mine, runtime.exact):
+            rows = torch.cat([where[expert] for expert in mine])
+            counts = [len(where[expert]) for expert in mine]
+            out[rows] = grouped_mlps(self, hidden_states[rows // K], counts, mine)
+            return
+        for expert, weights in mine.items():
+            rows, at = where[expert], functools.partial(_place, where, len(out), expert)
+            out[rows] = expert_mlp(self, hidden_states[rows // K], weights, runtime.scratch, runtime.exact, at)
 
-    runtime.serve(site, list(where), compute, weights)
+    runtime.serve(site, list(where), compute, by_policy)
     return out
 
 

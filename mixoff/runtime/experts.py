@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 
 from mixoff import kernels
+from mixoff.kernels.cpu import grouped
 from mixoff.quantize.tensor import QTensor
 
 SILU = ("SiLU", "SiLUActivation")  # classes of torch and of transformers
@@ -79,6 +80,23 @@ def expert_mlps(
         return normed(module, kernels.gated_mlps(x, [_pair(weights) for weights in experts.values()], exact))
     places = {expert: place and functools.partial(place, expert) for expert in experts}
     return torch.stack([expert_mlp(module, x, w, scratch, exact, places[e]) for e, w in experts.items()])
+
+
+def groups(
+    module: torch.nn.Module, x: torch.Tensor, experts: dict[int, dict[str, torch.Tensor | QTensor]], exact: bool
+) -> bool:
+    """Whether all rows of these experts can be one compiled call."""
+    return x.is_cpu and not exact and fuses(module, x, next(iter(experts.values())), exact)
+
+
+def grouped_mlps(
+    module: torch.nn.Module,
+    x: torch.Tensor,
+    counts: list[int],
+    experts: dict[int, dict[str, torch.Tensor | QTensor]],
+) -> torch.Tensor:
+    """Rows x (R, D) sorted by expert, so many of each -> (R, D), bit for bit what `expert_mlp` computes."""
+    return normed(module, grouped.gated_mlps(x, counts, [_pair(weights) for weights in experts.values()]))
 
 
 def _pair(weights: dict[str, torch.Tensor | QTensor]) -> tuple[QTensor, QTensor]:

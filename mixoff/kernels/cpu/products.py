@@ -152,10 +152,10 @@ _here = _Here()
 
 def _plan(weights: tuple[QTensor, ...], form: tuple) -> _Plan:
     T, dtype, exact, number, way, vector = form
-    together = T if T in (1, 2) else 4  # rows side by side
+    rows = together(T)
     way = "float" if exact else way
     item = 4 if exact else 1  # bytes per prepared activation
-    padded = -(-T // together) * together
+    padded = -(-T // rows) * rows
     narrow = KINDS[dtype]
     need = sum(_room(T, padded, item, w) for w in weights)
     room = torch.empty(need, dtype=torch.uint8) if need > ROOM else None
@@ -174,11 +174,16 @@ def _plan(weights: tuple[QTensor, ...], form: tuple) -> _Plan:
             "size": size, "out": result, "narrow": narrow * last,
         }  # fmt: skip
         jobs.extend(job[name] for name in loops().JOB)
-        prepare, run = loops().prepare(w.bits, together, way), loops().linear(w.bits, size, together, way, vector)
+        prepare, run = loops().prepare(w.bits, rows, way), loops().linear(w.bits, size, rows, way, vector)
         count = -(-N // BLOCK)
         stages.extend((prepare.address, run.address, count, pieces(count, N * K * T)))
         source, end = result, result + 4 * T * N
     return _Plan(stages, jobs, number, room)
+
+
+def together(T: int) -> int:
+    """Rows that are multiplied side by side, of T."""
+    return T if T in (1, 2) else 4
 
 
 def _room(T: int, padded: int, item: int, w: QTensor) -> int:

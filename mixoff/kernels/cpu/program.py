@@ -133,7 +133,7 @@ class Program:
         if key not in self.prepared:
             self.prepared[key] = self.room(name, w)
             job = job_of(w, self.prepared[key], x=x)
-            self.stage(loops().prepare(w.bits, 1, products.integer_way()).address, job)
+            self.stage(prepare(w), job)
         return self.prepared[key]
 
     def room(self, name: str, w: QTensor) -> Prepared:
@@ -181,17 +181,29 @@ def plain(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None = None) ->
     return out.to(x.dtype)
 
 
-def job_of(w: QTensor, room: Prepared, x: int = 0, gate: bool = False, out: int = 0) -> list[int]:
-    """The fields of a product with one row of activations (`loops.JOB`)."""
+def job_of(w: QTensor, room: Prepared, x: int = 0, gate: bool = False, out: int = 0, T: int = 1) -> list[int]:
+    """The fields of a product with T rows of activations in fp32 (`loops.JOB`)."""
     (N, K), values = w.shape, dict(room._asdict())
-    values |= {"x": x, "kind": 0, "gate": gate, "rotated": w.rotated, "T": 1, "padded": 1, "K": K, "N": N, "out": out}
-    values |= {"image": w.image.data_ptr(), "nbytes": w.image.numel(), "size": w.group_size, "narrow": 0}
+    values |= {"x": x, "kind": 0, "gate": gate, "rotated": w.rotated, "T": T, "padded": padded(T), "K": K, "N": N}
+    values |= {"image": w.image.data_ptr(), "nbytes": w.image.numel(), "size": w.group_size, "out": out, "narrow": 0}
     return [int(values[name]) for name in loops().JOB]
 
 
-def linear(w: QTensor) -> int:
-    """The address of the compiled product of one row with `w`."""
-    return loops().linear(w.bits, w.group_size, 1, products.integer_way(), products.wide()).address
+def padded(T: int) -> int:
+    """Rows of prepared activations for T rows: whole sets of those that are multiplied side by side."""
+    together = products.together(T)
+    return -(-T // together) * together
+
+
+def linear(w: QTensor, T: int = 1) -> int:
+    """The address of the compiled product of T rows with `w`."""
+    way = products.integer_way()
+    return loops().linear(w.bits, w.group_size, products.together(T), way, products.wide()).address
+
+
+def prepare(w: QTensor, T: int = 1) -> int:
+    """The address of the compiled preparation of T rows of activations for `w`."""
+    return loops().prepare(w.bits, products.together(T), products.integer_way()).address
 
 
 def blocks(w: QTensor) -> int:
