@@ -196,24 +196,29 @@ class Whole(Half):
             self.several.append((len(p), count, size))
             jobs.append(p.several([functions] * K, of_each, [count] * K, size * K))
         self.ups, _, self.downs = jobs
+        self.number = K  # of experts for which the stages are set
         self.computed = len(p)
         self.sum = p.record(
             stages.Sum(self.stream, self.outs.data_ptr(), self.weights.data_ptr(), bits(parts.factor), K, D, 0, narrow)
         )
         p.step(stages.weighted.address, self.sum)
 
-    def experts(self, rows: list[tuple[int, dict[str, QTensor]]], number: int) -> None:
-        """Compute experts, given as (place in the router's order, weights), on so many threads."""
-        fields, row = program.fields(), self.outs.shape[1] * self.outs.element_size()
+    def experts(self, rows: list[tuple[int, dict[str, QTensor]]], number: int, last: bool) -> None:
+        """Compute experts, given as (place in the router's order, weights), on so many threads.
+
+        last: whether these are all that is missing, so that the sum can follow
+        """
+        fields, first, row = program.fields(), self.outs.data_ptr(), 4 * self.outs.shape[1]
         for i, (place, weights) in enumerate(rows):
             self.ups[fields * i + IMAGE] = weights["gate_up_proj"].image.data_ptr()
             self.downs[fields * i + IMAGE] = weights["down_proj"].image.data_ptr()
-            self.downs[fields * i + OUT] = self.outs.data_ptr() + row * place
-        for stage, count, size in self.several:
-            self.program.share(stage, count * len(rows), size * len(rows))
-        self.program.run(number, self.end, self.computed)
+            self.downs[fields * i + OUT] = first + row * place
+        if self.number != len(rows):
+            self.number = len(rows)
+            for stage, count, size in self.several:
+                self.program.share(stage, count * self.number, size * self.number)
+        self.program.run(number, self.end, None if last else self.computed)
 
-    def finish(self, out: torch.Tensor, number: int) -> None:
-        """Write the stream for the next layer (1, 1, D)."""
-        self.sum[6] = out.data_ptr()
+    def finish(self, number: int) -> None:
+        """Compute the sum by itself."""
         self.program.run(number, self.computed)

@@ -35,24 +35,17 @@ class Growing:
         return new
 
     def _show(self, layer: Any) -> None:
-        layer.keys = self.keys[:, :, self.start : self.used]
-        layer.values = self.values[:, :, self.start : self.used]
+        size = self.used - self.start
+        layer.keys = self.shown_keys = self.keys.narrow(2, self.start, size)
+        layer.values = self.shown_values = self.values.narrow(2, self.start, size)
 
     def holds(self, layer: Any) -> bool:
-        """Whether the layer still shows what this memory holds, with room for one more token."""
-        if self.used == self.room:
-            return False
-        return self._same(layer.keys, self.keys) and self._same(layer.values, self.values)
-
-    def _same(self, shown: torch.Tensor, mine: torch.Tensor) -> bool:
-        at = mine.data_ptr() + self.start * mine.shape[3] * mine.element_size()
-        size = self.used - self.start
-        return shown.data_ptr() == at and shown.shape[2] == size and shown.stride() == mine.stride()
+        """Whether the layer still shows what this memory gave it, with room for one more token."""
+        return layer.keys is self.shown_keys and layer.values is self.shown_values and self.used < self.room
 
     def places(self) -> tuple[int, int, int, int]:
         """Addresses of the first key and value that the next token sees, the room per head, and how many it sees."""
-        skip = self.start * self.keys.shape[3] * self.keys.element_size()
-        return self.keys.data_ptr() + skip, self.values.data_ptr() + skip, self.room, self.used - self.start
+        return self.shown_keys.data_ptr(), self.shown_values.data_ptr(), self.room, self.used - self.start
 
     def add(self, layer: Any) -> None:
         """Show one more token, which was written after the last."""
@@ -65,6 +58,9 @@ class Growing:
 
 def growing(layer: Any, dtype: torch.dtype) -> Growing | None:
     """The memory of a cache layer that holds one sequence in this dtype; None for a layer of another kind."""
+    memory = vars(layer).get(ATTRIBUTE)
+    if memory is not None and memory.holds(layer):
+        return memory if memory.keys.dtype == dtype else None
     if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) or not layer.is_initialized:
         return None
     keys, values = layer.keys, layer.values
@@ -72,7 +68,5 @@ def growing(layer: Any, dtype: torch.dtype) -> Growing | None:
         return None
     if not keys.dtype == values.dtype == dtype or not keys.is_cpu or getattr(layer, "record_past", False):
         return None
-    memory = vars(layer).get(ATTRIBUTE)
-    if memory is None or not memory.holds(layer):
-        memory = vars(layer)[ATTRIBUTE] = Growing(layer)
+    memory = vars(layer)[ATTRIBUTE] = Growing(layer)
     return memory

@@ -27,7 +27,6 @@ from torch.nn.modules.module import _has_any_global_hook
 from mixoff.kernels.cpu import threads
 from mixoff.kernels.cpu.program import Memory, plain, readable
 from mixoff.runtime.decoder import (
-    Attention,
     Experts,
     Half,
     Unlike,
@@ -43,6 +42,7 @@ from mixoff.runtime.runtime import Runtime
 CLOSE = {torch.float32: 0.02, torch.bfloat16: 0.06}
 EPSILON = {torch.float32: 1e-5, torch.bfloat16: 0.01}
 NEAR = 0.05  # most of a relative difference of the router's weights
+SUM_OUT = 6  # place of the result in the record of the sum (`stages.Sum`)
 FEW = 8  # rows of the head that are compiled: those of a small batch
 CACHES = ("cache", "past_key_values")  # names of the argument, by version of transformers
 
@@ -150,6 +150,7 @@ class Layer:
         try:
             self.parts = attention_of(module)
             self.block = _block(module)
+            self.dtype, self.place = self.parts.first.weight.dtype, self.parts.module.layer_idx
         except Unlike as error:
             self.reason = str(error)
 
@@ -158,7 +159,8 @@ class Layer:
         if self.reason or not self.step.here.active:
             return original(*args, **kwargs)
         x, positions = args[0] if args else kwargs.get("hidden_states"), kwargs.get("position_embeddings")
-        room = self._room(kwargs)
+        cache_layer = self._cache_layer(kwargs)
+        room = None if cache_layer is None else growing(cache_layer, self.dtype)
         if room is None or x is None or kwargs.get("attention_mask") is not None or not isinstance(positions, tuple):
             return original(*args, **kwargs)
         if room.used + 1 >= 2 * self.checked:
@@ -166,34 +168,38 @@ class Layer:
             if self.reason:
                 return original(*args, **kwargs)
             self.checked = room.used + 1
-        return self._compute(x, room, positions, _cache_layer(self.parts, kwargs))
+        return self._compute(x, room, positions, cache_layer)
 
-    def _room(self, kwargs: dict[str, Any]) -> Growing | None:
-        layer = _cache_layer(self.parts, kwargs)
-        return None if layer is None else growing(layer, self.module.input_layernorm.weight.dtype)
+    def _cache_layer(self, kwargs: dict[str, Any]) -> Any:
+        """The layer's part of the cache that a pass was given, or None."""
+        cache = kwargs.get("cache")
+        layers = getattr(kwargs.get("past_key_values") if cache is None else cache, "layers", ())
+        return layers[self.place] if self.place < len(layers) else None
 
     def _compute(self, x: torch.Tensor, room: Growing, positions: tuple, cache_layer: Any) -> torch.Tensor:
-        half, out = self._run(x, room, positions), torch.empty_like(x)
+        number = threads.count()
+        half = self._run(x, room, positions, number)
         room.add(cache_layer)
         if isinstance(half, Whole):
-            self._serve(half)
-            half.finish(out, threads.count())
+            out = torch.empty_like(x)
+            half.sum[SUM_OUT] = out.data_ptr()
+            self._serve(half, number)
             return out
         stream, normed = half.results()
         inner = self.block(normed.to(x.dtype).view_as(x))
         inner = inner[0] if isinstance(inner, tuple) else inner
         return (stream.view_as(x) + inner.float() * self.parts.factor).to(x.dtype)
 
-    def _run(self, x: torch.Tensor, room: Growing, positions: tuple) -> Half:
+    def _run(self, x: torch.Tensor, room: Growing, positions: tuple, number: int) -> Half:
         """Compute up to the experts, or up to the router's choice; the cache gets this token's keys and values."""
-        half = self._program(x.dtype)
+        half = self._program(x.dtype, number)
         half.aim(x, *self.step.here.positions(positions), room)
-        half.program.run(threads.count(), 0, half.end)
+        half.program.run(number, 0, half.end)
         return half
 
-    def _program(self, dtype: torch.dtype) -> Half:
-        """This thread's program."""
-        here, key = self.step.here, (dtype, self.turned, self.experts, threads.count())
+    def _program(self, dtype: torch.dtype, number: int) -> Half:
+        """This thread's program, for so many threads."""
+        here, key = self.step.here, (dtype, self.turned, self.experts, number)
         known = here.programs.get(self.index)
         if known is None or known[0] != key:
             parts = self.parts, here.memory, self.turned, dtype == torch.bfloat16
@@ -209,28 +215,44 @@ class Layer:
 
     # Experts ----------------------------------------------------------------------------------------------------------
 
-    def _serve(self, half: Whole) -> None:
-        """Compute the chosen experts as the runtime brings them."""
+    def _serve(self, half: Whole, number: int) -> None:
+        """Compute the chosen experts as the runtime brings them, and their sum."""
         runtime, site = self.experts.module._mixoff
         if self.step.ask is not None:
-            self.step.ask(site, half.results()[1].to(self.module.input_layernorm.weight.dtype)[None])
-        self._tell(half, runtime, site)
+            self.step.ask(site, half.results()[1].to(self.dtype)[None])
+        if runtime.reroute is not None or runtime._routing:
+            self._tell(half, runtime, site)
         chosen, weights = half.chosen.tolist(), half.weights.tolist()
-        place = {expert: i for i, expert in enumerate(chosen) if expert < self.experts.module.num_experts}
-        number = threads.count()
+        place = {expert: i for i, expert in enumerate(chosen)}
+        missing = len(place)
+        if runtime.reroute is not None:
+            missing = self._rerouted(half, chosen, place)
 
         def compute(loaded: dict[int, dict[str, Any]]) -> None:
+            nonlocal missing
             rows = [(place[expert], parts) for expert, parts in loaded.items() if expert in place]
             if rows:
-                half.experts(rows, number)
+                missing -= len(rows)
+                half.experts(rows, number, missing == 0)
 
-        if len(place) < len(chosen):  # only a `reroute` chooses none, or one twice
-            half.outs.zero_()
-        given = [weights[i] if weights[i] == weights[i] else 0.0 for i in place.values()]
-        runtime.serve(site, list(place), compute, None if runtime.in_prompt() else given)
-        for i, expert in enumerate(chosen):
-            if place.get(expert, i) != i:
-                half.outs[i] = half.outs[place[expert]]
+        given = (
+            None if runtime.in_prompt() else [w if w == w else 0.0 for w in map(weights.__getitem__, place.values())]
+        )
+        runtime.serve(site, list(place), compute, given)
+        if missing:  # none was computed last: a `reroute` chose none, or one twice
+            for i, expert in enumerate(chosen):
+                if place.get(expert, i) != i:
+                    half.outs[i] = half.outs[place[expert]]
+            half.finish(number)
+
+    def _rerouted(self, half: Whole, chosen: list[int], place: dict[int, int]) -> int:
+        """Take out what is no expert; returns how many are to be computed before the sum, more if it must wait."""
+        for expert in [expert for expert in place if expert >= self.experts.module.num_experts]:
+            del place[expert]
+        if len(place) == len(chosen):
+            return len(place)
+        half.outs.zero_()
+        return len(place) + 1
 
     @staticmethod
     def _tell(half: Whole, runtime: Runtime, site: int) -> None:
@@ -251,7 +273,7 @@ class Layer:
             if turned > self.parts.size:
                 continue
             self.turned = turned
-            stream, normed = self._run(x, room, positions).results()
+            stream, normed = self._run(x, room, positions, threads.count()).results()
             added, want = stream - x.float().flatten(), (seen.out.float() - x.float()).flatten()
             noise = EPSILON[x.dtype] * float(x.float().norm())
             if not _close(added + self.parts.factor * seen.inner.float().flatten(), want, noise, x.dtype):
@@ -267,8 +289,7 @@ class Layer:
         seen, name = Seen(), next(name for name in CACHES if kwargs.get(name) is not None)
         cache = copy.copy(kwargs[name])
         cache.layers = list(cache.layers)
-        index = self.parts.module.layer_idx
-        cache.layers[index] = copy.copy(cache.layers[index])
+        cache.layers[self.place] = copy.copy(cache.layers[self.place])
         with ExitStack() as undo:
             experts = getattr(self.block, "experts", None)
             if "_mixoff" in vars(experts or self.block):
@@ -349,10 +370,3 @@ def _block(layer: nn.Module) -> nn.Module:
 
 def _router(block: nn.Module) -> nn.Module:
     return getattr(block, "gate", None) or block.router
-
-
-def _cache_layer(parts: Attention | None, kwargs: dict[str, Any]) -> Any:
-    """The layer's part of the cache that a pass was given, or None."""
-    cache = next((kwargs[name] for name in CACHES if kwargs.get(name) is not None), None)
-    layers, index = getattr(cache, "layers", ()), getattr(parts.module, "layer_idx", None) if parts else None
-    return layers[index] if index is not None and index < len(layers) else None

@@ -49,7 +49,9 @@ def test_offloaded_equals_all_resident(stores, name, scope):
 def test_who_listens_hears_of_each_expert_alone_and_changes_no_bit(stores, monkeypatch):
     """What is there is computed together, unless somebody wants to know when each was."""
     together, own = [], decoder.Whole.experts
-    monkeypatch.setattr(decoder.Whole, "experts", lambda self, rows, n: together.append(len(rows)) or own(self, rows, n))
+    monkeypatch.setattr(
+        decoder.Whole, "experts", lambda self, rows, *a: together.append(len(rows)) or own(self, rows, *a)
+    )
     spans = []
     with mixoff.load(stores["mixed"], fast_bytes="1GiB") as model:
         decode(model, IDS)
