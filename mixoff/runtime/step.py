@@ -17,7 +17,7 @@ import copy
 import functools
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -38,9 +38,7 @@ from mixoff.runtime.decoder import (
 from mixoff.runtime.growing import Growing, growing
 from mixoff.runtime.runtime import Runtime
 
-# Rounding, by dtype: most of a relative error between both ways, and what rounding the stream itself adds to it
-CLOSE = {torch.float32: 0.02, torch.bfloat16: 0.06}
-EPSILON = {torch.float32: 1e-5, torch.bfloat16: 0.01}
+CLOSE = 1e-3  # most of a relative error between both ways; rounding alone gives 1e-6, and 1e-4 if an int8 flips
 NEAR = 0.05  # most of a relative difference of the router's weights
 SUM_OUT = 6  # place of the result in the record of the sum (`stages.Sum`)
 FEW = 8  # rows of the head that are compiled: those of a small batch
@@ -113,6 +111,17 @@ class Here(threading.local):
         self.memory = Memory()
         self.programs: dict[int, tuple[tuple, Half]] = {}
         self.tables: tuple[Any, torch.Tensor, torch.Tensor] | None = None
+        self.mask: tuple[Any, bool] = None, False
+
+    def masks(self, kwargs: dict[str, Any]) -> bool:
+        """Whether the pass hides any token from this one; its mask is looked at once."""
+        mask = kwargs.get("attention_mask")
+        if mask is not self.mask[0]:
+            hides = not isinstance(mask, torch.Tensor) or bool(
+                (~mask).any() if mask.dtype == torch.bool else mask.any()
+            )
+            self.mask = mask, hides
+        return mask is not None and self.mask[1]
 
     def positions(self, given: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin (1, 1, R) in fp32, widened once per pass."""
@@ -149,7 +158,8 @@ class Layer:
         self.parts: Any = None  # an `Attention`, unless there is a reason
         try:
             self.parts = attention_of(module)
-            self.block = _block(module)
+            self.block_name = _block(module)
+            self.block = module.get_submodule(self.block_name)
             self.dtype, self.place = self.parts.first.weight.dtype, self.parts.module.layer_idx
         except Unlike as error:
             self.reason = str(error)
@@ -161,10 +171,10 @@ class Layer:
         x, positions = args[0] if args else kwargs.get("hidden_states"), kwargs.get("position_embeddings")
         cache_layer = self._cache_layer(kwargs)
         room = None if cache_layer is None else growing(cache_layer, self.dtype)
-        if room is None or x is None or kwargs.get("attention_mask") is not None or not isinstance(positions, tuple):
+        if room is None or x is None or not isinstance(positions, tuple) or self.step.here.masks(kwargs):
             return original(*args, **kwargs)
         if room.used + 1 >= 2 * self.checked:
-            self.reason = self._unlike(original, x, room, args, kwargs)
+            self.reason = self._unlike(x, cache_layer, args, kwargs)
             if self.reason:
                 return original(*args, **kwargs)
             self.checked = room.used + 1
@@ -265,40 +275,54 @@ class Layer:
 
     # Comparison -------------------------------------------------------------------------------------------------------
 
-    def _unlike(self, original: Callable, x: torch.Tensor, room: Growing, args: tuple, kwargs: dict[str, Any]) -> str:
-        """Compute this token both ways, without experts; returns in what they differ, or an empty string."""
-        positions, seen = kwargs["position_embeddings"], self._by_modules(original, args, kwargs)
-        R = positions[0].shape[-1]
+    def _unlike(self, x: torch.Tensor, cache_layer: Any, args: tuple, kwargs: dict[str, Any]) -> str:
+        """Compute this token both ways, in fp32 and without experts; returns in what they differ, or an empty string.
+
+        In fp32, because rounding to bf16 would hide a difference of a hundredth.
+        """
+        positions = tuple(table.float() for table in kwargs["position_embeddings"])
+        mine = copy.copy(cache_layer)
+        mine.keys, mine.values = mine.keys.float(), mine.values.float()
+        theirs, x = copy.copy(mine), x.float()
+        seen = self._by_modules(x, theirs, args, kwargs | {"position_embeddings": positions})
+        R, want = positions[0].shape[-1], (seen.out - x).flatten()
         for turned in [self.turned] if self.turned else [R, 2 * R]:  # tables name each angle twice, or once
             if turned > self.parts.size:
                 continue
-            self.turned = turned
-            stream, normed = self._run(x, room, positions, threads.count()).results()
-            added, want = stream - x.float().flatten(), (seen.out.float() - x.float()).flatten()
-            noise = EPSILON[x.dtype] * float(x.float().norm())
-            if not _close(added + self.parts.factor * seen.inner.float().flatten(), want, noise, x.dtype):
-                continue
-            if _close(normed, seen.x.float().flatten(), noise, x.dtype):
-                self.experts = self._experts(normed, seen)
+            half, room = Half(self.parts, Memory(), turned, narrow=False), Growing(copy.copy(mine))
+            cos, sin = (table.flatten() for table in positions)
+            half.aim(x, cos, sin, room)
+            half.program.run(threads.count())
+            stream, normed = half.results()
+            inner = self.parts.factor * seen.inner.flatten()
+            if _close(stream - x.flatten(), want - inner) and _close(normed, seen.x.flatten()):
+                self.turned, self.experts = turned, self._experts(normed, seen)
                 return ""
-        self.turned = 0
         return f"{type(self.module).__name__} has attention of another kind"
 
-    def _by_modules(self, original: Callable, args: tuple, kwargs: dict[str, Any]) -> Seen:
-        """This token through transformers' modules, with a copy of the cache and without the experts."""
-        seen, name = Seen(), next(name for name in CACHES if kwargs.get(name) is not None)
+    def _by_modules(self, x: torch.Tensor, cache_layer: Any, args: tuple, kwargs: dict[str, Any]) -> Seen:
+        """This token through a copy of the layer in fp32, whose experts only note what they are asked for."""
+        seen, memo = Seen(), {}  # type: tuple[Seen, dict[int, Any]]
+        for module in self.module.modules():
+            weight = getattr(module, "quantized", None)
+            memo |= {id(thing): thing for thing in (weight, getattr(module, "config", None)) if thing is not None}
+            if "_mixoff" in vars(module):
+                memo[id(module)] = stub = copy.copy(module)
+                stub.forward = seen.experts
+        layer = copy.deepcopy(self.module, memo).float()
+        for module in layer.modules():
+            module._forward_hooks.clear()
+            module._forward_pre_hooks.clear()
+        vars(layer).pop("forward", None)
+        block = layer.get_submodule(self.block_name)
+        block.forward = functools.partial(seen.block, block.forward)
+        name = "past_key_values" if kwargs.get("cache") is None else "cache"
         cache = copy.copy(kwargs[name])
         cache.layers = list(cache.layers)
-        cache.layers[self.place] = copy.copy(cache.layers[self.place])
-        with ExitStack() as undo:
-            experts = getattr(self.block, "experts", None)
-            if "_mixoff" in vars(experts or self.block):
-                _replace(experts, seen.experts, undo)
-                router = _router(self.block)
-                undo.callback(setattr, router, "_forward_pre_hooks", router._forward_pre_hooks)
-                router._forward_pre_hooks = type(router._forward_pre_hooks)()
-            _replace(self.block, functools.partial(seen.block, self.block.forward), undo)
-            out = original(*args, **{**kwargs, name: cache})
+        cache.layers[self.place] = cache_layer
+        out = layer(
+            x, *args[1:], **{key: value for key, value in kwargs.items() if key != "hidden_states"} | {name: cache}
+        )
         seen.out = out[0] if isinstance(out, tuple) else out
         return seen
 
@@ -348,25 +372,15 @@ class Seen:
         return out
 
 
-def _replace(module: nn.Module, forward: Callable, undo: ExitStack) -> None:
-    """Give a module another forward pass for a while."""
-    module.forward = forward
-    undo.callback(delattr, module, "forward")
+def _close(mine: torch.Tensor, theirs: torch.Tensor) -> bool:
+    return float((mine - theirs).norm()) <= CLOSE * float(theirs.norm())
 
 
-def _close(mine: torch.Tensor, theirs: torch.Tensor, noise: float, dtype: torch.dtype) -> bool:
-    return float((mine - theirs).norm()) <= CLOSE[dtype] * float(theirs.norm()) + noise
-
-
-def _block(layer: nn.Module) -> nn.Module:
-    """The second half of a layer: the child that contains its experts, or its dense network. Raises Unlike."""
-    for child in layer.children():
+def _block(layer: nn.Module) -> str:
+    """The name of a layer's second half: the child that contains its experts, or its dense network. Raises Unlike."""
+    for name, child in layer.named_children():
         if any("_mixoff" in vars(module) for module in child.modules()):
-            return child
-    if isinstance(block := getattr(layer, "mlp", None), nn.Module):
-        return block
+            return name
+    if isinstance(getattr(layer, "mlp", None), nn.Module):
+        return "mlp"
     raise Unlike("no experts and no network")
-
-
-def _router(block: nn.Module) -> nn.Module:
-    return getattr(block, "gate", None) or block.router
