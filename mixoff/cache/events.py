@@ -65,6 +65,7 @@ class CacheInfo:
     predictions_right: the part of predictions that it chose
     prefetch: whether prefetching is on, and why
     io: `direct`, `buffered` or `memory`: how experts are read
+    decode: what computes single tokens: `modules` of transformers, or in which layers compiled programs do
     """
 
     hits: int
@@ -90,6 +91,7 @@ class CacheInfo:
     predictions_right: int = 0
     prefetch: str = "off"
     io: str = "buffered"
+    decode: str = "modules"
 
     @property
     def hit_rate(self) -> float | None:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from mixoff.errors import MixoffError
 from mixoff.kernels.cpu import products
 from mixoff.kernels.cpu.threads import borrow, give_back
 from mixoff.loading import layers, refusals
@@ -116,10 +117,21 @@ def read_by(args: tuple, kwargs: dict) -> torch.Tensor | None:
     return next((x for x in (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if x is not None), None)
 
 
-def bind(model: PreTrainedModel, runtime: Runtime, loaded: bool = True) -> ExitStack:
+DECODE = ("compiled", "modules")
+
+
+def checked(decode: str) -> str:
+    """A way to compute single tokens. Raises MixoffError."""
+    if decode not in DECODE:
+        raise MixoffError(f"unknown decode {decode!r}: choose one of {', '.join(DECODE)}")
+    return decode
+
+
+def bind(model: PreTrainedModel, runtime: Runtime, loaded: bool = True, decode: str = "compiled") -> ExitStack:
     """Let `runtime` serve the experts of `model`; closing the result leaves no trace of it.
 
     loaded: True for a model from `load`, False for one from `offload`.
+    decode: one of DECODE.
     """
     dtype = refusals.dtype_of(model.base_model)
 
@@ -139,7 +151,8 @@ def bind(model: PreTrainedModel, runtime: Runtime, loaded: bool = True) -> ExitS
             routers = NextRouter(model, names, runtime.expect, runtime.wants_guesses, runtime.guesses.stop)
             undo.push(routers.attach())
             ask = routers.ask if None not in routers.routers else None
-        if runtime.source.scheme.experts is not None and not runtime.exact and products.loops() is not None:
+        quantized = runtime.source.scheme.experts is not None and not runtime.exact
+        if decode == "compiled" and quantized and runtime.device is None and products.loops() is not None:
             undo.push(compile_step(model, runtime, ask))
         undo.push(guard(model, runtime))
         model.mixoff = runtime

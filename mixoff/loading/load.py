@@ -20,7 +20,7 @@ from mixoff.checkpoints.find import Folder, find
 from mixoff.errors import BudgetError, MixoffError
 from mixoff.kernels import reference
 from mixoff.loading.backbone import load_backbone
-from mixoff.loading.hooks import bind
+from mixoff.loading.hooks import bind, checked
 from mixoff.loading.kv_bits import quantize_cache
 from mixoff.planning import planner, probe
 from mixoff.planning.budget import goes_direct, pinned_nbytes
@@ -58,11 +58,12 @@ def load(
     dtype: str | torch.dtype = "auto",
     context: int = 4096,
     kv_bits: int | None = None,
+    decode: str = "compiled",
 ) -> PreTrainedModel:
     """A transformers model whose experts stay in a store or checkpoint folder until the router asks for them.
 
-    What the model computes depends on `scheme`, `dtype`, `exact` and `kv_bits` alone. Raises CheckpointError or
-    BudgetError.
+    What the model computes depends on `scheme`, `dtype`, `exact`, `kv_bits` and `decode` alone. Raises
+    CheckpointError or BudgetError.
     Tested bit for bit against transformers' `grouped_mm` with all experts resident.
 
     Parameters
@@ -90,8 +91,10 @@ def load(
     context: tokens for whose keys and values a GPU's memory is kept free
     kv_bits: 4 or 8 bits for keys and values in `generate`, by transformers' own quantized cache (extra `kv`: hqq);
         None keeps them in the dtype of the computation, which is exact
+    decode: `"compiled"` computes single tokens by compiled programs where a quantized model on a CPU allows it
+        (`runtime.step`), `"modules"` by transformers' modules; last bits differ
     """
-    gpu = cuda.pick(device)
+    gpu, decode = cuda.pick(device), checked(decode)
     with ExitStack() as undo:
         source = _open(find(path, revision), scheme)
         undo.callback(source.close)
@@ -119,7 +122,7 @@ def load(
         if kv_bits is not None:
             quantize_cache(model, kv_bits)
         undo.pop_all()
-    bind(model, runtime)
+    bind(model, runtime, decode=decode)
     return model
 
 

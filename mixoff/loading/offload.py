@@ -20,7 +20,7 @@ from mixoff.cache.policies import Policy
 from mixoff.checkpoints.checkpoint import Extent
 from mixoff.errors import CheckpointError, MixoffError
 from mixoff.loading import layers, refusals
-from mixoff.loading.hooks import bind
+from mixoff.loading.hooks import bind, checked
 from mixoff.loading.load import choose_io
 from mixoff.quantize.scheme import Scheme
 from mixoff.quantize.tensor import QTensor
@@ -83,6 +83,7 @@ def offload(
     prefetch: str = "auto",
     io: str = "auto",
     exact: bool = False,
+    decode: str = "compiled",
 ) -> nn.Module:
     """Move the experts of a transformers model in memory behind a fast tier of `fast_bytes`; returns the same model.
 
@@ -102,8 +103,9 @@ def offload(
     prefetch: as for `load`
     io: as for `load`; used only with a folder
     exact: as for `load`
+    decode: as for `load`
     """
-    budget = parse_nbytes(fast_bytes)
+    budget, decode = parse_nbytes(fast_bytes), checked(decode)
     scheme = Scheme.preset(scheme) if isinstance(scheme, str) else scheme or Scheme()
     given, model = model, refusals.within(model)
     modules, dtype = _experts_in_memory(model)
@@ -118,7 +120,7 @@ def offload(
         runtime = Runtime(source, budget, policy, scope, compute, prefetch=prefetch, top_k=k, exact=exact)
         undo.callback(runtime.close)
         _switch(model, modules, undo)
-        undo.push(bind(model, runtime, loaded=False))
+        undo.push(bind(model, runtime, loaded=False, decode=decode))
         refusals.watch(given, model, undo)
         model._mixoff_undo = undo.pop_all()
     if folder is None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mixoff import kernels
-from mixoff.kernels.cpu import products
+from mixoff.kernels.cpu import products, program
 from mixoff.loading import layers
 from mixoff.quantize import solve
 from mixoff.quantize.scheme import Scheme
@@ -41,6 +41,7 @@ def compile_for(model: PreTrainedModel, say: Callable[[str], object]) -> float:
     experts = {tuple(part.form) for part in parts if part.form and isinstance(part.form[0], int)}
     if not backbone and not experts:
         return 0.0
+    step = model.mixoff.step is not None
     exact = model.mixoff.exact
     with _announced(say) as started, torch.inference_mode():
         for w in backbone.values():
@@ -48,6 +49,8 @@ def compile_for(model: PreTrainedModel, say: Callable[[str], object]) -> float:
                 kernels.linear(torch.zeros(rows, w.shape[1], dtype=model.dtype), w, exact=exact)
         for form in experts:
             _expert(form, model.dtype, exact)
+        if step:
+            program.stages()
     return time.perf_counter() - started
 
 

@@ -310,6 +310,7 @@ class Runtime:
             predictions_right=counts["right"],
             prefetch=self.guesses.reason,
             io=getattr(source.reader, "how", "memory"),
+            decode=self.step.info() if self.step else "modules",
         )
 
     def _counts(self) -> Counter[str]:
