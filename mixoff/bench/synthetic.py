@@ -54,10 +54,11 @@ SMALLER = {
                      "num_attention_heads": 8, "num_key_value_heads": 2},
 }  # fmt: skip
 SHAPES: dict[str, dict[str, int]] = {"mixtral-8x7b": {}, **SMALLER}
+OTHERS = {"qwen3-30b-a3b": "Qwen/Qwen3-30B-A3B"}  # short names of published configurations
 
 
 def config_of(shape: str | PretrainedConfig, dtype: str = "bfloat16") -> PretrainedConfig:
-    """The configuration of a shape: one of SHAPES, a name that `describe.read` takes, or a configuration itself.
+    """The configuration of a shape: one of SHAPES or OTHERS, what `describe.read` takes, or a configuration itself.
 
     Raises CheckpointError for an unknown name.
     """
@@ -68,7 +69,7 @@ def config_of(shape: str | PretrainedConfig, dtype: str = "bfloat16") -> Pretrai
     elif shape in SHAPES:
         config = MixtralConfig(**SHAPES[shape])
     else:
-        config = describe.read(shape)
+        config = describe.read(OTHERS.get(shape, shape))
     config.dtype = dtype
     return config
 

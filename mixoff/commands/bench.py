@@ -34,7 +34,10 @@ def add(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     add, whole, size = parser.add_argument, arguments.whole, arguments.size
     add("store", nargs="?", metavar="STORE", help="folder of a store, or Hub id (default the bundled model, by budget)")
-    add("--shape", help="store of this shape, random weights: mixtral-8x7b, mixtral-3b, mixtral-700m, or a Hub id")
+    add(
+        "--shape",
+        help="store of this shape, random weights: mixtral-8x7b, mixtral-3b, mixtral-700m, qwen3-30b-a3b, or a Hub id",
+    )
     options.scheme(add, "quantization of --shape: SCHEMES", "mixed")
     text = "where files for --shape are written and kept (default the user's cache folder)"
     add("--folder", metavar="FOLDER", help=text)

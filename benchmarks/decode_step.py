@@ -1,0 +1,104 @@
+"""Measures what the compiled decode step saves: one model, single tokens by programs and by modules, in turns.
+
+    python benchmarks/decode_step.py [--shape qwen3-30b-a3b] [--layers 8] [--tokens 24] [--rounds 5] [--context 32]
+
+Everything is resident and weights are random. Layers are timed apart from the head, since only they are scaled down:
+`--layers` of the shape's are written, in the preset `mixed`. The limit is their bytes per token over the bandwidth that
+this machine reads memory with, measured beside each round.
+"""
+
+import argparse
+import functools
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+import _table
+import mixoff
+from mixoff.bench import synthetic
+from mixoff.planning import probe
+
+WAYS = ("compiled", "modules")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", default="qwen3-30b-a3b")
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=24)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--context", type=int, default=32)
+    parser.add_argument("--threads", type=int, default=2)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    config = synthetic.config_of(arguments.shape)
+    config.num_hidden_layers = arguments.layers
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[: arguments.layers]
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = synthetic.write_store(config, "mixed", Path(temporary) / "store")
+        model = mixoff.load(folder, "100GiB", prefetch="none")
+        measure(model, arguments)
+
+
+def measure(model: torch.nn.Module, arguments: argparse.Namespace) -> None:
+    """Print the table."""
+    runtime, step = model.mixoff, model.mixoff.step
+    for site, experts in enumerate(runtime.source.sites):  # all resident
+        runtime.serve(site, list(range(experts.num_experts)), lambda loaded: None)
+    allowed, ids = step.allowed, torch.arange(5, 5 + arguments.context)[None]
+    layers, heads, bandwidths = {way: [] for way in WAYS}, {way: [] for way in WAYS}, []
+    with timed(model.base_model) as spent, timed(model.get_output_embeddings()) as in_head:
+        for round_number in range(arguments.rounds + 1):  # the first compiles
+            for way in WAYS:
+                step.allowed = allowed if way == "compiled" else lambda *given: False
+                spent.clear(), in_head.clear()
+                model.generate(ids, max_new_tokens=arguments.tokens, min_new_tokens=arguments.tokens, do_sample=False)
+                if round_number:
+                    layers[way].append(1e3 * statistics.median(spent[2:]) / arguments.layers)
+                    heads[way].append(1e3 * statistics.median(in_head[2:]))
+            bandwidths.append(probe.read_bandwidth(arguments.threads))
+    limit = 1e3 * layer_nbytes(model) / statistics.median(bandwidths)
+    print(f"{step.info()}; memory reads {min(bandwidths) / 1e9:.1f} to {max(bandwidths) / 1e9:.1f} GB/s, "
+          f"so a layer of {layer_nbytes(model) / 1e6:.1f} MB takes {limit:.2f} ms at least")  # fmt: skip
+    print(_table.head("single tokens", "ms per layer, median; range", "of the limit", "head, ms"))
+    for way in WAYS:
+        middle = statistics.median(layers[way])
+        spread = f"{middle:.2f}; {min(layers[way]):.2f} to {max(layers[way]):.2f}"
+        print(_table.line([way, spread, f"{limit / middle:.0%}", f"{statistics.median(heads[way]):.1f}"]))
+
+
+class timed:
+    """While open, notes the seconds of each forward pass of a module."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self.module, self.spent, self.before = module, [], module.forward
+
+    def __enter__(self) -> list[float]:
+        @functools.wraps(self.before)
+        def forward(*args: object, **kwargs: object) -> object:
+            start = time.perf_counter()
+            out = self.before(*args, **kwargs)
+            self.spent.append(time.perf_counter() - start)
+            return out
+
+        self.module.forward = forward
+        return self.spent
+
+    def __exit__(self, *exc: object) -> None:
+        self.module.forward = self.before
+
+
+def layer_nbytes(model: torch.nn.Module) -> int:
+    """Bytes that a token reads in one layer: attention, router and the chosen experts."""
+    layer = model.base_model.layers[0]
+    backbone = sum(module.quantized.image.numel() for module in layer.modules() if hasattr(module, "quantized"))
+    router = sum(weight.nbytes for weight in layer.mlp.gate.parameters())
+    return backbone + router + model.config.num_experts_per_tok * model.mixoff.source.sites[0].expert_nbytes
+
+
+if __name__ == "__main__":
+    main()
