@@ -37,12 +37,13 @@ from mixoff.runtime.decoder import (
 )  # fmt: skip
 from mixoff.runtime.growing import Growing, growing
 from mixoff.runtime.runtime import Runtime
+from mixoff.shapes.kv_cache import CACHE_NAMES
 
 CLOSE = 1e-3  # most of a relative error between both ways; rounding alone gives 1e-6, and 1e-4 if an int8 flips
 NEAR = 0.05  # most of a relative difference of the router's weights
 SUM_OUT = 6  # place of the result in the record of the sum (`stages.Sum`)
 FEW = 8  # rows of the head that are compiled: those of a small batch
-CACHES = ("cache", "past_key_values")  # names of the argument, by version of transformers
+NEW, OLD = CACHE_NAMES
 
 
 class Step:
@@ -182,8 +183,8 @@ class Layer:
 
     def _cache_layer(self, kwargs: dict[str, Any]) -> Any:
         """The layer's part of the cache that a pass was given, or None."""
-        cache = kwargs.get("cache")
-        layers = getattr(kwargs.get("past_key_values") if cache is None else cache, "layers", ())
+        cache = kwargs.get(NEW)
+        layers = getattr(kwargs.get(OLD) if cache is None else cache, "layers", ())
         return layers[self.place] if self.place < len(layers) else None
 
     def _compute(self, x: torch.Tensor, room: Growing, positions: tuple, cache_layer: Any) -> torch.Tensor:
@@ -316,7 +317,7 @@ class Layer:
         vars(layer).pop("forward", None)
         block = layer.get_submodule(self.block_name)
         block.forward = functools.partial(seen.block, block.forward)
-        name = "past_key_values" if kwargs.get("cache") is None else "cache"
+        name = OLD if kwargs.get(NEW) is None else NEW
         cache = copy.copy(kwargs[name])
         cache.layers = list(cache.layers)
         cache.layers[self.place] = cache_layer
