@@ -78,6 +78,24 @@ def test_compiled_layers_agree_with_modules(family):
     assert COMPILED[family] == NONE or error > 0, "the compiled step did not run"
 
 
+def test_norms_of_heads_and_a_dense_layer():
+    model = offloaded("qwen3_moe", moe_intermediate_size=64)
+    (tokens, logits), (expected, their_logits) = decode(model, IDS), by_modules(model, IDS)
+    assert [bool(layer.experts) for layer in model.mixoff.step.layers] == [False, True, True]
+    assert model.mixoff.info().decode == "compiled in 3 of 3 layers" and torch.equal(tokens, expected)
+    assert 0 < (logits - their_logits).norm() < 2e-3 * their_logits.norm()
+
+
+def test_it_can_be_turned_off():
+    model = mixoff.restore(offloaded())
+    mixoff.offload(model, scheme=SCHEME, decode="modules")
+    assert model.mixoff.step is None and model.mixoff.info().decode == "modules"
+    with pytest.raises(mixoff.MixoffError, match="unknown decode 'fast': choose one of compiled, modules"):
+        mixoff.offload(model, decode="fast")
+    mixoff.offload(mixoff.restore(model))
+    assert model.mixoff.step is None, "16-bit experts equal plain transformers"
+
+
 def test_bf16_is_as_near_to_fp32_as_modules_are():
     exact = by_modules(offloaded(), IDS)[1]
     model = offloaded(dtype=torch.bfloat16)
