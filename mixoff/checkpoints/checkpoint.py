@@ -177,6 +177,14 @@ class Checkpoint:
         """The tensors of a file by their names in the model."""
         return tensors
 
+    def path_of(self, file: str) -> Path:
+        """The path of one of `files`."""
+        return self.folder / file
+
+    def stored_as(self, file: str) -> str:
+        """The file of a store that holds what is copied from one of `files`."""
+        return file
+
     @property
     def not_in_place(self) -> str | None:
         """Why experts cannot be served from these files as they are; None if they can."""

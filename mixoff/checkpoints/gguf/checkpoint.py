@@ -1,0 +1,230 @@
+"""The weights of a GGUF file, decoded while they are read: an expert at a time, or some rows of a larger matrix.
+
+The decoders are those of the `gguf` package. Numbers are widened to the 16-bit dtype that holds their type best; fp32
+stays. Experts are read from their slabs of the stacked tensors. Letters: **E** experts, **D** width, **F** expert width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from mixoff.checkpoints.checkpoint import Checkpoint, Extent, Read, TensorRange
+from mixoff.checkpoints.gguf import names
+from mixoff.checkpoints.gguf.config import EXPERT, expert_dtype, experts_of, natural_dtype
+from mixoff.checkpoints.gguf.files import folder_of, open_files
+from mixoff.checkpoints.gguf.header import Tensor
+from mixoff.checkpoints.gguf.names import PIECES, Rows
+from mixoff.checkpoints.model_files import WHOLE, read_json
+from mixoff.errors import CheckpointError
+from mixoff.shapes import config
+from mixoff.shapes.sites import DTYPES, Part, Site, dtype_nbytes, torch_dtype
+
+if TYPE_CHECKING:
+    import numpy as np
+
+PIECE = 1 << 21  # numbers decoded at a time
+
+
+@dataclass(frozen=True)
+class GgufExtent(Extent):
+    """Rows of a stored matrix, which belong in some rows of a weight.
+
+    - nbytes: bytes of the whole weight in the image.
+    - kind: type of the stored numbers.
+    - stored: (rows, columns) to read.
+    - rows: where they go in the weight.
+    - dtype: dtype of the image, by torch's name.
+    - transposed: whether the weight is (columns, rows).
+    """
+
+    kind: str
+    stored: tuple[int, int]
+    rows: Rows
+    dtype: str
+    transposed: bool = False
+
+    @property
+    def row_nbytes(self) -> int:
+        """Bytes of a stored row."""
+        return row_nbytes(self.kind, self.stored[1])
+
+    def ranges(self) -> list[tuple[str, int, int]]:
+        return [(self.file, self.offset, self.stored[0] * self.row_nbytes)]
+
+    def fill(self, image: memoryview, read: Read) -> None:
+        count, columns = self.stored
+        whole = torch.frombuffer(image[self.place : self.place + self.nbytes], dtype=torch_dtype(self.dtype))
+        out = whole.view(columns, -1).T if self.transposed else whole.view(-1, columns)
+        step = max(1, PIECE // columns)
+        for start in range(0, count, step):
+            stop = min(start + step, count)
+            raw = bytearray((stop - start) * self.row_nbytes)
+            read(self.file, self.offset + start * self.row_nbytes, memoryview(raw))
+            values = torch.from_numpy(decode(raw, self.kind, columns))
+            out[self.rows.of(start, stop, count)] = self._narrowed(values)
+
+    def _narrowed(self, values: torch.Tensor) -> torch.Tensor:
+        """Values in the dtype of the image. Raises CheckpointError for one that float16 cannot hold."""
+        narrow = values.to(torch_dtype(self.dtype))
+        if self.dtype == "float16" and not torch.equal(narrow.isfinite(), values.isfinite()):
+            raise CheckpointError(
+                f"{self.file} holds numbers beyond the 65504 of float16, in {self.kind} at byte {self.offset}: use "
+                "another quantization of this model, or its safetensors"
+            )
+        return narrow
+
+
+def row_nbytes(kind: str, columns: int) -> int:
+    """Bytes of a row of so many numbers."""
+    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    numbers, nbytes = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
+    return columns // numbers * nbytes
+
+
+def decode(raw: bytes | bytearray, kind: str, columns: int) -> np.ndarray:
+    """The numbers of stored rows, fp32 (rows, columns), by the `gguf` package."""
+    import numpy as np
+    from gguf.constants import GGMLQuantizationType
+    from gguf.quants import dequantize
+
+    rows = np.frombuffer(raw, np.uint8).reshape(-1, row_nbytes(kind, columns))
+    with np.errstate(all="ignore"):  # NaN and infinity are looked for in the result
+        return np.ascontiguousarray(dequantize(rows, GGMLQuantizationType[kind]), np.float32).reshape(-1, columns)
+
+
+class GgufCheckpoint(Checkpoint):
+    """A GGUF file or split set as a checkpoint.
+
+    `tensors` describes decoded weights: those of the backbone under transformers' names, those of experts under GGUF's.
+    """
+
+    kind = "gguf"
+
+    def __init__(self, path: Path) -> None:
+        self.source = path
+        self.parts = open_files(path)
+        self.folder = folder_of(path)
+        self.files = list(self.parts.headers)
+        self.stored: dict[str, tuple[Tensor, Rows]] = {}
+        self.tensors: dict[str, TensorRange] = {}
+        self.model = config.skeleton(config.read_config(self.folder))
+        self.modules = config.expert_modules(self.model)
+        stored = self.parts.facts.tensors
+        _refuse_undecodable(path, {t.kind for t in stored.values()})
+        self._add_experts(stored)
+        self._add_backbone(stored)
+
+    def _add_experts(self, stored: dict[str, Tensor]) -> None:
+        self.dtype = expert_dtype(stored)
+        for name, m in experts_of(stored).items():
+            if int(m["layer"]) < self.parts.facts.layers:
+                self._add(name, stored[name], stored[name].shape, Rows(), self.dtype)
+
+    def _add_backbone(self, stored: dict[str, Tensor]) -> None:
+        experts = tuple(f"{name}." for name in self.modules)
+        shapes = {n: tuple(w.shape) for n, w in self.model.state_dict().items() if not n.startswith(experts)}
+        if self.model.config.get_text_config().tie_word_embeddings:
+            shapes.pop("lm_head.weight", None)
+        heads = read_json(self.folder / "config.json")
+        placed = names.backbone_names(self.parts.facts, shapes, heads)
+        for name, (source, rows) in placed.items():
+            t, shape = stored[source], shapes[name]
+            if math.prod(t.shape) != math.prod(shape) or _core(t.shape) != _core(shape):
+                shape = t.shape  # refused later, with the name of the setting that differs
+            self._add(name, t, shape, rows, natural_dtype(t.kind))
+        used = {source for source, _ in placed.values()} | self.expert_names()
+        names.refuse_strangers(self.parts.facts, used)
+
+    def _add(self, name: str, t: Tensor, shape: tuple[int, ...], rows: Rows, dtype: str) -> None:
+        nbytes = math.prod(shape) * dtype_nbytes(DTYPES[dtype])
+        self.tensors[name] = TensorRange(t.file, dtype, shape, t.offset, nbytes)
+        self.stored[name] = t, rows
+
+    def path_of(self, file: str) -> Path:
+        return self.parts.headers[file].path
+
+    def stored_as(self, file: str) -> str:
+        """The safetensors file of a store with what comes from a file of this model."""
+        if len(self.files) == 1:
+            return WHOLE
+        return f"model-{self.files.index(file) + 1:05d}-of-{len(self.files):05d}.safetensors"
+
+    @property
+    def not_in_place(self) -> str:
+        return f"{self.source} is a GGUF, from which experts cannot be served"
+
+    def expert_names(self) -> set[str]:
+        return {name for name in self.tensors if EXPERT.match(name)}
+
+    def expert_dtype(self) -> str:
+        return DTYPES[self.dtype]
+
+    def _extent(self, name: str, start: int, nbytes: int, place: int) -> Extent:
+        t, rows = self.stored[name]
+        columns = t.shape[-1] if len(t.shape) > 1 or math.prod(t.shape) == 1 else t.shape[0]
+        shape = (math.prod(t.shape) // columns, columns)
+        if rows.heads and len(t.shape) == 1:  # a bias: each number is a row
+            shape = shape[::-1]
+        dtype = DTYPES[self.tensors[name].dtype]
+        return GgufExtent(t.file, t.offset, place, nbytes, t.kind, shape, rows, dtype)
+
+    def extents(self, sites: Sequence[Site]) -> dict[tuple[int, int], list[Extent]]:
+        return {
+            (i, e): [extent for part in site.parts for extent in self._pieces(site, e, part)]
+            for i, site in enumerate(sites)
+            for e in range(site.num_experts)
+        }
+
+    def _pieces(self, site: Site, e: int, part: Part) -> Iterator[Extent]:
+        """Where a part of expert `e` is: its slab of one stack, or of two, for gate and up."""
+        base, bias, _ = part.name.partition("_bias")
+        role = "bias" if bias else "weight"
+        pieces = PIECES[base]
+        outputs = part.shape[-1] if bias or site.transposed else part.shape[0]
+        alternate = len(pieces) > 1 and not getattr(self.modules[site.name], "is_concatenated", True)
+        share = outputs // len(pieces)
+        for k, piece in enumerate(pieces):
+            rows = Rows(k, 2) if alternate else Rows(k * share)
+            name, skipped = f"blk.{site.layer}.ffn_{piece}_exps.{role}", 0
+            merged = f"blk.{site.layer}.ffn_gate_up_exps.{role}"
+            if len(pieces) > 1 and name not in self.tensors and merged in self.tensors:
+                name, skipped = merged, k * share
+            inner = () if bias else (part.shape[0] if site.transposed else part.shape[1],)
+            count = share * (len(pieces) if name == merged else 1)
+            self._expect(self.tensors.get(name), (site.num_experts, count, *inner), site, e)
+            yield self._slab(name, e, skipped, (share, *inner), rows, part, site.transposed and not bias)
+
+    def _slab(
+        self, name: str, e: int, skipped: int, shape: tuple[int, ...], rows: Rows, part: Part, transposed: bool
+    ) -> GgufExtent:
+        """Rows of expert `e` in a stack, from the row `skipped` on."""
+        t = self.stored[name][0]
+        stored = (shape[0], shape[1] if len(shape) > 1 else 1)
+        slab = t.nbytes // t.shape[0]
+        offset = t.offset + e * slab + skipped * (slab // t.shape[1])
+        return GgufExtent(t.file, offset, part.offset, part.nbytes, t.kind, stored, rows, part.dtype, transposed)
+
+
+def _core(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A shape without its ones, which llama.cpp drops or adds."""
+    return tuple(n for n in shape if n != 1)
+
+
+def _refuse_undecodable(path: Path, kinds: set[str]) -> None:
+    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    for kind in sorted(kinds):
+        numbers, nbytes = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
+        try:
+            decode(bytes(nbytes), kind, numbers)
+        except NotImplementedError:
+            raise CheckpointError(
+                f"{path} holds tensors of {kind}, which the gguf package does not decode: use another quantization"
+            ) from None
