@@ -1,1 +1,1 @@
-"""GGUF, the format of llama.cpp: one file, or a split set, that holds configuration, tokenizer and quantized weights."""
+"""GGUF, the format of llama.cpp: one file, or a split set, with configuration, tokenizer and quantized weights."""

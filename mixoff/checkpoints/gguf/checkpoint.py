@@ -1,102 +1,26 @@
 """The weights of a GGUF file, decoded while they are read: an expert at a time, or some rows of a larger matrix.
 
 The decoders are those of the `gguf` package. Numbers are widened to the 16-bit dtype that holds their type best; fp32
-stays. Experts are read from their slabs of the stacked tensors. Letters: **E** experts, **D** width, **F** expert width.
+stays. Experts are read from their slabs of the stacked tensors.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-import torch
-
-from mixoff.checkpoints.checkpoint import Checkpoint, Extent, Read, TensorRange
-from mixoff.checkpoints.gguf import names
+from mixoff.checkpoints.checkpoint import Checkpoint, Extent, TensorRange
+from mixoff.checkpoints.gguf import latent, names
 from mixoff.checkpoints.gguf.config import EXPERT, expert_dtype, experts_of, natural_dtype
+from mixoff.checkpoints.gguf.extent import GgufExtent, decode
 from mixoff.checkpoints.gguf.files import folder_of, open_files
 from mixoff.checkpoints.gguf.header import Tensor
 from mixoff.checkpoints.gguf.names import PIECES, Rows
 from mixoff.checkpoints.model_files import WHOLE, read_json
 from mixoff.errors import CheckpointError
 from mixoff.shapes import config
-from mixoff.shapes.sites import DTYPES, Part, Site, dtype_nbytes, torch_dtype
-
-if TYPE_CHECKING:
-    import numpy as np
-
-PIECE = 1 << 21  # numbers decoded at a time
-
-
-@dataclass(frozen=True)
-class GgufExtent(Extent):
-    """Rows of a stored matrix, which belong in some rows of a weight.
-
-    - nbytes: bytes of the whole weight in the image.
-    - kind: type of the stored numbers.
-    - stored: (rows, columns) to read.
-    - rows: where they go in the weight.
-    - dtype: dtype of the image, by torch's name.
-    - transposed: whether the weight is (columns, rows).
-    """
-
-    kind: str
-    stored: tuple[int, int]
-    rows: Rows
-    dtype: str
-    transposed: bool = False
-
-    @property
-    def row_nbytes(self) -> int:
-        """Bytes of a stored row."""
-        return row_nbytes(self.kind, self.stored[1])
-
-    def ranges(self) -> list[tuple[str, int, int]]:
-        return [(self.file, self.offset, self.stored[0] * self.row_nbytes)]
-
-    def fill(self, image: memoryview, read: Read) -> None:
-        count, columns = self.stored
-        whole = torch.frombuffer(image[self.place : self.place + self.nbytes], dtype=torch_dtype(self.dtype))
-        out = whole.view(columns, -1).T if self.transposed else whole.view(-1, columns)
-        step = max(1, PIECE // columns)
-        for start in range(0, count, step):
-            stop = min(start + step, count)
-            raw = bytearray((stop - start) * self.row_nbytes)
-            read(self.file, self.offset + start * self.row_nbytes, memoryview(raw))
-            values = torch.from_numpy(decode(raw, self.kind, columns))
-            out[self.rows.of(start, stop, count)] = self._narrowed(values)
-
-    def _narrowed(self, values: torch.Tensor) -> torch.Tensor:
-        """Values in the dtype of the image. Raises CheckpointError for one that float16 cannot hold."""
-        narrow = values.to(torch_dtype(self.dtype))
-        if self.dtype == "float16" and not torch.equal(narrow.isfinite(), values.isfinite()):
-            raise CheckpointError(
-                f"{self.file} holds numbers beyond the 65504 of float16, in {self.kind} at byte {self.offset}: use "
-                "another quantization of this model, or its safetensors"
-            )
-        return narrow
-
-
-def row_nbytes(kind: str, columns: int) -> int:
-    """Bytes of a row of so many numbers."""
-    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
-
-    numbers, nbytes = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
-    return columns // numbers * nbytes
-
-
-def decode(raw: bytes | bytearray, kind: str, columns: int) -> np.ndarray:
-    """The numbers of stored rows, fp32 (rows, columns), by the `gguf` package."""
-    import numpy as np
-    from gguf.constants import GGMLQuantizationType
-    from gguf.quants import dequantize
-
-    rows = np.frombuffer(raw, np.uint8).reshape(-1, row_nbytes(kind, columns))
-    with np.errstate(all="ignore"):  # NaN and infinity are looked for in the result
-        return np.ascontiguousarray(dequantize(rows, GGMLQuantizationType[kind]), np.float32).reshape(-1, columns)
+from mixoff.shapes.sites import DTYPES, Part, Site, dtype_nbytes
 
 
 class GgufCheckpoint(Checkpoint):
@@ -113,6 +37,7 @@ class GgufCheckpoint(Checkpoint):
         self.folder = folder_of(path)
         self.files = list(self.parts.headers)
         self.stored: dict[str, tuple[Tensor, Rows]] = {}
+        self.joined: dict[str, tuple[str, str]] = {}
         self.tensors: dict[str, TensorRange] = {}
         self.model = config.skeleton(config.read_config(self.folder))
         self.modules = config.expert_modules(self.model)
@@ -121,13 +46,13 @@ class GgufCheckpoint(Checkpoint):
         self._add_experts(stored)
         self._add_backbone(stored)
 
-    def _add_experts(self, stored: dict[str, Tensor]) -> None:
+    def _add_experts(self, stored: Mapping[str, Tensor]) -> None:
         self.dtype = expert_dtype(stored)
         for name, m in experts_of(stored).items():
             if int(m["layer"]) < self.parts.facts.layers:
                 self._add(name, stored[name], stored[name].shape, Rows(), self.dtype)
 
-    def _add_backbone(self, stored: dict[str, Tensor]) -> None:
+    def _add_backbone(self, stored: Mapping[str, Tensor]) -> None:
         experts = tuple(f"{name}." for name in self.modules)
         shapes = {n: tuple(w.shape) for n, w in self.model.state_dict().items() if not n.startswith(experts)}
         if self.model.config.get_text_config().tie_word_embeddings:
@@ -140,7 +65,17 @@ class GgufCheckpoint(Checkpoint):
                 shape = t.shape  # refused later, with the name of the setting that differs
             self._add(name, t, shape, rows, natural_dtype(t.kind))
         used = {source for source, _ in placed.values()} | self.expert_names()
-        names.refuse_strangers(self.parts.facts, used)
+        names.refuse_strangers(self.parts.facts, used | self._add_latent(shapes.keys() - placed.keys()))
+
+    def _add_latent(self, lacking: Iterable[str]) -> set[str]:
+        """Add the weights that the file has in halves; returns the names of these."""
+        stored = self.parts.facts.tensors
+        for name in sorted(lacking):
+            if pair := latent.halves(name, stored):
+                k, v = (stored[half] for half in pair)
+                self.joined[name] = pair
+                self._add(name, k, latent.shape_of(k, v), Rows(), latent.dtype_of(k, v))
+        return {half for pair in self.joined.values() for half in pair}
 
     def _add(self, name: str, t: Tensor, shape: tuple[int, ...], rows: Rows, dtype: str) -> None:
         nbytes = math.prod(shape) * dtype_nbytes(DTYPES[dtype])
@@ -167,6 +102,9 @@ class GgufCheckpoint(Checkpoint):
         return DTYPES[self.dtype]
 
     def _extent(self, name: str, start: int, nbytes: int, place: int) -> Extent:
+        if name in self.joined:
+            k, v = (self.parts.facts.tensors[half] for half in self.joined[name])
+            return latent.joined(k, v, place)
         t, rows = self.stored[name]
         columns = t.shape[-1] if len(t.shape) > 1 or math.prod(t.shape) == 1 else t.shape[0]
         shape = (math.prod(t.shape) // columns, columns)

@@ -16,6 +16,7 @@ from mixoff.errors import CheckpointError, one_line, suggestion
 
 BF16_KINDS = ("BF16", "MXFP4", "NVFP4")  # exact in bfloat16, and not in float16
 EXPERT = re.compile(r"^blk\.(?P<layer>\d+)\.ffn_(?P<matrix>gate_up|gate|up|down)_exps\.(?P<role>weight|bias)$")
+NULLS = ("q_lora_rank",)  # settings whose null is not what transformers takes where there is none
 SIGMOID = 2  # `expert_gating_func` of llama.cpp
 DEFAULT_THETA = 10000.0
 
@@ -102,8 +103,8 @@ def config_of(facts: Facts) -> dict[str, Any]:
             f"{', '.join(sorted(ARCHITECTURES))} from GGUF{suggestion(facts.arch, ARCHITECTURES)}: give mixoff the "
             "model's safetensors, or run the file with llama.cpp"
         )
-    own = ARCHITECTURES[facts.arch](facts)
-    return {key: value for key, value in (_common(facts) | own).items() if value is not None}
+    config = _common(facts) | ARCHITECTURES[facts.arch](facts)
+    return {key: value for key, value in config.items() if value is not None or key in NULLS}
 
 
 def _common(facts: Facts) -> dict[str, Any]:
@@ -290,6 +291,44 @@ def _routed(facts: Facts) -> dict[str, Any]:
     }
 
 
+def _deepseek(facts: Facts) -> dict[str, Any]:
+    """DeepSeek-V2, or V3 and its kin, whose router has a bias."""
+    v3 = facts.has(".exp_probs_b.bias")
+    rotated = facts.number("rope.dimension_count")
+    key = facts.number("attention.key_length_mla", facts.get("attention.key_length"))
+    own = _routed(facts) | {
+        "model_type": "deepseek_v3" if v3 else "deepseek_v2",
+        "architectures": ["DeepseekV3ForCausalLM" if v3 else "DeepseekV2ForCausalLM"],
+        "num_key_value_heads": facts.number("attention.head_count"),
+        "head_dim": None,
+        "q_lora_rank": facts.get("attention.q_lora_rank"),
+        "kv_lora_rank": facts.number("attention.kv_lora_rank"),
+        "qk_rope_head_dim": rotated,
+        "qk_nope_head_dim": key - rotated,
+        "v_head_dim": facts.number("attention.value_length_mla", facts.get("attention.value_length")),
+        "rope_parameters": _deepseek_rope(facts),
+        "topk_method": None
+        if v3
+        else "greedy"
+        if facts.number("expert_group_count", 1) < 2
+        else "group_limited_greedy",
+    }
+    if not v3 and (own["norm_topk_prob"] or facts.get("expert_gating_func") == SIGMOID):
+        raise CheckpointError(
+            f"{facts.name} is a DeepSeek whose router is neither that of V2 nor that of V3: give mixoff the model's "
+            "safetensors"
+        )
+    return own
+
+
+def _deepseek_rope(facts: Facts) -> dict[str, Any]:
+    rope = _rope(facts)
+    if rope["rope_type"] != "yarn":
+        return rope
+    scale = facts.number("rope.scaling.yarn_log_multiplier", 0.0) / 0.1  # the published models have one value for both
+    return rope | ({"mscale": scale, "mscale_all_dim": scale} if scale else {})
+
+
 ARCHITECTURES: dict[str, Callable[[Facts], dict[str, Any]]] = {
     "llama": _mixtral,
     "qwen2moe": _qwen2,
@@ -298,4 +337,5 @@ ARCHITECTURES: dict[str, Callable[[Facts], dict[str, Any]]] = {
     "olmoe": _olmoe,
     "granitemoe": _granite,
     "glm4moe": _glm4,
+    "deepseek2": _deepseek,
 }

@@ -1,7 +1,7 @@
 """The files of a GGUF model, one or a split set, and the folder of small files that is made of their metadata.
 
-The rest of mixoff reads configuration and tokenizer from a folder, as models on the Hub have one. That of a GGUF is kept
-in the user's cache folder. Its name follows from the files and this version, so a changed file gets another one.
+The rest of mixoff reads configuration and tokenizer from a folder, as models on the Hub have one. That of a GGUF is
+kept in the user's cache folder. Its name follows from the files and this version, so a changed file gets another one.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from mixoff import folders
 from mixoff._version import __version__
 from mixoff.checkpoints.gguf.config import Facts, config_of
-from mixoff.checkpoints.gguf.header import Header, read_header
+from mixoff.checkpoints.gguf.header import Header, Tensor, read_header
 from mixoff.checkpoints.gguf.tokenizer import tokenizer_files
 from mixoff.errors import CheckpointError, MixoffError
 
@@ -59,13 +59,13 @@ def open_files(path: Path) -> GgufFiles:
     """Read the headers of the model that `path` is, or is a part of. Raises CheckpointError."""
     headers = {part.name: read_header(part) for part in parts(path)}
     first = next(iter(headers.values()))
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for i, header in enumerate(headers.values()):
-        count = header.metadata.get("split.count", 1) or 1
-        if (count, header.metadata.get("split.no", 0)) != (len(headers), i):
+        count, number = header.metadata.get("split.count", 1) or 1, header.metadata.get("split.no", 0)
+        if (count, number) != (len(headers), i):
             raise CheckpointError(
-                f"{header.path} says that it is part {header.metadata.get('split.no', 0)} of {count} (from 0), its name "
-                "says otherwise: give the parts the names that llama.cpp gave them"
+                f"{header.path} says that it is part {number} of {count} (from 0), and its name says otherwise: "
+                "give the parts the names that llama.cpp gave them"
             )
         if twice := tensors.keys() & header.tensors.keys():
             raise CheckpointError(f"{header.path} holds {min(twice)}, as an earlier part does: fetch the set again")

@@ -266,5 +266,6 @@ def _refuse_overlap(cursor: Cursor, tensors: dict[str, Tensor]) -> None:
         end = t.offset + t.nbytes
         if end > cursor.size:
             raise CheckpointError(
-                f"{cursor.path} is {cursor.size} bytes, and {name} ends at {end}: the copy is incomplete, fetch it again"
+                f"{cursor.path} is {cursor.size} bytes, and {name} ends at {end}: "
+                "the copy is incomplete, fetch it again"
             )
