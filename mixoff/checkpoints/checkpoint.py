@@ -157,11 +157,13 @@ class Checkpoint:
     ) -> None:
         self.folder = Path(folder)
         if not self.folder.is_dir():
-            from mixoff.checkpoints import names
+            from mixoff.checkpoints.names import missing
 
-            raise CheckpointError(names.missing(folder))
+            raise CheckpointError(missing(folder))
         if not (self.folder / "config.json").exists():
-            model_files.refuse_adapter([p.name for p in self.folder.iterdir()], self.folder, self.folder)
+            names = [p.name for p in self.folder.iterdir()]
+            model_files.refuse_adapter(names, self.folder, self.folder)
+            model_files.refuse_gguf(names, self.folder)
         _refuse_quantized(read_json(self.folder / "config.json"), self.folder, self.kind)
         self.found = found or model_files.find(self.folder)
         self.files = list(self.found.names)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from mixoff import models
+from mixoff.checkpoints.model_files import refuse_gguf
 from mixoff.checkpoints.names import GGUF, full, missing, parse
 from mixoff.commands import terminal
 from mixoff.errors import CheckpointError, MixoffError, suggestion
@@ -184,6 +185,7 @@ def model(path: str) -> None:
     if not os.path.isdir(folder):
         raise CheckpointError(missing(path))
     if not os.path.isfile(folder / "config.json"):
+        refuse_gguf(os.listdir(folder), folder)
         raise CheckpointError(f"{path} has no config.json: a model folder holds config.json and *.safetensors")
 
 

@@ -22,7 +22,8 @@ def fields(raw):
 
     def text(what):
         nonlocal at
-        at += note(8, what)
+        length = note(8, what)
+        at += length
 
     def value(kind):
         nonlocal at

@@ -1,8 +1,8 @@
 """Small models whose weights follow from their names, and the same as GGUF files that llama.cpp's converter made.
 
 `tests/support/gguf/FAMILY.gguf` are the models of `plain`, converted by `convert_hf_to_gguf.py --outtype bf16` of
-llama.cpp b11434. `python tests/support/gguf_models.py FOLDER` writes the models that it read, and prints the command for
-each. The converter was told that the pre-tokenizer is gpt-2's, and to take GLM's vocabulary as any other.
+llama.cpp b11434. `python tests/support/gguf_models.py FOLDER` writes the models that it read, and prints the commands.
+The converter was told that the pre-tokenizer is gpt-2's, and to take GLM's vocabulary as any other.
 """
 
 import sys

@@ -63,7 +63,12 @@ class Facts:
     @property
     def layers(self) -> int:
         """Layers of the model, without blocks that predict further tokens."""
-        return self.number("block_count") - self.number("nextn_predict_layers", 0)
+        count = self.number("block_count") - self.number("nextn_predict_layers", 0)
+        if type(count) is not int or not 0 < count <= len(self.tensors):
+            raise CheckpointError(
+                f"{self.name} says that it has {count} layers, and has {len(self.tensors)} tensors: fetch it again"
+            )
+        return count
 
     def has(self, ending: str) -> bool:
         """Whether any tensor has this ending."""
@@ -103,7 +108,13 @@ def config_of(facts: Facts) -> dict[str, Any]:
             f"{', '.join(sorted(ARCHITECTURES))} from GGUF{suggestion(facts.arch, ARCHITECTURES)}: give mixoff the "
             "model's safetensors, or run the file with llama.cpp"
         )
-    config = _common(facts) | ARCHITECTURES[facts.arch](facts)
+    try:
+        config = _common(facts) | ARCHITECTURES[facts.arch](facts)
+    except CheckpointError:
+        raise
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+        reason = one_line(f"{type(error).__name__}: {error}")[:200]
+        raise CheckpointError(f"{facts.name} has metadata that make no model ({reason}): fetch it again") from error
     return {key: value for key, value in config.items() if value is not None or key in NULLS}
 
 

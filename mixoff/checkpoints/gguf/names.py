@@ -67,7 +67,10 @@ def backbone_names(facts: Facts, names: Iterable[str], config: Mapping[str, int]
         # gpt-oss: a parameter without an ending is `.weight` in the file
         stored = stored if stored in facts.tensors else f"{stored}.weight"
         if stored in facts.tensors:
-            placed[name] = stored, Rows(heads=_heads(facts.arch, stored, config))
+            heads = _heads(facts.arch, stored, config)
+            if heads and facts.tensors[stored].shape[0] % (2 * heads):
+                raise CheckpointError(f"{facts.name} has {heads} heads, which do not divide {stored}: fetch it again")
+            placed[name] = stored, Rows(heads=heads)
     return placed
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from mixoff.checkpoints.gguf.header import Array
 from mixoff.errors import one_line
 
+MAX_TOKEN = 1024  # characters: the pieces of a longer one, which no tokenizer has, would take hours to try
 log = logging.getLogger("mixoff")
 SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}  # tokens, and their names in GGUF
 
@@ -32,6 +33,8 @@ def tokenizer_files(name: str, metadata: Mapping[str, Any]) -> dict[str, bytes]:
 
 def _files(metadata: Mapping[str, Any]) -> dict[str, bytes]:
     fields, settings = _fields(metadata)
+    if (longest := max(map(len, fields["tokens"]))) > MAX_TOKEN:
+        raise ValueError(f"a token of {longest} characters")
     backend, _ = _converter()(metadata["general.architecture"], fields)
     files = {"tokenizer.json": backend.to_str().encode()}
     if isinstance(template := settings.pop("chat_template", None), str):
