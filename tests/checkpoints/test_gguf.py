@@ -1,6 +1,7 @@
 """GGUF files: what llama.cpp's converter wrote equals the model it read, to the bit; tensors, tokenizer, split sets."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -11,8 +12,9 @@ import mixoff
 from gguf_models import FOLDER, plain
 from mixoff import CheckpointError
 from mixoff.checkpoints.find import find
-from mixoff.checkpoints.gguf.extent import decode
+from mixoff.checkpoints.gguf.extent import GgufExtent, decode
 from mixoff.checkpoints.gguf.header import read_header
+from mixoff.checkpoints.gguf.names import Rows
 from mixoff.checkpoints.names import missing, parse
 from mixoff.store import source
 from tiny import decode as generate
@@ -89,9 +91,8 @@ def test_our_header_equals_that_of_the_gguf_package(family):
         assert (value.read() if hasattr(value, "read") else value) == want, key
 
 
-KINDS = [
-    kind.name for kind in gguf.GGML_QUANT_SIZES if kind.name not in ("Q8_1", "Q8_K", "I8", "I16", "I32", "I64", "F64")
-]
+UNDECODED = ("Q8_1", "Q8_K", "Q1_0", "I8", "I16", "I32", "I64", "F64")  # the package has no decoder
+KINDS = [kind.name for kind in gguf.GGML_QUANT_SIZES if kind.name not in UNDECODED]
 
 
 def written(path, kind, seed=0):
@@ -125,6 +126,8 @@ def written(path, kind, seed=0):
 def finite(kind, rng, shape):
     """Random blocks (…, bytes) whose numbers float16 can hold: drawn again where they are not."""
     numbers, nbytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
+    if numbers == 1:
+        return gguf.quantize(rng.standard_normal(shape).astype(np.float32), gguf.GGMLQuantizationType[kind])
     blocks = rng.integers(0, 256, (int(np.prod(shape)), nbytes), dtype=np.uint8)
     for _ in range(200):
         with np.errstate(all="ignore"):
@@ -200,7 +203,64 @@ def test_a_plan_counts_the_bytes_of_the_store(tmp_path):
     assert planned.experts == written
     headers = 8 + int.from_bytes((store / "model.safetensors").read_bytes()[:8], "little")
     assert planned.stored_backbone == (store / "model.safetensors").stat().st_size - headers
-    assert mixoff.plan(path, "8GiB", "8GiB", hardware="t4").fits
+    assert mixoff.plan(path, "8GiB", "8GiB", hardware="t4", scheme="none").fits
+
+
+def test_the_command_says_what_became_of_each_kind(tmp_path, capsys):
+    from mixoff.commands.cli import main
+
+    written(tmp_path / "model.gguf", "Q4_K")
+    assert main(["convert", str(tmp_path / "model.gguf"), str(tmp_path / "none")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(re.match(r"experts' gate_up_proj: 8 in Q4_K -> float16, relative error 0.000[12]", x) for x in lines)
+    assert "router, norms and others: 7 in F32 -> float32, exact" in lines
+    assert main(["convert", str(tmp_path / "model.gguf"), str(tmp_path / "four"), "--scheme", "quality", "--json"]) == 0
+    lost = {(x["part"], x["stored"]): x["error"] for x in json.loads(capsys.readouterr().out)["losses"]}
+    assert 0.01 < lost["experts' down_proj", "4 bits g64"] < 0.2
+    assert 0.01 < lost["attention", "4 bits g64"] < 0.2
+
+
+def test_the_losses_of_transposed_experts_and_of_latent_attention(tmp_path):
+    """All of these are exact, so a matrix put in another order would show."""
+    from mixoff.checkpoints.gguf.checkpoint import GgufCheckpoint
+    from mixoff.store.losses import losses
+
+    for family in ("gpt_oss", "deepseek_v2", "mixtral"):
+        store = mixoff.convert(FOLDER / f"{family}.gguf", tmp_path / family)
+        found = losses(GgufCheckpoint(FOLDER / f"{family}.gguf"), store)
+        assert {loss.error for loss in found} == {0.0} and {"attention", "experts' down_proj"} <= {
+            x.part for x in found
+        }
+
+
+def test_a_type_without_a_decoder_is_refused(tmp_path):
+    from mixoff.checkpoints.gguf.checkpoint import refuse_undecodable
+
+    with pytest.raises(CheckpointError, match="tensors of Q8_K, which the gguf package does not decode: use another"):
+        refuse_undecodable(tmp_path / "model.gguf", {"Q4_K", "Q8_K"})
+
+
+def test_a_number_that_float16_cannot_hold_is_refused(tmp_path):
+    raw = np.zeros(34, np.uint8)
+    raw[:2] = np.array([60000], np.float16).view(np.uint8)
+    raw[2:] = 100
+    extent = GgufExtent("model.gguf", 0, 0, 64, "Q8_0", (1, 32), Rows(), "float16")
+
+    def read(_, offset, view):
+        view[:] = raw[offset : offset + len(view)].tobytes()
+
+    with pytest.raises(CheckpointError, match="beyond the 65504 of float16, in Q8_0 at byte 0: use another"):
+        extent.fill(memoryview(bytearray(64)), read)
+
+
+def test_folders_of_gguf_files_say_what_to_give(tmp_path):
+    from mixoff.commands import arguments
+
+    (tmp_path / "b.gguf").write_bytes((FOLDER / "mixtral.gguf").read_bytes())
+    (tmp_path / "a.gguf").write_bytes(b"")
+    for work in (mixoff.load, mixoff.plan, lambda path: mixoff.convert(path, tmp_path / "s"), arguments.model):
+        with pytest.raises(CheckpointError, match=r"holds GGUF files: give mixoff the path of one, as in .*a\.gguf"):
+            work(str(tmp_path))
 
 
 def test_names_of_files_that_are_not_there():

@@ -42,7 +42,7 @@ class GgufCheckpoint(Checkpoint):
         self.model = config.skeleton(config.read_config(self.folder))
         self.modules = config.expert_modules(self.model)
         stored = self.parts.facts.tensors
-        _refuse_undecodable(path, {t.kind for t in stored.values()})
+        refuse_undecodable(path, {t.kind for t in stored.values()})
         self._add_experts(stored)
         self._add_backbone(stored)
 
@@ -164,7 +164,8 @@ def _core(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(n for n in shape if n != 1)
 
 
-def _refuse_undecodable(path: Path, kinds: set[str]) -> None:
+def refuse_undecodable(path: Path, kinds: set[str]) -> None:
+    """Raise CheckpointError for a type of tensor that the `gguf` package cannot decode."""
     from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
     for kind in sorted(kinds):
