@@ -80,6 +80,23 @@ def test_the_tokenizer_comes_along(family):
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (1, 2)
 
 
+def test_the_tokenizer_begins_a_text_as_the_file_says(tmp_path):
+    from mixoff.checkpoints.gguf.files import open_files, small_files
+    from mixoff.text.generation import load_tokenizer
+
+    for begin, end in ((False, False), (True, False), (True, True)):
+        files = open_files(FOLDER / "mixtral.gguf")
+        added = {"tokenizer.ggml.add_bos_token": begin, "tokenizer.ggml.add_eos_token": end}
+        files.facts.metadata.update(added | {"tokenizer.chat_template": "{{ messages[0].content }}!"})
+        folder = tmp_path / f"{begin} {end}"
+        folder.mkdir()
+        for name, content in small_files(files).items():
+            (folder / name).write_bytes(content)
+        ids, tokenizer = gguf_models.tokenizer()("the thing").input_ids, load_tokenizer(folder)
+        assert tokenizer("the thing").input_ids == [1] * begin + ids + [2] * end
+        assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "hi!"
+
+
 def test_our_header_equals_that_of_the_gguf_package(family):
     ours, theirs = read_header(family[0]), gguf.GGUFReader(family[0])
     assert {n: (t.kind, t.offset, t.nbytes, t.shape) for n, t in ours.tensors.items()} == {
@@ -95,8 +112,8 @@ UNDECODED = ("Q8_1", "Q8_K", "Q1_0", "I8", "I16", "I32", "I64", "F64")  # the pa
 KINDS = [kind.name for kind in gguf.GGML_QUANT_SIZES if kind.name not in UNDECODED]
 
 
-def written(path, kind, seed=0):
-    """The Mixtral of the fixtures with experts of random blocks of a type, whose scales are finite."""
+def written(path, kind, blocks_of=None, seed=0):
+    """The Mixtral of the fixtures, wider, with experts of random blocks of a type that float16 can hold."""
     reader, rng = gguf.GGUFReader(FOLDER / "mixtral.gguf"), np.random.default_rng(seed)
     writer = gguf.GGUFWriter(path, "llama")
     wide = {"llama.embedding_length": 256, "llama.rope.dimension_count": 16}
@@ -113,7 +130,7 @@ def written(path, kind, seed=0):
         if "_exps" not in t.name:
             writer.add_tensor(t.name, (rng.standard_normal(shape) * 0.05).astype(np.float32))
             continue
-        blocks = finite(kind, rng, (*shape[:-1], shape[-1] // numbers))
+        blocks = (blocks_of or finite)(kind, rng, (*shape[:-1], shape[-1] // numbers))
         stacks[t.name] = blocks
         writer.add_tensor(t.name, blocks, raw_dtype=gguf.GGMLQuantizationType[kind])
     writer.write_header_to_file()
@@ -209,10 +226,14 @@ def test_a_plan_counts_the_bytes_of_the_store(tmp_path):
 def test_the_command_says_what_became_of_each_kind(tmp_path, capsys):
     from mixoff.commands.cli import main
 
-    written(tmp_path / "model.gguf", "Q4_K")
+    def small(kind, rng, shape):
+        values = rng.standard_normal((*shape[:-1], shape[-1] * 32)).astype(np.float32) * 0.05
+        return gguf.quantize(values, gguf.GGMLQuantizationType[kind])
+
+    written(tmp_path / "model.gguf", "Q8_0", small)
     assert main(["convert", str(tmp_path / "model.gguf"), str(tmp_path / "none")]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert any(re.match(r"experts' gate_up_proj: 8 in Q4_K -> float16, relative error 0.000[12]", x) for x in lines)
+    assert any(re.match(r"experts' gate_up_proj: 8 in Q8_0 -> float16, relative error 0.000[12]", x) for x in lines)
     assert "router, norms and others: 7 in F32 -> float32, exact" in lines
     assert main(["convert", str(tmp_path / "model.gguf"), str(tmp_path / "four"), "--scheme", "quality", "--json"]) == 0
     lost = {(x["part"], x["stored"]): x["error"] for x in json.loads(capsys.readouterr().out)["losses"]}

@@ -162,6 +162,45 @@ def test_metadata_that_make_no_model(changes, message, tmp_path):
         small_files(metadata(tmp_path, **changes))
 
 
+def rewritten(folder, change):
+    """The Mixtral with tensors that `change(name, data)` gives; None leaves one out."""
+    import gguf
+
+    reader, path = gguf.GGUFReader(FOLDER / "mixtral.gguf"), folder / "model.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    for field in reader.fields.values():
+        if field.name.startswith(("llama.", "tokenizer.")):
+            kinds = [*field.types, None]
+            writer.add_key_value(field.name, field.contents(), kinds[0], sub_type=kinds[1])
+    for t in reader.tensors:
+        if (data := change(t.name, t.data)) is not None:
+            writer.add_tensor(t.name, data, raw_dtype=t.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize(
+    "name, change, message",
+    [
+        (
+            "output_norm.weight",
+            lambda data: data[:16].copy(),
+            "output_norm.weight of .*model.gguf has shape .16,., and",
+        ),
+        ("blk.1.ffn_up_exps.weight", lambda _: None, "model.gguf lacks experts of layer 1"),
+        ("blk.1.ffn_up_exps.weight", lambda data: data[:2].copy(), "a stack of experts in layer 1 .* has shape .2, 48"),
+        ("blk.0.attn_v.weight", lambda _: None, "lacks model.layers.0.self_attn.v_proj.weight"),
+    ],
+)
+def test_tensors_that_make_no_model(tmp_path, name, change, message):
+    path = rewritten(tmp_path, lambda n, data: change(data) if n == name else data)
+    with pytest.raises(CheckpointError, match=message):
+        survey(find(path).checkpoint())
+
+
 def test_a_dense_model_is_called_one(tmp_path):
     files = metadata(tmp_path)
     for name in [name for name in files.facts.tensors if "_exps" in name]:

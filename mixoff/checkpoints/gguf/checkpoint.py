@@ -7,7 +7,7 @@ stays. Experts are read from their slabs of the stacked tensors.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from mixoff.checkpoints.checkpoint import Checkpoint, Extent, TensorRange
@@ -60,22 +60,38 @@ class GgufCheckpoint(Checkpoint):
         heads = read_json(self.folder / "config.json")
         placed = names.backbone_names(self.parts.facts, shapes, heads)
         for name, (source, rows) in placed.items():
-            t, shape = stored[source], shapes[name]
-            if math.prod(t.shape) != math.prod(shape) or _core(t.shape) != _core(shape):
-                shape = t.shape  # refused later, with the name of the setting that differs
-            self._add(name, t, shape, rows, natural_dtype(t.kind))
+            t = stored[source]
+            self._expect_shape(source, t.shape, shapes[name])
+            self._add(name, t, shapes[name], rows, natural_dtype(t.kind))
         used = {source for source, _ in placed.values()} | self.expert_names()
-        names.refuse_strangers(self.parts.facts, used | self._add_latent(shapes.keys() - placed.keys()))
+        lacking = {name: shape for name, shape in shapes.items() if name not in placed}
+        names.refuse_strangers(self.parts.facts, used | self._add_latent(lacking))
 
-    def _add_latent(self, lacking: Iterable[str]) -> set[str]:
+    def _add_latent(self, lacking: Mapping[str, tuple[int, ...]]) -> set[str]:
         """Add the weights that the file has in halves; returns the names of these."""
         stored = self.parts.facts.tensors
-        for name in sorted(lacking):
+        for name, shape in lacking.items():
             if pair := latent.halves(name, stored):
                 k, v = (stored[half] for half in pair)
+                self._expect_shape(" and ".join(pair), latent.shape_of(k, v), shape)
                 self.joined[name] = pair
-                self._add(name, k, latent.shape_of(k, v), Rows(), latent.dtype_of(k, v))
+                self._add(name, k, shape, Rows(), latent.dtype_of(k, v))
         return {half for pair in self.joined.values() for half in pair}
+
+    def _expect_shape(self, name: str, stored: tuple[int, ...], wanted: tuple[int, ...]) -> None:
+        if _core(stored) != _core(wanted):
+            raise CheckpointError(
+                f"{name} of {self.source} has shape {stored}, and its metadata make a model with {wanted}: "
+                "the file is damaged, or of another llama.cpp; fetch it again"
+            )
+
+    def _expect(self, t: TensorRange | None, shape: tuple[int, ...], site: Site, e: int) -> TensorRange:
+        if t is None:
+            raise CheckpointError(
+                f"{self.source} lacks experts of layer {site.layer}: the download is incomplete, fetch it again"
+            )
+        self._expect_shape(f"a stack of experts in layer {site.layer}", t.shape, shape)
+        return t
 
     def _add(self, name: str, t: Tensor, shape: tuple[int, ...], rows: Rows, dtype: str) -> None:
         nbytes = math.prod(shape) * dtype_nbytes(DTYPES[dtype])

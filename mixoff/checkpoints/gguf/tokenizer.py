@@ -36,15 +36,29 @@ def _files(metadata: Mapping[str, Any]) -> dict[str, bytes]:
     if (longest := max(map(len, fields["tokens"]))) > MAX_TOKEN:
         raise ValueError(f"a token of {longest} characters")
     backend, _ = _converter()(metadata["general.architecture"], fields)
-    files = {"tokenizer.json": backend.to_str().encode()}
-    if isinstance(template := settings.pop("chat_template", None), str):
-        files["chat_template.jinja"] = template.encode()
     for special, key in SPECIAL.items():
         if (token := metadata.get(f"tokenizer.ggml.{key}_token_id")) is not None:
             settings[f"{special}_token"] = fields["tokens"][token]
+    _surround(backend, settings)
+    files = {"tokenizer.json": backend.to_str().encode()}
+    if isinstance(template := settings.pop("chat_template", None), str):
+        files["chat_template.jinja"] = template.encode()
     settings = {key: value for key, value in settings.items() if value is not None}
     settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     return files | {"tokenizer_config.json": (json.dumps(settings, indent=1) + "\n").encode()}
+
+
+def _surround(backend: Any, settings: Mapping[str, Any]) -> None:
+    """Let the tokenizer add the tokens of begin and end as the file says: transformers asks tokenizer.json for that."""
+    from tokenizers.processors import TemplateProcessing
+
+    added = {key: settings.get(f"{key}_token") for key in ("bos", "eos") if settings.get(f"add_{key}_token")}
+    begin, end = (f"{added[key]} " if added.get(key) else "" for key in ("bos", "eos"))
+    if begin or end:
+        ids = [(token, backend.token_to_id(token)) for token in added.values() if token]
+        backend.post_processor = TemplateProcessing(
+            single=f"{begin}$A {end}".strip(), pair=f"{begin}$A {end}{begin}$B {end}".strip(), special_tokens=ids
+        )
 
 
 def _fields(metadata: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
