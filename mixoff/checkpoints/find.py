@@ -77,7 +77,8 @@ def here(source: object) -> Folder | None:
         return Folder(models.path(str(source)), str(source))
     path = Path(os.path.expanduser(source))
     if gguf_files.is_gguf(path):
-        return Folder(gguf_files.folder_of(path), gguf=path)
+        first = gguf_files.parts(path)[0]
+        return Folder(gguf_files.folder_of(first), gguf=first)
     if os.path.isfile(path):
         return Folder(path.parent)
     return Folder(path) if os.path.isdir(path) else None

@@ -20,16 +20,16 @@ from mixoff._version import __version__
 from mixoff.checkpoints.gguf.config import Facts, config_of
 from mixoff.checkpoints.gguf.header import Header, Tensor, read_header
 from mixoff.checkpoints.gguf.tokenizer import tokenizer_files
+from mixoff.checkpoints.names import GGUF
 from mixoff.errors import CheckpointError, MixoffError
 
-ENDING = ".gguf"
 PART = re.compile(r"^(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf$")
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def is_gguf(path: Path) -> bool:
     """Whether a file is named like a GGUF."""
-    return path.suffix.lower() == ENDING and os.path.isfile(path)
+    return path.suffix.lower() == GGUF and os.path.isfile(path)
 
 
 def parts(path: Path) -> list[Path]:
