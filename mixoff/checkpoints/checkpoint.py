@@ -157,11 +157,13 @@ class Checkpoint:
     ) -> None:
         self.folder = Path(folder)
         if not self.folder.is_dir():
-            from mixoff.checkpoints import names
+            from mixoff.checkpoints.names import missing
 
-            raise CheckpointError(names.missing(folder))
+            raise CheckpointError(missing(folder))
         if not (self.folder / "config.json").exists():
-            model_files.refuse_adapter([p.name for p in self.folder.iterdir()], self.folder, self.folder)
+            names = [p.name for p in self.folder.iterdir()]
+            model_files.refuse_adapter(names, self.folder, self.folder)
+            model_files.refuse_gguf(names, self.folder)
         _refuse_quantized(read_json(self.folder / "config.json"), self.folder, self.kind)
         self.found = found or model_files.find(self.folder)
         self.files = list(self.found.names)
@@ -176,6 +178,14 @@ class Checkpoint:
     def _full_names(self, file: str, tensors: dict[str, TensorRange]) -> dict[str, TensorRange]:
         """The tensors of a file by their names in the model."""
         return tensors
+
+    def path_of(self, file: str) -> Path:
+        """The path of one of `files`."""
+        return self.folder / file
+
+    def stored_as(self, file: str) -> str:
+        """The file of a store that holds what is copied from one of `files`."""
+        return file
 
     @property
     def not_in_place(self) -> str | None:

@@ -98,6 +98,18 @@ def refuse_adapter(names: Collection[str], folder: Path, model: object) -> None:
     )
 
 
+def refuse_gguf(names: Collection[str], folder: Path, model: object = None) -> None:
+    """Refuse a folder, or a model on the Hub, whose weights are GGUF files: a path has to say which one is meant."""
+    if (first := min((name for name in names if name.lower().endswith(".gguf")), default=None)) is None:
+        return
+    if model:
+        raise CheckpointError(
+            f"{model} has no *.safetensors files but GGUF: fetch one (`hf download {model} {first}`), and give mixoff "
+            "the path of that file"
+        )
+    raise CheckpointError(f"{folder} holds GGUF files: give mixoff the path of one, as in {folder / first}")
+
+
 def _configured(folder: Path) -> str | None:
     """The file that `transformers_weights` in config.json names."""
     if not (folder / "config.json").is_file():
@@ -134,7 +146,8 @@ def _refuse_without_weights(names: Collection[str], folder: Path, model: object)
             f"{model or folder} has {stray[0]}{more}, but neither {WHOLE} nor {INDEX}, so transformers finds no "
             "weights: fetch the index too, or rename the file if it is the whole model"
         )
-    pickled = any(name.endswith((*PICKLES, ".gguf")) for name in names)
+    refuse_gguf(names, folder, model)
+    pickled = any(name.endswith(PICKLES) for name in names)
     if model and pickled:
         raise CheckpointError(
             f"{model} has no *.safetensors files, only formats that mixoff does not open (pickle "

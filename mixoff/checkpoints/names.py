@@ -17,6 +17,7 @@ PAGE = re.compile(  # a model's page on the Hub, or the page of a branch, a fold
     r"^(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/(?P<repo>[^/?#]+/[^/?#]+)"
     r"(?:/(?:tree|blob|resolve)/(?P<revision>[^/?#]+))?(?:[/?#].*)?$"
 )
+GGUF = ".gguf"
 SIZE = re.compile(r"\d+(x\d+)?b(-|$)")  # a short name says how large the model is: `gpt` alone fetches nothing
 NAME = re.compile(r"^(?P<repo>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>[\w./-]+))?$")
 
@@ -55,6 +56,8 @@ def parse(path: str | Path, revision: str | None = None) -> HubId | None:
     m = NAME.match(name := full(path))
     if not m or str(path) in models.names() or os.path.exists(path):  # os.path.exists raises nothing, whatever the name
         return None
+    if name.lower().endswith(GGUF):  # a file; no model on the Hub is named like one that mixoff opens there
+        return None
     revision = revision or m["revision"]
     plain = name == str(path) and os.path.isdir(m["repo"].split("/")[0])
     return HubId(m["repo"], revision) if revision or not plain else None
@@ -65,7 +68,11 @@ def missing(path: str | Path) -> str:
     parent = Path(os.path.expanduser(path)).parent
     known = models.names()
     with contextlib.suppress(OSError, ValueError):
-        known = [*known, *(str(p) for p in parent.iterdir() if p.is_dir())]
+        known = [*known, *(str(p) for p in parent.iterdir() if p.is_dir() or p.suffix == GGUF)]
+    if str(path).lower().endswith(GGUF):
+        return f"no GGUF file at {path}: give the path of a file, or of the first part of a split one" + suggestion(
+            str(path), known
+        )
     text = f"no model folder at {path}: give the folder that holds config.json and *.safetensors"
     m = NAME.match(str(path))
     hub = f"; {m['repo']}@main is the model of that name on the Hub" if m else ""

@@ -54,22 +54,22 @@ class Shards(Protocol):
 
 
 class LocalShards:
-    """A model folder on disk: every shard is there, and stays."""
+    """A model on disk, by its folder or opened already: every shard is there, and stays."""
 
     transient = False
 
-    def __init__(self, folder: str | Path) -> None:
-        self.checkpoint = open_checkpoint(folder)
+    def __init__(self, folder: str | Path | Checkpoint) -> None:
+        self.checkpoint = folder if isinstance(folder, Checkpoint) else open_checkpoint(folder)
 
     def identity(self) -> str:
-        stats = {file: (self.checkpoint.folder / file).stat() for file in self.checkpoint.files}
+        stats = {file: self.checkpoint.path_of(file).stat() for file in self.checkpoint.files}
         return repr([(file, stat.st_size, stat.st_mtime_ns) for file, stat in stats.items()])
 
     def side_files(self) -> dict[str, bytes]:
         return read_side_files(self.checkpoint.folder) | self.checkpoint.side_changes()
 
     def acquire(self, file: str) -> Path:
-        return self.checkpoint.folder / file
+        return self.checkpoint.path_of(file)
 
     def release(self, file: str) -> None:
         pass

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from mixoff import models
-from mixoff.checkpoints.names import full, missing, parse
+from mixoff.checkpoints.model_files import refuse_gguf
+from mixoff.checkpoints.names import GGUF, full, missing, parse
 from mixoff.commands import terminal
 from mixoff.errors import CheckpointError, MixoffError, suggestion
 from mixoff.units import parse_nbytes
@@ -177,11 +178,14 @@ def model(path: str) -> None:
             terminal.say(f"{given}: looking for it on the Hugging Face Hub")
         return
     folder = Path(os.path.expanduser(path))
+    if os.path.isfile(folder) and folder.suffix.lower() == GGUF:
+        return
     if os.path.isfile(folder):
         raise CheckpointError(f"{path} is a file: give the folder that holds config.json and *.safetensors")
     if not os.path.isdir(folder):
         raise CheckpointError(missing(path))
     if not os.path.isfile(folder / "config.json"):
+        refuse_gguf(os.listdir(folder), folder)
         raise CheckpointError(f"{path} has no config.json: a model folder holds config.json and *.safetensors")
 
 

@@ -8,9 +8,15 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mixoff.commands import arguments, options, terminal
 from mixoff.store.inventory import nbytes_of
+
+if TYPE_CHECKING:
+    from mixoff.store.losses import Loss
 
 HELP = "write a checkpoint as a store: one aligned byte range per expert"
 EVERY_S = terminal.EVERY_S
@@ -19,7 +25,11 @@ EVERY_S = terminal.EVERY_S
 def add(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     add = parser.add_argument
-    add("source", metavar="SOURCE", help="folder of a plain checkpoint, bundled model, or Hub id (org/model@revision)")
+    add(
+        "source",
+        metavar="SOURCE",
+        help="folder of a checkpoint, GGUF file, bundled model, or Hub id (org/model@rev)",
+    )
     add("target", metavar="TARGET", help="folder to create; must not exist")
     options.scheme(add, "quantization: SCHEMES", "none")
     options.threads(add, "threads that quantize (default all cores)", name="jobs")
@@ -49,6 +59,7 @@ def main(args: argparse.Namespace) -> int:
     with _progress_lines(args.target, quiet=args.json):
         done = convert.run(args.source, args.target, args.scheme, args.calibrate, args.bits, options=settings)
     nbytes = nbytes_of(done.target)
+    lost = _losses(args.source, done.target)
     rate = done.source_nbytes / done.seconds / 1e6
     if args.json:
         report = {
@@ -59,12 +70,28 @@ def main(args: argparse.Namespace) -> int:
             "seconds": done.seconds,
             "MB_per_s": rate,
             "peak_nbytes": done.peak_nbytes,
+            "losses": [asdict(loss) for loss in lost],
         }
         print(json.dumps(report))
         return 0
     took = f"{done.seconds:.1f} s, {rate:.0f} MB/s of weights, {format_nbytes(done.peak_nbytes)} of memory (measured)"
+    for loss in lost:
+        print(loss)
     print(f"wrote {done.target}: {format_nbytes(nbytes)} in {took}")
     return 0
+
+
+def _losses(source: str, target: Path) -> list[Loss]:
+    """What became of the weights of a GGUF; nothing for other sources, whose weights are kept or quantized alike."""
+    from mixoff.checkpoints.find import here
+    from mixoff.checkpoints.gguf.checkpoint import GgufCheckpoint
+
+    folder = here(source)
+    if folder is None or folder.gguf is None:
+        return []
+    from mixoff.store.losses import losses
+
+    return losses(GgufCheckpoint(folder.gguf), target)
 
 
 def _bits(text: str) -> float:

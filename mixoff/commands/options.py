@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from mixoff.commands import arguments
 
-PATH = "folder of a store or checkpoint, bundled model, or Hub id, its address, or a short name such as mixtral-8x7b"
+PATH = "store or checkpoint folder, GGUF file, bundled model, Hub id, its address, or a short name such as mixtral-8x7b"
 SCHEMES = f"{', '.join(arguments.SCHEMES[:-1])} or {arguments.SCHEMES[-1]}"
 
 

@@ -13,7 +13,7 @@ HELP = "what a model needs, where its bytes go, whether it fits, and how fast it
 def add(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     add, whole = parser.add_argument, arguments.whole
-    add("source", metavar="SOURCE", help="model folder, config.json, bundled model, or Hub id")
+    add("source", metavar="SOURCE", help="model folder, .gguf file, config.json, bundled model, or Hub id")
     sizes = {
         "--fast": "whole fast memory, as in 14.75GiB",
         "--ram": "RAM that is free for experts, as in 12.7GB",

@@ -49,7 +49,8 @@ def convert(
 ) -> Path:
     """Write the checkpoint `source` as a store into the new folder `target`; returns the target.
 
-    - source: a folder, or a Hub id (`org/model` or `org/model@revision`), which is fetched and deleted shard by shard.
+    - source: a folder, a GGUF file (any part of a split one), or a Hub id (`org/model` or `org/model@revision`), which
+      is fetched and deleted shard by shard.
     - target: the folder to create; it appears only when the store is complete.
     - scheme: bits for each part of the model, a `Scheme` or a preset's name; `"none"` keeps every weight as it is.
     - calibrate: text to quantize for, a file or `"default"`; None needs no text, and is faster. A model on the Hub is

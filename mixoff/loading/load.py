@@ -68,7 +68,7 @@ def load(
 
     Parameters
     ----------
-    path: folder, or Hub model (`org/model`, `org/model@revision`), which is downloaded into the Hub's cache
+    path: folder, GGUF file, or Hub model (`org/model`, `org/model@revision`), which is downloaded into the Hub's cache
     fast_bytes: budget for experts in the fast tier: slots, buffers and scratch (`"6GiB"`, `"500MB"`, an int).
         `"auto"` is 6 GiB on a CPU, and what a plan leaves for experts on a GPU
     scheme: `Scheme`, or a preset's name, in which a plain checkpoint is stored once, in the user's cache folder;

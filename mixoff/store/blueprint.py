@@ -98,7 +98,7 @@ def lay_out(checkpoint: Checkpoint, scheme: Scheme) -> Blueprint:
     roles = {name: role for name, role in config.backbone_roles(survey.model).items() if name in backbone}
     quantized = {name: role for name, role in roles.items() if scheme.precision(role) is not None}
     copied = {name: entry for name, entry in backbone.items() if name not in quantized}
-    _place_copied(plan, copied, checkpoint.files, survey.unused)
+    _place_copied(plan, copied, {file: checkpoint.stored_as(file) for file in checkpoint.files}, survey.unused)
     if quantized:
         _place_quantized(plan, quantized, backbone)
     return plan
@@ -131,14 +131,14 @@ def _place_experts(plan: Blueprint, plain: Iterable[Site], extents: dict[tuple[i
                 plan.weights.append(weight)
 
 
-def _place_copied(plan: Blueprint, tensors: dict, files: list[str], unused: set[str]) -> None:
-    """Place the tensors that stay as they are, in files named like the shards.
+def _place_copied(plan: Blueprint, tensors: dict, files: dict[str, str], unused: set[str]) -> None:
+    """Place the tensors that stay as they are, in a file for each shard: names of both in `files`.
 
     The data keeps its offset modulo 64: transformers computes from the mapped file, and the last bits of a BLAS
     product may depend on the alignment of its operands.
     """
-    for file in files:
-        of_file = {name: t for name, (t, _) in tensors.items() if t.file == file}
+    for shard, file in files.items():
+        of_file = {name: t for name, (t, _) in tensors.items() if t.file == shard}
         ordered = sorted(of_file.items(), key=lambda item: item[1].offset)
         if not ordered:
             continue

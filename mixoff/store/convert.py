@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mixoff._version import __version__
-from mixoff.checkpoints.find import open_shards
+from mixoff.checkpoints.find import Folder, open_shards
 from mixoff.checkpoints.shards import Ranges, Shards, kept_nbytes
 from mixoff.errors import AGAIN, CheckpointError, MixoffError
 from mixoff.folders import sync
@@ -53,7 +53,7 @@ class Report:
 
 
 def run(
-    source: str | Path | Shards,
+    source: str | Path | Folder | Shards,
     target: str | Path,
     scheme: str | Scheme = "none",
     revision: str | None = None,
@@ -70,7 +70,7 @@ def run(
     partial = target.with_name(target.name + ".partial")
     if target.exists() and not (partial / "journal").exists():
         raise CheckpointError(f"{target} exists already: choose another folder, or remove it first")
-    if isinstance(source, (str, Path)):
+    if isinstance(source, (str, Path, Folder)):
         source = open_shards(source, revision, partial / "shards")
     with closing(source) as shards:
         plan = replace(lay_out(shards.checkpoint, scheme), calibration=getattr(writer, "facts", None))

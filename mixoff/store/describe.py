@@ -58,7 +58,9 @@ def read(source: str | Path) -> PretrainedConfig:
             ) from error
     if folder is None or not (folder.path / "config.json").exists():
         if folder is not None:
-            model_files.refuse_adapter([p.name for p in folder.path.iterdir()], folder.path, folder)
+            files = [p.name for p in folder.path.iterdir()]
+            model_files.refuse_adapter(files, folder.path, folder)
+            model_files.refuse_gguf(files, folder.path)
         raise CheckpointError(f"no config.json in {source}: give a model folder, or one of {', '.join(PRESETS)}")
     return config.read_config(folder.path)
 

@@ -41,14 +41,14 @@ def store_of(folder: Folder, scheme: Scheme) -> Path:
     """
     from filelock import FileLock
 
-    target = stores() / _name(folder.path, scheme)
+    target = stores() / _name(folder, scheme)
     if (target / MANIFEST).exists():
         return target
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{target}.lock"):
             if not (target / MANIFEST).exists():
-                convert.run(folder.path, target, scheme)
+                convert.run(folder, target, scheme)
                 size = format_nbytes(nbytes_of(target))
                 log.warning("kept %s in %s for the next time: delete that folder to free it", size, target)
     except OSError as error:
@@ -59,7 +59,8 @@ def store_of(folder: Folder, scheme: Scheme) -> Path:
     return target
 
 
-def _name(folder: Path, scheme: Scheme) -> str:
-    shards = LocalShards(folder)
-    facts = __version__, FORMAT, VERSION, scheme, str(folder.resolve()), shards.identity(), shards.side_files()
-    return f"{folder.resolve().name}-{hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}"
+def _name(folder: Folder, scheme: Scheme) -> str:
+    shards = LocalShards(folder.checkpoint())
+    path = (folder.gguf or folder.path).resolve()
+    facts = __version__, FORMAT, VERSION, scheme, str(path), shards.identity(), shards.side_files()
+    return f"{path.name}-{hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}"

@@ -263,7 +263,7 @@ class Making:
     def finish(self, shards: Shards) -> None:
         """Add the small files, the manifest last, and remove whatever does not belong to the store."""
         small = marked(shards.side_files()) | {MANIFEST: to_json(manifest(self.plan, self.journal.done))}
-        if shards.checkpoint.files != [WHOLE]:
+        if list(map(shards.checkpoint.stored_as, shards.checkpoint.files)) != [WHOLE]:
             small[INDEX] = to_json(index(self.plan))
         for path in self.folder.iterdir():
             if path.name not in self.plan.sizes:
