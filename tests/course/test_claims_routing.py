@@ -10,6 +10,7 @@ import torch
 import mixoff
 from claims import plain, traces, words
 from mixoff.cache.policies import POLICIES
+from mixoff.classroom.table2 import MODES, TABLE_2
 from mixoff.trace.routers import preset
 
 ONLINE = ("lfu", "lfuda", "lfru", "half-life", "static")
@@ -184,3 +185,61 @@ def test_06_a_cache_reads_a_fifth():
     assert 0.15 < read["4 slots for each layer"] / read["no cache"] < 0.25
     assert 0.15 < read["pool of 32 slots"] / read["no cache"] < 0.25
     assert 0.07 < read["6 slots for each layer"] / read["no cache"] < 0.13
+
+
+# ---------------------------------------------------------------- chapter 00: start here
+
+
+def lru_hits(wanted, slots):
+    """Hits of one layer whose experts come one at a time, as exercise 2 counts them."""
+    residents, hits = [], 0
+    for expert in wanted:
+        hits += expert in residents
+        residents = [*(e for e in residents if e != expert), expert][-slots:]
+    return hits
+
+
+def test_00_a_random_router_hits_half_or_a_little_less():
+    """Half of requests if a token's experts are looked up together, 13 of 28 if one at a time."""
+    trace = preset("uniform").trace(3000, 4)
+    assert mixoff.simulate(trace, "lru", slots=4).hit_rate == pytest.approx(0.5, abs=0.01)
+    singly = np.mean([lru_hits(trace.experts[:, layer].ravel().tolist(), 4) / 6000 for layer in range(4)])
+    assert singly == pytest.approx((4 / 8 + 3 / 7) / 2, abs=0.01) == pytest.approx(0.46, abs=0.01)
+
+
+def test_00_a_loop_flatters_the_cache():
+    model, tokenizer = plain()
+    ids = tokenizer("It was a fine morning in the spring, and Elizabeth", return_tensors="pt")
+    torch.manual_seed(4)
+    sampled = model.generate(**ids, max_new_tokens=48, do_sample=True, temperature=0.8, top_k=0)
+    looped = model.generate(**ids, max_new_tokens=48, do_sample=False)
+    assert tokenizer.decode(looped[0]).count("she was in the room") > 3
+    rates = [hit_rate_while_decoding(model, tokens, ids["input_ids"].shape[1]) for tokens in (sampled, looped)]
+    assert rates[1] > rates[0] + 0.05
+
+
+def hit_rate_while_decoding(model, tokens, length):
+    """LRU with 3 slots per layer over the tokens after the prompt, from an empty cache."""
+    with torch.no_grad():
+        logits = model(tokens, output_router_logits=True).router_logits  # L of (T, E)
+    chosen = torch.stack([layer.topk(2).indices for layer in logits], 1)[length:-1]  # (T, L, K)
+    return mixoff.simulate(mixoff.Trace.from_array(chosen.numpy(), num_experts=8), "lru", slots=3).hit_rate
+
+
+def test_00_texts_of_people_hit_as_often_as_the_chapter_says():
+    for slots in (3, 4):
+        rates = [mixoff.simulate(trace, "lru", slots=slots).hit_rate for trace in traces().values()]
+        assert f"{slots} slots per layer: {min(rates):.2f} to {max(rates):.2f} (modelled)" in words("00")
+
+
+def test_00_locality_has_two_sources():
+    """Favourites of a text alone (tokens shuffled) hit more than chance, and tokens in order more than that."""
+    for trace in traces().values():
+        shuffled, ordered = (mixoff.simulate(t, "lru", slots=4).hit_rate for t in (trace.shuffled(), trace))
+        assert 0.6 < shuffled < ordered
+
+
+def test_00_copies_back_would_explain_most_of_a_reported_token():
+    one_way = 64 * 66_406_180 / 12e9
+    reported = 1 / TABLE_2["T4"][MODES.index("without LRU cache and pre-loading")]
+    assert f"{2000 * one_way:.0f} of {1000 * reported:.0f} ms" in words("00")
