@@ -41,3 +41,20 @@ def plain():
     folder = mixoff.models.path()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32", experts_implementation="grouped_mm")
     return model, load_tokenizer(folder)
+
+
+@functools.cache
+def library():
+    """Token ids of the held-out texts, by domain."""
+    _, tokenizer = plain()
+    return {
+        name: tokenizer(text, return_tensors="pt")["input_ids"][0] for name, text in mixoff.models.heldout().items()
+    }
+
+
+def routed(ids):
+    """Which experts the routers choose for token ids (T,), asked in one pass: a trace."""
+    model, _ = plain()
+    with torch.no_grad():
+        logits = model(ids[None], output_router_logits=True).router_logits  # L of (T, E)
+    return mixoff.Trace.from_array(torch.stack([layer.topk(2).indices for layer in logits], 1).numpy(), num_experts=8)
