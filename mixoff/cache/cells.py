@@ -1,4 +1,4 @@
-"""A cache as cells to draw: the state of each expert in the newest pass, and counts of decoding.
+"""A cache as cells to draw: the state of each expert in the newest pass, and counts of decoding and of prompts.
 
 Letters: **L** layers, **E** experts per layer.
 """
@@ -30,6 +30,7 @@ class Cells:
         self._first = {layer: i * experts for i, layer in enumerate(layers)}  # cell of each layer's first expert
         self._states = bytearray(len(layers) * experts)
         self.hits = self.misses = self.nbytes = 0
+        self.prompt_misses = self.prompt_nbytes = 0
         for layer, expert in resident:
             self._states[self._first[layer] + expert] = RESIDENT
 
@@ -52,6 +53,9 @@ class Cells:
             else:
                 self.misses += state == MISS
                 self.nbytes += event.nbytes
+        else:
+            self.prompt_misses += state == MISS
+            self.prompt_nbytes += event.nbytes
         return True
 
     def frame(self) -> bytes:

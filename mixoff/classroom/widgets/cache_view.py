@@ -106,6 +106,9 @@ class CacheView(anywidget.AnyWidget):
                 self._cells.hits += hit
                 self._cells.misses += not hit
                 self._cells.nbytes += (not hit) * nbytes
+            else:
+                self._cells.prompt_misses += not hit
+                self._cells.prompt_nbytes += (not hit) * nbytes
 
     @property
     def hits(self) -> int:
@@ -198,10 +201,11 @@ class CacheView(anywidget.AnyWidget):
     # twins
 
     def summary(self) -> str:
-        """The run in one line of text."""
+        """The run in one line of text: decoding, then the prompt."""
         rate = f"{self.hits / (self.hits + self.misses):.3f}" if self.hits + self.misses else "-"
-        moved = f", {format_nbytes(self.nbytes)} moved" if self.nbytes else ""
-        return f"{self.tokens} tokens: {self.hits} hits, {self.misses} misses, hit rate {rate}{moved}"
+        decoding = f"{self.tokens} tokens: {self.hits} hits, {self.misses} misses, hit rate {rate}{_moved(self.nbytes)}"
+        fetched, nbytes = self._cells.prompt_misses, self._cells.prompt_nbytes
+        return f"{decoding}; prompt: {fetched} misses{_moved(nbytes)}" if fetched else decoding
 
     def figure(self, tokens: Sequence[int] = (0, -1)) -> Figure:
         """Frames as a still figure: `tokens` count from the first frame, or from the last if negative."""
@@ -214,3 +218,7 @@ class CacheView(anywidget.AnyWidget):
 
     def __repr__(self) -> str:
         return f"CacheView({len(self.layers)} layers, {self.experts} experts)"
+
+
+def _moved(nbytes: int) -> str:
+    return f", {format_nbytes(nbytes)} moved" if nbytes else ""
