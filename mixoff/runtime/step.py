@@ -3,9 +3,9 @@
 Letters: **D** model width, **E** experts, **K** experts per token.
 PyTorch takes two thirds of the time of a token for what are not products: hundreds of small operations per layer, each
 of which finds its code evicted by the weights that pass through. So a layer that is built like the common decoder is
-compiled as a whole. Which layers are is never decided by their names: their parts are looked for, and a layer is
-computed both ways, with the token at hand, when it is first needed and whenever the cache has doubled. If the results
-differ by more than rounding, transformers' modules compute it from then on.
+compiled as a whole. Which layers are is never decided by their names: their parts are looked for, and a layer of each
+kind is computed both ways when it is first needed, and whenever the cache has doubled (`likeness`). If the results
+differ, transformers' modules compute that kind from then on.
 
 Only for models with quantized experts: others equal plain transformers bit for bit. Values between the operations of a
 layer are fp32 here, and rounded to the model's dtype between layers.
@@ -13,8 +13,6 @@ layer are fp32 here, and rounded to the model's dtype between layers.
 
 from __future__ import annotations
 
-import copy
-import functools
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,21 +24,12 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from mixoff.kernels.cpu import threads
 from mixoff.kernels.cpu.program import Memory, plain, readable
-from mixoff.runtime.decoder import (
-    Experts,
-    Half,
-    Unlike,
-    Whole,
-    attention_of,
-    computable,
-    router_of,
-)  # fmt: skip
+from mixoff.runtime.decoder import Half, Unlike, Whole, attention_of
 from mixoff.runtime.growing import Growing, growing
+from mixoff.runtime.likeness import Kind, block_of, compare, experts_of, form_of, kind_of
 from mixoff.runtime.runtime import Runtime
 from mixoff.shapes.kv_cache import CACHE_NAMES
 
-CLOSE = 1e-3  # most of a relative error between both ways; rounding alone gives 1e-6, and 1e-4 if an int8 flips
-NEAR = 0.05  # most of a relative difference of the router's weights
 SUM_OUT = 6  # place of the result in the record of the sum (`stages.Sum`)
 FEW = 8  # rows of the head that are compiled: those of a small batch
 NEW, OLD = CACHE_NAMES
@@ -55,6 +44,7 @@ class Step:
     def __init__(self, model: nn.Module, runtime: Runtime, ask: Callable[[int, torch.Tensor], None] | None) -> None:
         self.model, self.runtime, self.ask = model, runtime, ask
         self.here = Here()
+        self.kinds: dict[tuple, Kind] = {}
         self.layers = [Layer(self, module, i) for i, module in enumerate(_layers(model))]
         self.watched = [
             (parent._modules, name, child)
@@ -149,36 +139,39 @@ def _layers(model: nn.Module) -> list[nn.Module]:
 
 
 class Layer:
-    """One decoder layer: which parts of it are compiled, and its programs. reason: why none are, or empty."""
+    """One decoder layer: which parts of it are compiled, and its programs."""
 
     def __init__(self, step: Step, module: nn.Module, index: int) -> None:
         self.step, self.module, self.index = step, module, index
-        self.reason, self.checked = "", 0
-        self.turned = 0
-        self.experts: Any = None  # `Experts`, if they are compiled too
         self.parts: Any = None  # an `Attention`, unless there is a reason
+        self.experts: Any = None  # `Experts`, if they are compiled too
+        self.kind = Kind()
         try:
-            self.parts = attention_of(module)
-            self.block_name = _block(module)
-            self.block = module.get_submodule(self.block_name)
+            self.parts, self.block = attention_of(module), block_of(module)
             self.dtype, self.place = self.parts.first.weight.dtype, self.parts.module.layer_idx
+            self.kind = step.kinds.setdefault(kind_of(module, self.parts, self.block), self.kind)
         except Unlike as error:
-            self.reason = str(error)
+            self.kind.reason = str(error)
+
+    @property
+    def reason(self) -> str:
+        """Why modules compute this layer; empty if programs do."""
+        return self.kind.reason
 
     def forward(self, original: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
         """Replaces the layer's forward pass; `original` computes whatever programs do not."""
-        if self.reason or not self.step.here.active:
+        if self.kind.reason or not self.step.here.active:
             return original(*args, **kwargs)
         x, positions = args[0] if args else kwargs.get("hidden_states"), kwargs.get("position_embeddings")
         cache_layer = self._cache_layer(kwargs)
         room = None if cache_layer is None else growing(cache_layer, self.dtype)
         if room is None or x is None or not isinstance(positions, tuple) or self.step.here.masks(kwargs):
             return original(*args, **kwargs)
-        if room.used + 1 >= 2 * self.checked:
-            self.reason = self._unlike(x, cache_layer, args, kwargs)
-            if self.reason:
+        if room.used + 1 >= 2 * self.kind.checked:
+            compare(self.kind, self.module, self.parts, self.block, x, cache_layer, args, kwargs)
+            if self.kind.reason:
                 return original(*args, **kwargs)
-            self.checked = room.used + 1
+            self.kind.checked = room.used + 1
         return self._compute(x, room, positions, cache_layer)
 
     def _cache_layer(self, kwargs: dict[str, Any]) -> Any:
@@ -210,19 +203,15 @@ class Layer:
 
     def _program(self, dtype: torch.dtype, number: int) -> Half:
         """This thread's program, for so many threads."""
-        here, key = self.step.here, (dtype, self.turned, self.experts, number)
+        here, kind = self.step.here, self.kind
+        key = dtype, number, kind.turned, kind.chosen, kind.divide
         known = here.programs.get(self.index)
         if known is None or known[0] != key:
-            parts = self.parts, here.memory, self.turned, dtype == torch.bfloat16
-            half = Half(*parts) if self.experts is None else Whole(*parts, self.experts, self._weights())
+            self.experts = experts_of(kind, self.block)
+            parts = self.parts, here.memory, kind.turned, dtype == torch.bfloat16
+            half = Half(*parts) if self.experts is None else Whole(*parts, self.experts, form_of(self.experts.module))
             known = here.programs[self.index] = key, half
         return known[1]
-
-    def _weights(self) -> dict[str, Any]:
-        """The weights of an expert of this layer, of whatever expert is in the first slot: for their form."""
-        assert self.experts is not None
-        runtime, site = self.experts.module._mixoff
-        return runtime.arena.weights(0, site)
 
     # Experts ----------------------------------------------------------------------------------------------------------
 
@@ -273,115 +262,3 @@ class Layer:
             half.chosen.copy_(chosen[0])
             half.weights.copy_(weights[0])
         runtime.note_routing(site, half.chosen[None].clone(), half.weights[None].clone())
-
-    # Comparison -------------------------------------------------------------------------------------------------------
-
-    def _unlike(self, x: torch.Tensor, cache_layer: Any, args: tuple, kwargs: dict[str, Any]) -> str:
-        """Compute this token both ways, in fp32 and without experts; returns in what they differ, or an empty string.
-
-        In fp32, because rounding to bf16 would hide a difference of a hundredth.
-        """
-        positions = tuple(table.float() for table in kwargs["position_embeddings"])
-        mine = copy.copy(cache_layer)
-        mine.keys, mine.values = mine.keys.float(), mine.values.float()
-        theirs, x = copy.copy(mine), x.float()
-        seen = self._by_modules(x, theirs, args, kwargs | {"position_embeddings": positions})
-        R, want = positions[0].shape[-1], (seen.out - x).flatten()
-        for turned in [self.turned] if self.turned else [R, 2 * R]:  # tables name each angle twice, or once
-            if turned > self.parts.size:
-                continue
-            half, room = Half(self.parts, Memory(), turned, narrow=False), Growing(copy.copy(mine))
-            cos, sin = (table.flatten() for table in positions)
-            half.aim(x, cos, sin, room)
-            half.program.run(threads.count())
-            stream, normed = half.results()
-            inner = self.parts.factor * seen.inner.flatten()
-            if _close(stream - x.flatten(), want - inner) and _close(normed, seen.x.flatten()):
-                self.turned, self.experts = turned, self._experts(normed, seen)
-                return ""
-        return f"{type(self.module).__name__} has attention of another kind"
-
-    def _by_modules(self, x: torch.Tensor, cache_layer: Any, args: tuple, kwargs: dict[str, Any]) -> Seen:
-        """This token through a copy of the layer in fp32, whose experts only note what they are asked for."""
-        seen, memo = Seen(), {}  # type: tuple[Seen, dict[int, Any]]
-        for module in self.module.modules():
-            weight = getattr(module, "quantized", None)
-            memo |= {id(thing): thing for thing in (weight, getattr(module, "config", None)) if thing is not None}
-            if "_mixoff" in vars(module):
-                memo[id(module)] = stub = copy.copy(module)
-                stub.forward = seen.experts
-        layer = copy.deepcopy(self.module, memo).float()
-        for module in layer.modules():
-            module._forward_hooks.clear()
-            module._forward_pre_hooks.clear()
-        vars(layer).pop("forward", None)
-        block = layer.get_submodule(self.block_name)
-        block.forward = functools.partial(seen.block, block.forward)
-        name = OLD if kwargs.get(NEW) is None else NEW
-        cache = copy.copy(kwargs[name])
-        cache.layers = list(cache.layers)
-        cache.layers[self.place] = cache_layer
-        out = layer(
-            x, *args[1:], **{key: value for key, value in kwargs.items() if key != "hidden_states"} | {name: cache}
-        )
-        seen.out = out[0] if isinstance(out, tuple) else out
-        return seen
-
-    def _experts(self, normed: torch.Tensor, seen: Seen) -> Experts | None:
-        """The second half, if it is a softmax router and experts that stages can compute, and nothing else."""
-        if seen.chosen is None or len(seen.chosen) != 1 or not torch.equal(seen.inner.flatten(), seen.given.flatten()):
-            return None
-        module = self.block.experts
-        runtime, site = module._mixoff
-        try:
-            router, bias = router_of(self.block)
-        except Unlike:
-            return None
-        if not computable(module, runtime.arena.weights(0, site)):
-            return None
-        p = torch.softmax(torch.nn.functional.linear(normed, router.float(), bias), -1)
-        theirs, weights = p[seen.chosen[0]], seen.weights[0].float()
-        if not theirs.min() >= (1 - NEAR) * p.topk(len(theirs)).values[-1]:
-            return None
-        for divide in (True, False):
-            mine = theirs / theirs.sum() if divide else theirs
-            if (mine - weights).abs().max() <= NEAR * weights.max():
-                known = self.experts
-                return known if known and known.divide == divide else Experts(module, router, bias, divide, len(theirs))
-        return None
-
-
-class Seen:
-    """What a layer's modules computed: the block's input and output, the router's choice, and the layer's output."""
-
-    chosen: torch.Tensor | None = None
-    weights: torch.Tensor
-    given: torch.Tensor
-    x: torch.Tensor
-    inner: torch.Tensor
-    out: torch.Tensor
-
-    def experts(self, hidden_states: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """Stands for the experts: notes the choice, and returns numbers of about the right size."""
-        self.chosen, self.weights, self.given = chosen, weights, hidden_states.flip(-1)
-        return self.given
-
-    def block(self, original: Callable, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Stands for the block around the experts."""
-        out = original(x, *args, **kwargs)
-        self.x, self.inner = x, out[0] if isinstance(out, tuple) else out
-        return out
-
-
-def _close(mine: torch.Tensor, theirs: torch.Tensor) -> bool:
-    return float((mine - theirs).norm()) <= CLOSE * float(theirs.norm())
-
-
-def _block(layer: nn.Module) -> str:
-    """The name of a layer's second half: the child that contains its experts, or its dense network. Raises Unlike."""
-    for name, child in layer.named_children():
-        if any("_mixoff" in vars(module) for module in child.modules()):
-            return name
-    if isinstance(getattr(layer, "mlp", None), nn.Module):
-        return "mlp"
-    raise Unlike("no experts and no network")

@@ -20,7 +20,7 @@ def one_thread():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("T", "N", "K"), [(1, 7, 64), (3, 130, 192), (8, 1, 2048)])
+@pytest.mark.parametrize(("T", "N", "K"), [(1, 7, 64), (3, 130, 192), (8, 2, 2048), (2, 3, 70)])
 def test_rows_of_a_plain_matrix(dtype, T, N, K):
     from mixoff.kernels.cpu.program import plain, readable
 

@@ -40,7 +40,7 @@ def one_thread():
     torch.set_num_threads(1)
 
 
-def offloaded(family="mixtral", dtype=torch.float32, budget="1GiB", **changes):
+def offloaded(family="mixtral", dtype=torch.float32, budget="1GiB", prepare=lambda model: None, **changes):
     torch.manual_seed(0)
     config = config_of(family)
     for name, value in changes.items():
@@ -50,6 +50,7 @@ def offloaded(family="mixtral", dtype=torch.float32, budget="1GiB", **changes):
         for name, weight in model.named_parameters():
             if "norm" in name or name.endswith(("bias", "sinks")):
                 weight += 0.2 * torch.randn_like(weight)
+    prepare(model)
     return mixoff.offload(model, budget, scheme=SCHEME)
 
 
@@ -127,18 +128,21 @@ def test_a_budget_and_threads_change_no_bit():
 
 def test_a_wrong_layer_is_noticed_as_soon_as_the_cache_has_doubled():
     """A model may differ from the common decoder only far into a text, as with scores scaled by position."""
-    model = offloaded()
-    layer = model.model.layers[1]
-    own = type(layer.self_attn).forward
 
-    class Attention(type(layer.self_attn)):
-        def forward(self, hidden_states, *args, **kwargs):
-            out, weights = own(self, hidden_states, *args, **kwargs)
-            cache = kwargs.get("cache") or kwargs.get("past_key_values")
-            return (out * 2 if cache.layers[1].keys.shape[2] > 40 else out), weights
+    def prepare(model):
+        attention = model.model.layers[1].self_attn
+        own = type(attention).forward
 
-    layer.self_attn.__class__ = Attention
-    tokens, _ = decode(model, IDS, 60)
+        class Attention(type(attention)):
+            def forward(self, hidden_states, *args, **kwargs):
+                out, weights = own(self, hidden_states, *args, **kwargs)
+                cache = kwargs.get("cache") or kwargs.get("past_key_values")
+                return (out * 2 if cache.layers[1].keys.shape[2] > 40 else out), weights
+
+        attention.__class__ = Attention
+
+    model = offloaded(prepare=prepare)
+    decode(model, IDS, 60)
     reasons = [bool(one.reason) for one in model.mixoff.step.layers]
     assert reasons == [False, True, False]
     assert "1" not in model.mixoff.step.info().split(" of ")[0] and "MixtralDecoderLayer" in model.mixoff.step.info()

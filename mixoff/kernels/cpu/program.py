@@ -36,12 +36,12 @@ def narrow(tensor: torch.Tensor) -> bool:
 
 
 def readable(matrix: object) -> bool:
-    """Whether a program can multiply with it: packed codes, or rows of whole vectors in fp32 or bf16."""
+    """Whether a program can multiply with it: packed codes, or rows in fp32 or bf16."""
     if isinstance(matrix, QTensor):
         return matrix.metadata_bits == 8 and products.loops() is not None
     if not isinstance(matrix, torch.Tensor) or matrix.dtype not in products.KINDS or not matrix.is_cpu:
         return False
-    return matrix.is_contiguous() and matrix.dim() == 2 and matrix.shape[1] % 64 == 0
+    return matrix.is_contiguous() and matrix.dim() == 2
 
 
 class Memory:

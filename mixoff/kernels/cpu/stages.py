@@ -279,6 +279,19 @@ def softmax(p, scale, sink):
         p[t] *= factor
 
 
+@register_jitable
+def row(x, w, D, narrow):
+    """The sum of x[i] * w[i]; x and w are addresses."""
+    even, total = D // 64 * 64, np.float32(0)
+    if even:
+        total = dot(True, x, w, even) if narrow else dot(False, x, w, even)
+    values = floats(x, D)
+    for i in range(even, D):
+        weight = from_bits(np.int32(shorts(w, D)[i]) << np.int32(16)) if narrow else floats(w, D)[i]
+        total += values[i] * weight
+    return total
+
+
 def _rows(job, first, last):
     """Products with rows first..last of a plain matrix, read once for all T."""
     stamp = STAMP  # noqa: F841
@@ -286,8 +299,7 @@ def _rows(job, first, last):
     out = floats(results, T * E)
     for e in range(first, last):
         for t in range(T):
-            at = x + 4 * t * D
-            value = dot(True, at, weight + 2 * e * D, D) if narrow else dot(False, at, weight + 4 * e * D, D)
+            value = row(x + 4 * t * D, weight + (2 if narrow else 4) * e * D, D, narrow)
             out[t * E + e] = value + floats(bias, E)[e] if bias else value
 
 
