@@ -35,6 +35,7 @@ SHORT = {
 }  # fmt: skip
 IO = ("auto", "direct", "buffered")
 PREFETCH = ("auto", "none", "next-router")
+DECODE = ("compiled", "modules")
 SCOPES = ("layer", "global")
 MOST = 10**12  # largest count of anything
 T = TypeVar("T")

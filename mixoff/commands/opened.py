@@ -18,7 +18,7 @@ from mixoff.units import format_nbytes
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-SETTINGS = ("scheme", "policy", "scope", "dtype", "ram_bytes", "prefetch", "io", "device", "kv_bits")
+SETTINGS = ("scheme", "policy", "scope", "dtype", "ram_bytes", "prefetch", "io", "device", "kv_bits", "decode")
 
 
 @dataclass

@@ -74,6 +74,13 @@ def loading(add: Callable) -> None:
     add("--context", type=whole("context", "give at least two tokens", 2), metavar="N", help=text)
     threads(add, "threads that compute (default all cores)")
     kv_bits(add)
+    decode(add)
+
+
+def decode(add: Callable) -> None:
+    """`--decode`: what computes single tokens."""
+    text = "single tokens of a quantized model on a CPU: compiled is faster, modules are transformers' own"
+    add("--decode", type=arguments.choice("decode", arguments.DECODE), default="compiled", help=text)
 
 
 def kv_bits(add: Callable) -> None:

@@ -58,6 +58,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     add("--device", type=arguments.device, default="auto", help="auto, cpu, cuda or cuda:N; auto prefers a GPU")
     dtype = choice("dtype", arguments.DTYPES, arguments.SHORT)
     add("--dtype", type=dtype, default="auto", help="dtype of computation: auto, float32, bfloat16 or float16")
+    options.decode(add)
     options.threads(add, "threads that compute (default all cores)")
 
 

@@ -317,12 +317,13 @@ def test_what_is_wrong_is_said_before_torch_is_imported(tmp_path):
 
 def test_names_that_are_checked_early_are_those_of_the_code():
     from mixoff.commands import arguments
-    from mixoff.loading import load
+    from mixoff.loading import hooks, load
     from mixoff.planning import budget
     from mixoff.quantize import scheme
     from mixoff.trace import simulate
 
     assert set(arguments.SCHEMES) == set(scheme.PRESETS) and ("auto", *load.DTYPES) == arguments.DTYPES
+    assert arguments.DECODE == hooks.DECODE
     assert (arguments.IO, arguments.PREFETCH, arguments.SCOPES) == (budget.IO, budget.MODES, simulate.SCOPES)
 
 
