@@ -2,7 +2,7 @@
 
     python benchmarks/decode_step.py [--shape qwen3-30b-a3b] [--layers 8] [--tokens 24] [--rounds 5] [--context 32]
 
-Everything is resident and weights are random. Layers are timed apart from the head, since only they are scaled down:
+Everything is resident and weights are random. Layers are timed apart from the rest, since only they are scaled down:
 `--layers` of the shape's are written, in the preset `mixed`. The limit is their bytes per token over the bandwidth that
 this machine reads memory with, measured beside each round.
 """
@@ -12,6 +12,7 @@ import functools
 import statistics
 import tempfile
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -50,25 +51,44 @@ def measure(model: torch.nn.Module, arguments: argparse.Namespace) -> None:
     for site, experts in enumerate(runtime.source.sites):  # all resident
         runtime.serve(site, list(range(experts.num_experts)), lambda loaded: None)
     allowed, ids = step.allowed, torch.arange(5, 5 + arguments.context)[None]
-    layers, heads, bandwidths = {way: [] for way in WAYS}, {way: [] for way in WAYS}, []
-    with timed(model.base_model) as spent, timed(model.get_output_embeddings()) as in_head:
+    modules = [layer.module for layer in step.layers]
+    rows: dict[str, list[list[float]]] = {way: [] for way in WAYS}
+    bandwidths = []
+    with ExitStack() as stack:
+        passes, heads, *layers = (
+            stack.enter_context(timed(m)) for m in (model.base_model, model.get_output_embeddings(), *modules)
+        )
         for round_number in range(arguments.rounds + 1):  # the first compiles
             for way in WAYS:
                 step.allowed = allowed if way == "compiled" else lambda *given: False
-                spent.clear(), in_head.clear()
+                for spent in (passes, heads, *layers):
+                    spent.clear()
                 model.generate(ids, max_new_tokens=arguments.tokens, min_new_tokens=arguments.tokens, do_sample=False)
                 if round_number:
-                    layers[way].append(1e3 * statistics.median(spent[2:]) / arguments.layers)
-                    heads[way].append(1e3 * statistics.median(in_head[2:]))
+                    rows[way].append(figures(passes, heads, layers))
             bandwidths.append(probe.read_bandwidth(arguments.threads))
     limit = 1e3 * layer_nbytes(model) / statistics.median(bandwidths)
     print(f"{step.info()}; memory reads {min(bandwidths) / 1e9:.1f} to {max(bandwidths) / 1e9:.1f} GB/s, "
           f"so a layer of {layer_nbytes(model) / 1e6:.1f} MB takes {limit:.2f} ms at least")  # fmt: skip
-    print(_table.head("single tokens", "ms per layer, median; range", "of the limit", "head, ms"))
+    print(
+        _table.head(
+            "single tokens", "ms per layer, median; range", "of the limit", "rest but for the head, ms", "head, ms"
+        )
+    )
     for way in WAYS:
-        middle = statistics.median(layers[way])
-        spread = f"{middle:.2f}; {min(layers[way]):.2f} to {max(layers[way]):.2f}"
-        print(_table.line([way, spread, f"{limit / middle:.0%}", f"{statistics.median(heads[way]):.1f}"]))
+        of_layer, rest, head = zip(*rows[way], strict=True)
+        middle = statistics.median(of_layer)
+        spread = f"{middle:.2f}; {min(of_layer):.2f} to {max(of_layer):.2f}"
+        others = [f"{statistics.median(values):.1f}" for values in (rest, head)]
+        print(_table.line([way, spread, f"{limit / middle:.0%}", *others]))
+
+
+def figures(passes: list[float], heads: list[float], layers: list[list[float]]) -> list[float]:
+    """Medians in ms over single tokens: of a layer, of a pass without its layers, of the head."""
+    tokens = range(2, len(passes))  # the prompt and the first token, which may compare, are left out
+    in_layers = [sum(layer[t] for layer in layers) for t in tokens]
+    rest = [passes[t] - spent for t, spent in zip(tokens, in_layers, strict=True)]
+    return [1e3 * statistics.median(x) for x in ([s / len(layers) for s in in_layers], rest, heads[2:])]
 
 
 class timed:
