@@ -9,7 +9,6 @@ import torch
 from mixoff.kernels.cpu import products
 from mixoff.quantize.solve import quantize
 
-pytestmark = pytest.mark.skipif(products.loops() is None, reason="this CPU or Python has no compiled loops")
 DTYPES = (torch.float32, torch.bfloat16)
 
 

@@ -10,7 +10,6 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 import mixoff
 from mixoff import Scheme
-from mixoff.kernels.cpu import products
 from mixoff.quantize.scheme import Precision
 from mixoff.runtime.growing import ATTRIBUTE, SPARE, growing
 from tiny import FAMILIES, config_of, decode
@@ -29,10 +28,7 @@ COMPILED = {
     "phimoe": NONE,  # layer norm
     "deepseek_v2": NONE,  # compressed keys
 }
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:all experts .* stay in memory"),
-    pytest.mark.skipif(products.loops() is None, reason="this CPU or Python has no compiled loops"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:all experts .* stay in memory")
 
 
 @pytest.fixture(autouse=True)
