@@ -485,7 +485,7 @@ def test_the_command_line(small, stores, tmp_path, capsys, monkeypatch):
     assert main(["convert", str(small), str(target), "--scheme", "none", "--jobs", "1", "--restart", "--json"]) == 0
     out, err = capsys.readouterr()
     report = json.loads(out)
-    keys = {"target", "nbytes", "source_nbytes", "seconds", "MB_per_s", "peak_nbytes", "compile_s"}
+    keys = {"target", "nbytes", "source_nbytes", "seconds", "MB_per_s", "peak_nbytes", "compile_s", "losses"}
     assert err == "" and set(report) == keys
     assert report["source_nbytes"] == crash.nbytes(small) and report["peak_nbytes"] < 300e6
     assert report["nbytes"] == sum(len(content) for content in tree(target).values())

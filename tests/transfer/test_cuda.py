@@ -202,8 +202,8 @@ def test_generation_goes_on_on_a_device(tiny):
     device = Device(random.Random(1))
     honest = hooks.bind
 
-    def bind(model, made):
-        undo = honest(model, made)
+    def bind(model, made, **options):
+        undo = honest(model, made, **options)
         Failing(model, 2, {2})
         return undo
 
