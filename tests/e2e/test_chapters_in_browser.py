@@ -116,7 +116,7 @@ def drive_explorer(page):
 
     shown = press("experts", "ArrowLeft", "ArrowLeft", "ArrowLeft")  # 3, 2.33, 2 bits
     printed = page.locator(".jp-OutputArea-output", has_text="experts in  2 bits").first.inner_text()
-    slots, vram = re.search(r"2 bits: (\d) of 8 slots a layer, VRAM +([\d.]+)", printed).groups()
+    slots, vram = re.search(r"2 bits: (\d) of 8 slots per layer, VRAM +([\d.]+)", printed).groups()
     assert (shown["slots"], f"{int(shown['fastBytes']) / 2**30:.1f}") == (slots, vram) and shown["resident"] == "true"
     shown = press("context", "End")
     assert shown["fits"] == "false" and shown["change"] in explorer.locator(".change").inner_text() != ""
