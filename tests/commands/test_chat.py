@@ -204,7 +204,7 @@ def test_ctrl_c_ends_a_program_that_reads_from_a_pipe(session, capsys):
     assert session.chat.messages == []
 
 
-READS_KEYS = "\x1b[?2004h"  # bracketed paste begins: now the prompt reads keys; a Ctrl-D before it is lost
+READS_KEYS = "\x1b[?2004h"  # bracketed paste begins: now the prompt reads keys; Ctrl-C or -D before it is lost
 
 
 def test_a_person_at_a_terminal(said):
@@ -223,13 +223,16 @@ def test_a_person_at_a_terminal(said):
         child.expect_exact(READS_KEYS)
 
     child.expect("Ctrl-D ends the chat")
+    child.expect_exact(READS_KEYS)
     child.send('"""It was\r')
     child.send('a fine morning"""\r')
     hear(said("It was\na fine morning")[0])
     child.send("/reset\r")
     child.expect("begins again")
+    child.expect_exact(READS_KEYS)
     child.sendintr()
     child.expect("Ctrl-D or /quit ends")
+    child.expect_exact(READS_KEYS)
     child.send(f"{SECOND}\r")
     hear(said(SECOND)[0])
     child.sendeof()
