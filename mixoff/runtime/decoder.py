@@ -184,8 +184,8 @@ class Whole(Half):
         self.end = len(p)
         halves, rooms = memory.floats("halves", 2 * F * K), [p.room(f"inner {i}", down) for i in range(K)]
         between = [halves + 8 * F * i for i in range(K)]
-        ups = [program.job_of(gate_up, activations, out=at) for at in between]
-        downs = [program.job_of(down, room, at, gate=True) for at, room in zip(between, rooms, strict=True)]
+        ups = [products.job_of(gate_up, activations, out=at) for at in between]
+        downs = [products.job_of(down, room, at, gate=True) for at, room in zip(between, rooms, strict=True)]
         self.several: list[tuple[int, int, int]] = []  # stages of all experts: place, blocks and size of one expert
         jobs = []
         for functions, of_each, count, size in (

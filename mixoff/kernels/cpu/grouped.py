@@ -12,7 +12,8 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from mixoff.kernels.cpu import program, threads
-from mixoff.kernels.cpu.program import Memory, Prepared, Program
+from mixoff.kernels.cpu.products import Prepared, job_of, padded_rows
+from mixoff.kernels.cpu.program import Memory, Program
 from mixoff.quantize.tensor import QTensor
 
 MOST_NBYTES = 32 << 20  # for intermediate values of one call
@@ -55,7 +56,7 @@ def _compute(
         jobs, first = [], 0
         for w, T, room in zip(weights, counts, _rooms(p, weights[0], counts), strict=True):
             at = [tensor.data_ptr() + 4 * tensor.shape[1] * first for tensor in (x, result)]
-            jobs.append(program.job_of(w, room, at[0], gate, at[1], T))
+            jobs.append(job_of(w, room, at[0], gate, at[1], T))
             first += T
         blocks = program.blocks(weights[0])
         each, size = list(zip(weights, counts, strict=True)), math.prod(weights[0].shape) * len(rows)
@@ -69,7 +70,7 @@ def _rooms(p: Program, w: QTensor, counts: Sequence[int]) -> list[Prepared]:
     K, groups = w.shape[1], w.shape[1] // w.group_size
     firsts = [0]
     for T in counts:
-        firsts.append(firsts[-1] + program.padded(T))
+        firsts.append(firsts[-1] + padded_rows(T))
     values, sums = torch.empty(firsts[-1] * K, dtype=torch.uint8), torch.empty(2, firsts[-1], groups)
     p.kept += [values, sums]
     return [

@@ -155,7 +155,7 @@ def _plan(weights: tuple[QTensor, ...], form: tuple) -> _Plan:
     rows = together(T)
     way = "float" if exact else way
     item = 4 if exact else 1  # bytes per prepared activation
-    padded = -(-T // rows) * rows
+    padded = padded_rows(T)
     narrow = KINDS[dtype]
     need = sum(_room(T, padded, item, w) for w in weights)
     room = torch.empty(need, dtype=torch.uint8) if need > ROOM else None
@@ -167,13 +167,8 @@ def _plan(weights: tuple[QTensor, ...], form: tuple) -> _Plan:
         values, scales = end, end + -(-padded * K * item // LINE) * LINE
         sums = scales + 4 * padded * (K // size)
         result = sums + 4 * padded * (K // size)
-        job = {
-            "x": source, "kind": narrow * first, "gate": not first, "rotated": w.rotated, "T": T, "padded": padded,
-            "K": K, "values": values,
-            "scales": scales, "sums": sums, "image": w.image.data_ptr(), "nbytes": w.image.numel(), "N": N,
-            "size": size, "out": result, "narrow": narrow * last,
-        }  # fmt: skip
-        jobs.extend(job[name] for name in loops().JOB)
+        prepared = Prepared(values, scales, sums)
+        jobs.extend(job_of(w, prepared, source, not first, result, T, kind=narrow * first, narrow=narrow * last))
         prepare, run = loops().prepare(w.bits, rows, way), loops().linear(w.bits, size, rows, way, vector)
         count = -(-N // BLOCK)
         stages.extend((prepare.address, run.address, count, pieces(count, N * K * T)))
@@ -181,9 +176,40 @@ def _plan(weights: tuple[QTensor, ...], form: tuple) -> _Plan:
     return _Plan(stages, jobs, number, room)
 
 
+class Prepared(NamedTuple):
+    """Addresses of activations as a product takes them: values, scales and sums of their groups."""
+
+    values: int
+    scales: int
+    sums: int
+
+
+def job_of(
+    w: QTensor,
+    prepared: Prepared,
+    x: int = 0,
+    gate: bool = False,
+    out: int = 0,
+    T: int = 1,
+    kind: int = 0,
+    narrow: int = 0,
+) -> list[int]:
+    """The fields of a product with T rows of activations (`loops.JOB`)."""
+    (N, K), values = w.shape, prepared._asdict()
+    values |= {"x": x, "kind": kind, "gate": gate, "rotated": w.rotated, "T": T, "padded": padded_rows(T), "K": K}
+    values |= {"image": w.image.data_ptr(), "nbytes": w.image.numel(), "N": N, "size": w.group_size}
+    values |= {"out": out, "narrow": narrow}
+    return [int(values[name]) for name in loops().JOB]
+
+
 def together(T: int) -> int:
     """Rows that are multiplied side by side, of T."""
     return T if T in (1, 2) else 4
+
+
+def padded_rows(T: int) -> int:
+    """Rows of prepared activations for T rows: whole sets of those that are multiplied side by side."""
+    return -(-T // together(T)) * together(T)
 
 
 def _room(T: int, padded: int, item: int, w: QTensor) -> int:

@@ -11,11 +11,12 @@ import struct
 from array import array
 from collections.abc import Iterable
 from types import ModuleType
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
 import torch
 
 from mixoff.kernels.cpu import products, threads
+from mixoff.kernels.cpu.products import Prepared, job_of
 from mixoff.pages import LINE
 from mixoff.quantize.layout import BLOCK
 from mixoff.quantize.tensor import QTensor
@@ -64,14 +65,6 @@ class Memory:
         """A buffer of fp32 numbers as a tensor."""
         skip = self.floats(name, count) - self.buffers[name, 4 * count].data_ptr()
         return self.buffers[name, 4 * count][skip : skip + 4 * count].view(torch.float32)
-
-
-class Prepared(NamedTuple):
-    """Addresses of activations as a product takes them: values, scales and sums of their groups."""
-
-    values: int
-    scales: int
-    sums: int
 
 
 class Program:
@@ -179,20 +172,6 @@ def plain(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None = None) ->
     program.rows(rows.data_ptr(), w, out.data_ptr(), program.floats(bias), rows.numel() // w.shape[1])
     program.run(threads.count())
     return out.to(x.dtype)
-
-
-def job_of(w: QTensor, room: Prepared, x: int = 0, gate: bool = False, out: int = 0, T: int = 1) -> list[int]:
-    """The fields of a product with T rows of activations in fp32 (`loops.JOB`)."""
-    (N, K), values = w.shape, dict(room._asdict())
-    values |= {"x": x, "kind": 0, "gate": gate, "rotated": w.rotated, "T": T, "padded": padded(T), "K": K, "N": N}
-    values |= {"image": w.image.data_ptr(), "nbytes": w.image.numel(), "size": w.group_size, "out": out, "narrow": 0}
-    return [int(values[name]) for name in loops().JOB]
-
-
-def padded(T: int) -> int:
-    """Rows of prepared activations for T rows: whole sets of those that are multiplied side by side."""
-    together = products.together(T)
-    return -(-T // together) * together
 
 
 def linear(w: QTensor, T: int = 1) -> int:
