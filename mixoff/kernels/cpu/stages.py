@@ -73,23 +73,25 @@ def of_bits(value):
 
 
 @register_jitable
-def normed(x, weight, D, eps, out):
-    """RMS norm of D numbers; x, weight and out are addresses."""
-    values, factors, result = floats(x, D), floats(weight, D), floats(out, D)
-    scale = np.float32(1) / np.sqrt(squares(x, D) / np.float32(D) + eps)
-    for i in range(D):
-        result[i] = values[i] * scale * factors[i]
+def row(x, w, D, narrow):
+    """The sum of x[i] * w[i]; x and w are addresses, w of bf16 if `narrow`."""
+    even, total = D // 64 * 64, np.float32(0)
+    if even:
+        total = dot(narrow, x, w, even)
+    values = floats(x, D)
+    for i in range(even, D):
+        weight = from_bits(np.int32(shorts(w, D)[i]) << np.int32(16)) if narrow else floats(w, D)[i]
+        total += values[i] * weight
+    return total
 
 
 @register_jitable
-def squares(x, D):
-    """The sum of the squares of D numbers at the address x."""
-    even = D // 64 * 64
-    total = dot(False, x, x, even) if even else np.float32(0)
-    rest = floats(x, D)
-    for i in range(even, D):
-        total += rest[i] * rest[i]
-    return total
+def normed(x, weight, D, eps, out):
+    """RMS norm of D numbers; x, weight and out are addresses."""
+    values, factors, result = floats(x, D), floats(weight, D), floats(out, D)
+    scale = np.float32(1) / np.sqrt(row(x, x, D, 0) / np.float32(D) + eps)
+    for i in range(D):
+        result[i] = values[i] * scale * factors[i]
 
 
 @register_jitable
@@ -228,16 +230,10 @@ def seen(q, keys, p, group, C, count, T, narrow):
     while h < group:
         at, to = q + 4 * h * C, p + 4 * h * T
         if group - h >= HEADS:
-            if narrow:
-                scores(True, HEADS, at, 4 * C, keys, C, count, to, 4 * T)
-            else:
-                scores(False, HEADS, at, 4 * C, keys, C, count, to, 4 * T)
+            scores(HEADS, narrow, at, 4 * C, keys, C, count, to, 4 * T)
             h += HEADS
         else:
-            if narrow:
-                scores(True, 1, at, 4 * C, keys, C, count, to, 4 * T)
-            else:
-                scores(False, 1, at, 4 * C, keys, C, count, to, 4 * T)
+            scores(1, narrow, at, 4 * C, keys, C, count, to, 4 * T)
             h += 1
 
 
@@ -248,16 +244,10 @@ def mixed(p, values, out, group, C, count, T, narrow):
     while h < group:
         at, to = p + 4 * h * T, out + 4 * h * C
         if group - h >= HEADS:
-            if narrow:
-                mixture(True, HEADS, at, 4 * T, values, C, count, to, 4 * C)
-            else:
-                mixture(False, HEADS, at, 4 * T, values, C, count, to, 4 * C)
+            mixture(HEADS, narrow, at, 4 * T, values, C, count, to, 4 * C)
             h += HEADS
         else:
-            if narrow:
-                mixture(True, 1, at, 4 * T, values, C, count, to, 4 * C)
-            else:
-                mixture(False, 1, at, 4 * T, values, C, count, to, 4 * C)
+            mixture(1, narrow, at, 4 * T, values, C, count, to, 4 * C)
             h += 1
 
 
@@ -277,19 +267,6 @@ def softmax(p, scale, sink):
     factor = np.float32(1) / (exponentials(p, n, most) + extra)
     for t in range(n):
         p[t] *= factor
-
-
-@register_jitable
-def row(x, w, D, narrow):
-    """The sum of x[i] * w[i]; x and w are addresses."""
-    even, total = D // 64 * 64, np.float32(0)
-    if even:
-        total = dot(True, x, w, even) if narrow else dot(False, x, w, even)
-    values = floats(x, D)
-    for i in range(even, D):
-        weight = from_bits(np.int32(shorts(w, D)[i]) << np.int32(16)) if narrow else floats(w, D)[i]
-        total += values[i] * weight
-    return total
 
 
 def _rows(job, first, last):

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from llvmlite import ir
-from numba.core import types
+from numba.core import cgutils, types
 from numba.extending import intrinsic
 
 LANES = 16
@@ -83,86 +83,107 @@ class Vectors:
         b.position_at_end(after)
         return following
 
+    def rows(self, first: ir.Value, nbytes: ir.Value, count: int) -> list[ir.Value]:
+        """Addresses of `count` rows, so many bytes apart."""
+        return [self.b.add(first, self.b.mul(nbytes, I64(i))) for i in range(count)]
 
-@intrinsic(prefer_literal=True)
+    def either(self, narrow: ir.Value, emit: Callable[[bool], None]) -> None:
+        """`emit(True)` where the number `narrow` is not zero, else `emit(False)`."""
+        with self.b.if_else(self.b.icmp_signed("!=", narrow, I64(0))) as (then, otherwise):
+            for branch, is_narrow in ((then, True), (otherwise, False)):
+                with branch:
+                    emit(is_narrow)
+
+
+@intrinsic
 def dot(typingctx, narrow, x, w, D):
     """The sum of x[i] * w[i] for i in 0..D, a multiple of 64; x is fp32, w is bf16 if `narrow`, else fp32."""
-    is_narrow = narrow.literal_value
 
     def generate(context, builder, signature, arguments):
-        v, (_, x, w, D) = Vectors(builder), arguments
-        step = LANES * SUMS
+        v, (narrow, x, w, D) = Vectors(builder), arguments
+        step, result = LANES * SUMS, cgutils.alloca_once(builder, F32)
 
-        def body(i, sums):
-            at, weights = v.moved(x, i, 4 * step), v.moved(w, i, (2 if is_narrow else 4) * step)
-            item = LANES * (2 if is_narrow else 4)
-            return [
-                v.fma(v.read(builder.add(at, I64(4 * LANES * k)), False),
-                      v.read(builder.add(weights, I64(item * k)), is_narrow), one)
-                for k, one in enumerate(sums)
-            ]  # fmt: skip
-
-        a, b, c, d = v.loop(builder.sdiv(D, I64(step)), [ZERO] * SUMS, body)
-        return v.total(builder.fadd(builder.fadd(a, b), builder.fadd(c, d)))
-
-    return types.float32(narrow, types.int64, types.int64, types.int64), generate
-
-
-@intrinsic(prefer_literal=True)
-def scores(typingctx, narrow, heads, q, q_row, k, D, T, out, out_row):
-    """out[h, t] = q[h] . k[t] for `heads` queries, D a multiple of 16; rows of q and out are so many bytes apart."""
-    is_narrow, number = narrow.literal_value, heads.literal_value
-
-    def generate(context, builder, signature, arguments):
-        v, (_, _, q, q_row, k, D, T, out, out_row) = Vectors(builder), arguments
-        item = 2 if is_narrow else 4
-        queries, results = ([builder.add(first, builder.mul(row, I64(h))) for h in range(number)]
-                            for first, row in ((q, q_row), (out, out_row)))  # fmt: skip
-
-        def row(t, _):
-            key = builder.add(k, builder.mul(t, builder.mul(D, I64(item))))
+        def emit(is_narrow):
+            item = 2 if is_narrow else 4
 
             def body(i, sums):
-                values = v.read(v.moved(key, i, item * LANES), is_narrow)
-                at = [v.read(v.moved(query, i, 4 * LANES), False) for query in queries]
-                return [v.fma(one, values, total) for one, total in zip(at, sums, strict=True)]
+                at, weights = v.moved(x, i, 4 * step), v.moved(w, i, item * step)
+                return [
+                    v.fma(v.read(builder.add(at, I64(4 * LANES * k)), False),
+                          v.read(builder.add(weights, I64(item * LANES * k)), is_narrow), one)
+                    for k, one in enumerate(sums)
+                ]  # fmt: skip
 
-            sums = v.loop(builder.sdiv(D, I64(LANES)), [ZERO] * number, body)
-            for total, result in zip(sums, results, strict=True):
-                v.write(v.total(total), v.moved(result, t, 4))
-            return []
+            a, b, c, d = v.loop(builder.sdiv(D, I64(step)), [ZERO] * SUMS, body)
+            builder.store(v.total(builder.fadd(builder.fadd(a, b), builder.fadd(c, d))), result)
 
-        v.loop(T, [], row)
-        return context.get_dummy_value()
+        v.either(narrow, emit)
+        return builder.load(result)
 
-    return types.void(narrow, heads, *[types.int64] * 7), generate
+    return types.float32(*[types.int64] * 4), generate
 
 
 @intrinsic(prefer_literal=True)
-def mixture(typingctx, narrow, heads, p, p_row, values, D, T, out, out_row):
-    """out[h] += sum of p[h, t] * values[t] for `heads` rows of p, in the order of t."""
-    is_narrow, number = narrow.literal_value, heads.literal_value
+def scores(typingctx, heads, narrow, q, q_row, k, D, T, out, out_row):
+    """out[h, t] = q[h] . k[t] for `heads` queries, D a multiple of 16; rows of q and out are so many bytes apart."""
+    number = heads.literal_value
 
     def generate(context, builder, signature, arguments):
-        v, (_, _, p, p_row, values, D, T, out, out_row) = Vectors(builder), arguments
-        item = 2 if is_narrow else 4
-        shares, results = ([builder.add(first, builder.mul(row, I64(h))) for h in range(number)]
-                           for first, row in ((p, p_row), (out, out_row)))  # fmt: skip
+        v, (_, narrow, q, q_row, k, D, T, out, out_row) = Vectors(builder), arguments
+        queries, results = v.rows(q, q_row, number), v.rows(out, out_row, number)
 
-        def column(i, _):
-            at = [v.moved(result, i, 4 * LANES) for result in results]
+        def emit(is_narrow):
+            item = 2 if is_narrow else 4
 
-            def body(t, sums):
-                row = builder.add(values, builder.mul(t, builder.mul(D, I64(item))))
-                value = v.read(v.moved(row, i, item * LANES), is_narrow)
-                factors = [v.everywhere(v.moved(share, t, 4)) for share in shares]
-                return [v.fma(factor, value, total) for factor, total in zip(factors, sums, strict=True)]
+            def row(t, _):
+                key = builder.add(k, builder.mul(t, builder.mul(D, I64(item))))
 
-            for address, total in zip(at, v.loop(T, [v.read(one, False) for one in at], body), strict=True):
-                v.write(total, address)
-            return []
+                def body(i, sums):
+                    values = v.read(v.moved(key, i, item * LANES), is_narrow)
+                    at = [v.read(v.moved(query, i, 4 * LANES), False) for query in queries]
+                    return [v.fma(one, values, total) for one, total in zip(at, sums, strict=True)]
 
-        v.loop(builder.sdiv(D, I64(LANES)), [], column)
+                sums = v.loop(builder.sdiv(D, I64(LANES)), [ZERO] * number, body)
+                for total, result in zip(sums, results, strict=True):
+                    v.write(v.total(total), v.moved(result, t, 4))
+                return []
+
+            v.loop(T, [], row)
+
+        v.either(narrow, emit)
         return context.get_dummy_value()
 
-    return types.void(narrow, heads, *[types.int64] * 7), generate
+    return types.void(heads, *[types.int64] * 8), generate
+
+
+@intrinsic(prefer_literal=True)
+def mixture(typingctx, heads, narrow, p, p_row, values, D, T, out, out_row):
+    """out[h] += sum of p[h, t] * values[t] for `heads` rows of p, in the order of t."""
+    number = heads.literal_value
+
+    def generate(context, builder, signature, arguments):
+        v, (_, narrow, p, p_row, values, D, T, out, out_row) = Vectors(builder), arguments
+        shares, results = v.rows(p, p_row, number), v.rows(out, out_row, number)
+
+        def emit(is_narrow):
+            item = 2 if is_narrow else 4
+
+            def column(i, _):
+                at = [v.moved(result, i, 4 * LANES) for result in results]
+
+                def body(t, sums):
+                    row = builder.add(values, builder.mul(t, builder.mul(D, I64(item))))
+                    value = v.read(v.moved(row, i, item * LANES), is_narrow)
+                    factors = [v.everywhere(v.moved(share, t, 4)) for share in shares]
+                    return [v.fma(factor, value, total) for factor, total in zip(factors, sums, strict=True)]
+
+                for address, total in zip(at, v.loop(T, [v.read(one, False) for one in at], body), strict=True):
+                    v.write(total, address)
+                return []
+
+            v.loop(builder.sdiv(D, I64(LANES)), [], column)
+
+        v.either(narrow, emit)
+        return context.get_dummy_value()
+
+    return types.void(heads, *[types.int64] * 8), generate
