@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from mixoff.runtime.growing import Growing
 
 SHARED = products.SHARED_ABOVE + 1  # a size from which threads share a stage
-IMAGE, OUT = 10, 14  # places in a job (`loops.JOB`)
 
 
 class Unlike(Exception):
@@ -29,10 +28,19 @@ class Unlike(Exception):
 
 
 @dataclass
-class Attention:
-    """The first half of a layer: norm, attention, and the norm before the experts."""
+class Parts:
+    """The parts of a decoder layer.
 
-    module: nn.Module
+    - layer, attention, block: the layer, its attention, and its second half: experts and their router, or a network.
+    - first, second: the norms before both halves.
+    - q, k, v, o: matrices of the projections.
+    - heads, groups, size: H, G, C.
+    - factor: what each half's result is multiplied with before it is added.
+    """
+
+    layer: nn.Module
+    attention: Any
+    block: nn.Module
     first: nn.Module
     second: nn.Module
     q: Matrix
@@ -61,8 +69,8 @@ class Experts:
     chosen: int
 
 
-def attention_of(layer: nn.Module) -> Attention:
-    """The parts of a layer's first half. Raises Unlike."""
+def parts_of(layer: nn.Module) -> Parts:
+    """The parts of a layer. Raises Unlike."""
     try:
         attention: Any = layer.self_attn
         first, second = layer.input_layernorm, layer.post_attention_layernorm
@@ -73,9 +81,18 @@ def attention_of(layer: nn.Module) -> Attention:
     heads, groups = q.shape[0] // size, k.shape[0] // size
     if (heads * size, groups * size) != (o.shape[1], v.shape[0]) or heads % groups or size % 16:
         raise Unlike("projections of unequal widths")
-    return Attention(
-        attention, first, second, q, k, v, o, heads, groups, size, float(getattr(layer, "residual_multiplier", 1.0))
-    )
+    factor = float(getattr(layer, "residual_multiplier", 1.0))
+    return Parts(layer, attention, block_of(layer), first, second, q, k, v, o, heads, groups, size, factor)
+
+
+def block_of(layer: nn.Module) -> nn.Module:
+    """A layer's second half: the child that contains its experts, or its dense network. Raises Unlike."""
+    for child in layer.children():
+        if any("_mixoff" in vars(module) for module in child.modules()):
+            return child
+    if isinstance(block := getattr(layer, "mlp", None), nn.Module):
+        return block
+    raise Unlike("no experts and no network")
 
 
 def _matrix(linear: nn.Module) -> Matrix:
@@ -109,7 +126,7 @@ def computable(experts: nn.Module, weights: dict[str, Any]) -> bool:
 class Half:
     """The first half of a layer as a program: `stream` gets the token after attention, `normed` what experts get."""
 
-    def __init__(self, parts: Attention, memory: Memory, turned: int, narrow: bool) -> None:
+    def __init__(self, parts: Parts, memory: Memory, turned: int, narrow: bool) -> None:
         D, H, G, C = parts.width, parts.heads, parts.groups, parts.size
         self.program = p = Program(memory)
         self.stream, self.normed = memory.floats("stream", D), memory.floats("normed", D)
@@ -117,7 +134,7 @@ class Half:
             memory.floats(name, size)
             for name, size in (("x", D), ("q", H * C), ("k", G * C), ("v", G * C), ("mixed", H * C), ("o", D))
         )
-        stages, attention = program.stages(), parts.module
+        stages, attention = program.stages(), parts.attention
         norm = stages.Norm(0, narrow, self.stream, 0, 0, 0, p.floats(parts.first.weight), bits(_eps(parts.first)), D, x)
         self.source = p.record(norm)
         p.step(stages.norm.address, self.source)
@@ -141,16 +158,23 @@ class Half:
         )
         self.end = len(p)
 
+        self.width = D
+        self.aimed = places(stages.Attention, "cos sin keys values room before")
+
     def results(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Copies of the stream after attention, and of its norm, (D,) each."""
-        D = self.source[8]
-        return tuple(self.program.memory.tensor(name, D).clone() for name in ("stream", "normed"))
+        return tuple(self.program.memory.tensor(name, self.width).clone() for name in ("stream", "normed"))
 
     def aim(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, room: Growing) -> None:
         """Set what the next run reads: the stream x (1, 1, D), tables of positions, and the cache."""
-        at, self.source[0] = self.attention, x.data_ptr()
-        at[10], at[11] = cos.data_ptr(), sin.data_ptr()
-        at[13], at[14], at[16], at[17] = room.places()
+        self.source[0] = x.data_ptr()
+        for place, value in zip(self.aimed, (cos.data_ptr(), sin.data_ptr(), *room.places()), strict=True):
+            self.attention[place] = value
+
+
+def places(record: Any, names: str) -> list[int]:
+    """Places of fields in a record of `stages`."""
+    return [record._fields.index(name) for name in names.split()]
 
 
 def _eps(norm: nn.Module) -> float:
@@ -162,7 +186,7 @@ class Whole(Half):
 
     def __init__(
         self,
-        parts: Attention,
+        parts: Parts,
         memory: Memory,
         turned: int,
         narrow: bool,
@@ -196,12 +220,14 @@ class Whole(Half):
             self.several.append((len(p), count, size))
             jobs.append(p.several([functions] * K, of_each, [count] * K, size * K))
         self.ups, _, self.downs = jobs
+        self.image, self.out = (program.loops().JOB.index(name) for name in ("image", "out"))
         self.number = K  # of experts for which the stages are set
         self.computed = len(p)
         self.sum = p.record(
             stages.Sum(self.stream, self.outs.data_ptr(), self.weights.data_ptr(), bits(parts.factor), K, D, 0, narrow)
         )
         p.step(stages.weighted.address, self.sum)
+        (self.target,) = places(stages.Sum, "out")
 
     def experts(self, rows: list[tuple[int, dict[str, QTensor]]], number: int, last: bool) -> None:
         """Compute experts, given as (place in the router's order, weights), on so many threads.
@@ -210,14 +236,18 @@ class Whole(Half):
         """
         fields, first, row = program.fields(), self.outs.data_ptr(), 4 * self.outs.shape[1]
         for i, (place, weights) in enumerate(rows):
-            self.ups[fields * i + IMAGE] = weights["gate_up_proj"].image.data_ptr()
-            self.downs[fields * i + IMAGE] = weights["down_proj"].image.data_ptr()
-            self.downs[fields * i + OUT] = first + row * place
+            self.ups[fields * i + self.image] = weights["gate_up_proj"].image.data_ptr()
+            self.downs[fields * i + self.image] = weights["down_proj"].image.data_ptr()
+            self.downs[fields * i + self.out] = first + row * place
         if self.number != len(rows):
             self.number = len(rows)
             for stage, count, size in self.several:
                 self.program.share(stage, count * self.number, size * self.number)
         self.program.run(number, self.end, None if last else self.computed)
+
+    def write_to(self, out: torch.Tensor) -> None:
+        """Set where the sum goes: the stream for the next layer (1, 1, D)."""
+        self.sum[self.target] = out.data_ptr()
 
     def finish(self, number: int) -> None:
         """Compute the sum by itself."""

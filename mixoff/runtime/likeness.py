@@ -11,7 +11,7 @@ import copy
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -19,7 +19,7 @@ from torch import nn
 from mixoff.kernels.cpu import threads
 from mixoff.kernels.cpu.program import Matrix, Memory
 from mixoff.quantize.tensor import QTensor
-from mixoff.runtime.decoder import Attention, Experts, Half, Unlike, computable, router_of
+from mixoff.runtime.decoder import Experts, Half, Parts, Unlike, computable, router_of
 from mixoff.runtime.growing import Growing
 from mixoff.shapes.kv_cache import CACHE_NAMES
 
@@ -47,24 +47,14 @@ class Kind:
     chosen: int = 0
 
 
-def kind_of(layer: nn.Module, parts: Attention, block: nn.Module) -> tuple:
+def kind_of(parts: Parts) -> tuple:
     """What makes layers one kind: types and settings of their modules, and sizes of attention."""
-    modules = [layer, parts.module, parts.first, block, *block.children()]
+    modules = [parts.layer, parts.attention, parts.first, parts.block, *parts.block.children()]
     found: list[object] = [parts.heads, parts.groups, parts.size, parts.factor, parts.width]
     for module in modules:
         settings = [item for item in vars(module).items() if isinstance(item[1], SETTING) and item[0] != "layer_idx"]
         found += [type(module), *sorted(settings, key=lambda item: item[0])]
     return tuple(found)
-
-
-def block_of(layer: nn.Module) -> nn.Module:
-    """A layer's second half: the child that contains its experts, or its dense network. Raises Unlike."""
-    for child in layer.children():
-        if any("_mixoff" in vars(module) for module in child.modules()):
-            return child
-    if isinstance(block := getattr(layer, "mlp", None), nn.Module):
-        return block
-    raise Unlike("no experts and no network")
 
 
 def form_of(experts: nn.Module) -> dict[str, Any]:
@@ -80,22 +70,22 @@ def experts_of(kind: Kind, block: nn.Module) -> Experts | None:
     return Experts(block.experts, *router_of(block), kind.divide, kind.chosen)
 
 
-def compare(
-    kind: Kind,
-    layer: nn.Module,
-    parts: Attention,
-    block: nn.Module,
-    x: torch.Tensor,
-    cache_layer: Any,
-    args: tuple,
-    kwargs: dict[str, Any],
-) -> None:
-    """Compute a token x (1, 1, D) both ways, without experts, and note in `kind` what was found out."""
-    tables = tuple(table.float() for table in kwargs["position_embeddings"])
-    mine, x = copy.copy(cache_layer), x.float()
+class LayerCall(NamedTuple):
+    """A call of a layer for one token: its input x (1, 1, D), its part of the cache, and all arguments."""
+
+    x: torch.Tensor
+    cache_layer: Any
+    args: tuple
+    kwargs: dict[str, Any]
+
+
+def compare(kind: Kind, parts: Parts, call: LayerCall) -> None:
+    """Compute a token both ways, without experts, and note in `kind` what was found out."""
+    tables = tuple(table.float() for table in call.kwargs["position_embeddings"])
+    mine, x = copy.copy(call.cache_layer), call.x.float()
     mine.keys, mine.values = mine.keys.float(), mine.values.float()
     plain = replace(parts, **{name: _plain(getattr(parts, name)) for name in "qkvo"})
-    seen = _by_modules(layer, plain, block, x, copy.copy(mine), args, kwargs | {"position_embeddings": tables})
+    seen = _by_modules(plain, LayerCall(x, copy.copy(mine), call.args, call.kwargs | {"position_embeddings": tables}))
     R, inner = tables[0].shape[-1], parts.factor * seen.inner.flatten()
     for turned in [kind.turned] if kind.turned else [R, 2 * R]:  # tables name each angle twice, or once
         if turned > parts.size:
@@ -107,9 +97,9 @@ def compare(
         stream, normed = half.results()
         if _close(stream - x.flatten(), (seen.out - x).flatten() - inner) and _close(normed, seen.x.flatten()):
             kind.turned = turned
-            kind.divide, kind.chosen = _router(normed, seen, block)
+            kind.divide, kind.chosen = _router(normed, seen, parts.block)
             return
-    kind.reason = f"{type(layer).__name__} has attention of another kind"
+    kind.reason = f"{type(parts.layer).__name__} has attention of another kind"
 
 
 class Seen:
@@ -134,39 +124,30 @@ class Seen:
         return out
 
 
-def _by_modules(
-    layer: nn.Module,
-    parts: Attention,
-    block: nn.Module,
-    x: torch.Tensor,
-    cache_layer: Any,
-    args: tuple,
-    kwargs: dict[str, Any],
-) -> Seen:
+def _by_modules(parts: Parts, call: LayerCall) -> Seen:
     """This token through a copy of the layer in fp32, whose experts only note what they are asked for."""
     seen = Seen()
-    memo = {id(getattr(parts.module, f"{name}_proj")): _linear(parts, name) for name in "qkvo"}  # in place of a copy
-    for module in layer.modules():
+    memo = {id(getattr(parts.attention, f"{name}_proj")): _linear(parts, name) for name in "qkvo"}  # not copied
+    for module in parts.layer.modules():
         shared = (getattr(module, "quantized", None), getattr(module, "config", None))
         memo |= {id(thing): thing for thing in shared if thing is not None}
         if "_mixoff" in vars(module):
             memo[id(module)] = stub = copy.copy(module)
             stub.forward = seen.experts
-    twin = copy.deepcopy(layer, memo).float()
+    twin = copy.deepcopy(parts.layer, memo).float()
     for module in twin.modules():
         module._forward_hooks.clear()
         module._forward_pre_hooks.clear()
     vars(twin).pop("forward", None)
-    inside = next(
-        child for (_, child), own in zip(twin.named_children(), layer.children(), strict=True) if own is block
-    )
+    children = zip(twin.children(), parts.layer.children(), strict=True)
+    inside = next(own for own, child in children if child is parts.block)
     inside.forward = functools.partial(seen.block, inside.forward)
-    name = OLD if kwargs.get(NEW) is None else NEW
-    cache = copy.copy(kwargs[name])
+    name = OLD if call.kwargs.get(NEW) is None else NEW
+    cache = copy.copy(call.kwargs[name])
     cache.layers = list(cache.layers)
-    cache.layers[parts.module.layer_idx] = cache_layer
-    rest = {key: value for key, value in kwargs.items() if key not in (name, "hidden_states")}
-    out = twin(x, *args[1:], **rest, **{name: cache})
+    cache.layers[parts.attention.layer_idx] = call.cache_layer
+    rest = {key: value for key, value in call.kwargs.items() if key not in (name, "hidden_states")}
+    out = twin(call.x, *call.args[1:], **rest, **{name: cache})
     seen.out = out[0] if isinstance(out, tuple) else out
     return seen
 
@@ -176,9 +157,9 @@ def _plain(matrix: Matrix) -> torch.Tensor:
     return (matrix.dequantize() if isinstance(matrix, QTensor) else matrix).float().contiguous()
 
 
-def _linear(parts: Attention, name: str) -> nn.Linear:
+def _linear(parts: Parts, name: str) -> nn.Linear:
     """A projection with its matrix in fp32, and the bias that it has."""
-    weight, bias = getattr(parts, name), parts.module.get_submodule(f"{name}_proj").bias
+    weight, bias = getattr(parts, name), parts.attention.get_submodule(f"{name}_proj").bias
     linear = torch.nn.utils.skip_init(nn.Linear, weight.shape[1], weight.shape[0], bias=bias is not None)
     linear.weight = nn.Parameter(weight, requires_grad=False)
     if bias is not None:

@@ -24,13 +24,12 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from mixoff.kernels.cpu import threads
 from mixoff.kernels.cpu.program import Memory, plain, readable
-from mixoff.runtime.decoder import Half, Unlike, Whole, attention_of
+from mixoff.runtime.decoder import Half, Unlike, Whole, parts_of
 from mixoff.runtime.growing import Growing, growing
-from mixoff.runtime.likeness import Kind, block_of, compare, experts_of, form_of, kind_of
+from mixoff.runtime.likeness import Kind, LayerCall, compare, experts_of, form_of, kind_of
 from mixoff.runtime.runtime import Runtime
 from mixoff.shapes.kv_cache import CACHE_NAMES
 
-SUM_OUT = 6  # place of the result in the record of the sum (`stages.Sum`)
 FEW = 8  # rows of the head that are compiled: those of a small batch
 NEW, OLD = CACHE_NAMES
 
@@ -143,13 +142,13 @@ class Layer:
 
     def __init__(self, step: Step, module: nn.Module, index: int) -> None:
         self.step, self.module, self.index = step, module, index
-        self.parts: Any = None  # an `Attention`, unless there is a reason
+        self.parts: Any = None  # `Parts`, unless there is a reason
         self.experts: Any = None  # `Experts`, if they are compiled too
         self.kind = Kind()
         try:
-            self.parts, self.block = attention_of(module), block_of(module)
-            self.dtype, self.place = self.parts.first.weight.dtype, self.parts.module.layer_idx
-            self.kind = step.kinds.setdefault(kind_of(module, self.parts, self.block), self.kind)
+            self.parts = parts_of(module)
+            self.dtype, self.place = self.parts.first.weight.dtype, self.parts.attention.layer_idx
+            self.kind = step.kinds.setdefault(kind_of(self.parts), self.kind)
         except Unlike as error:
             self.kind.reason = str(error)
 
@@ -168,7 +167,7 @@ class Layer:
         if room is None or x is None or not isinstance(positions, tuple) or self.step.here.masks(kwargs):
             return original(*args, **kwargs)
         if room.used + 1 >= 2 * self.kind.checked:
-            compare(self.kind, self.module, self.parts, self.block, x, cache_layer, args, kwargs)
+            compare(self.kind, self.parts, LayerCall(x, cache_layer, args, kwargs))
             if self.kind.reason:
                 return original(*args, **kwargs)
             self.kind.checked = room.used + 1
@@ -186,11 +185,11 @@ class Layer:
         room.add(cache_layer)
         if isinstance(half, Whole):
             out = torch.empty_like(x)
-            half.sum[SUM_OUT] = out.data_ptr()
+            half.write_to(out)
             self._serve(half, number)
             return out
         stream, normed = half.results()
-        inner = self.block(normed.to(x.dtype).view_as(x))
+        inner = self.parts.block(normed.to(x.dtype).view_as(x))
         inner = inner[0] if isinstance(inner, tuple) else inner
         return (stream.view_as(x) + inner.float() * self.parts.factor).to(x.dtype)
 
@@ -207,7 +206,7 @@ class Layer:
         key = dtype, number, kind.turned, kind.chosen, kind.divide
         known = here.programs.get(self.index)
         if known is None or known[0] != key:
-            self.experts = experts_of(kind, self.block)
+            self.experts = experts_of(kind, self.parts.block)
             parts = self.parts, here.memory, kind.turned, dtype == torch.bfloat16
             half = Half(*parts) if self.experts is None else Whole(*parts, self.experts, form_of(self.experts.module))
             known = here.programs[self.index] = key, half
@@ -235,10 +234,8 @@ class Layer:
                 missing -= len(rows)
                 half.experts(rows, number, missing == 0)
 
-        given = (
-            None if runtime.in_prompt() else [w if w == w else 0.0 for w in map(weights.__getitem__, place.values())]
-        )
-        runtime.serve(site, list(place), compute, given)
+        given = [weights[i] if weights[i] == weights[i] else 0.0 for i in place.values()]  # NaN counts as 0
+        runtime.serve(site, list(place), compute, None if runtime.in_prompt() else given)
         if missing:  # none was computed last: a `reroute` chose none, or one twice
             for i, expert in enumerate(chosen):
                 if place.get(expert, i) != i:
@@ -246,7 +243,7 @@ class Layer:
             half.finish(number)
 
     def _rerouted(self, half: Whole, chosen: list[int], place: dict[int, int]) -> int:
-        """Take out what is no expert; returns how many are to be computed before the sum, more if it must wait."""
+        """Drop indices that stand for no expert; returns how many outputs the sum waits for, or one too many."""
         for expert in [expert for expert in place if expert >= self.experts.module.num_experts]:
             del place[expert]
         if len(place) == len(chosen):
