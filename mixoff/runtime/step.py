@@ -243,7 +243,10 @@ class Layer:
             half.finish(number)
 
     def _rerouted(self, half: Whole, chosen: list[int], place: dict[int, int]) -> int:
-        """Drop indices that stand for no expert; returns how many outputs the sum waits for, or one too many."""
+        """Drop indices that stand for no expert; returns for how many outputs the sum waits.
+
+        One more than will come if some rows have to be set by hand first.
+        """
         for expert in [expert for expert in place if expert >= self.experts.module.num_experts]:
             del place[expert]
         if len(place) == len(chosen):

@@ -13,7 +13,7 @@ from pathlib import Path
 from mixoff.checkpoints.checkpoint import Checkpoint, Extent, TensorRange
 from mixoff.checkpoints.gguf import latent, names
 from mixoff.checkpoints.gguf.config import EXPERT, expert_dtype, experts_of, natural_dtype
-from mixoff.checkpoints.gguf.extent import GgufExtent, decode
+from mixoff.checkpoints.gguf.extent import GgufExtent, block, decode
 from mixoff.checkpoints.gguf.files import folder_of, open_files
 from mixoff.checkpoints.gguf.header import Tensor
 from mixoff.checkpoints.gguf.names import PIECES, Rows
@@ -182,10 +182,8 @@ def _core(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def refuse_undecodable(path: Path, kinds: set[str]) -> None:
     """Raise CheckpointError for a type of tensor that the `gguf` package cannot decode."""
-    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
-
     for kind in sorted(kinds):
-        numbers, nbytes = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
+        numbers, nbytes = block(kind)
         try:
             decode(bytes(nbytes), kind, numbers)
         except NotImplementedError:

@@ -70,21 +70,26 @@ class GgufExtent(Extent):
             )
 
 
-def row_nbytes(kind: str, columns: int) -> int:
-    """Bytes of a row of so many numbers."""
+def block(kind: str) -> tuple[int, int]:
+    """Numbers and bytes of a block of this type."""
     from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
-    numbers, nbytes = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
+    return GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
+
+
+def row_nbytes(kind: str, columns: int) -> int:
+    """Bytes of a row of so many numbers."""
+    numbers, nbytes = block(kind)
     return columns // numbers * nbytes
 
 
 def decode(raw: bytes | bytearray, kind: str, columns: int) -> np.ndarray:
     """The numbers of stored rows, fp32 (rows, columns), by the `gguf` package."""
     import numpy as np
-    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+    from gguf.constants import GGMLQuantizationType
     from gguf.quants import dequantize
 
-    numbers, nbytes = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
+    numbers, nbytes = block(kind)
     # the package takes 16 rows at a time; blocks know no rows, so these may have the length that is fastest
     together = math.gcd(len(raw) // nbytes, max(1, FASTEST // numbers))
     blocks = np.frombuffer(raw, np.uint8).reshape(-1, together * nbytes)

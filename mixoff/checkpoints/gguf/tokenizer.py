@@ -35,7 +35,7 @@ def _files(metadata: Mapping[str, Any]) -> dict[str, bytes]:
     fields, settings = _fields(metadata)
     if (longest := max(map(len, fields["tokens"]))) > MAX_TOKEN:
         raise ValueError(f"a token of {longest} characters")
-    backend, _ = _converter()(metadata["general.architecture"], fields)
+    backend, _ = _of_transformers().convert_gguf_tokenizer(metadata["general.architecture"], fields)
     for special, key in SPECIAL.items():
         if (token := metadata.get(f"tokenizer.ggml.{key}_token_id")) is not None:
             settings[f"{special}_token"] = fields["tokens"][token]
@@ -63,12 +63,8 @@ def _surround(backend: Any, settings: Mapping[str, Any]) -> None:
 
 def _fields(metadata: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """What the converter of transformers takes, and the settings of the tokenizer, under transformers' names."""
-    try:
-        from transformers.integrations.gguf import GGUF_TOKENIZER_MAPPING
-    except ImportError:  # before transformers 5.2x
-        from transformers.integrations.ggml import GGUF_TOKENIZER_MAPPING
-    groups = []
-    for names in (GGUF_TOKENIZER_MAPPING["tokenizer"], GGUF_TOKENIZER_MAPPING["tokenizer_config"]):
+    mapping, groups = _of_transformers().GGUF_TOKENIZER_MAPPING, []
+    for names in (mapping["tokenizer"], mapping["tokenizer_config"]):
         values = {theirs: metadata.get(f"tokenizer.{key}") for key, theirs in names.items()}
         groups.append({k: v.read() if isinstance(v, Array) else v for k, v in values.items() if v is not None})
     if groups[0].get("tokenizer_type") == "llama":
@@ -76,9 +72,10 @@ def _fields(metadata: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]
     return groups[0], groups[1]
 
 
-def _converter() -> Any:
+def _of_transformers() -> Any:
+    """transformers' module for GGUF."""
     try:
-        from transformers.integrations.gguf import convert_gguf_tokenizer
-    except ImportError:
-        from transformers.integrations.ggml import convert_gguf_tokenizer
-    return convert_gguf_tokenizer
+        from transformers.integrations import gguf
+    except ImportError:  # before transformers 5.2x
+        from transformers.integrations import ggml as gguf
+    return gguf
