@@ -40,7 +40,7 @@ ABLATIONS = {
     "without LRU cache and pre-loading": {"prefetch": "none", "policy": "none"},
     "naive offloading (layer by layer)": {"prefetch": "none", "policy": "none", "fetch": "layer"},
 }
-PEERS = ("transformers", "accelerate", "mmap", "llama.cpp", "llama.cpp-mapped")
+PEERS = ("transformers", "accelerate", "mmap")
 PROBES = 5  # least number of streaming reads behind a roofline
 TIMEOUT_S = 1800
 # otherwise torch's OpenMP threads spin for milliseconds after each operation, on the cores that our kernels need
@@ -61,7 +61,7 @@ class Settings:
     ablations: whether to run ABLATIONS.
     checkpoint: 16-bit folder for transformers and accelerate.
     gguf: file for llama.cpp.
-    llama_python: Python interpreter with llama-cpp-python.
+    llama_bench: names and commands of llama.cpp's program `llama-bench` and of its forks'.
     name: public name of the model, None for a local folder.
     """
 
@@ -80,7 +80,7 @@ class Settings:
     ablations: bool = False
     checkpoint: str | None = None
     gguf: str | None = None
-    llama_python: str = sys.executable
+    llama_bench: tuple[tuple[str, str], ...] = ()
     name: str | None = None
 
     @property
@@ -101,7 +101,7 @@ def compare(settings: Settings, on_line: Callable[[str], None] = lambda line: No
         for _ in range(settings.rounds):
             for spec in specs:
                 probes += _probes(settings, len(specs))
-                reports[spec.name].append(_run(spec, limit, settings))
+                reports[spec.name].append(_run(spec, limit))
                 on_line(f"{spec.name}: {_result(reports[spec.name][-1])}, memory {probes[-1] / 1e9:.1f} GB/s")
             ours = [runs[-1] for runs in reports.values() if runs[-1].get("kind") == "mixoff"]
             if any(sum(report.get("moved_bytes") or [0]) for report in ours):
@@ -177,15 +177,15 @@ def _specs(settings: Settings, plan: Plan) -> list[Spec]:
     specs = [Spec(name, "mixoff", settings.store, load=ours | options, **common) for name, options in variants.items()]
     for peer in settings.peers:
         specs += _peer(peer, settings, common)
+    for name, command in settings.llama_bench:
+        path = _given(settings.gguf, name, "--gguf FILE")
+        specs.append(Spec(name, "llama-bench", path, load={"command": command}, **common))
     return specs
 
 
 def _peer(peer: str, settings: Settings, common: dict) -> list[Spec]:
     if peer == "mmap":
         return [Spec("memory-mapped, no cache", peer, settings.store, load={"fast_bytes": _least(settings)}, **common)]
-    if peer.startswith("llama.cpp"):  # llama.cpp repacks some weights in memory by default
-        path, repack = _given(settings.gguf, peer, "--gguf FILE"), peer == "llama.cpp"
-        return [Spec(peer, "llama.cpp", path, load={"repack": repack}, **common)]
     path = _given(settings.checkpoint, peer, "--checkpoint FOLDER")
     return [Spec({"accelerate": "accelerate, experts on disk"}.get(peer, peer), peer, path, **common)]
 
@@ -216,13 +216,12 @@ def _probes(settings: Settings, contenders: int) -> list[float]:
     return [probe.read_bandwidth(settings.threads, rounds=1) for _ in range(count)]
 
 
-def _run(spec: Spec, limit: limits.Limit | None, settings: Settings) -> dict:
+def _run(spec: Spec, limit: limits.Limit | None) -> dict:
     """The report of one process, or `{"failure": why}`."""
     if limit:
         limits.forget(Path(spec.path))
-    llama = spec.kind == "llama.cpp"
-    python, module = (settings.llama_python, "llama") if llama else (sys.executable, "contender")
-    words = [*(limit.words if limit else ()), python, "-m", f"mixoff.bench.{module}", spec.to_json()]
+    module = "llama_bench" if spec.kind == "llama-bench" else "contender"
+    words = [*(limit.words if limit else ()), sys.executable, "-m", f"mixoff.bench.{module}", spec.to_json()]
     env = environment(spec.threads, **ENVIRONMENT.get(spec.kind, {}))
     try:
         done = subprocess.run(words, capture_output=True, text=True, env=env, timeout=TIMEOUT_S)

@@ -1,20 +1,22 @@
-"""A GGUF file with the exact shape of a Mixtral and random weights: `python -m mixoff.bench.gguf_file OUT CONFIG_JSON`.
+"""A GGUF file with the exact shape of a Mixtral or a Qwen3-MoE and random weights, for llama.cpp and its forks.
 
 Experts are in Q2_K, attention in Q4_K, embeddings and head in Q6_K, as in llama.cpp's Q2_K mixture. Blocks are random
 codes with scales that give weights of mean zero and a standard deviation of about 0.02. Tensors are windows of one pool
-of blocks. Needs only numpy and the `gguf` package.
+of blocks.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+
+from mixoff.checkpoints.gguf.header import library
+from mixoff.errors import MixoffError
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -24,6 +26,7 @@ BLOCK = 256  # weights per block
 NBYTES = {"Q2_K": 84, "Q4_K": 144, "Q6_K": 210}  # bytes per block
 MOSTLY_Q2_K = 10
 SEED = 0
+ARCHITECTURES = {"mixtral": "llama", "qwen3_moe": "qwen3moe"}  # by transformers' model_type
 
 
 def pool(kind: str) -> np.ndarray:
@@ -61,14 +64,15 @@ FILL = {"Q2_K": _fill_q2, "Q4_K": _fill_q4, "Q6_K": _fill_q6}
 
 
 def tensors(c: dict) -> Iterator[tuple[str, tuple[int, ...], str]]:
-    """Name, shape and kind of each tensor of a Mixtral with configuration `c`."""
-    D, F, E, V = c["hidden_size"], c["intermediate_size"], c["num_local_experts"], c["vocab_size"]
-    narrow = D // c["num_attention_heads"] * c["num_key_value_heads"]
+    """Name, shape and kind of each tensor of a model with configuration `c`."""
+    D, F, E, V, H = c["hidden_size"], _expert_width(c), c["num_local_experts"], c["vocab_size"], _head_width(c)
+    wide, narrow = H * c["num_attention_heads"], H * c["num_key_value_heads"]
+    norms = (("attn_q_norm", (H,), "F32"), ("attn_k_norm", (H,), "F32")) if c["model_type"] == "qwen3_moe" else ()
     yield "token_embd.weight", (V, D), "Q6_K"
     for i in range(c["num_hidden_layers"]):
         for name, shape, kind in (
-            ("attn_norm", (D,), "F32"), ("attn_q", (D, D), "Q4_K"), ("attn_k", (narrow, D), "Q4_K"),
-            ("attn_v", (narrow, D), "Q4_K"), ("attn_output", (D, D), "Q4_K"), ("ffn_norm", (D,), "F32"),
+            ("attn_norm", (D,), "F32"), ("attn_q", (wide, D), "Q4_K"), ("attn_k", (narrow, D), "Q4_K"),
+            ("attn_v", (narrow, D), "Q4_K"), ("attn_output", (D, wide), "Q4_K"), *norms, ("ffn_norm", (D,), "F32"),
             ("ffn_gate_inp", (E, D), "F32"), ("ffn_gate_exps", (E, F, D), "Q2_K"),
             ("ffn_down_exps", (E, D, F), "Q2_K"), ("ffn_up_exps", (E, F, D), "Q2_K"),
         ):  # fmt: skip
@@ -77,16 +81,32 @@ def tensors(c: dict) -> Iterator[tuple[str, tuple[int, ...], str]]:
     yield "output.weight", (V, D), "Q6_K"
 
 
+def _expert_width(c: dict) -> int:
+    return c.get("moe_intermediate_size") or c["intermediate_size"]
+
+
+def _head_width(c: dict) -> int:
+    return c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"]
+
+
 def nbytes(shape: tuple[int, ...], kind: str) -> int:
     """Bytes of a tensor in the file."""
     return 4 * math.prod(shape) if kind == "F32" else math.prod(shape) // BLOCK * NBYTES[kind]
 
 
-def write(out: str, c: dict) -> None:
-    """Write the file, under its name only when it is complete; an existing file is kept."""
-    if os.path.exists(out):
+def write(out: Path, c: dict) -> None:
+    """Write the file, under its name only when it is complete; an existing file is kept.
+
+    c: configuration as a dict. Raises MixoffError for a family that is not in ARCHITECTURES.
+    """
+    if out.exists():
         return
-    writer = _header(out + ".partial", c)
+    if c["model_type"] not in ARCHITECTURES:
+        raise MixoffError(f"no GGUF for {c['model_type']}: llama.cpp is measured on {' and '.join(ARCHITECTURES)} only")
+    library()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(out.name + ".partial")
+    writer = _header(str(partial), c)
     pools, rng = {kind: pool(kind) for kind in FILL}, np.random.default_rng(SEED)
     for name, shape, kind in tensors(c):
         if kind == "F32":
@@ -95,7 +115,7 @@ def write(out: str, c: dict) -> None:
         else:
             writer.write_tensor_data(_window(pools[kind], math.prod(shape) // BLOCK, rng))
     writer.close()
-    os.replace(out + ".partial", out)
+    os.replace(partial, out)
 
 
 def _window(blocks: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
@@ -111,16 +131,19 @@ def _window(blocks: np.ndarray, count: int, rng: np.random.Generator) -> np.ndar
 def _header(path: str, c: dict) -> GGUFWriter:
     from gguf import GGMLQuantizationType, GGUFWriter
 
-    w, V = GGUFWriter(path, "llama"), c["vocab_size"]
+    w, V = GGUFWriter(path, ARCHITECTURES[c["model_type"]]), c["vocab_size"]
     w.add_name("random weights")
     w.add_context_length(c["max_position_embeddings"])
     w.add_embedding_length(c["hidden_size"])
     w.add_block_count(c["num_hidden_layers"])
     w.add_feed_forward_length(c["intermediate_size"])
+    w.add_expert_feed_forward_length(_expert_width(c))
     w.add_head_count(c["num_attention_heads"])
     w.add_head_count_kv(c["num_key_value_heads"])
-    w.add_rope_dimension_count(c["hidden_size"] // c["num_attention_heads"])
-    w.add_layer_norm_rms_eps(1e-5)
+    w.add_key_length(_head_width(c))
+    w.add_value_length(_head_width(c))
+    w.add_rope_dimension_count(_head_width(c))
+    w.add_layer_norm_rms_eps(c["rms_norm_eps"])
     w.add_rope_freq_base(1e6)
     w.add_expert_count(c["num_local_experts"])
     w.add_expert_used_count(c["num_experts_per_tok"])
@@ -152,7 +175,3 @@ def _vocabulary(w: GGUFWriter, size: int) -> None:
     w.add_bos_token_id(1)
     w.add_eos_token_id(2)
     w.add_unk_token_id(0)
-
-
-if __name__ == "__main__":
-    write(sys.argv[1], json.loads(sys.argv[2]))

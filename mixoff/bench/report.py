@@ -105,7 +105,7 @@ def _bytes(reports: Sequence[dict], tokens_per_s: float, read_Bps: float) -> dic
         "bytes_touched_per_token": touched,
         "bytes_moved_per_token": _per_token(reports, "moved_bytes", tokens),
         "bytes_read_per_token": _per_token(reports, "read_bytes", tokens),
-        "load_s": statistics.median(r["load_s"] for r in reports),
+        "load_s": statistics.median(r["load_s"] for r in reports) if "load_s" in first else None,
         "fast_bytes": first.get("fast_bytes"),
         "prefetch": first.get("info", {}).get("prefetch"),
     }

@@ -1,4 +1,4 @@
-"""The task of a contender, the same for all of them. Imports only numpy, since llama.cpp's environment has no torch.
+"""The task of a contender, the same for all of them. Imports only numpy, so that a peer's process stays small.
 
 Letters: **T** tokens, **L** MoE layers, **K** experts per token.
 """
@@ -18,7 +18,7 @@ RECALL = 0.86  # recall of two guessed experts on the bundled model, measured; f
 class Spec:
     """One contender.
 
-    kind: `mixoff`, `mmap`, `transformers`, `accelerate` or `llama.cpp`.
+    kind: `mixoff`, `mmap`, `transformers`, `accelerate` or `llama-bench`.
     path: folder or file of its model.
     warmup: tokens decoded before the clock starts, which also fill the cache.
     routing: preset of `trace.routers`, or `model` for the model's own choice.

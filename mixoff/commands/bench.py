@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -59,10 +58,10 @@ def add(parser: argparse.ArgumentParser) -> None:
     add("--warmup", type=warmup, default=8, metavar="N", help="tokens decoded before the clock starts")
     runs = whole("runs", "measure at least once", 1, 10**6)
     add("--runs", type=runs, metavar="N", help="runs of each contender, in turns (default 3; bundled model: 5)")
-    text = "any of transformers,accelerate,mmap,llama.cpp,llama.cpp-mapped (default none)"
+    text = "any of transformers,accelerate,mmap (default none)"
     add("--peers", metavar="LIST", help=text)
-    text = "Python with llama-cpp-python (default this one)"
-    add("--llama-python", default=sys.executable, metavar="PATH", help=text)
+    text = "llama.cpp's program llama-bench, or a fork's, as a peer: its path and options; may be repeated"
+    add("--llama-bench", action="append", default=[], metavar="[NAME=]COMMAND", help=text)
     add("--checkpoint", metavar="FOLDER", help="16-bit copy of STORE, for transformers and accelerate")
     add("--gguf", metavar="FILE", help="copy of STORE for llama.cpp")
     add("--ablations", action="store_true", help="measure without pre-loading, without a cache, and by layer, too")
@@ -118,6 +117,16 @@ def _peers(args: argparse.Namespace) -> tuple[str, ...]:
     return tuple(filter(None, (args.peers or "").split(",")))
 
 
+def _commands(args: argparse.Namespace) -> tuple[tuple[str, str], ...]:
+    """Names and commands of llama-bench. Raises MixoffError for a name that is given twice."""
+    from mixoff.bench.llama_bench import named
+
+    commands = tuple(map(named, args.llama_bench))
+    if len({name for name, _ in commands}) < len(commands):
+        raise MixoffError("two peers have the same name: give each its own, as in --llama-bench NAME=COMMAND")
+    return commands
+
+
 def _settings(args: argparse.Namespace) -> Settings:
     from mixoff.bench.compare import Settings
 
@@ -138,7 +147,7 @@ def _settings(args: argparse.Namespace) -> Settings:
         memory_limit=None if args.memory_limit is None else parse_nbytes(args.memory_limit),
         peers=_peers(args),
         ablations=args.ablations,
-        llama_python=args.llama_python,
+        llama_bench=_commands(args),
     )
 
 
@@ -163,13 +172,13 @@ def _write_files(args: argparse.Namespace, peers: tuple[str, ...]) -> dict[str, 
     paths = {"store": folder / f"{name}-{args.scheme}"}
     if {"transformers", "accelerate"} & set(peers):
         paths["checkpoint"] = folder / f"{name}-16bit"
-    if any(peer.startswith("llama.cpp") for peer in peers):
+    if args.llama_bench:
         paths["gguf"] = folder / f"{name}-q2_k.gguf"
     schemes = {"store": args.scheme, "checkpoint": "none", "gguf": "mixed"}  # a Q2_K file is as large as a mixed store
     writers: dict[str, Callable[[Path], object]] = {
         "store": lambda path: synthetic.write_store(args.shape, args.scheme, path),
         "checkpoint": lambda path: synthetic.write_checkpoint(args.shape, path),
-        "gguf": lambda path: _write_gguf(args, path),
+        "gguf": lambda path: _write_gguf(args.shape, path),
     }
     for kind, path in paths.items():
         if not path.exists():
@@ -191,13 +200,7 @@ def _ask(path: Path, nbytes: int, yes: bool) -> None:
         raise MixoffError("nothing was written")
 
 
-def _write_gguf(args: argparse.Namespace, path: Path) -> None:
-    from mixoff.bench import synthetic
-    from mixoff.bench.compare import environment
+def _write_gguf(shape: str, path: Path) -> None:
+    from mixoff.bench import gguf_file, synthetic
 
-    config = synthetic.config_of(args.shape).to_json_string(use_diff=False)
-    words = [args.llama_python, "-m", "mixoff.bench.gguf_file", str(path), config]
-    done = subprocess.run(words, capture_output=True, text=True, env=environment(1))
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise MixoffError(f"could not write {path} ({last}): --llama-python names a Python with llama-cpp-python")
+    gguf_file.write(path, synthetic.config_of(shape).to_dict())

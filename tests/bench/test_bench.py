@@ -251,7 +251,7 @@ def at_home(tmp_path, monkeypatch):
     monkeypatch.setattr(probe, "probe", lambda *a, **kw: machine)
     monkeypatch.setattr(probe, "read_bandwidth", lambda threads, rounds: 1e9)
     monkeypatch.setattr(probe, "disk_bandwidth", lambda folder, nbytes, depth: 1e9)
-    monkeypatch.setattr(compare, "_run", lambda spec, limit, settings: contender.run(spec))  # in this process
+    monkeypatch.setattr(compare, "_run", lambda spec, limit: contender.run(spec))  # in this process
     monkeypatch.setattr(doctor, "_findings", lambda *found: ())
     return home
 
@@ -318,7 +318,7 @@ def test_ablations_are_those_of_the_paper(tiny_store):
     [
         (["STORE", "--peers", "vllm"], "unknown peer 'vllm'"),
         (["STORE", "--routing", "real"], "unknown routing 'real'"),
-        (["STORE", "--peers", "llama.cpp"], "--gguf FILE"),
+        (["STORE", "--llama-bench", "llama-bench"], "--gguf FILE"),
         (["STORE", "--peers", "accelerate"], "--checkpoint FOLDER"),
         (["--shape", "mixtral-8x7b", "--folder", "FOLDER"], r"refusing to write 14.8 GiB .* pass --yes"),
     ],

@@ -99,10 +99,15 @@ def read_header(path: Path) -> Header:
         raise CheckpointError(f"{path} cannot be read ({error.strerror or error}): fetch it again") from None
 
 
+def library() -> None:
+    """Raise CheckpointError, with the way out, where the package gguf is missing."""
+    if find_spec("gguf") is None:
+        raise CheckpointError("GGUF files take the package gguf: pip install 'mixoff[gguf]'")
+
+
 def block_sizes() -> dict[int, tuple[str, int, int]]:
     """Name, numbers per block and bytes per block of each type of tensor, by GGUF's number."""
-    if find_spec("gguf") is None:
-        raise CheckpointError("a GGUF file is read with the package gguf: pip install 'mixoff[gguf]'")
+    library()
     from gguf.constants import GGML_QUANT_SIZES
 
     return {int(kind): (kind.name, *size) for kind, size in GGML_QUANT_SIZES.items()}
