@@ -49,11 +49,14 @@ def divide(
     - ids: windows of tokens (B, T).
     - bits: bits per weight of experts, metadata included, at most.
 
-    Raises MixoffError for a budget below the least that there is.
+    Raises MixoffError for a budget below the least that there is, and for widths that no form suits.
     """
     sites = model.mixoff.source.sites
     damage = Damage(model, metadata_bits)
     damage.measure(ids)
+    if narrow := sorted({name for (_, name), forms in damage.found.items() if not forms}):
+        least = min(size for _, size in FORMS)
+        raise MixoffError(f"the inputs of {', '.join(narrow)} are no multiple of {least}: leave the budget of bits out")
     nbytes = partial(nbytes_of, sites, metadata_bits)
     chosen = cheapest(damage.found, nbytes, bits * _weights(sites) / 8)
     if chosen is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel
 
 from mixoff.checkpoints.find import Folder, find
 from mixoff.checkpoints.shards import Ranges, Shards
+from mixoff.checkpoints.survey import survey
 from mixoff.conversion import text
 from mixoff.conversion.bits import divide
 from mixoff.conversion.streams import Streams
@@ -25,9 +27,10 @@ from mixoff.loading.load import load
 from mixoff.quantize.scheme import LAST, Scheme
 from mixoff.shapes.sites import slot_nbytes
 from mixoff.store import convert as store
-from mixoff.store import making
+from mixoff.store import kept, making
 from mixoff.store.convert import Report
 from mixoff.store.making import Making, Options, Step
+from mixoff.store.manifest import MANIFEST
 from mixoff.store.source import open_source
 
 SLOTS = 4  # experts of the original model in memory
@@ -54,7 +57,7 @@ def convert(
     - target: the folder to create; it appears only when the store is complete.
     - scheme: bits for each part of the model, a `Scheme` or a preset's name; `"none"` keeps every weight as it is.
     - calibrate: text to quantize for, a file or `"default"`; None needs no text, and is faster. A model on the Hub is
-      then fetched as a whole.
+      then fetched as a whole, and encoded weights (fp8, MXFP4, GGUF) are copied in 16 bits beside the target first.
     - bits: bits per weight of experts, metadata included, to divide among layers and matrices where they help most;
       None takes those of the scheme. Needs `calibrate`.
     - revision: branch, tag or commit of a model on the Hub.
@@ -89,23 +92,38 @@ def run(
     scheme = Scheme.preset(scheme) if isinstance(scheme, str) else scheme
     if not scheme.precisions():
         raise MixoffError("scheme 'none' quantizes nothing, so there is nothing to calibrate: choose another scheme")
-    folder = _plain(find(source, revision))
+    folder = _original(find(source, revision))
     given = _text(folder, calibrate)
-    if bits is not None:
-        scheme = divided(folder, scheme, given, bits, options)
-    return store.run(folder.path, target, scheme, None, options, Calibrated(folder, given))
+    with _in_16_bits(folder, Path(target), options) as original:
+        if bits is not None:
+            scheme = divided(original, scheme, given, bits, options)
+        return store.run(folder, target, scheme, None, options, Calibrated(original, given))
 
 
-def _plain(folder: Folder) -> Folder:
+def _original(folder: Folder) -> Folder:
     """The folder, if its weights can be calibrated."""
-    if folder.is_store:
-        raise CheckpointError(f"{folder} is already a store: calibrate the original model")
-    if folder.kind not in ("plain", "config"):
-        raise CheckpointError(
-            f"{folder} stores weights as {folder.kind}, which cannot be calibrated: leave --calibrate out, or use the "
-            "16-bit original of this model"
-        )
+    if folder.is_quantized:
+        what = "already a store" if folder.is_store else "quantized already"
+        raise CheckpointError(f"{folder} is {what}: calibrate the original model")
     return folder
+
+
+@contextmanager
+def _in_16_bits(folder: Folder, target: Path, options: Options) -> Iterator[Folder]:
+    """A folder that experts are read from, expert by expert: itself, or for encoded weights a copy in 16 bits.
+
+    The copy is beside the target, as large as the model in 16 bits. It is removed at the end, but stays for the next
+    attempt if this one fails.
+    """
+    if not folder.checkpoint().not_in_place:
+        yield folder
+        return
+    name = kept.name_of(folder, Scheme()).rpartition("-")[2]
+    copy = target.with_name(f"{target.name}.16bit-{name}")
+    if not (copy / MANIFEST).exists():
+        store.run(folder, copy, Scheme(), None, options)
+    yield Folder(copy)
+    shutil.rmtree(copy)
 
 
 @dataclass(frozen=True)
@@ -119,12 +137,11 @@ class Widths:
 
     @classmethod
     def of(cls, folder: Folder) -> Widths:
-        """Those of the plain checkpoint in `folder`, from its headers."""
-        source = open_source(folder)
-        source.close()
-        last = [(s.transposed, part.shape) for s in source.sites for part in s.parts if part.name == LAST]
-        arena = SLOTS * slot_nbytes(source.sites) + reference.scratch_nbytes(source.sites, torch.float32)
-        backbone = sum(math.prod(t.shape) for t in source.backbone.values())
+        """Those of the checkpoint in `folder`, from its headers."""
+        found = survey(folder.checkpoint())
+        last = [(s.transposed, part.shape) for s in found.sites for part in s.parts if part.name == LAST]
+        arena = SLOTS * slot_nbytes(found.sites) + reference.scratch_nbytes(found.sites, torch.float32)
+        backbone = sum(math.prod(t.shape) for t in found.backbone.values())
         shapes = [shape[::-1] if transposed else shape for transposed, shape in last]
         return cls(shapes[0][0], max(F for _, F in shapes), backbone, arena)
 
@@ -147,7 +164,7 @@ class Widths:
 
 def needs(source: str | Path, calibrate: str | Path) -> tuple[int, int]:
     """Tokens of a calibrated conversion, and the most bytes of memory that it takes (modelled)."""
-    folder = _plain(find(source))
+    folder = _original(find(source))
     tokens = _text(folder, calibrate).tokens
     return tokens, Widths.of(folder).nbytes(tokens)
 
@@ -160,7 +177,7 @@ def divided(folder: Folder, scheme: Scheme, given: text.Calibration, bits: float
     """`scheme` with a budget of bits for experts divided among layers and matrices."""
     if scheme.experts is None:
         raise MixoffError(f"{bits} bits are for experts, which this scheme does not quantize: choose another scheme")
-    with _threads(options), _original(folder) as model:
+    with _threads(options), _opened(folder) as model:
         by_layer = divide(model, given.ids, bits, scheme.metadata_bits)
     return replace(scheme, by_layer=by_layer)
 
@@ -178,7 +195,10 @@ def _threads(options: Options) -> Iterator[int]:
 
 @dataclass(frozen=True)
 class Calibrated:
-    """Writes the weights of a store, calibrated on text; see `store.convert.run`."""
+    """Writes the weights of a store, calibrated on text; see `store.convert.run`.
+
+    folder: a plain checkpoint, or a store in 16 bits
+    """
 
     folder: Folder
     given: text.Calibration
@@ -192,7 +212,7 @@ class Calibrated:
         """Write what is not done yet; returns the bytes of weights that were read."""
         with (
             _threads(options) as jobs,
-            _original(self.folder) as model,
+            _opened(self.folder) as model,
             ThreadPoolExecutor(jobs) as pool,
             making.bar(files, options.progress) as shown,
         ):
@@ -206,7 +226,7 @@ class Calibrated:
 
 
 @contextmanager
-def _original(folder: Folder) -> Iterator[PreTrainedModel]:
+def _opened(folder: Folder) -> Iterator[PreTrainedModel]:
     """The model before quantization, in fp32, with a few experts in memory at a time."""
     source = open_source(folder)
     source.close()

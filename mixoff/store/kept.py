@@ -41,7 +41,7 @@ def store_of(folder: Folder, scheme: Scheme) -> Path:
     """
     from filelock import FileLock
 
-    target = stores() / _name(folder, scheme)
+    target = stores() / name_of(folder, scheme)
     if (target / MANIFEST).exists():
         return target
     try:
@@ -59,7 +59,8 @@ def store_of(folder: Folder, scheme: Scheme) -> Path:
     return target
 
 
-def _name(folder: Folder, scheme: Scheme) -> str:
+def name_of(folder: Folder, scheme: Scheme) -> str:
+    """A name for the checkpoint in `folder` in `scheme`, another one for changed files."""
     shards = LocalShards(folder.checkpoint())
     path = (folder.gguf or folder.path).resolve()
     facts = __version__, FORMAT, VERSION, scheme, str(path), shards.identity(), shards.side_files()

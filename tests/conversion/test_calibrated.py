@@ -6,11 +6,13 @@ import logging
 import re
 import shutil
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import encoded_models
 import mixoff
 from mixoff import CheckpointError, MixoffError, Scheme
 from mixoff.commands import cli
@@ -226,3 +228,34 @@ def test_memory_is_told_beforehand(small, words):
     assert 1500 < tokens < text.MOST_TOKENS
     report = convert.run(small, small.parent / "measured", SCHEME, words, options=making.Options(1, progress=False))
     assert report.peak_nbytes <= nbytes
+
+
+@pytest.mark.parametrize(("kind", "budget"), [("fp8", None), ("mxfp4", 3.5)])
+def test_encoded_weights_are_calibrated_as_what_they_decode_to(kind, budget, tmp_path, monkeypatch):
+    """Experts are those of the decoded model; the copy in 16 bits stays for the next attempt, and goes at the end."""
+    write = {"fp8": partial(encoded_models.write_fp8, scales="blocks"), "mxfp4": encoded_models.write_mxfp4}
+    encoded, original = write[kind](tmp_path)
+    ids = torch.randint(3, 128, (8, 64), generator=torch.Generator().manual_seed(1))
+    monkeypatch.setattr(text, "read", lambda *_: text.Calibration(ids, "random"))
+    out, options = tmp_path / "stores", making.Options(1)
+
+    def fail(*_):
+        raise MixoffError("stopped")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(convert.Streams, "run", fail)
+        with pytest.raises(MixoffError, match="stopped"):
+            convert.run(encoded, out / "a", SCHEME, "default", budget, options=options)
+    assert [p.name for p in out.iterdir() if not p.name.endswith(".partial")] == [p.name for p in out.glob("a.16bit-*")]
+    for name, folder in (("a", encoded), ("b", original)):
+        convert.run(folder, out / name, SCHEME, "default", budget, options=options)
+    assert {p.name for p in out.iterdir()} == {"a", "b"} and mixoff.verify(out / "a", full=True)
+    a, b = ({p.name: p.read_bytes() for p in (out / name).glob("experts-*")} for name in ("a", "b"))
+    assert a == b and a
+
+
+def test_widths_that_no_form_suits_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(text, "read", lambda *_: text.Calibration(torch.arange(3, 67)[None], "few"))
+    with pytest.raises(MixoffError, match="are no multiple of 32: leave the budget of bits out"):
+        mixoff.convert(save_random(tmp_path / "m", "deepseek_v3"), tmp_path / "s", SCHEME, calibrate="default", bits=3)
+    assert not (tmp_path / "s").exists()
