@@ -10,7 +10,7 @@ states and with those of the quantized model:
 
 So whatever comes before a matrix is already quantized when its turn comes, in any family that transformers has. Experts
 are read one at a time, and each computes for both streams while it is in memory; the original layer is then called
-again, to go on from what its experts put out. A conversion that was killed runs again through what is done, with the
+again, with what its parts put out the first time, to go on from what its experts put out. A conversion that was killed runs again through what is done, with the
 weights of the store, and goes on to the same bytes.
 """
 
@@ -79,6 +79,7 @@ class Streams:
         ] = {}  # inputs of the last norm, by stream: what the experts' output is added to
         self.shared: tuple[tuple, Any] | None = None  # Hessian of the last inputs, which q, k and v have in common
         self.answer: Tensor | None = None  # what a layer's experts put out in the original stream
+        self.before: dict[nn.Module, list] = {}  # what its other parts put out there, call by call
         self.spent: list[nn.Linear] = []  # matrices of the layer that are quantized
         self.few: dict[int, dict[int, int]] = {}  # tokens of the experts that got few, by layer
 
@@ -118,11 +119,14 @@ class Streams:
             module.forward = partial(method, module, module.forward)  # type: ignore[method-assign]
             changed.append(module)
 
+        experts = set(expert_modules(self.model).values())
         for layer in self.model.get_submodule(self.prefix).children():
             change(layer, self._layer)
             for child in layer.children():
                 if "norm" in type(child).__name__.lower():
                     change(child, self._norm)
+                elif not experts & set(child.modules()):
+                    change(child, self._part)
         for site, module in enumerate(expert_modules(self.model).values()):
             change(module, partial(self._experts, site))
         for name, linear in self._linears().items():
@@ -149,6 +153,7 @@ class Streams:
             linear.weight.data = linear.weight.data.new_empty(0)  # it is not needed any more
         self.spent.clear()
         self.noted.clear()
+        self.before.clear()
         self.shared = None
         return out
 
@@ -158,6 +163,16 @@ class Streams:
             return forward(self.x, *args, **kwargs)
         finally:
             self.original = False
+
+    def _part(self, part: nn.Module, forward: Callable, *args: Any, **kwargs: Any) -> Any:
+        """Attention, or whatever else a layer has beside its experts: computed once in the original stream."""
+        if not self.original:
+            return forward(*args, **kwargs)
+        if self.answer is not None:
+            return self.before[part].pop(0)
+        out = forward(*args, **kwargs)
+        self.before.setdefault(part, []).append(out)
+        return out
 
     def _norm(self, norm: nn.Module, forward: Callable, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         self.entered[self.original] = hidden
