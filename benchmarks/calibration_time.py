@@ -4,7 +4,8 @@
 
 The layer has the shape's widths and experts, random weights and the bundled tokenizer. Printed: seconds of each step,
 also per million weights of the layer, measured; hours of all layers, modelled as that many times one layer; and the
-peak of memory next to what was promised.
+peak of memory next to what was promised. CPU seconds are those of all threads, divided by their number: what the step
+takes where nothing else runs.
 """
 
 import argparse
@@ -32,11 +33,11 @@ STEPS = {  # what is timed: module, function, and what the table calls it
 
 
 class Clock:
-    """Seconds by step, without those of steps inside it."""
+    """Seconds and CPU seconds by step, without those of steps inside it."""
 
     def __init__(self) -> None:
-        self.seconds: Counter = Counter()
-        self.inside: list[float] = []
+        self.seconds, self.cpu = Counter(), Counter()
+        self.inside: list[list[float]] = []
 
     def watch(self, step: str, module: object, name: str) -> None:
         """Count what a function of a module takes."""
@@ -44,17 +45,24 @@ class Clock:
 
         @wraps(function)
         def timed(*args: object, **kwargs: object) -> object:
-            self.inside.append(0.0)
-            started = time.perf_counter()
+            self.inside.append([0.0, 0.0])
+            started = clocks()
             try:
                 return function(*args, **kwargs)
             finally:
-                taken = time.perf_counter() - started
-                self.seconds[step] += taken - self.inside.pop()
+                taken = [now - then for now, then in zip(clocks(), started, strict=True)]
+                inside = self.inside.pop()
+                self.seconds[step] += taken[0] - inside[0]
+                self.cpu[step] += taken[1] - inside[1]
                 if self.inside:
-                    self.inside[-1] += taken
+                    self.inside[-1] = [a + b for a, b in zip(self.inside[-1], taken, strict=True)]
 
         setattr(module, name, timed)
+
+
+def clocks() -> tuple[float, float]:
+    """Wall clock and CPU time of all threads, seconds."""
+    return time.perf_counter(), time.process_time()
 
 
 def checkpoint(shape: str, folder: Path) -> tuple[Path, int]:
@@ -80,18 +88,22 @@ def main() -> None:
         source, layers = checkpoint(arguments.shape, Path(temporary))
         tokens, promised = convert.needs(source, "default")
         options = Options(arguments.jobs, progress=False)
-        started = time.perf_counter()
+        started = clocks()
         report = convert.run(source, Path(temporary) / "store", arguments.scheme, "default", options=options)
-        total = time.perf_counter() - started
+        total, cpu = (now - then for now, then in zip(clocks(), started, strict=True))
     clock.seconds["the rest"] = total - sum(clock.seconds.values())
+    clock.cpu["the rest"] = cpu - sum(clock.cpu.values())
     million = report.source_nbytes / 2e6
     print(
         f"One layer of {arguments.shape}, {million:,.0f} million weights, {tokens:,} tokens, {arguments.jobs} threads"
     )
-    print(_table.head("step", "seconds", "per million weights"))
-    for step, seconds in [*clock.seconds.most_common(), ("all", total)]:
-        print(_table.line([step, f"{seconds:.1f}", f"{seconds / million:.3f}"]))
-    print(f"\n{layers} layers, modelled: {layers * total / 3600:.1f} hours")
+    print(_table.head("step", "seconds", "CPU seconds per thread", "these per million weights"))
+    clock.seconds["all"], clock.cpu["all"] = total, cpu
+    for step, seconds in reversed(clock.seconds.most_common()):
+        alone = clock.cpu[step] / arguments.jobs
+        print(_table.line([step, f"{seconds:.1f}", f"{alone:.1f}", f"{alone / million:.3f}"]))
+    hours = [layers * s / 3600 for s in (total, cpu / arguments.jobs)]
+    print(f"\n{layers} layers, modelled: {hours[0]:.1f} hours, {hours[1]:.1f} where nothing else runs")
     print(f"Memory, GiB: {report.peak_nbytes / 2**30:.1f} measured, {promised / 2**30:.1f} promised")
 
 

@@ -42,6 +42,13 @@ class Vectors:
         """Store a vector, or one number."""
         self.b.store(value, self.b.inttoptr(address, value.type.as_pointer()), align=4)
 
+    def prefetch(self, address: ir.Value) -> None:
+        """Prefetch the cache line at `address`; any address is allowed."""
+        pointer = ir.IntType(8).as_pointer()
+        kind = ir.FunctionType(ir.VoidType(), [pointer, I32, I32, I32])
+        function = self.b.module.declare_intrinsic("llvm.prefetch", [pointer], kind)
+        self.b.call(function, [self.b.inttoptr(address, pointer), I32(0), I32(3), I32(1)])
+
     def everywhere(self, address: ir.Value) -> ir.Value:
         """The number at `address` in all lanes."""
         value = self.b.load(self.b.inttoptr(address, F32.as_pointer()), align=4)
@@ -125,7 +132,10 @@ def dot(typingctx, narrow, x, w, D):
 
 @intrinsic(prefer_literal=True)
 def scores(typingctx, heads, narrow, q, q_row, k, D, T, out, out_row):
-    """out[h, t] = q[h] . k[t] for `heads` queries, D a multiple of 16; rows of q and out are so many bytes apart."""
+    """out[h, t] = q[h] . k[t] for `heads` queries, D a multiple of 16; rows of q and out are so many bytes apart.
+
+    The T keys that follow are prefetched, here and in `mixture`: those of the next call.
+    """
     number = heads.literal_value
 
     def generate(context, builder, signature, arguments):
@@ -139,7 +149,9 @@ def scores(typingctx, heads, narrow, q, q_row, k, D, T, out, out_row):
                 key = builder.add(k, builder.mul(t, builder.mul(D, I64(item))))
 
                 def body(i, sums):
-                    values = v.read(v.moved(key, i, item * LANES), is_narrow)
+                    place = v.moved(key, i, item * LANES)
+                    v.prefetch(builder.add(place, builder.mul(T, builder.mul(D, I64(item)))))
+                    values = v.read(place, is_narrow)
                     at = [v.read(v.moved(query, i, 4 * LANES), False) for query in queries]
                     return [v.fma(one, values, total) for one, total in zip(at, sums, strict=True)]
 
@@ -173,7 +185,9 @@ def mixture(typingctx, heads, narrow, p, p_row, values, D, T, out, out_row):
 
                 def body(t, sums):
                     row = builder.add(values, builder.mul(t, builder.mul(D, I64(item))))
-                    value = v.read(v.moved(row, i, item * LANES), is_narrow)
+                    place = v.moved(row, i, item * LANES)
+                    v.prefetch(builder.add(place, builder.mul(T, builder.mul(D, I64(item)))))
+                    value = v.read(place, is_narrow)
                     factors = [v.everywhere(v.moved(share, t, 4)) for share in shares]
                     return [v.fma(factor, value, total) for factor, total in zip(factors, sums, strict=True)]
 
