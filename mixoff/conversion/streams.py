@@ -10,8 +10,8 @@ states and with those of the quantized model:
 
 So whatever comes before a matrix is already quantized when its turn comes, in any family that transformers has. Experts
 are read one at a time, and each computes for both streams while it is in memory; the original layer is then called
-again, with what its parts put out the first time, to go on from what its experts put out. A conversion that was killed runs again through what is done, with the
-weights of the store, and goes on to the same bytes.
+again, with what its parts put out the first time, to go on from what its experts put out. A conversion that was killed
+runs again through what is done, with the weights of the store, and goes on to the same bytes.
 """
 
 from __future__ import annotations
