@@ -36,7 +36,6 @@ COUNTED = (
     "hits", "misses", "evictions", "bytes_moved", "prefetches", "prefetch_hits", "prefetch_wasted_bytes", "ram_hits",
     "ram_bytes_moved",
 )  # fmt: skip
-PHASES = ("attention", "router", "experts", "waiting", "other")
 
 
 def run(spec: Spec) -> dict:
@@ -222,7 +221,8 @@ class Phases:
     """Time per token by phase, from hooks on modules: `with Phases(model) as phases: ...; phases.per_token()`.
 
     `experts` is their computation, from the runtime's events. `waiting` is the rest of the expert layers: waiting for
-    fetches, and the runtime itself. Passes of more than one token are left out.
+    fetches, and the runtime itself. Passes of more than one token are left out. A decode step compiled as a whole is
+    timed by its two halves: hooks on modules would make it give way to them. Its router counts as attention.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -230,13 +230,19 @@ class Phases:
         self.seconds: dict[str, float] = defaultdict(float)  # by phase
         self.tokens, self.computing, self.decoding = 0, 0.0, False
         self.handles: list[Any] = []
+        self.wrapped: list[tuple[Any, str]] = []
         self.events: list[Event] = []
 
     def __enter__(self) -> Phases:
         self._time(self.model, "total")
-        for name, module in self.model.named_modules():
-            if phase := _phase(name, self.experts):
-                self._time(module, phase)
+        if self.compiled:
+            for layer in self.model.mixoff.step.layers:
+                self._wrap(layer, "_run", "attention")
+                self._wrap(layer, "_serve", "experts")
+        else:
+            for name, module in self.model.named_modules():
+                if phase := _phase(name, self.experts):
+                    self._time(module, phase)
         if hasattr(self.model, "mixoff"):
             self.end = self.model.mixoff.on_event(self._on_event)
         return self
@@ -246,9 +252,31 @@ class Phases:
         """Modules that hold the experts of a layer, by name."""
         return expert_modules(self.model)
 
+    @property
+    def compiled(self) -> bool:
+        """Whether programs compute whole layers of single tokens."""
+        step = getattr(getattr(self.model, "mixoff", None), "step", None)
+        return step is not None and any(layer.experts is not None for layer in step.layers)
+
+    def _wrap(self, layer: Any, method: str, phase: str) -> None:
+        """Time a method of a layer of the decode step."""
+        inner = getattr(layer, method)
+
+        def timed(*args: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return inner(*args)
+            finally:
+                self.seconds[phase] += time.perf_counter() - start
+
+        setattr(layer, method, timed)
+        self.wrapped.append((layer, method))
+
     def __exit__(self, *exc: object) -> None:
         for handle in self.handles:
             handle.remove()
+        for layer, method in self.wrapped:
+            delattr(layer, method)
         if hasattr(self.model, "mixoff"):
             self.end()
 
@@ -289,6 +317,8 @@ class Phases:
         """Seconds per token by phase."""
         s, computing = self.seconds, self.computing or self.seconds["experts"]
         parts = {"attention": s["attention"], "router": s["router"], "experts": computing}
+        if self.wrapped:
+            del parts["router"]
         parts["waiting"] = s["experts"] - computing
         parts["other"] = s["total"] - s["attention"] - s["router"] - s["experts"]
         return {name: seconds / max(self.tokens, 1) for name, seconds in parts.items()}

@@ -216,5 +216,6 @@ def _table(columns: dict, rows: Sequence[Row]) -> list[str]:
 
 def _phases(rows: Sequence[Row]) -> list[str]:
     known = [row for row in rows if row.phases_ms]
-    phases = {name: lambda r, name=name: _number(r.phases_ms[name], 1) for name in known[0].phases_ms or ()}
+    names = {name: None for row in reversed(known) for name in row.phases_ms or ()}
+    phases = {name: lambda r, name=name: _number(r.phases_ms.get(name), 1) for name in names}
     return _table({"contender": lambda r: r.name, **phases}, known)
