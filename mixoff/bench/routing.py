@@ -22,10 +22,11 @@ from mixoff.shapes import config
 
 if TYPE_CHECKING:
     from mixoff.runtime.prefetch import Guesses
+    from mixoff.runtime.runtime import Runtime
 
 
 class Routing:
-    """Hooks on a model that replace its choice of experts.
+    """Replaces a model's choice of experts: by the runtime's `reroute`, or by hooks on a model without a runtime.
 
     trace: experts (T, L, K) to use, repeated from the start when it ends; None leaves the choice to the model.
     guesses: experts (T, L, K) that prefetching expects, in place of those of random routers.
@@ -42,21 +43,36 @@ class Routing:
         self.chosen: list[np.ndarray] = []
         self.forced: tuple[int, Sequence[torch.Tensor]] = (-1, ())  # a token, and its experts (1, K) by layer
         self.undo = ExitStack()
+        if hasattr(model, "mixoff"):
+            self._take_over(model.mixoff)
+            if guesses is not None:
+                self._guess(model.mixoff.guesses, guesses)
+            return
         for i, module in enumerate(modules):
             hook = module.register_forward_pre_hook(self._hook(i), with_kwargs=True)
             self.undo.callback(hook.remove)
-        if guesses is not None and hasattr(model, "mixoff"):
-            self._guess(model.mixoff.guesses, guesses)
 
     def detach(self) -> None:
         """Give the choice back to the model."""
         self.undo.close()
 
+    def _take_over(self, runtime: Runtime) -> None:
+        def reroute(site: int, choice: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return self._choose(site, choice), weights
+
+        self.undo.callback(setattr, runtime, "reroute", runtime.reroute)
+        runtime.reroute = reroute
+
+    def _choose(self, layer: int, original: torch.Tensor) -> torch.Tensor:
+        """The choice in a layer, which is recorded; `original` is the model's own."""
+        choice = original if self.table is None else self._forced(self.table, layer, original)
+        self._record(layer, choice)
+        return choice
+
     def _hook(self, layer: int) -> Callable:
         def hook(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
             original = args[1] if len(args) > 1 else kwargs["top_k_index"]
-            choice = original if self.table is None else self._forced(self.table, layer, original)
-            self._record(layer, choice)
+            choice = self._choose(layer, original)
             if len(args) > 1:
                 return (args[0], choice, *args[2:]), kwargs
             return args, kwargs | {"top_k_index": choice}

@@ -76,16 +76,19 @@ def test_guesses_are_right_as_often_as_asked_and_wrong_otherwise():
     assert not (wrong[..., None] == trace[..., None, :]).any()
 
 
-@pytest.mark.parametrize("kind", ["mixoff", "transformers"])
-def test_a_forced_model_asks_for_the_trace_s_experts(checkpoint, kind):
+@pytest.mark.parametrize("kind", ["mixoff", "transformers", "compiled"])
+def test_a_forced_model_asks_for_the_trace_s_experts(checkpoint, tiny_store, kind):
     trace = routing.synthetic("uniform", None, 4, 2, layers=3, tokens=20)
-    model = contender.LOADERS[kind](Spec("x", kind, str(checkpoint), load={"fast_bytes": "10MB"}))
+    path, kind = (tiny_store, "mixoff") if kind == "compiled" else (checkpoint, kind)
+    model = contender.LOADERS[kind](Spec("x", kind, str(path), load={"fast_bytes": "10MB"}))
     choice = routing.Routing(model, trace)
     with torch.no_grad():
         _, cache = advance(model, torch.arange(5)[None])
         for token in range(5, 9):
             _, cache = advance(model, torch.tensor([[token]]), cache)
     assert np.array_equal(np.stack(choice.chosen), trace[5:9])
+    if path == tiny_store:  # programs compute the tokens, as without a trace
+        assert all(layer.experts is not None for layer in model.mixoff.step.layers)
     choice.detach()
     with torch.no_grad():
         model(torch.tensor([[1]]))
