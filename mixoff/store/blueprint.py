@@ -107,7 +107,7 @@ def lay_out(checkpoint: Checkpoint, scheme: Scheme) -> Blueprint:
 def _warn_of_unused(checkpoint: Checkpoint, unused: set[str]) -> None:
     if unused:
         some = ", ".join(sorted(unused)[:3]) + ", …" * (len(unused) > 3)
-        log.warning("%s has %d tensors that its model does not use: %s", checkpoint.folder, len(unused), some)
+        log.warning("%s has %d tensors that its model does not use: %s", checkpoint.name, len(unused), some)
 
 
 def _place_experts(plan: Blueprint, plain: Iterable[Site], extents: dict[tuple[int, int], list[Extent]]) -> None:

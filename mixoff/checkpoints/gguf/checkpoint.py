@@ -108,6 +108,10 @@ class GgufCheckpoint(Checkpoint):
         return f"model-{self.files.index(file) + 1:05d}-of-{len(self.files):05d}.safetensors"
 
     @property
+    def name(self) -> str:
+        return str(self.source)
+
+    @property
     def not_in_place(self) -> str:
         return f"{self.source} is a GGUF, from which experts cannot be served"
 
@@ -136,7 +140,7 @@ class GgufCheckpoint(Checkpoint):
         if rows.heads and len(t.shape) == 1:  # a bias: each number is a row
             shape = shape[::-1]
         dtype = DTYPES[self.tensors[name].dtype]
-        return GgufExtent(t.file, t.offset, place, nbytes, t.kind, shape, rows, dtype)
+        return GgufExtent(t.file, t.offset, place, nbytes, t.kind, dtype, shape, rows)
 
     def extents(self, sites: Sequence[Site]) -> dict[tuple[int, int], list[Extent]]:
         return {
@@ -172,7 +176,7 @@ class GgufCheckpoint(Checkpoint):
         stored = (shape[0], shape[1] if len(shape) > 1 else 1)
         slab = t.nbytes // t.shape[0]
         offset = t.offset + e * slab + skipped * (slab // t.shape[1])
-        return GgufExtent(t.file, offset, part.offset, part.nbytes, t.kind, stored, rows, part.dtype, transposed)
+        return GgufExtent(t.file, offset, part.offset, part.nbytes, t.kind, part.dtype, stored, rows, transposed)
 
 
 def _core(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -1,0 +1,149 @@
+"""Weights of whole numbers with a scale and a zero for each group of inputs: `w = (q - zero) * scale`.
+
+GPTQ packs codes along the inputs (Frantar et al., arXiv 2210.17323, in AutoGPTQ's layout), AWQ along the outputs in an
+order of its own (Lin et al., arXiv 2306.00978, AutoAWQ's `gemm`), compressed-tensors along the inputs of each row.
+Letters: **N** outputs, **K** inputs, **G** group size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mixoff.checkpoints.checkpoint import Read
+from mixoff.checkpoints.packed.matrix import Matrix, Piece
+from mixoff.errors import CheckpointError
+from mixoff.quantize.layout import unpack
+
+AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # where in a word the codes of eight neighbouring outputs are
+
+
+@dataclass(frozen=True)
+class Integers(Matrix):
+    """Codes of `bits` bits, with a scale and a zero per group of inputs.
+
+    - bits: bits per code.
+    - groups: groups of each row.
+    """
+
+    bits: int
+    groups: int
+
+    @property
+    def group_size(self) -> int:
+        """Neighbouring inputs that share a scale, unless `order` says otherwise."""
+        return self.shape[1] // self.groups
+
+    def codes(self, read: Read) -> Iterator[Piece]:
+        """The codes, uint8, in pieces."""
+        raise NotImplementedError
+
+    def grid(self, read: Read) -> tuple[Tensor, Tensor]:
+        """Scale and zero of each group, fp32 (N, K/G) each."""
+        raise NotImplementedError
+
+    def order(self, read: Read) -> Tensor | None:
+        """Group of each input (K,), for GPTQ's act-order; None where groups are neighbours.
+
+        Raises CheckpointError for a group that does not exist.
+        """
+        if "g_idx" not in self.parts:
+            return None
+        groups = self.whole("g_idx", read).long()
+        if groups.min() < 0 or groups.max() >= self.groups:
+            raise CheckpointError(
+                f"{self.parts['g_idx'].file} puts an input into group {int(groups.max())} of {self.groups}: it is "
+                "damaged, fetch it again"
+            )
+        return None if torch.equal(groups, torch.arange(self.shape[1]) // self.group_size) else groups
+
+    def pieces(self, read: Read) -> Iterator[Piece]:
+        (scale, zero), order = self.grid(read), self.order(read)
+        order = torch.arange(self.shape[1]) // self.group_size if order is None else order
+        for rows, columns, codes in self.codes(read):
+            of = order[columns]
+            yield rows, columns, (codes.float() - zero[rows][:, of]) * scale[rows][:, of]
+
+
+@dataclass(frozen=True)
+class Gptq(Integers):
+    """qweight int32 (K * bits / 32, N), qzeros int32 (K/G, N * bits / 32), scales (K/G, N), g_idx int32 (K,).
+
+    - offset: what has to be added to a stored zero: 1, or 0 in version 2 of the layout.
+    """
+
+    offset: int
+
+    def codes(self, read: Read) -> Iterator[Piece]:
+        N, K = self.shape
+        per = 32 // self.bits
+        for start, stop in self.steps(K // per, N * per):
+            words = self.some("qweight", start, stop, read)
+            yield slice(0, N), slice(start * per, stop * per), unpack(words, self.bits, per).T.to(torch.uint8)
+
+    def grid(self, read: Read) -> tuple[Tensor, Tensor]:
+        zeros = unpack(self.whole("qzeros", read).T, self.bits, 32 // self.bits)  # (N, K/G)
+        zeros = (zeros + self.offset) & (2**self.bits - 1)  # as in AutoGPTQ, which stored -1 as all ones
+        return self.whole("scales", read).float().T, zeros.float()
+
+
+@dataclass(frozen=True)
+class Awq(Integers):
+    """qweight int32 (K, N / 8), qzeros int32 (K/G, N / 8), scales (K/G, N); codes of 4 bits."""
+
+    def codes(self, read: Read) -> Iterator[Piece]:
+        N, K = self.shape
+        for start, stop in self.steps(K, N):
+            codes = self._unpacked(self.some("qweight", start, stop, read))  # (k, N)
+            yield slice(0, N), slice(start, stop), codes.T.to(torch.uint8)
+
+    def grid(self, read: Read) -> tuple[Tensor, Tensor]:
+        zeros = self._unpacked(self.whole("qzeros", read)) if "qzeros" in self.parts else torch.full((1, 1), 8)
+        scale = self.whole("scales", read).float().T
+        return scale, zeros.T.float().expand_as(scale)
+
+    def _unpacked(self, words: Tensor) -> Tensor:
+        shifts = 4 * torch.tensor(AWQ_ORDER, dtype=torch.int32)
+        return ((words[..., None] >> shifts) & 15).flatten(1)
+
+
+@dataclass(frozen=True)
+class Packed(Integers):
+    """compressed-tensors: weight_packed int32 (N, K * bits / 32), weight_scale (N, K/G), or (1,) for all.
+
+    weight_zero_point is packed along the outputs, int32 (N * bits / 32, K/G); without it the zero is the middle.
+    """
+
+    def codes(self, read: Read) -> Iterator[Piece]:
+        N, K = self.shape
+        per = 32 // self.bits
+        for start, stop in self.steps(N, K):
+            words = self.some("weight_packed", start, stop, read)
+            codes = unpack(words.T, self.bits, per).T[:, :K]
+            yield slice(start, stop), slice(0, K), codes.to(torch.uint8)
+
+    def grid(self, read: Read) -> tuple[Tensor, Tensor]:
+        N = self.shape[0]
+        scale = self.whole("weight_scale", read).float().reshape(-1, self.groups).expand(N, -1)
+        if "weight_zero_point" not in self.parts:
+            return scale, torch.full_like(scale, 2 ** (self.bits - 1))
+        return scale, self._zeros(self.whole("weight_zero_point", read)).float().reshape(-1, self.groups).expand(N, -1)
+
+    def _zeros(self, stored: Tensor) -> Tensor:
+        if stored.dtype == torch.int32:
+            return unpack(stored, self.bits, 32 // self.bits)[: self.shape[0]]
+        return stored.int() + 2 ** (self.bits - 1)
+
+
+@dataclass(frozen=True)
+class Bytes(Packed):
+    """compressed-tensors: weight int8 (N, K), scale and zero as in `Packed`, zeros int8."""
+
+    def codes(self, read: Read) -> Iterator[Piece]:
+        N, K = self.shape
+        for start, stop in self.steps(N, K):
+            signed = self.some("weight", start, stop, read)
+            yield slice(start, stop), slice(0, K), (signed.short() + 128).to(torch.uint8)
