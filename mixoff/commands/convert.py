@@ -82,16 +82,15 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _losses(source: str, target: Path) -> list[Loss]:
-    """What became of the weights of a GGUF; nothing for other sources, whose weights are kept or quantized alike."""
+    """What became of the weights of an encoded checkpoint; nothing for others, whose weights are all treated alike."""
     from mixoff.checkpoints.find import here
-    from mixoff.checkpoints.gguf.checkpoint import GgufCheckpoint
 
     folder = here(source)
-    if folder is None or folder.gguf is None:
+    if folder is None or folder.kind in ("plain", "published", "config", "store"):
         return []
     from mixoff.store.losses import losses
 
-    return losses(GgufCheckpoint(folder.gguf), target)
+    return losses(folder.checkpoint(), target)
 
 
 def _bits(text: str) -> float:

@@ -115,15 +115,6 @@ class GgufCheckpoint(Checkpoint):
     def not_in_place(self) -> str:
         return f"{self.source} is a GGUF, from which experts cannot be served"
 
-    def kind_of(self, name: str) -> str:
-        """The type in the file of a weight of the backbone."""
-        pair = [self.parts.facts.tensors[half].kind for half in self.joined.get(name, ())]
-        return ", ".join(dict.fromkeys(pair)) or self.stored[name][0].kind
-
-    def plain_sites(self) -> tuple[Site, ...]:
-        """The sites with experts as they are decoded."""
-        return config.expert_sites(self.model, self.expert_dtype())
-
     def expert_names(self) -> set[str]:
         return {name for name in self.tensors if EXPERT.match(name)}
 

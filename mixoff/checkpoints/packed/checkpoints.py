@@ -114,7 +114,9 @@ class GptqCheckpoint(PackedCheckpoint):
         self._expect_part(base, "qzeros", parts["qzeros"], ("I32",), (groups, N // per))
         if "g_idx" in parts:
             self._expect_part(base, "g_idx", parts["g_idx"], ("I32",), (K,))
-        return Gptq(f"gptq {bits} bits g{K // groups}", (N, K), parts, bits, groups, offset)
+        act_order = bool(self.settings.get("desc_act"))
+        kind = f"gptq {bits} bits g{K // groups}" + ", act-order" * act_order
+        return Gptq(kind, (N, K), parts, bits, groups, offset, act_order)
 
 
 class AwqCheckpoint(PackedCheckpoint):

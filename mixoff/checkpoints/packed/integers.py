@@ -37,9 +37,19 @@ class Integers(Matrix):
         """Neighbouring inputs that share a scale, unless `order` says otherwise."""
         return self.shape[1] // self.groups
 
+    @property
+    def in_order(self) -> bool:
+        """Whether groups are neighbouring inputs, as far as headers and configuration say."""
+        return "g_idx" not in self.parts
+
     def codes(self, read: Read) -> Iterator[Piece]:
         """The codes, uint8, in pieces."""
         raise NotImplementedError
+
+    def levels(self, read: Read) -> tuple[Tensor, Tensor]:
+        """Scale of each group, and the weight of code 0, fp32 (N, K/G) each."""
+        scale, zero = self.grid(read)
+        return scale, -zero * scale
 
     def grid(self, read: Read) -> tuple[Tensor, Tensor]:
         """Scale and zero of each group, fp32 (N, K/G) each."""
@@ -73,9 +83,15 @@ class Gptq(Integers):
     """qweight int32 (K * bits / 32, N), qzeros int32 (K/G, N * bits / 32), scales (K/G, N), g_idx int32 (K,).
 
     - offset: what has to be added to a stored zero: 1, or 0 in version 2 of the layout.
+    - act_order: whether g_idx gives inputs to groups in another order, according to config.json.
     """
 
     offset: int
+    act_order: bool = False
+
+    @property
+    def in_order(self) -> bool:
+        return not self.act_order
 
     def codes(self, read: Read) -> Iterator[Piece]:
         N, K = self.shape
