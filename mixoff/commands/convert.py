@@ -56,7 +56,7 @@ def main(args: argparse.Namespace) -> int:
     if args.calibrate:
         tokens, nbytes = convert.needs(args.source, args.calibrate)
         terminal.say(f"calibrating on {tokens:,} tokens: up to {format_nbytes(nbytes)} of memory (modelled)")
-    with _progress_lines(args.target, quiet=args.json):
+    with progress_lines(args.target, quiet=args.json):
         done = convert.run(args.source, args.target, args.scheme, args.calibrate, args.bits, options=settings)
     nbytes = nbytes_of(done.target)
     lost = _losses(args.source, done.target)
@@ -105,7 +105,7 @@ def _bits(text: str) -> float:
 
 
 @contextmanager
-def _progress_lines(target: str, quiet: bool) -> Iterator[None]:
+def progress_lines(target: str, quiet: bool) -> Iterator[None]:
     """Print a line of progress from time to time where standard error is not a terminal, which shows a bar."""
     shown = not quiet and not sys.stderr.isatty()
     with terminal.ticking(lambda: converted(f"{target}.partial/store"), EVERY_S) if shown else nullcontext():

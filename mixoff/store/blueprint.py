@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 
 from mixoff.checkpoints.checkpoint import ITEM_BITS, Checkpoint, Extent
+from mixoff.checkpoints.model_files import INDEX, WHOLE
+from mixoff.checkpoints.shards import Shards
 from mixoff.checkpoints.survey import survey as survey_of
 from mixoff.errors import CheckpointError
 from mixoff.quantize.scheme import Precision, Scheme
@@ -18,7 +20,7 @@ from mixoff.quantize.tensor import QTensor
 from mixoff.shapes import config
 from mixoff.shapes.sites import DTYPES, PART_ALIGN, Part, Site, quantized_sites, stride
 from mixoff.store import codes
-from mixoff.store.manifest import FORMAT, QUANTIZED, VERSION, expert_file
+from mixoff.store.manifest import FORMAT, MANIFEST, QUANTIZED, VERSION, expert_file, marked
 
 log = logging.getLogger("mixoff")
 
@@ -71,6 +73,7 @@ class Blueprint:
     - sizes: bytes of each file.
     - heads: first bytes (the safetensors header) of each file of the backbone.
     - calibration: what a calibrated conversion depends on; None for a data-free one.
+    - alone: name of the file that is all of the target; None for a folder, as a store is.
     """
 
     scheme: Scheme
@@ -80,6 +83,14 @@ class Blueprint:
     sizes: dict[str, int]
     heads: dict[str, bytes]
     calibration: dict | None = None
+    alone: str | None = None
+
+    def small_files(self, shards: Shards, done: dict[str, list[str]]) -> dict[str, bytes]:
+        """The small files of the store, the manifest last; `done` has the hashes of all that was written."""
+        small = marked(shards.side_files())
+        if list(map(shards.checkpoint.stored_as, shards.checkpoint.files)) != [WHOLE]:
+            small[INDEX] = to_json(index(self))
+        return small | {MANIFEST: to_json(manifest(self, done))}
 
 
 def lay_out(checkpoint: Checkpoint, scheme: Scheme) -> Blueprint:
