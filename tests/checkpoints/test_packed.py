@@ -25,7 +25,7 @@ OURS = {  # encoders of the tests: family, encoder, dtype of scales
     "modelopt nvfp4": ("qwen3_moe", packed_models.modelopt(), BF16),
     "modelopt fp8": ("mixtral", packed_models.modelopt_fp8(), BF16),
 }
-COMPRESSED = ("W4", "W4 asymmetric", "W8", "int8", "fp8", "NVFP4")
+COMPRESSED = ("W4", "W4 asymmetric", "W8", "int8", "fp8", "fp8 blocks", "NVFP4", "MXFP4")
 BNB = {"bnb nf4": ("nf4", True), "bnb fp4": ("fp4", True), "bnb nf4 once": ("nf4", False)}
 
 
@@ -225,6 +225,38 @@ def test_damaged_files_are_refused(folders, tmp_path, number):
     with pytest.raises(CheckpointError, match=message):
         mixoff.convert(copy, tmp_path / "store")
     assert {p.name for p in tmp_path.iterdir()} == {"copy"}
+
+
+@pytest.mark.parametrize("name", ["gptq", "awq", "modelopt nvfp4", "modelopt fp8"])
+def test_mutated_files(folders, tmp_path, name):
+    """Tensors that are lost, renamed, cut, flattened, emptied or cast: a clear error, or a store, and nothing else."""
+    import random
+
+    draw, refused = random.Random(name), 0
+    original = load_file(folders(name) / "model.safetensors")
+    changes = (
+        lambda t, key: t.pop(key),
+        lambda t, key: t.update({key + "x": t.pop(key)}),
+        lambda t, key: t.update({key: t[key].flatten()[:-1].contiguous()}),
+        lambda t, key: t.update({key: t[key].reshape(1, -1)}),
+        lambda t, key: t.update({key: t[key].reshape(-1)[:0]}),
+        lambda t, key: t.update({key: t[key].float().to(torch.int64)}),
+        lambda t, key: t.update({key: t[key].T.contiguous()}),
+        lambda t, key: t.update({key: torch.tensor(0)}),
+    )
+    copy = shutil.copytree(folders(name), tmp_path / "copy")
+    for i in range(24):
+        tensors = dict(original)
+        key = draw.choice(sorted(key for key in tensors if ".experts." in key or "self_attn" in key))
+        changes[i % len(changes)](tensors, key)
+        save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+        try:
+            mixoff.convert(copy, tmp_path / f"store {i}")
+        except mixoff.MixoffError as error:
+            refused += 1
+            assert len(str(error)) < 1000
+            assert not list(tmp_path.glob(f"store {i}*"))
+    assert refused >= 15
 
 
 SETTINGS = [

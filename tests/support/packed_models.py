@@ -153,7 +153,7 @@ def modelopt_fp8():
 
 
 def compressed(form):
-    """The library's own compressor: `W4`, `W4 asymmetric`, `W8`, `int8`, `fp8`, `fp8 blocks` or `NVFP4`."""
+    """The library's own compressor: `W4`, `W4 asymmetric`, `W8`, `int8`, `fp8`, `fp8 blocks`, `NVFP4` or `MXFP4`."""
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
@@ -163,6 +163,14 @@ def compressed(form):
         "W8": ("pack-quantized", {"num_bits": 8, "strategy": "channel"}),
         "int8": ("int-quantized", {"num_bits": 8, "strategy": "channel"}),
         "fp8": ("float-quantized", {"num_bits": 8, "type": "float", "strategy": "channel"}),
+        "fp8 blocks": (
+            "float-quantized",
+            {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [16, 16]},
+        ),
+        "MXFP4": (
+            "mxfp4-pack-quantized",
+            {"num_bits": 4, "type": "float", "group_size": 32, "strategy": "group", "scale_dtype": torch.uint8},
+        ),
         "NVFP4": (
             "nvfp4-pack-quantized",
             {
@@ -184,6 +192,11 @@ def compressed(form):
             whole = (6 * 448 / w.float().abs().max()).reshape(1)
             state["weight_global_scale"] = whole
             state["weight_scale"] = (grouped.abs().amax(-1) / 6 * whole).to(torch.float8_e4m3fn).float()
+        elif form == "fp8 blocks":
+            blocks = w.float().unflatten(1, (-1, 16)).unflatten(0, (-1, 16)).abs().amax((1, 3))
+            state["weight_scale"] = (blocks / 448).to(torch.bfloat16)
+        elif form == "MXFP4":
+            state["weight_scale"] = (grouped.abs().amax(-1) / 6).log2().ceil().exp2().to(torch.bfloat16)
         elif form == "fp8":
             state["weight_scale"] = (grouped.abs().amax(-1) / 448).to(torch.bfloat16)
         elif args.symmetric:
