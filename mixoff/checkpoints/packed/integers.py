@@ -72,10 +72,24 @@ class Integers(Matrix):
 
     def pieces(self, read: Read) -> Iterator[Piece]:
         (scale, zero), order = self.grid(read), self.order(read)
-        order = torch.arange(self.shape[1]) // self.group_size if order is None else order
         for rows, columns, codes in self.codes(read):
-            of = order[columns]
-            yield rows, columns, (codes.float() - zero[rows][:, of]) * scale[rows][:, of]
+            wide = [self._wide(t[rows], columns, order) for t in (scale, zero)]
+            yield rows, columns, codes.float().sub_(wide[1]).mul_(wide[0])
+
+    def _wide(self, of_groups: Tensor, columns: slice, order: Tensor | None) -> Tensor:
+        """What belongs to each input of `columns`, (n, k), of what belongs to each group, (n, K/G)."""
+        if order is not None:
+            return of_groups[:, order[columns]]
+        first, last = columns.start // self.group_size, -(-columns.stop // self.group_size)
+        some = of_groups[:, first:last]
+        begin = columns.start - first * self.group_size
+        if (
+            some.stride(0) == 1
+        ):  # by columns in memory, as GPTQ's and AWQ's codes are: a product of equal strides is fast
+            wide = some.T.repeat_interleave(self.group_size, 0).T
+        else:
+            wide = some.repeat_interleave(self.group_size, 1)
+        return wide[:, begin : begin + columns.stop - columns.start]
 
 
 @dataclass(frozen=True)
@@ -135,10 +149,10 @@ class Packed(Integers):
 
     def codes(self, read: Read) -> Iterator[Piece]:
         N, K = self.shape
-        per = 32 // self.bits
         for start, stop in self.steps(N, K):
             words = self.some("weight_packed", start, stop, read)
-            codes = unpack(words.T, self.bits, per).T[:, :K]
+            shifts = torch.arange(0, 32, self.bits, dtype=torch.int32)
+            codes = ((words[..., None] >> shifts) & (2**self.bits - 1)).flatten(1)
             yield slice(start, stop), slice(0, K), codes.to(torch.uint8)
 
     def grid(self, read: Read) -> tuple[Tensor, Tensor]:
