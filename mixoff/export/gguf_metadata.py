@@ -67,12 +67,21 @@ def _olmoe(writer: Any, text: Any) -> None:
         writer.add_clamp_kqv(text.clip_qkv)
 
 
+def _granite(writer: Any, text: Any) -> None:
+    _wide(writer, text)
+    writer.add_attention_scale(text.attention_multiplier)
+    writer.add_embedding_scale(text.embedding_multiplier)
+    writer.add_residual_scale(text.residual_multiplier)
+    writer.add_logit_scale(text.logits_scaling)
+
+
 # llama.cpp's name, whether it normalizes the router's weights (None: as any model of this type), and what is special
 ARCHITECTURES: dict[str, tuple[str, bool | None, Callable[[Any, Any], None]]] = {
     "mixtral": ("llama", None, _wide),
     "qwen2_moe": ("qwen2moe", False, _qwen2),
     "qwen3_moe": ("qwen3moe", True, _qwen3),
     "olmoe": ("olmoe", False, _olmoe),
+    "granitemoe": ("granitemoe", None, _granite),
 }
 
 

@@ -16,7 +16,7 @@ from tiny import BUNDLED
 
 gguf = pytest.importorskip("gguf", reason="the extra gguf is not installed")
 
-FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe")
+FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe")
 OURS = ("general.name", "general.file_type", "general.size_label", "general.type", "tokenizer.ggml.add_eos_token")
 
 
