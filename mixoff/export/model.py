@@ -27,7 +27,7 @@ class Model:
     - sites: experts, as they are decoded.
     - extents: how to read each expert's parts, by (site, expert).
     - backbone: weights of the backbone by their name on the Hub, and how to read them.
-    - rounded: bits of experts that are quantized already; None for an original.
+    - rounded: whether its experts are quantized already.
     """
 
     shards: LocalShards
@@ -35,7 +35,7 @@ class Model:
     sites: tuple[Site, ...]
     extents: dict[tuple[int, int], list[Extent]]
     backbone: dict[str, tuple[TensorRange, Extent]]
-    rounded: int | None
+    rounded: bool
 
     @property
     def checkpoint(self) -> Checkpoint:
@@ -67,13 +67,12 @@ def open_model(folder: Folder) -> Model:
         stored = StoreCheckpoint(folder)
         model = config.skeleton(config.read_config(folder.path))
         sites, extents = stored.plain, stored.extents(stored.plain)
-        first = [part.form[0] for site in stored.source.sites for part in site.parts if part.form]
-        return _model(stored, HubNames(model, sites), sites, extents, set(), max(first, default=None))
+        rounded = any(part.form for site in stored.source.sites for part in site.parts)
+        return _model(stored, HubNames(model, sites), sites, extents, set(), rounded)
     checkpoint = folder.checkpoint()
     contents = survey(checkpoint)
     names = HubNames(contents.model, contents.sites)
-    bits = None if folder.kind == "plain" else 8 if folder.kind == "fp8" else 4
-    return _model(checkpoint, names, contents.sites, contents.extents, contents.unused, bits)
+    return _model(checkpoint, names, contents.sites, contents.extents, contents.unused, folder.kind != "plain")
 
 
 def _model(
@@ -82,7 +81,7 @@ def _model(
     sites: tuple[Site, ...],
     extents: dict[tuple[int, int], list[Extent]],
     unused: set[str],
-    rounded: int | None,
+    rounded: bool,
 ) -> Model:
     whole = {name: entry for name, entry in checkpoint.backbone().items() if name not in unused}
     on_hub = names.of_backbone(whole)

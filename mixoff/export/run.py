@@ -14,8 +14,6 @@ from mixoff.export.model import Model, open_model
 from mixoff.store.convert import Report, make, refuse_existing
 from mixoff.store.making import Options
 
-FORMATS = ("hf", "compressed-tensors", "gguf")
-
 
 def export(
     source: str | Path,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -113,9 +113,6 @@ class StoreCheckpoint(Checkpoint):
                 yield Extent(whole.file, offset, before.offset, before.nbytes)
             else:
                 yield _dequantized(whole.file, offset, before, after, plain.transposed)
-
-    def side_changes(self) -> Mapping[str, bytes]:  # type: ignore[override]
-        return {}
 
 
 def _dequantized(file: str, offset: int, before: Part, after: Part, transposed: bool) -> QuantizedExtent:

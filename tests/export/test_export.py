@@ -248,6 +248,24 @@ def test_existing_targets_and_unknown_formats_are_refused(wide, tmp_path):
     assert os.listdir(tmp_path) == ["there"]
 
 
+def test_a_configuration_alone_is_refused(wide, tmp_path):
+    (tmp_path / "config").mkdir()
+    shutil.copy(wide / "config.json", tmp_path / "config")
+    with pytest.raises(CheckpointError, match="has no weights that are exported: give a store"):
+        export(tmp_path / "config", tmp_path / "out", "hf")
+
+
+def test_stores_in_the_published_layout_are_refused(tmp_path):
+    pytest.importorskip("hqq", reason="hqq is not installed")
+    import published
+
+    folder = published.write(tmp_path / "encoded", tmp_path / "original")
+    store = mixoff.convert(folder, tmp_path / "store")
+    for source in (folder, store):
+        with pytest.raises(CheckpointError, match="not exported|no weights that are exported"):
+            export(source, tmp_path / "out", "hf")
+
+
 def test_the_command(wide, tmp_path, capsys):
     from mixoff.commands.cli import main
 
