@@ -89,6 +89,21 @@ class PackedCheckpoint(EncodedCheckpoint):
             raise CheckpointError(f"{base} has {groups} groups, which do not divide its {K} inputs: fetch it again")
         return groups
 
+    def _fp4(self, base: str, parts: dict[str, TensorRange], divided: bool) -> Fp4:
+        """The matrix of codes, scales and, for NVFP4, a scale of the matrix, given in this order."""
+        (name, codes), (scale_name, scale), *whole = parts.items()
+        self._expect_part(base, name, codes, ("U8",))
+        if len(codes.shape) != 2:
+            raise CheckpointError(f"{base}.{name} is not a matrix: fetch {codes.file} again")
+        N, K = codes.shape[0], 2 * codes.shape[1]
+        group, dtypes = (NVFP4, ("F8_E4M3",)) if whole else (MXFP4, ("U8",))
+        self._groups(base, K, K // group if K % group == 0 else 0)
+        self._expect_part(base, scale_name, scale, dtypes, (N, K // group))
+        for part, t in whole:
+            self._expect_part(base, part, t, ("F32",), (), (1,))
+        roles = {"weight": codes, "scale": scale} | ({"global": whole[0][1]} if whole else {})
+        return Fp4("nvfp4" if whole else "mxfp4", (N, K), roles, divided)
+
 
 class GptqCheckpoint(PackedCheckpoint):
     """GPTQ, with act-order or without, in the layout of AutoGPTQ and GPTQModel."""
@@ -224,7 +239,7 @@ class CompressedCheckpoint(PackedCheckpoint):
     def _add_fp4(self, base: str) -> None:
         nested = f"{base}.weight_global_scale" in self.tensors
         parts = self._take(base, ("weight_packed", "weight_scale"), ("weight_global_scale",))
-        self._add_matrix(base, fp4(self, base, [*parts.items()], divided=nested))
+        self._add_matrix(base, self._fp4(base, parts, divided=nested))
 
     def _add_fp8(self, base: str) -> None:
         parts = self._take(base, ("weight", "weight_scale"))
@@ -249,22 +264,6 @@ class CompressedCheckpoint(PackedCheckpoint):
         return [w["block_structure"] for w in weights if isinstance(w, dict) and w.get("block_structure")]
 
 
-def fp4(checkpoint: PackedCheckpoint, base: str, parts: list[tuple[str, TensorRange]], divided: bool) -> Fp4:
-    """The matrix of codes, scales and, for NVFP4, a scale of the matrix, given in this order with their names."""
-    (name, codes), (scale_name, scale), *whole = parts
-    checkpoint._expect_part(base, name, codes, ("U8",))
-    if len(codes.shape) != 2:
-        raise CheckpointError(f"{base}.{name} is not a matrix: fetch {codes.file} again")
-    N, K = codes.shape[0], 2 * codes.shape[1]
-    group, dtypes = (NVFP4, ("F8_E4M3",)) if whole else (MXFP4, ("U8",))
-    checkpoint._groups(base, K, K // group if K % group == 0 else 0)
-    checkpoint._expect_part(base, scale_name, scale, dtypes, (N, K // group))
-    for part, t in whole:
-        checkpoint._expect_part(base, part, t, ("F32",), (), (1,))
-    roles = {"weight": codes, "scale": scale} | ({"global": whole[0][1]} if whole else {})
-    return Fp4("nvfp4" if whole else "mxfp4", (N, K), roles, divided)
-
-
 class ModeloptCheckpoint(CompressedCheckpoint):
     """NVIDIA's modelopt: NVFP4, and fp8 with one scale per matrix."""
 
@@ -273,7 +272,7 @@ class ModeloptCheckpoint(CompressedCheckpoint):
     def _decode_all(self) -> None:
         for base in self._bases(".weight_scale_2"):
             parts = self._take(base, ("weight", "weight_scale", "weight_scale_2"))
-            self._add_matrix(base, fp4(self, base, [*parts.items()], divided=False))
+            self._add_matrix(base, self._fp4(base, parts, divided=False))
         for base in self._bases(".weight_scale"):
             self._add_fp8(base)
 
