@@ -21,6 +21,7 @@ OURS = {  # encoders of the tests: family, encoder, dtype of scales
     "gptq asymmetric": ("qwen3_moe", packed_models.gptq(symmetric=False), torch.float16),
     "gptq act-order": ("mixtral", packed_models.gptq(act_order=True), torch.float16),
     "gptq 8 bits, one group, version 2": ("qwen3_moe", packed_models.gptq(8, -1, version=2), torch.float16),
+    "gptq 3 bits": ("mixtral", packed_models.gptq(3, symmetric=False), torch.float16),
     "awq": ("mixtral", packed_models.awq(), torch.float16),
     "modelopt nvfp4": ("qwen3_moe", packed_models.modelopt(), BF16),
     "modelopt fp8": ("mixtral", packed_models.modelopt_fp8(), BF16),
@@ -90,7 +91,7 @@ def test_plan_and_load_go_by_a_scheme(packed):
 def test_pieces_change_nothing(folders, tmp_path, monkeypatch):
     from mixoff.checkpoints.packed import matrix
 
-    for name in ("gptq act-order", "awq", "modelopt nvfp4"):
+    for name in ("gptq act-order", "gptq 3 bits", "awq", "modelopt nvfp4"):
         whole = mixoff.convert(folders(name), tmp_path / f"{name} whole")
         with monkeypatch.context() as patch:
             patch.setattr(matrix, "PIECE", 500)
@@ -260,7 +261,7 @@ def test_mutated_files(folders, tmp_path, name):
 
 
 SETTINGS = [
-    ("gptq", {"bits": 3}, "gptq with bits = '3'"),
+    ("gptq", {"bits": 5}, "gptq with bits = '5'"),
     ("gptq", {"bits": True}, "gptq with bits"),
     ("gptq", {"bits": {"a": 1}}, "gptq with bits"),
     ("gptq", {"checkpoint_format": "marlin"}, "checkpoint_format = 'marlin', and mixoff reads gptq, gptq_v2"),

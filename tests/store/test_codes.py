@@ -22,6 +22,7 @@ F16, BF16 = torch.float16, torch.bfloat16
 FORMS = {  # encoder, dtype of scales, form of experts in the store, whether the weights are the file's to the bit
     "gptq": (packed_models.gptq(), F16, (4, 32), True),
     "gptq 8 bits, one group": (packed_models.gptq(8, -1), F16, (8, 64), True),
+    "gptq 3 bits": (packed_models.gptq(3), F16, (3, 32), True),
     "gptq asymmetric": (packed_models.gptq(symmetric=False), F16, (4, 32), False),
     "awq": (packed_models.awq(), F16, (4, 32), False),
 }

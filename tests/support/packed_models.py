@@ -61,11 +61,12 @@ def whole_numbers(w, bits, groups, symmetric, generator):
 
 
 def packed_down(rows, bits):
-    """Rows of numbers (n, m) packed along n, the first lowest, into int32: number by number."""
-    per = 32 // bits
-    words = np.zeros((len(rows) // per, rows.shape[1]), np.uint32)
+    """Rows of numbers (n, m) packed along n into int32, bit by bit, the first lowest."""
+    words = np.zeros((len(rows) * bits // 32, rows.shape[1]), np.uint32)
     for i, row in enumerate(rows.numpy().astype(np.uint32)):
-        words[i // per] |= row << np.uint32(bits * (i % per))
+        for bit in range(bits):
+            place = bits * i + bit
+            words[place // 32] |= (row >> np.uint32(bit) & np.uint32(1)) << np.uint32(place % 32)
     return torch.from_numpy(words.view(np.int32))
 
 

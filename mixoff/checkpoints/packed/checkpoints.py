@@ -13,7 +13,7 @@ from typing import Any
 from mixoff.checkpoints.checkpoint import TensorRange
 from mixoff.checkpoints.encoded import FP8, SCALES, EncodedCheckpoint, Fp8Extent, block_of, quantization_of
 from mixoff.checkpoints.packed.floats import Bnb, Fp4, bnb_state
-from mixoff.checkpoints.packed.integers import Awq, Bytes, Gptq, Packed
+from mixoff.checkpoints.packed.integers import WORDS, Awq, Bytes, Gptq, Packed
 from mixoff.checkpoints.packed.matrix import Matrix, extent_of
 from mixoff.errors import CheckpointError
 from mixoff.shapes.sites import DTYPES
@@ -111,7 +111,7 @@ class GptqCheckpoint(PackedCheckpoint):
     kind = "gptq"
 
     def _decode_all(self) -> None:
-        bits = self._setting("bits", (2, 4, 8))
+        bits = self._setting("bits", (2, 3, 4, 8))
         layout = self._setting("checkpoint_format", ("gptq", "gptq_v2"), self.settings.get("format", "gptq"))
         for base in self._bases(".qweight"):
             parts = self._take(base, ("qweight", "qzeros", "scales"), ("g_idx",))
@@ -120,13 +120,13 @@ class GptqCheckpoint(PackedCheckpoint):
     def _matrix(self, base: str, parts: dict[str, TensorRange], bits: int, offset: int) -> Gptq:
         for part in ("qweight", "scales"):
             self._expect_part(base, part, parts[part], ("I32",) if part == "qweight" else FLOATS)
-        packed, per = parts["qweight"].shape, 32 // bits
-        if len(packed) != 2:
+        packed, words = parts["qweight"].shape, WORDS.get(bits, 1)
+        if len(packed) != 2 or packed[0] % words:
             raise CheckpointError(f"{base}.qweight has shape {packed}, which is not a matrix: fetch it again")
-        K, N = packed[0] * per, packed[1]
+        K, N = packed[0] * 32 // bits, packed[1]
         groups = self._groups(base, K, parts["scales"].shape[0])
         self._expect_part(base, "scales", parts["scales"], FLOATS, (groups, N))
-        self._expect_part(base, "qzeros", parts["qzeros"], ("I32",), (groups, N // per))
+        self._expect_part(base, "qzeros", parts["qzeros"], ("I32",), (groups, N * bits // 32))
         if "g_idx" in parts:
             self._expect_part(base, "g_idx", parts["g_idx"], ("I32",), (K,))
         act_order = bool(self.settings.get("desc_act"))

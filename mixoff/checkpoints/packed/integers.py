@@ -18,6 +18,7 @@ from mixoff.checkpoints.packed.matrix import Matrix, Piece
 from mixoff.errors import CheckpointError
 from mixoff.quantize.layout import unpack
 
+WORDS = {3: 3}  # words after which codes begin at the start of a word again, where that is not one
 AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # where in a word the codes of eight neighbouring outputs are
 
 
@@ -109,15 +110,26 @@ class Gptq(Integers):
 
     def codes(self, read: Read) -> Iterator[Piece]:
         N, K = self.shape
-        per = 32 // self.bits
-        for start, stop in self.steps(K // per, N * per):
-            words = self.some("qweight", start, stop, read)
-            yield slice(0, N), slice(start * per, stop * per), unpack(words, self.bits, per).T.to(torch.uint8)
+        words = WORDS.get(self.bits, 1)
+        for start, stop in self.steps(K * self.bits // 32, N * 32 // self.bits, words):
+            codes = _unpacked(self.some("qweight", start, stop, read), self.bits)  # (k, N)
+            columns = slice(start * 32 // self.bits, stop * 32 // self.bits)
+            yield slice(0, N), columns, codes.T.to(torch.uint8)
 
     def grid(self, read: Read) -> tuple[Tensor, Tensor]:
-        zeros = unpack(self.whole("qzeros", read).T, self.bits, 32 // self.bits)  # (N, K/G)
+        zeros = _unpacked(self.whole("qzeros", read).T, self.bits)  # (N, K/G)
         zeros = (zeros + self.offset) & (2**self.bits - 1)  # as in AutoGPTQ, which stored -1 as all ones
         return self.whole("scales", read).float().T, zeros.float()
+
+
+def _unpacked(words: Tensor, bits: int) -> Tensor:
+    """Codes, int32 (32 / bits * m, n), of words int32 (m, n), the first lowest; those of 3 bits cross words."""
+    if bits != 3:
+        return unpack(words, bits, 32 // bits)
+    begin = 3 * torch.arange(32)
+    first, shift = begin // 32, (begin % 32)[:, None]
+    wide = torch.nn.functional.pad((words.long() & 0xFFFFFFFF).unflatten(0, (-1, 3)), (0, 0, 0, 1))  # (m / 3, 4, n)
+    return (((wide[:, first] >> shift) | (wide[:, first + 1] << (32 - shift))) & 7).flatten(0, 1).int()
 
 
 @dataclass(frozen=True)
