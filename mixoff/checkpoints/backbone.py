@@ -26,11 +26,12 @@ if TYPE_CHECKING:
 INCOMPLETE = "the download is incomplete, fetch it again"
 
 
-def check(folder: Path, sizes: Mapping[str, tuple[int, ...]]) -> set[str]:
+def check(folder: Path, sizes: Mapping[str, tuple[int, ...]], model: str | None = None) -> set[str]:
     """Refuse a backbone that lacks a tensor of config.json's model, or has one in another shape.
 
     - folder: the model folder.
     - sizes: shapes of all tensors by name.
+    - model: name of the model in errors, by default the folder.
 
     Returns the names of tensors that the model does not use; transformers ignores them. Raises CheckpointError, which
     names the tensor.
@@ -39,12 +40,13 @@ def check(folder: Path, sizes: Mapping[str, tuple[int, ...]]) -> set[str]:
     missing, unused, misshapen = rehearse(config, sizes)
     if misshapen:
         name, stored, wanted = misshapen[0]
+        setting = _setting(config, stored, wanted)
         raise CheckpointError(
-            f"{name} of {folder} has shape {stored}, config.json says {wanted}{_setting(config, stored, wanted)}: "
+            f"{name} of {model or folder} has shape {stored}, config.json says {wanted}{setting}: "
             "copy config.json again from the source of the weights"
         )
     if missing:
-        raise CheckpointError(f"{folder} lacks {', '.join(missing[:3])}: {_remedy(missing[0], unused)}")
+        raise CheckpointError(f"{model or folder} lacks {', '.join(missing[:3])}: {_remedy(missing[0], unused)}")
     return unused
 
 

@@ -188,6 +188,11 @@ class Checkpoint:
         return file
 
     @property
+    def name(self) -> str:
+        """What to call it in errors: the folder, or the file that was given."""
+        return str(self.folder)
+
+    @property
     def not_in_place(self) -> str | None:
         """Why experts cannot be served from these files as they are; None if they can."""
         dtypes = {self.tensors[name].dtype for name in self.expert_names()}

@@ -12,6 +12,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,6 +20,7 @@ from mixoff.checkpoints.checkpoint import Checkpoint, Extent, Read, TensorRange
 from mixoff.checkpoints.model_files import read_json
 from mixoff.errors import CheckpointError
 
+QUANTIZATION = "quantization_config"  # key of config.json
 SCALE = "_scale_inv"
 FP8 = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 SCALES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F8_E8M0": torch.float8_e8m0fnu}
@@ -29,13 +31,11 @@ BIAS = 127  # bias of that exponent
 PIECE = 1 << 22  # numbers decoded at a time
 
 
-def checkpoint_class(folder: Path) -> type[Checkpoint]:
-    """The class that reads the checkpoint in `folder`, according to the encoding in its config.json."""
+def quantization_of(folder: Path) -> dict[str, Any]:
+    """The `quantization_config` of the configuration in `folder`, or of the text model in it; empty if it has none."""
     config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-    quantization = config.get("quantization_config")
-    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-    encodings: dict[str, type[Checkpoint]] = {"fp8": Fp8Checkpoint, "mxfp4": Mxfp4Checkpoint}
-    return encodings.get(method, Checkpoint) if isinstance(method, str) else Checkpoint
+    given = (holder.get(QUANTIZATION) for holder in (config, config.get("text_config")) if isinstance(holder, dict))
+    return next((dict(settings) for settings in given if isinstance(settings, dict)), {})
 
 
 class EncodedCheckpoint(Checkpoint):
@@ -61,16 +61,18 @@ class EncodedCheckpoint(Checkpoint):
             return super()._extent(name, start, nbytes, place)
         return replace(self.encoded[name], place=place, nbytes=nbytes)  # a matrix is decoded as a whole
 
-    def _add(self, name: str, shape: tuple[int, ...], extent: Extent) -> None:
+    def _add(self, name: str, shape: tuple[int, ...], extent: Extent, dtype: str = "BF16") -> None:
         if name in self.tensors:
             raise CheckpointError(f"{name} appears twice in {self.folder}, encoded and plain: keep one")
-        self.tensors[name] = TensorRange(extent.file, "BF16", shape, extent.offset, 2 * math.prod(shape))
+        self.tensors[name] = TensorRange(extent.file, dtype, shape, extent.offset, 2 * math.prod(shape))
         self.encoded[name] = extent
 
     def side_changes(self) -> dict[str, bytes]:
         """config.json without its quantization_config: the store's weights are decoded."""
         config = read_json(self.folder / "config.json")
-        del config["quantization_config"]
+        for holder in (config, config.get("text_config")):
+            if isinstance(holder, dict):
+                holder.pop(QUANTIZATION, None)
         return {"config.json": (json.dumps(config, indent=2) + "\n").encode()}
 
 
@@ -114,7 +116,8 @@ class Fp8Checkpoint(EncodedCheckpoint):
             scale, weight = self.tensors.pop(name), self.tensors.pop(name.removesuffix(SCALE), None)
             if weight is None:
                 raise CheckpointError(f"{self.folder} lacks {name.removesuffix(SCALE)}: fetch it again")
-            block = self._block(weight.shape, scale) if weight.dtype in FP8 and scale.dtype in SCALES else None
+            size = quantization_of(self.folder).get("weight_block_size")
+            block = block_of(weight.shape, scale, size) if weight.dtype in FP8 and scale.dtype in SCALES else None
             if block is None:
                 raise CheckpointError(
                     f"{name} is {scale.dtype} {scale.shape} for a weight that is {weight.dtype} {weight.shape}: "
@@ -125,17 +128,17 @@ class Fp8Checkpoint(EncodedCheckpoint):
         if plain := sorted(name for name, t in self.tensors.items() if t.dtype in FP8):
             raise CheckpointError(f"{self.folder} has no scale for {plain[0]}: fetch it again, or use a 16-bit copy")
 
-    def _block(self, shape: tuple[int, ...], scale: TensorRange) -> tuple[int, ...] | None:
-        """Rows and columns that share a scale, as configured or as the grid implies; None if the grid does not fit."""
-        size = read_json(self.folder / "config.json")["quantization_config"].get("weight_block_size")
-        grid = (1, 1) if math.prod(scale.shape) == 1 else scale.shape
-        if len(shape) != 2 or len(grid) != 2 or 0 in (*shape, *grid):
-            return None
-        sizes = isinstance(size, list) and len(size) == 2 and all(type(n) is int and n > 0 for n in size)
-        if sizes and grid == tuple(-(-n // b) for n, b in zip(shape, size, strict=True)):
-            return tuple(size)
-        even = not any(n % g for n, g in zip(shape, grid, strict=True))
-        return tuple(n // g for n, g in zip(shape, grid, strict=True)) if even else None
+
+def block_of(shape: tuple[int, ...], scale: TensorRange, size: object) -> tuple[int, ...] | None:
+    """Rows and columns that share a scale, as configured in `size` or as the grid implies; None if it does not fit."""
+    grid = (1, 1) if math.prod(scale.shape) == 1 else scale.shape
+    if len(shape) != 2 or len(grid) != 2 or 0 in (*shape, *grid):
+        return None
+    given = tuple(size) if isinstance(size, list) and all(type(n) is int and n > 0 for n in size) else ()
+    if len(given) == 2 and grid == tuple(-(-n // b) for n, b in zip(shape, given, strict=True)):
+        return given
+    even = not any(n % g for n, g in zip(shape, grid, strict=True))
+    return tuple(n // g for n, g in zip(shape, grid, strict=True)) if even else None
 
 
 # MXFP4 ----------------------------------------------------------------------------------------------------------------

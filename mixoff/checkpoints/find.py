@@ -39,7 +39,7 @@ class Folder:
         """`"store"`, `"config"` for a configuration without weights, or the kind of its checkpoint.
 
         Kinds of checkpoints: `"plain"`, `"published"` (see `checkpoints.published`), and the encoded ones, `"fp8"`,
-        `"mxfp4"` and `"gguf"`.
+        `"mxfp4"`, `"gptq"`, `"awq"`, `"compressed-tensors"`, `"bitsandbytes"`, `"modelopt"` and `"gguf"`.
         """
         if self.gguf:
             return "gguf"

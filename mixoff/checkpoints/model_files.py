@@ -19,6 +19,7 @@ WHOLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 INDEX_ENDING = ".safetensors.index.json"
 SIDE_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "README.md", "LICENSE*", "NOTICE*")  # tokenizer, card, licences
+MODELOPT = "hf_quant_config.json"  # how modelopt quantized the files; a store does not need it
 MANIFEST = "mixoff.json"  # a folder with this file is a store
 ADAPTER = "adapter_config.json"
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors format itself

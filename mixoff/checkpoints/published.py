@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from mixoff.checkpoints import encoded, model_files
+from mixoff.checkpoints import encodings, model_files
 from mixoff.checkpoints.checkpoint import Checkpoint, Extent, TensorRange
 from mixoff.checkpoints.model_files import ModelFiles
 from mixoff.errors import CheckpointError
@@ -38,7 +38,7 @@ def checkpoint_class(folder: Path, found: ModelFiles | None = None) -> type[Chec
     """The class that reads the checkpoint in `folder`: this layout's if its index has such keys; `found` as there."""
     found = found or model_files.here(folder)
     published = found is not None and any(name.endswith(CODES) for name in found.weight_map)
-    return PublishedCheckpoint if published else encoded.checkpoint_class(folder)
+    return PublishedCheckpoint if published else encodings.checkpoint_class(folder)
 
 
 def open_checkpoint(

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Protocol
 
 from mixoff.checkpoints.checkpoint import Checkpoint
-from mixoff.checkpoints.model_files import SIDE_FILES
+from mixoff.checkpoints.model_files import MODELOPT, SIDE_FILES
 from mixoff.checkpoints.published import open_checkpoint
 from mixoff.errors import CheckpointError
 from mixoff.folders import sync
@@ -79,9 +79,10 @@ class LocalShards:
 
 
 def read_side_files(folder: Path) -> dict[str, bytes]:
-    """The small files of a model folder, except the index of its shards: a store has its own."""
+    """The small files of a model folder, except those about its shards: a store has its own index."""
     paths = {p.name: p for pattern in SIDE_FILES for p in folder.glob(pattern) if p.is_file()}
-    return {name: path.read_bytes() for name, path in sorted(paths.items()) if not name.endswith(".index.json")}
+    kept = (name for name in sorted(paths) if not name.endswith(".index.json") and name != MODELOPT)
+    return {name: paths[name].read_bytes() for name in kept}
 
 
 # One shard at a time --------------------------------------------------------------------------------------------------

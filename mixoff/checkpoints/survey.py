@@ -46,7 +46,7 @@ def survey(checkpoint: Checkpoint) -> Survey:
     sites = checkpoint.stored_sites(config.expert_sites(model, dtype))
     extents = checkpoint.extents(sites)  # before the backbone: missing experts are reported first
     tensors = {name: t for name, (t, _) in checkpoint.backbone().items()}
-    unused = backbone.check(checkpoint.folder, backbone_shapes(checkpoint.folder, tensors))
+    unused = backbone.check(checkpoint.folder, backbone_shapes(checkpoint.folder, tensors), checkpoint.name)
     return Survey(model=model, dtype=dtype, sites=sites, extents=extents, backbone=tensors, unused=unused)
 
 

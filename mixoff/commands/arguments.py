@@ -27,7 +27,7 @@ from mixoff.errors import CheckpointError, MixoffError, suggestion
 from mixoff.units import parse_nbytes
 
 # copies of names that are defined where torch is imported; tests/commands/test_cli.py compares them
-SCHEMES = ("mixed", "paper", "small", "quality", "none")
+SCHEMES = ("mixed", "paper", "small", "quality", "none", "keep")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 SHORT = {
     "fp32": "float32", "f32": "float32", "float": "float32", "bf16": "bfloat16",

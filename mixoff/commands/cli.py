@@ -22,6 +22,7 @@ from mixoff.commands import (
     convert,
     demo,
     doctor,
+    export,
     listing,
     plan,
     remove,
@@ -35,8 +36,8 @@ from mixoff.commands import (
 from mixoff.errors import MixoffError, one_line, suggestion
 
 COMMANDS = {
-    "demo": demo, "run": run, "chat": chat, "serve": serve, "convert": convert, "verify": verify, "bench": bench,
-    "trace": trace, "simulate": simulate, "plan": plan, "list": listing, "rm": remove, "doctor": doctor,
+    "demo": demo, "run": run, "chat": chat, "serve": serve, "convert": convert, "export": export, "verify": verify,
+    "bench": bench, "trace": trace, "simulate": simulate, "plan": plan, "list": listing, "rm": remove, "doctor": doctor,
     "completion": completion,
 }  # fmt: skip
 

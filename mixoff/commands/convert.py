@@ -56,7 +56,7 @@ def main(args: argparse.Namespace) -> int:
     if args.calibrate:
         tokens, nbytes = convert.needs(args.source, args.calibrate)
         terminal.say(f"calibrating on {tokens:,} tokens: up to {format_nbytes(nbytes)} of memory (modelled)")
-    with _progress_lines(args.target, quiet=args.json):
+    with progress_lines(args.target, quiet=args.json):
         done = convert.run(args.source, args.target, args.scheme, args.calibrate, args.bits, options=settings)
     nbytes = nbytes_of(done.target)
     lost = _losses(args.source, done.target)
@@ -82,16 +82,15 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _losses(source: str, target: Path) -> list[Loss]:
-    """What became of the weights of a GGUF; nothing for other sources, whose weights are kept or quantized alike."""
+    """What became of the weights of an encoded checkpoint; nothing for others, whose weights are all treated alike."""
     from mixoff.checkpoints.find import here
-    from mixoff.checkpoints.gguf.checkpoint import GgufCheckpoint
 
     folder = here(source)
-    if folder is None or folder.gguf is None:
+    if folder is None or folder.kind in ("plain", "published", "config", "store"):
         return []
     from mixoff.store.losses import losses
 
-    return losses(GgufCheckpoint(folder.gguf), target)
+    return losses(folder.checkpoint(), target)
 
 
 def _bits(text: str) -> float:
@@ -106,7 +105,7 @@ def _bits(text: str) -> float:
 
 
 @contextmanager
-def _progress_lines(target: str, quiet: bool) -> Iterator[None]:
+def progress_lines(target: str, quiet: bool) -> Iterator[None]:
     """Print a line of progress from time to time where standard error is not a terminal, which shows a bar."""
     shown = not quiet and not sys.stderr.isatty()
     with terminal.ticking(lambda: converted(f"{target}.partial/store"), EVERY_S) if shown else nullcontext():

@@ -72,7 +72,7 @@ def load(
     fast_bytes: budget for experts in the fast tier: slots, buffers and scratch (`"6GiB"`, `"500MB"`, an int).
         `"auto"` is 6 GiB on a CPU, and what a plan leaves for experts on a GPU
     scheme: `Scheme`, or a preset's name, in which a plain checkpoint is stored once, in the user's cache folder;
-        None takes the folder as it is
+        `"keep"` takes over codes that are quantized already, and None takes the folder as it is
     revision: branch, tag or commit of a Hub model
     ram_bytes: hard limit on copies of experts in RAM, with which files are read past the page cache.
         None makes no copies on a CPU, and page-locks free RAM for them on a GPU
@@ -183,7 +183,7 @@ def _open(folder: Folder, scheme: str | Scheme | None) -> Source:
         if scheme is None:
             raise
     else:
-        if scheme is None or scheme == source.scheme:
+        if scheme is None or scheme.keeps or scheme == source.scheme:
             return source
         source.close()
         if folder.is_store:

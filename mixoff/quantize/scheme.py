@@ -18,6 +18,7 @@ from mixoff.quantize.tensor import QTensor
 
 ROLES = ("attention", "experts", "shared_experts", "head", "embeddings")
 KEPT = ("router", "norms")  # always in 16 bits
+KEEP = "keep"  # in place of a solver: codes are those of the checkpoint
 LAST = "down_proj"  # the last matrix of an expert, in every family
 
 
@@ -47,7 +48,8 @@ class Scheme:
     - by_layer: precisions of an expert's first matrices and of its last one, for each layer with experts; if empty,
       `experts` and `down` hold for all layers.
     - metadata_bits: bits of each group's scale and minimum, 8 or 16.
-    - solver: `"rtn"`, `"hqq"` or `"lsq"`, as in `quantize`.
+    - solver: `"rtn"`, `"hqq"` or `"lsq"`, as in `quantize`; `"keep"` takes over the codes of the checkpoint, which then
+      also decides the precisions.
 
     Mixtral-8x7B then takes (modelled, GiB): mixed 14.8, paper 17.1, small 13.0, quality 23.5, none 87.0. `paper` has
     the bits and groups of Eliseev and Mazur (arXiv 2312.17238, section 4.2); solver and metadata are ours.
@@ -77,7 +79,7 @@ class Scheme:
             raise MixoffError("a scheme with `down` or `by_layer` quantizes experts: give `experts` too")
         if type(self.metadata_bits) is not int or self.metadata_bits not in METADATA_BITS:
             raise MixoffError(f"metadata_bits is {self.metadata_bits!r}: choose 8 or 16")
-        if self.solver not in SOLVERS:
+        if self.solver not in (*SOLVERS, KEEP):
             raise MixoffError(f"no solver {self.solver!r}: choose one of {', '.join(SOLVERS)}")
 
     @classmethod
@@ -86,6 +88,11 @@ class Scheme:
         if name not in PRESETS:
             raise MixoffError(f"no scheme {name!r}: choose one of {', '.join(PRESETS)}")
         return PRESETS[name]
+
+    @property
+    def keeps(self) -> bool:
+        """Whether codes are taken over from the checkpoint."""
+        return self.solver == KEEP
 
     def precision(self, role: str) -> Precision | None:
         """The precision of a part; None if it stays in 16 bits."""
@@ -149,4 +156,4 @@ PRESETS = {
         ("small", TWO, Precision(2, 64, rotated=True)),
         ("quality", FOUR, None),
     )
-} | {"none": Scheme()}
+} | {"none": Scheme(), KEEP: Scheme(metadata_bits=16, solver=KEEP)}

@@ -120,13 +120,18 @@ class Sizes:
         return precision.bits if precision else 8 * dtype_nbytes(compute)
 
 
+def _name(scheme: Scheme) -> str:
+    other = "keep" if scheme.keeps else "own"
+    return next((name for name, preset in PRESETS.items() if preset == scheme), other)
+
+
 def sizes_of(shape: ModelShape, scheme: str | Scheme | None = None) -> Sizes:
     """The sizes under `scheme`, a preset's name or a Scheme; None is `mixed`, or `published` for that checkpoint.
 
     Raises MixoffError for an unknown scheme, and for one that does not suit the model's widths.
     """
     if isinstance(scheme, Scheme):
-        return Sizes(shape, scheme, next((name for name, preset in PRESETS.items() if preset == scheme), "own"))
+        return Sizes(shape, scheme, _name(scheme))
     if shape.name == DEMO or scheme == PUBLISHED:
         if scheme not in (None, PUBLISHED):
             raise MixoffError(f"{DEMO} is quantized already: plan it without a scheme, or plan the original model")

@@ -11,13 +11,16 @@ from pathlib import Path
 import torch
 
 from mixoff.checkpoints.checkpoint import ITEM_BITS, Checkpoint, Extent
+from mixoff.checkpoints.model_files import INDEX, WHOLE
+from mixoff.checkpoints.shards import Shards
 from mixoff.checkpoints.survey import survey as survey_of
 from mixoff.errors import CheckpointError
 from mixoff.quantize.scheme import Precision, Scheme
 from mixoff.quantize.tensor import QTensor
 from mixoff.shapes import config
 from mixoff.shapes.sites import DTYPES, PART_ALIGN, Part, Site, quantized_sites, stride
-from mixoff.store.manifest import FORMAT, QUANTIZED, VERSION, expert_file
+from mixoff.store import codes
+from mixoff.store.manifest import FORMAT, MANIFEST, QUANTIZED, VERSION, expert_file, marked
 
 log = logging.getLogger("mixoff")
 
@@ -70,6 +73,7 @@ class Blueprint:
     - sizes: bytes of each file.
     - heads: first bytes (the safetensors header) of each file of the backbone.
     - calibration: what a calibrated conversion depends on; None for a data-free one.
+    - alone: name of the file that is all of the target; None for a folder, as a store is.
     """
 
     scheme: Scheme
@@ -79,11 +83,20 @@ class Blueprint:
     sizes: dict[str, int]
     heads: dict[str, bytes]
     calibration: dict | None = None
+    alone: str | None = None
+
+    def small_files(self, shards: Shards, done: dict[str, list[str]]) -> dict[str, bytes]:
+        """The small files of the store, the manifest last; `done` has the hashes of all that was written."""
+        small = marked(shards.side_files())
+        if list(map(shards.checkpoint.stored_as, shards.checkpoint.files)) != [WHOLE]:
+            small[INDEX] = to_json(index(self))
+        return small | {MANIFEST: to_json(manifest(self, done))}
 
 
 def lay_out(checkpoint: Checkpoint, scheme: Scheme) -> Blueprint:
     """The store of `checkpoint` in `scheme`. Raises CheckpointError or MixoffError for what cannot be converted."""
     survey = survey_of(checkpoint)
+    scheme = codes.scheme_of(checkpoint, survey) if scheme.keeps else scheme
     plan = Blueprint(
         scheme=scheme,
         dtype=survey.dtype,
@@ -107,7 +120,7 @@ def lay_out(checkpoint: Checkpoint, scheme: Scheme) -> Blueprint:
 def _warn_of_unused(checkpoint: Checkpoint, unused: set[str]) -> None:
     if unused:
         some = ", ".join(sorted(unused)[:3]) + ", …" * (len(unused) > 3)
-        log.warning("%s has %d tensors that its model does not use: %s", checkpoint.folder, len(unused), some)
+        log.warning("%s has %d tensors that its model does not use: %s", checkpoint.name, len(unused), some)
 
 
 def _place_experts(plan: Blueprint, plain: Iterable[Site], extents: dict[tuple[int, int], list[Extent]]) -> None:
@@ -119,16 +132,27 @@ def _place_experts(plan: Blueprint, plain: Iterable[Site], extents: dict[tuple[i
                 name = f"{before.name}.{e}.{old.name}"
                 inside = [x for x in extents[i, e] if old.offset <= x.place < old.offset + old.nbytes]
                 moved = tuple(replace(x, place=x.place - old.offset) for x in inside)
+                precision = plan.scheme.expert(old.name, i) if new.form != old.form else None
+                stored = replace(old, offset=0)
+                if precision and plan.scheme.keeps:
+                    moved, stored = _kept(stored, new, moved)
                 weight = Weight(
                     name=name,
                     extents=moved,
-                    part=old,
+                    part=stored,
                     transposed=before.transposed,
-                    precision=plan.scheme.expert(old.name, i) if new.form != old.form else None,
+                    precision=precision,
                     outputs=(Output(name, file, e * stride(after) + new.offset, new.nbytes),),
                     where=f"{name} (layer {before.layer}, expert {e}) in {moved[0].file}",
                 )
                 plan.weights.append(weight)
+
+
+def _kept(old: Part, new: Part, extents: tuple[Extent, ...]) -> tuple[tuple[Extent, ...], Part]:
+    """How to take over the codes of a weight: what to read instead, and what it then is."""
+    assert new.form is not None  # a precision was chosen for it
+    kept = codes.kept(codes.integers_of(old, extents), new.shape, new.form, new.nbytes)
+    return (kept,), replace(new, offset=0)
 
 
 def _place_copied(plan: Blueprint, tensors: dict, files: dict[str, str], unused: set[str]) -> None:
@@ -167,10 +191,10 @@ def _place_quantized(plan: Blueprint, roles: dict[str, str], backbone: dict) -> 
     """Place the backbone's quantized weights: each part as `NAME.PART`, and their descriptions as JSON metadata."""
     described, parts = {}, {}
     for name, role in roles.items():
-        form = plan.scheme.precision(role)
-        assert form is not None  # `roles` has none that stays in 16 bits
+        precision = plan.scheme.precision(role)
+        assert precision is not None  # `roles` has none that stays in 16 bits
         shape = backbone[name][0].shape
-        empty = QTensor.empty(shape, form.bits, form.group_size, plan.scheme.metadata_bits)
+        empty = QTensor.empty(shape, precision.bits, precision.group_size, plan.scheme.metadata_bits)
         tensors, described[name] = empty.to_tensors()
         parts[name] = {f"{name}.{part}": (STORED_NAMES[t.dtype], t.shape, t.nbytes) for part, t in tensors.items()}
     wanted = {key: entry for of_name in parts.values() for key, entry in of_name.items()}
@@ -182,13 +206,19 @@ def _place_quantized(plan: Blueprint, roles: dict[str, str], backbone: dict) -> 
         if t.dtype not in DTYPES:
             raise CheckpointError(f"{name} in {t.file} is {t.dtype}: mixoff quantizes {', '.join(DTYPES)}")
         part = Part(name, t.shape, DTYPES[t.dtype], 0, t.nbytes)
+        extents: tuple[Extent, ...] = (extent,)
+        precision = plan.scheme.precision(role)
+        if plan.scheme.keeps and precision:
+            form = precision.bits, precision.group_size, plan.scheme.metadata_bits
+            new = replace(part, form=form, nbytes=sum(nbytes for _, _, nbytes in parts[name].values()))
+            extents, part = _kept(part, new, extents)
         outputs = tuple(Output(key, QUANTIZED, offsets[key], entry[2]) for key, entry in parts[name].items())
         weight = Weight(
             name=name,
-            extents=(extent,),
+            extents=extents,
             part=part,
             transposed=False,
-            precision=plan.scheme.precision(role),
+            precision=precision,
             outputs=outputs,
             where=f"{name} in {t.file}",
         )

@@ -68,16 +68,29 @@ def run(
     scheme = Scheme.preset(scheme) if isinstance(scheme, str) else scheme
     target = Path(target)
     partial = target.with_name(target.name + ".partial")
-    if target.exists() and not (partial / "journal").exists():
-        raise CheckpointError(f"{target} exists already: choose another folder, or remove it first")
+    refuse_existing(target)
     if isinstance(source, (str, Path, Folder)):
         source = open_shards(source, revision, partial / "shards")
     with closing(source) as shards:
         plan = replace(lay_out(shards.checkpoint, scheme), calibration=getattr(writer, "facts", None))
         loops()  # import numba before memory is watched: it is not part of a conversion
-        with _PeakMemory() as peak, _hold(partial, target), _explained(plan, partial, target):
-            nbytes = _make(shards, plan, partial, target, options, writer or write)
+        report = make(shards, plan, target, options, writer or write)
+    return replace(report, seconds=time.perf_counter() - started)
+
+
+def make(shards: Shards, plan: Blueprint, target: Path, options: Options, writer: Writer = write) -> Report:
+    """Write what `plan` says into `target`, which appears when it is complete; see `run`."""
+    started = time.perf_counter()
+    partial = target.with_name(target.name + ".partial")
+    with _PeakMemory() as peak, _hold(partial, target), _explained(plan, partial, target):
+        nbytes = _make(shards, plan, partial, target, options, writer)
     return Report(target, nbytes, time.perf_counter() - started, peak.nbytes)
+
+
+def refuse_existing(target: Path) -> None:
+    """Raise CheckpointError if the target exists, unless it is one that this machinery has just finished."""
+    if target.exists() and not (target.with_name(target.name + ".partial") / "journal").exists():
+        raise CheckpointError(f"{target} exists already: choose another folder, or remove it first")
 
 
 class _PeakMemory(threading.Thread):
@@ -173,7 +186,7 @@ def _make(shards: Shards, plan: Blueprint, partial: Path, target: Path, options:
     identity = _identity(shards, plan)
     journal = Journal(partial / "journal")
     if target.exists():  # killed between rename and cleanup, or another folder of that name
-        if journal.identity != identity or (partial / "store").exists():
+        if journal.identity != identity or (partial / "store" / (plan.alone or "")).exists():
             raise CheckpointError(f"{target} exists already: choose another folder, or remove it first")
         return 0
     _resume(plan, partial, journal, identity, options.restart)
@@ -192,7 +205,7 @@ def _make(shards: Shards, plan: Blueprint, partial: Path, target: Path, options:
         if _identity(shards, plan) != identity:
             raise CheckpointError("the checkpoint was changed while it was converted: run the same command again")
         making.finish(shards)
-    os.replace(partial / "store", target)
+    os.replace(partial / "store" / (plan.alone or ""), target)
     sync(target.parent)
     return nbytes
 

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from mixoff.checkpoints import model_files, names
-from mixoff.checkpoints.checkpoint import read_header
+from mixoff.checkpoints.checkpoint import TensorRange, read_header
 from mixoff.checkpoints.find import Folder, find, here
 from mixoff.checkpoints.survey import survey
 from mixoff.errors import CheckpointError, MixoffError
-from mixoff.quantize.scheme import Scheme
+from mixoff.quantize.scheme import KEEP, Scheme
 from mixoff.shapes import config, sizes
 from mixoff.shapes.known import DEMO, PRESETS, named_as
 from mixoff.shapes.shape import ModelShape, Stored, from_config
+from mixoff.store import codes
 from mixoff.store.manifest import read_manifest
 from mixoff.store.source import open_source
 
@@ -73,12 +75,14 @@ def as_stored(shape: ModelShape, source: object, scheme: str | Scheme | None) ->
     folder = None if str(source) in PRESETS else here(source)
     if folder is None or folder.kind == "config":
         return shape, scheme
+    keeps = scheme == KEEP or (isinstance(scheme, Scheme) and scheme.keeps)
     if folder.is_store:
-        return _as_store(shape, folder, scheme)
+        return _as_store(shape, folder, None if keeps else scheme)
+    checkpoint = folder.checkpoint()
+    contents = survey(checkpoint)
     if folder.kind == "published":
-        survey(folder.checkpoint())
-        return shape, _only(source, scheme, sizes.PUBLISHED)
-    return _in_files(shape, folder), scheme
+        return shape, _only(source, None if keeps else scheme, sizes.PUBLISHED)
+    return _in_files(shape, contents.backbone), codes.scheme_of(checkpoint, contents) if keeps else scheme
 
 
 def default_scheme(source: str | Path) -> str | None:
@@ -91,12 +95,8 @@ def default_scheme(source: str | Path) -> str | None:
     return "none" if kind in ("plain", "config") and str(source) != DEMO else None
 
 
-def _in_files(shape: ModelShape, folder: Folder) -> ModelShape:
-    """The shape with the names and dtypes of the safetensors files in `folder`.
-
-    Raises CheckpointError for what `load` would refuse.
-    """
-    backbone = survey(folder.checkpoint()).backbone
+def _in_files(shape: ModelShape, backbone: Mapping[str, TensorRange]) -> ModelShape:
+    """The shape with the names and dtypes of the tensors in files."""
     roles = {tensor.name: tensor.role for tensor in shape.backbone}
     files = tuple(Stored(tuple(t.shape), t.nbytes, roles.get(name)) for name, t in backbone.items())
     return replace(shape, files=files).quantized_only(backbone)

@@ -19,16 +19,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from mixoff.checkpoints.model_files import INDEX, WHOLE
 from mixoff.checkpoints.shards import Range, Ranges, Shards, walk
 from mixoff.errors import CheckpointError, MixoffError
 from mixoff.folders import sync
 from mixoff.quantize.scheme import Scheme
 from mixoff.quantize.solve import is_finite
 from mixoff.shapes import sites
-from mixoff.store.blueprint import Blueprint, Weight, index, manifest, to_json
+from mixoff.store.blueprint import Blueprint, Weight
 from mixoff.store.journal import Journal
-from mixoff.store.manifest import MANIFEST, marked
+from mixoff.store.manifest import MANIFEST
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -262,9 +261,7 @@ class Making:
 
     def finish(self, shards: Shards) -> None:
         """Add the small files, the manifest last, and remove whatever does not belong to the store."""
-        small = marked(shards.side_files()) | {MANIFEST: to_json(manifest(self.plan, self.journal.done))}
-        if list(map(shards.checkpoint.stored_as, shards.checkpoint.files)) != [WHOLE]:
-            small[INDEX] = to_json(index(self.plan))
+        small = self.plan.small_files(shards, self.journal.done)
         for path in self.folder.iterdir():
             if path.name not in self.plan.sizes:
                 path.unlink()

@@ -162,7 +162,7 @@ def refused(folder, how, message, tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {"copy"}
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "compressed-tensors", "fbgemm_fp8", 7, ["fp8"]])
+@pytest.mark.parametrize("method", ["exl3", "hqq", "auto-round", "fbgemm_fp8", 7, ["fp8"]])
 def test_other_quantizations_are_refused(mxfp4, tmp_path, method):
     copy = shutil.copytree(mxfp4[0], tmp_path / "copy")
     config = json.loads((copy / "config.json").read_text()) | {"quantization_config": {"quant_method": method}}

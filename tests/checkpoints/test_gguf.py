@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -265,13 +266,28 @@ def test_a_number_that_float16_cannot_hold_is_refused(tmp_path):
     raw = np.zeros(34, np.uint8)
     raw[:2] = np.array([60000], np.float16).view(np.uint8)
     raw[2:] = 100
-    extent = GgufExtent("model.gguf", 0, 0, 64, "Q8_0", (1, 32), Rows(), "float16")
+    extent = GgufExtent("model.gguf", 0, 0, 64, "Q8_0", "float16", (1, 32), Rows())
 
     def read(_, offset, view):
         view[:] = raw[offset : offset + len(view)].tobytes()
 
     with pytest.raises(CheckpointError, match="beyond the 65504 of float16, in Q8_0 at byte 0: use another"):
         extent.fill(memoryview(bytearray(64)), read)
+
+
+def test_a_missing_tensor_names_the_file_and_not_the_cache(tmp_path, monkeypatch):
+    from mixoff.checkpoints.gguf import names
+
+    path = shutil.copy(FOLDER / "mixtral.gguf", tmp_path / "model.gguf")
+    placed = names.backbone_names
+
+    def without_norm(*args):
+        return {name: place for name, place in placed(*args).items() if name != "model.norm.weight"}
+
+    monkeypatch.setattr(names, "backbone_names", without_norm)
+    monkeypatch.setattr(names, "refuse_strangers", lambda *_: None)
+    with pytest.raises(CheckpointError, match=f"^{re.escape(str(path))} lacks model.norm.weight"):
+        mixoff.convert(path, tmp_path / "store")
 
 
 def test_folders_of_gguf_files_say_what_to_give(tmp_path):

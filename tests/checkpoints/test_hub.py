@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import encoded_models
 import mixoff
+import packed_models
 import published
 from hub_server import COMMIT, Hub
 from mixoff import CheckpointError, MixoffError
@@ -154,14 +155,18 @@ def test_a_token_opens_what_is_gated(client, server, repo, tmp_path):
     assert "ok" in client.ask("convert", repo, tmp_path / "store")
 
 
-@pytest.fixture(scope="module", params=["fp8", "mxfp4", "published"])
+@pytest.fixture(scope="module", params=["fp8", "mxfp4", "gptq", "published"])
 def encoded(request, tmp_path_factory):
     """Checkpoints whose weights are quantized already, in several shards."""
     root = tmp_path_factory.mktemp(request.param)
     if request.param == "published":
         pytest.importorskip("hqq", reason="hqq is not installed")
         return published.write(root / "encoded", root / "original")
-    write = {"fp8": lambda: encoded_models.write_fp8(root, "blocks"), "mxfp4": lambda: encoded_models.write_mxfp4(root)}
+    write = {
+        "fp8": lambda: encoded_models.write_fp8(root, "blocks"),
+        "mxfp4": lambda: encoded_models.write_mxfp4(root),
+        "gptq": lambda: packed_models.write(root, "mixtral", *packed_models.gptq()),
+    }
     return encoded_models.split(write[request.param]()[0], 3)
 
 

@@ -275,7 +275,7 @@ EARLY = {  # argv, and what its error holds
     "policy": ([*RUN, "--policy", "lur"], "did you mean 'lru'?"),
     "scheme": (
         [*RUN, "--scheme", "mixd"],
-        "unknown scheme 'mixd': choose one of mixed, paper, small, quality, none; did",
+        "unknown scheme 'mixd': choose one of mixed, paper, small, quality, none, keep; did",
     ),
     "size": ([*RUN, "--fast-bytes", "6 parsecs"], "as in 500MB or 6GiB"),
     "reads": ([*RUN, "--io", "direkt"], "did you mean 'direct'?"),

@@ -18,7 +18,7 @@ from mixoff.store.manifest import MANIFEST, QUANTIZED, read_quantized
 from tiny import BUNDLED, VARIED, budget, decode, resident, save_random
 from tolerances import RANDOM_4BIT_COSINE, within_rounding
 
-QUANTIZING = sorted(set(PRESETS) - {"none"})
+QUANTIZING = sorted(set(PRESETS) - {"none", "keep"})  # tests/store/test_codes.py has keep
 IDS = torch.tensor([[1, 40, 300, 77, 9, 1200, 5, 64]])
 # every role at once, in widths of the random models below
 EVERYTHING = Scheme(*[Precision(4, 16)] * 5, metadata_bits=16)

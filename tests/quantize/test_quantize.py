@@ -606,7 +606,7 @@ def test_text_that_is_no_scheme_is_refused(text):
 
 
 def test_unknown_names_are_answered_with_the_known_ones():
-    with pytest.raises(MixoffError, match="mixed, paper, small, quality, none"):
+    with pytest.raises(MixoffError, match="mixed, paper, small, quality, none, keep"):
         Scheme.preset("tiny")
     with pytest.raises(MixoffError, match="attention, experts, shared_experts, head, embeddings, router, norms"):
         Scheme().precision("mlp")

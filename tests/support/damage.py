@@ -63,13 +63,13 @@ DAMAGE = {
         "lacks weights of expert 8 in layer 0",
     ),
     "dense": (dense, "LlamaForCausalLM has no experts"),
-    "GPTQ": (
-        lambda d: edit_json(d / "config.json", lambda c: c.update(quantization_config={"quant_method": "gptq"})),
-        "quantized already .gptq.*16-bit original",
+    "EXL3": (
+        lambda d: edit_json(d / "config.json", lambda c: c.update(quantization_config={"quant_method": "exl3"})),
+        "quantized already .exl3.*16-bit original",
     ),
-    "AWQ": (
-        lambda d: edit_json(d / "config.json", lambda c: c.update(quantization_config={"quant_method": "awq"})),
-        "quantized already .awq",
+    "HQQ": (
+        lambda d: edit_json(d / "config.json", lambda c: c.update(quantization_config={"quant_method": "hqq"})),
+        "quantized already .hqq",
     ),
     "pickles": (only_pickles, "pickle files, which can run code"),
     "no weights": (lambda d: [p.unlink() for p in d.glob("model*")], "no .*safetensors files"),

@@ -66,6 +66,40 @@ def weight_of(name, shape):
     return (spread + ("norm" in name)).to(torch.bfloat16).view(shape)
 
 
+def quantized_mixtral(path, kind="Q8_0"):
+    """The Mixtral of the fixtures with wider experts, random, its attention and experts in blocks of 32 of a type."""
+    import numpy as np
+
+    import gguf
+
+    reader, rng = gguf.GGUFReader(FOLDER / "mixtral.gguf"), np.random.default_rng(0)
+    writer = gguf.GGUFWriter(path, "llama")
+    for field in reader.fields.values():
+        if field.name.startswith(("llama.", "tokenizer.")):
+            kinds = [*field.types, None]
+            value = 64 if field.name == "llama.feed_forward_length" else field.contents()
+            writer.add_key_value(field.name, value, kinds[0], sub_type=kinds[1])
+    for t in reader.tensors:
+        shape = [64 if n == 48 else n for n in reversed(t.shape.tolist())]
+        values = rng.standard_normal(shape).astype(np.float32) * 0.1 + ("norm" in t.name)
+        if (
+            "_exps" in t.name
+            or ".attn_q." in t.name
+            or ".attn_k." in t.name
+            or ".attn_v." in t.name
+            or "output.w" in t.name
+        ):
+            of = gguf.GGMLQuantizationType[kind]
+            writer.add_tensor(t.name, gguf.quantize(values, of), raw_dtype=of)
+        else:
+            writer.add_tensor(t.name, values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
 def plain(family, folder):
     """Write the model as transformers saves it, with a tokenizer of bytes; returns the folder."""
     model = AutoModelForCausalLM.from_config(config_of(family)).to(torch.bfloat16)

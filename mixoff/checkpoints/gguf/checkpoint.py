@@ -108,17 +108,12 @@ class GgufCheckpoint(Checkpoint):
         return f"model-{self.files.index(file) + 1:05d}-of-{len(self.files):05d}.safetensors"
 
     @property
+    def name(self) -> str:
+        return str(self.source)
+
+    @property
     def not_in_place(self) -> str:
         return f"{self.source} is a GGUF, from which experts cannot be served"
-
-    def kind_of(self, name: str) -> str:
-        """The type in the file of a weight of the backbone."""
-        pair = [self.parts.facts.tensors[half].kind for half in self.joined.get(name, ())]
-        return ", ".join(dict.fromkeys(pair)) or self.stored[name][0].kind
-
-    def plain_sites(self) -> tuple[Site, ...]:
-        """The sites with experts as they are decoded."""
-        return config.expert_sites(self.model, self.expert_dtype())
 
     def expert_names(self) -> set[str]:
         return {name for name in self.tensors if EXPERT.match(name)}
@@ -136,7 +131,7 @@ class GgufCheckpoint(Checkpoint):
         if rows.heads and len(t.shape) == 1:  # a bias: each number is a row
             shape = shape[::-1]
         dtype = DTYPES[self.tensors[name].dtype]
-        return GgufExtent(t.file, t.offset, place, nbytes, t.kind, shape, rows, dtype)
+        return GgufExtent(t.file, t.offset, place, nbytes, t.kind, dtype, shape, rows)
 
     def extents(self, sites: Sequence[Site]) -> dict[tuple[int, int], list[Extent]]:
         return {
@@ -172,7 +167,7 @@ class GgufCheckpoint(Checkpoint):
         stored = (shape[0], shape[1] if len(shape) > 1 else 1)
         slab = t.nbytes // t.shape[0]
         offset = t.offset + e * slab + skipped * (slab // t.shape[1])
-        return GgufExtent(t.file, offset, part.offset, part.nbytes, t.kind, stored, rows, part.dtype, transposed)
+        return GgufExtent(t.file, offset, part.offset, part.nbytes, t.kind, part.dtype, stored, rows, transposed)
 
 
 def _core(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from mixoff.checkpoints.checkpoint import Extent, Read
+from mixoff.checkpoints.checkpoint import Read
+from mixoff.checkpoints.decoded import Decoded
 from mixoff.checkpoints.gguf.names import Rows
 from mixoff.errors import CheckpointError
 from mixoff.quantize.solve import is_finite
@@ -22,21 +23,16 @@ FASTEST = 8192  # numbers in a row, at which the decoders of most types are fast
 
 
 @dataclass(frozen=True)
-class GgufExtent(Extent):
-    """Rows of a stored matrix, which belong in some rows of a weight.
+class GgufExtent(Decoded):
+    """Rows of a stored matrix, which belong in some rows of a weight; `kind` is the type of the stored numbers.
 
-    - nbytes: bytes of the whole weight in the image.
-    - kind: type of the stored numbers.
     - stored: (rows, columns) to read.
     - rows: where they go in the weight.
-    - dtype: dtype of the image, by torch's name.
     - transposed: whether the weight is (columns, rows).
     """
 
-    kind: str
     stored: tuple[int, int]
     rows: Rows
-    dtype: str
     transposed: bool = False
 
     @property

@@ -65,5 +65,5 @@ def joined(k: Tensor, v: Tensor, place: int) -> Joined:
         at = h * (N + V) * row
         for t, shape, start, rows in ((k, (R, N), at, N), (v, (V, R), at + N * row, V)):
             offset = t.offset + h * t.nbytes // H
-            pieces.append(GgufExtent(t.file, offset, start, rows * row, t.kind, shape, Rows(), dtype, t is k))
+            pieces.append(GgufExtent(t.file, offset, start, rows * row, t.kind, dtype, shape, Rows(), t is k))
     return Joined(k.file, k.offset, place, H * (N + V) * row, tuple(pieces))
