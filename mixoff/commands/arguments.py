@@ -28,6 +28,7 @@ from mixoff.units import parse_nbytes
 
 # copies of names that are defined where torch is imported; tests/commands/test_cli.py compares them
 SCHEMES = ("mixed", "paper", "small", "quality", "none", "keep")
+HEADS = ("head8", "head4")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 SHORT = {
     "fp32": "float32", "f32": "float32", "float": "float32", "bf16": "bfloat16",
@@ -55,7 +56,7 @@ class _Choice:
     short: dict[str, str]
 
     def __call__(self, text: str) -> str:
-        if (name := self.short.get(text.lower(), text)) in self.names:
+        if (name := self.short.get(text.lower(), text)) in (*self.names, *self.short.values()):
             return name
         known = f"unknown {self.what} {text!r}: choose one of {', '.join(self.names)}"
         raise argparse.ArgumentTypeError(known + suggestion(text, [*self.names, *self.short]))

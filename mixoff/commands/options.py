@@ -10,7 +10,7 @@ from collections.abc import Callable
 from mixoff.commands import arguments
 
 PATH = "store or checkpoint folder, GGUF file, bundled model, Hub id, its address, or a short name such as mixtral-8x7b"
-SCHEMES = f"{', '.join(arguments.SCHEMES[:-1])} or {arguments.SCHEMES[-1]}"
+SCHEMES = f"{', '.join(arguments.SCHEMES[:-1])} or {arguments.SCHEMES[-1]}; mixed+head8 has the head in 8 bits too"
 
 
 def max_new_tokens(add: Callable, default: int) -> None:
@@ -26,8 +26,9 @@ def fast_bytes(add: Callable, default: str = "auto") -> None:
 
 
 def scheme(add: Callable, text: str, default: str | None = None) -> None:
-    """`--scheme`, a preset; SCHEMES in `text` is replaced by their names."""
-    kind = arguments.choice("scheme", arguments.SCHEMES)
+    """`--scheme`, a preset, on request with an ending; SCHEMES in `text` is replaced by their names."""
+    endings = [f"{name}+{head}" for name in arguments.SCHEMES if name != "keep" for head in arguments.HEADS]
+    kind = arguments.choice("scheme", arguments.SCHEMES, dict(zip(endings, endings, strict=True)))
     add("--scheme", type=kind, default=default, help=text.replace("SCHEMES", SCHEMES))
 
 

@@ -34,7 +34,7 @@ from mixoff.store.manifest import MANIFEST
 from mixoff.store.source import open_source
 
 SLOTS = 4  # experts of the original model in memory
-HIDDEN_NBYTES = 3 << 30  # for hidden states: with more tokens, wide models would take much memory and many hours
+HIDDEN_NBYTES = 2 << 30  # for hidden states: with more tokens, wide models would take much memory and many hours
 BASE_NBYTES = 500 << 20  # libraries, and what the allocator keeps
 
 
@@ -91,7 +91,7 @@ def run(
         raise MixoffError("only a folder or a Hub id can be calibrated")
     scheme = Scheme.preset(scheme) if isinstance(scheme, str) else scheme
     if not scheme.precisions():
-        raise MixoffError("scheme 'none' quantizes nothing, so there is nothing to calibrate: choose another scheme")
+        raise MixoffError("this scheme quantizes nothing, so there is nothing to calibrate: choose another scheme")
     folder = _original(find(source, revision))
     given = _text(folder, calibrate)
     with _in_16_bits(folder, Path(target), options) as original:

@@ -40,7 +40,7 @@ from mixoff.store.blueprint import Weight
 from mixoff.store.making import Making
 
 NAMED = 8  # layers whose unreached experts a warning names
-EXTRA_TOKENS = 2048  # other tokens of the layer, for an expert that got few
+EXTRA_TOKENS = 1024  # other tokens of the layer, for an expert that got few
 log = logging.getLogger("mixoff")
 
 

@@ -84,10 +84,18 @@ class Scheme:
 
     @classmethod
     def preset(cls, name: str) -> Scheme:
-        """The preset of that name. Raises MixoffError, which lists the names."""
-        if name not in PRESETS:
-            raise MixoffError(f"no scheme {name!r}: choose one of {', '.join(PRESETS)}")
-        return PRESETS[name]
+        """The preset of that name, with an ending of HEADS also the head in 8 or 4 bits.
+
+        >>> Scheme.preset("mixed+head8").head
+        Precision(bits=8, group_size=64, rotated=False)
+
+        Raises MixoffError, which lists the names.
+        """
+        base, plus, head = name.partition("+")
+        if base not in PRESETS or (plus and (head not in HEADS or base == KEEP)):
+            endings = " or ".join(f"+{head}" for head in HEADS)
+            raise MixoffError(f"no scheme {name!r}: choose one of {', '.join(PRESETS)}, on request with {endings}")
+        return replace(PRESETS[base], head=HEADS[head]) if plus else PRESETS[base]
 
     @property
     def keeps(self) -> bool:
@@ -148,6 +156,7 @@ class Scheme:
 
 
 TWO, FOUR = Precision(2, 64), Precision(4, 64)
+HEADS = {"head8": Precision(8, 64), "head4": FOUR}  # endings of a preset's name
 PRESETS = {
     name: Scheme(attention=FOUR, experts=experts, shared_experts=FOUR, down=down)
     for name, experts, down in (

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from mixoff.errors import MixoffError
 from mixoff.quantize import strided
 from mixoff.quantize.layout import packed_nbytes
-from mixoff.quantize.scheme import PRESETS, Scheme
+from mixoff.quantize.scheme import HEADS, KEEP, PRESETS, Scheme
 from mixoff.shapes.known import DEMO
 from mixoff.shapes.shape import ModelShape, Tensor
 from mixoff.shapes.sites import dtype_nbytes, quantized_sites, stride, strided_sites
@@ -121,8 +121,10 @@ class Sizes:
 
 
 def _name(scheme: Scheme) -> str:
-    other = "keep" if scheme.keeps else "own"
-    return next((name for name, preset in PRESETS.items() if preset == scheme), other)
+    other = KEEP if scheme.keeps else "own"
+    endings = "", *(f"+{head}" for head in HEADS)
+    names = (name + ending for name in PRESETS for ending in endings if name != KEEP or not ending)
+    return next((name for name in names if Scheme.preset(name) == scheme), other)
 
 
 def sizes_of(shape: ModelShape, scheme: str | Scheme | None = None) -> Sizes:

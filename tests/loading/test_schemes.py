@@ -3,10 +3,12 @@
 import itertools
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import MixtralConfig, MixtralForCausalLM
 
 import mixoff
 from mixoff import CheckpointError, MixoffError, Scheme
@@ -255,3 +257,21 @@ def test_a_damaged_description_of_the_backbone_is_refused(copy, damage):
     (copy / MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(CheckpointError, match=message):
         mixoff.load(copy, fast_bytes="1GiB")
+
+
+def test_a_preset_with_its_head_in_8_bits(tmp_path):
+    """Named in one word by every command; smaller by half of the head, and computed as its dequantized weights."""
+    scheme = Scheme.preset("mixed+head8")
+    assert replace(scheme, head=None) == Scheme.preset("mixed") and scheme.head == Precision(8, 64)
+    assert mixoff.plan("mixtral-8x7b", scheme="mixed+head8").scheme == "mixed+head8"
+    saved = [mixoff.plan("mixtral-8x7b", scheme=name).bytes["backbone"] for name in ("mixed", "mixed+head8")]
+    assert saved[0] - saved[1] == pytest.approx(32000 * 4096 * (16 - 8.26) / 8, rel=0.001)
+    widths = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = MixtralConfig(**widths, num_hidden_layers=1, vocab_size=128)
+    MixtralForCausalLM(config).bfloat16().save_pretrained(tmp_path / "plain")
+    target = mixoff.convert(tmp_path / "plain", tmp_path / "store", "mixed+head8")
+    with mixoff.load(target, "1GiB") as model:
+        assert model.lm_head.quantized.bits == 8 and model.mixoff.source.scheme == scheme
+    for wrong in ("mixed+head2", "keep+head8", "+head8"):
+        with pytest.raises(mixoff.MixoffError, match="on request with .head8 or .head4"):
+            Scheme.preset(wrong)
