@@ -322,7 +322,7 @@ def test_names_that_are_checked_early_are_those_of_the_code():
     from mixoff.quantize import scheme
     from mixoff.trace import simulate
 
-    assert set(arguments.SCHEMES) == set(scheme.PRESETS) and arguments.HEADS == tuple(scheme.HEADS)
+    assert set(arguments.SCHEMES) == set(scheme.PRESETS) and tuple(scheme.HEADS) == arguments.HEADS
     assert ("auto", *load.DTYPES) == arguments.DTYPES
     assert arguments.DECODE == hooks.DECODE
     assert (arguments.IO, arguments.PREFETCH, arguments.SCOPES) == (budget.IO, budget.MODES, simulate.SCOPES)
