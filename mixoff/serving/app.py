@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
@@ -20,7 +21,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
-from mixoff.errors import MixoffError, one_line
+from mixoff.errors import CheckpointError, MixoffError, one_line
 from mixoff.pages import out_of_memory
 from mixoff.serving import page, replies
 from mixoff.serving.answer import Answers, RowFailed
@@ -33,6 +34,7 @@ from mixoff.serving.served import Served
 from mixoff.serving.worker import Full, Stopping, Worker
 
 GONE = 499  # nginx's status for a client that went away; nobody reads it, but it is counted
+FOLDERS = re.compile(r"(?<![\w.:/\\])(?:[A-Za-z]:)?(?:[\\/][^\\/\s'\":,;]+)*[\\/](?=[^\\/\s'\":,;])")
 NO_CACHE = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
@@ -216,14 +218,26 @@ async def _gone(request: Request) -> None:
 
 
 def _explain(error: BaseException | None) -> tuple[int, str]:
-    """Status and message for an error of a row."""
+    """Status and message for an error of a row, without the server's folders: the log has all of it."""
     if isinstance(error, Stopping):
         return 503, str(error)
+    if isinstance(error, OSError | CheckpointError):
+        reason = getattr(error, "strerror", None) or "they are damaged or incomplete"
+        return 500, f"the model's files cannot be read ({one_line(reason)}): the server's log says more"
     if isinstance(error, MixoffError):
-        return 500, one_line(error)
+        return 500, _without_folders(one_line(error))
     if isinstance(error, Exception) and (why := out_of_memory(error)):
         return 503, f"memory ran out ({one_line(why)}): ask for less, or again later"
-    return 500, f"{type(error).__name__}: {one_line(error)}"
+    return 500, _without_folders(f"{type(error).__name__}: {one_line(error)}")
+
+
+def _without_folders(text: str) -> str:
+    """`text` with only the last part of each absolute path.
+
+    >>> _without_folders("no kernel in /home/ada/.cache/a.so: build it")
+    'no kernel in a.so: build it'
+    """
+    return FOLDERS.sub("", text)
 
 
 def _add_errors(app: FastAPI) -> None:

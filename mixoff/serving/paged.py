@@ -4,16 +4,19 @@ transformers schedules the passes and owns the blocks; the tokens are chosen her
 place of a logits processor. It works for families whose layers are all full attention; others are refused.
 
 transformers runs its loop on a thread of its own, where an exception ends it for good. So this calls the loop's three
-steps from the worker's thread instead. Their names are private: `tests/serving/test_batchers.py` holds them.
+steps from the worker's thread instead. Their names are private, so they are looked for first: another release of
+transformers may lack them.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 from transformers import ContinuousBatchingConfig, GenerationConfig, LogitsProcessor
 
 from mixoff.errors import MixoffError, one_line
@@ -23,6 +26,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 BLOCK = 32  # tokens of a block
+OF_MANAGER = ("_create_batch_processor", "_original_attn_impl", "background_thread_status", "batch_processor")
+OF_LOOP = ("_generation_step", "inputs_and_outputs", "prepare_next_batch", "update_batch")
 PROMPT_TOKENS = 512  # most tokens of one pass: longer prompts are read in several, between the tokens of others
 
 
@@ -50,6 +55,7 @@ class PagedBatcher:
         )
         ends = GenerationConfig(do_sample=False, eos_token_id=-1, max_new_tokens=context)
         self._manager = model.init_continuous_batching(ends, config)
+        _check(self._manager, (*OF_MANAGER, "logit_processor"))
         self._manager.logit_processor.logits_processor.append(_Choose(self))
         self._manager.logit_processor.do_processing = True
         self._begin()
@@ -60,6 +66,7 @@ class PagedBatcher:
             self._loop = self._manager.batch_processor = self._manager._create_batch_processor()
         except (ValueError, RuntimeError, NotImplementedError, AttributeError) as error:
             raise MixoffError(f"this model needs --batcher rows: {one_line(error)}") from error
+        _check(self._loop, OF_LOOP)
 
     def fits(self, row: Row) -> bool:
         """Whether there are blocks for the whole of a row. Raises MixoffError if there never could be.
@@ -136,6 +143,15 @@ class _Choose(LogitsProcessor):
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """The scores after each row has chosen."""
         return self.batcher.choose(scores)
+
+
+def _check(part: object, names: Iterable[str]) -> None:
+    """Raise MixoffError, with the way out, if a part of transformers lacks one of the names that are used here."""
+    if missing := [name for name in names if not hasattr(part, name)]:
+        raise MixoffError(
+            f"--batcher paged does not fit transformers {transformers.__version__}, which has no {missing[0]}: use "
+            "--batcher rows, or the newest mixoff"
+        )
 
 
 def _blocks(row: Row) -> int:

@@ -7,6 +7,7 @@ import mixoff
 import served as support
 import tiny
 from batches import LIMITS, alone, rows_of, run, tokens
+from mixoff.serving import paged
 from mixoff.serving.rows import RowsBatcher
 from mixoff.serving.server import make_batcher
 
@@ -129,3 +130,10 @@ def test_logits_that_are_not_finite_end_their_row_alone(model):
     row, other = rows_of(model, 2)
     row.take(torch.full((4096,), torch.nan))
     assert row.reason == "error" and other.reason is None
+
+
+@pytest.mark.parametrize("names", ["OF_MANAGER", "OF_LOOP"])
+def test_a_transformers_without_the_private_names_is_refused_in_words(names, model, monkeypatch):
+    monkeypatch.setattr(paged, names, (*getattr(paged, names), "_renamed"))
+    with pytest.raises(mixoff.MixoffError, match="paged does not fit transformers 5.* which has no _renamed: use"):
+        make_batcher("paged", model, support.serving.LIMITS)

@@ -18,6 +18,7 @@ import psutil
 import pytest
 
 import served as support
+from mixoff.serving import app
 from mixoff.serving.row import Row
 from mixoff.serving.sampling import Sampling
 from served import NAME, said_alone, wait_until
@@ -250,6 +251,22 @@ def test_a_pass_over_a_prompt_that_fails_is_known_to_its_row(server, monkeypatch
         patch.setattr(server.worker.batcher.batcher, "_forward", forward)
         reply = server.post("/v1/completions", LONG)
         assert reply.status_code == 500 and "no such kernel" in reply.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError(2, "No such file or directory", "/home/ada lovelace/store/experts-000.bin"),
+         "the model's files cannot be read (No such file or directory): the server's log says more"),
+        (support.mixoff.CheckpointError("/home/ada lovelace/store/experts-000.bin ends early: fetch it again"),
+         "the model's files cannot be read (they are damaged or incomplete): the server's log says more"),
+        (RuntimeError("no kernel in /home/ada/.cache/a.so or C:\\ada\\b.dll: build it; see https://host/a/b"),
+         "RuntimeError: no kernel in a.so or b.dll: build it; see https://host/a/b"),
+        (support.mixoff.MixoffError("ratio 3/4 of '/x/y'"), "ratio 3/4 of 'y'"),
+    ],
+)  # fmt: skip
+def test_an_error_does_not_tell_the_servers_folders(error, message):
+    assert app._explain(error) == (500, message)
 
 
 # Limits ---------------------------------------------------------------------------------------------------------------
