@@ -18,6 +18,7 @@ HELP = "models on this machine, with sizes: stores, kept conversions, the Hub's 
 KINDS = {
     "bundled": "Bundled with mixoff",
     "kept": "Kept conversions, made for --scheme",
+    "gguf": "Configuration and tokenizer of GGUF files",
     "store": "Stores in folders",
     "unfinished": "Conversions that did not end",
     "hub": "Mixture-of-Experts models in the Hub's cache",

@@ -32,7 +32,8 @@ class Entry:
     """A model on this machine.
 
     - name: name to give to any command.
-    - kind: `bundled`, `kept` (a store that `--scheme` made), `unfinished`, `store` or `hub`.
+    - kind: `bundled`, `kept` (a store that `--scheme` made), `gguf` (configuration and tokenizer of a GGUF file),
+      `unfinished`, `store` or `hub`.
     - nbytes: bytes on the disk.
     - path: folder.
     - bits: bits per weight of the experts of a store, without metadata; None if unknown.
@@ -60,10 +61,12 @@ def entries(within: Iterable[str | Path] = (".",)) -> list[Entry]:
     stores = [folder for place in within for folder in (Path(place), *_folders(Path(place)))]
     listed = [Entry(name, "bundled", nbytes_of(models.path(name)), models.path(name)) for name in models.names()]
     listed += [_converted(folder, "kept") for folder in kept if _is_ours(folder)]
+    made = [folder for folder in _folders(folders.cache_folder() / "gguf") if (folder / "config.json").is_file()]
+    listed += [Entry(str(folder), "gguf", nbytes_of(folder), folder) for folder in made]
     known = {entry.path.resolve() for entry in listed}
     stores = [folder for folder in stores if _is_ours(folder) and folder.resolve() not in known]
     listed += [_converted(folder, "store") for folder in stores]
-    order = ("bundled", "kept", "store", "unfinished", "hub")
+    order = ("bundled", "kept", "gguf", "store", "unfinished", "hub")
     return sorted([*listed, *_on_hub()], key=lambda entry: (order.index(entry.kind), -entry.nbytes, entry.name))
 
 
@@ -151,7 +154,7 @@ def remove(entry: Entry) -> None:
         if entry.kind == "unfinished":
             _remove_unfinished(entry.path)
         else:
-            _remove_store(entry.path)
+            _remove_store(entry.path, SIDE_FILES if entry.kind == "gguf" else STORE)
     except OSError as error:
         raise MixoffError(f"cannot remove {entry.path}: {error.strerror or error}; check its permissions") from error
 
@@ -167,8 +170,8 @@ def _remove_from_hub_cache(entry: Entry) -> None:
         raise MixoffError(f"cannot remove all of {entry.path}: check its permissions, then run the command again")
 
 
-def _remove_store(folder: Path) -> None:
-    _check(folder, STORE)
+def _remove_store(folder: Path, patterns: Iterable[str]) -> None:
+    _check(folder, patterns)
     shutil.rmtree(folder)
     Path(f"{folder}.lock").unlink(missing_ok=True)  # of `kept.store_of`
 

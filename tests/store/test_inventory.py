@@ -122,3 +122,18 @@ def test_a_conversion_at_work_is_not_removed(machine):
     assert (unfinished.path / "store" / "experts-000.bin").exists()
     inventory.remove(unfinished)
     assert not unfinished.path.exists()
+
+
+def test_what_was_made_of_a_gguf_s_metadata_is_listed_and_removed(machine, capsys):
+    folder = folders.cache_folder() / "gguf" / "tiny-Q4_K_M-0123"
+    folder.mkdir(parents=True)
+    for name in ("config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja"):
+        (folder / name).write_text("{}")
+    (folder.parent / "tmp9f").mkdir()  # one in the making
+    (made,) = [model for model in listed(capsys)["models"] if model["kind"] == "gguf"]
+    assert made["nbytes"] == 8 and made["name"] == str(folder)
+    assert main(["list"]) == 0 and "Configuration and tokenizer of GGUF files" in capsys.readouterr().out
+    (folder / "mine.bin").write_text("")
+    assert main(["rm", folder.name, "--yes"]) == 2 and folder.exists()
+    (folder / "mine.bin").unlink()
+    assert main(["rm", folder.name, "--yes"]) == 0 and not folder.exists()
