@@ -34,6 +34,7 @@ from mixoff.store.readers import ExpertReader, past_page_cache
 from mixoff.store.source import EncodedError, Source, open_source
 from mixoff.transfer import cuda
 from mixoff.transfer.cuda import MARGIN, Gpu
+from mixoff.transfer.streams import STAGING
 from mixoff.transfer.tiers import WORKERS
 from mixoff.units import format_nbytes, parse_nbytes
 
@@ -148,8 +149,9 @@ def budgets(
         fast = planner.fast_nbytes(source.folder, machine, context, scheme_asked(source), kv_bits)
     if ram is None:
         experts = sum(site.num_experts * sites.stride(site) for site in source.sites)
-        resident = fast >= experts + reference.scratch_nbytes(source.sites, compute)
-        ram = 0 if resident else pinned_nbytes(experts, machine)
+        held = fast - reference.scratch_nbytes(source.sites, compute)
+        unused = (STAGING + 2 * likely_top_k(read_config(source.folder)) + 1) * sites.slot_nbytes(source.sites)
+        ram = 0 if held >= experts else pinned_nbytes(experts, experts - held + unused, machine)
     return fast, ram
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from mixoff.errors import BudgetError, CheckpointError, MixoffError
 from mixoff.planning import hardware as machines
 from mixoff.planning import probe, speed
+from mixoff.planning.budget import pinned_nbytes
 from mixoff.planning.needs import Needs
 from mixoff.planning.plan import Plan
 from mixoff.shapes import sizes
@@ -159,7 +160,7 @@ def _plan(needs: Needs, machine: Hardware, hit_rate: float | None) -> Plan:
 def _tiers(needs: Needs, machine: Hardware, slots: list[int], resident: bool) -> dict[str, int]:
     """Bytes in each tier: RAM has a copy of all experts if they fit, else those missing in the fast tier.
 
-    With a card, the interpreter's share of RAM is kept free.
+    With a card, `hardware.PAGEABLE` of RAM is kept free.
     """
     of = needs.sizes
     arena = of.experts if resident else 0
@@ -169,8 +170,10 @@ def _tiers(needs: Needs, machine: Hardware, slots: list[int], resident: bool) ->
     if resident:
         return {"fast": needs.fixed + arena, "ram": 0, "disk": 0}
     beyond = of.experts - _held(needs, slots)
-    room = max(machine.ram_bytes - machines.CPU_RESERVED, 0) if machine.device == "cuda" else machine.ram_bytes
-    ram = of.experts if of.experts <= room else min(beyond, room)
+    if machine.device == "cuda":
+        ram = pinned_nbytes(of.experts, beyond, machine)
+    else:
+        ram = of.experts if of.experts <= machine.ram_bytes else min(beyond, machine.ram_bytes)
     return {"fast": needs.fixed + arena, "ram": ram, "disk": max(beyond - ram, 0)}
 
 

@@ -68,10 +68,10 @@ class Slow(cuda.Cuda):
         super().__init__()
         self.copies, self.products = copies, products
 
-    def copy(self, target, source):
-        with torch.cuda.stream(self.copying):
+    def copy(self, stream, target, source):
+        with torch.cuda.stream(stream):
             torch.cuda._sleep(self.copies)
-        super().copy(target, source)
+        super().copy(stream, target, source)
 
     def computing(self):
         torch.cuda._sleep(self.products)
