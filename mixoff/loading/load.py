@@ -19,6 +19,8 @@ from mixoff.cache.policies import Policy
 from mixoff.checkpoints.find import Folder, find
 from mixoff.errors import BudgetError, MixoffError
 from mixoff.kernels import reference
+from mixoff.kernels.triton import products as triton_products
+from mixoff.loading import preload
 from mixoff.loading.backbone import load_backbone
 from mixoff.loading.hooks import bind, checked
 from mixoff.loading.kv_bits import quantize_cache
@@ -39,6 +41,10 @@ from mixoff.transfer.tiers import WORKERS
 from mixoff.units import format_nbytes, parse_nbytes
 
 DTYPES = ("float32", "bfloat16", "float16")
+UNCOMPILED = (
+    "Triton cannot compile kernels for this card, so torch alone multiplies dequantized weights, several times slower; "
+    "another release of triton may help"
+)
 CPU_BUDGET = "6GiB"  # RAM for experts on a CPU, unless `fast_bytes` says otherwise
 
 
@@ -96,6 +102,8 @@ def load(
         (`runtime.step`), `"modules"` by transformers' modules; last bits differ
     """
     gpu, decode = cuda.pick(device), checked(decode)
+    if gpu and (why := triton_products.check(gpu.where)):
+        warnings.warn(f"{UNCOMPILED} ({why})", stacklevel=2)
     with ExitStack() as undo:
         source = _open(find(path, revision), scheme)
         undo.callback(source.close)
@@ -124,6 +132,12 @@ def load(
             quantize_cache(model, kv_bits)
         undo.pop_all()
     bind(model, runtime, decode=decode)
+    if gpu:
+        try:
+            preload.fill(model)
+        except BaseException:
+            runtime.close()
+            raise
     return model
 
 

@@ -168,17 +168,10 @@ class Runtime:
         sites, size = self.source.sites, slot_nbytes(self.source.sites)
         reserved = reference.scratch_nbytes(sites, self._compute) + getattr(self.source.reader, "buffer_nbytes", 0)
         slots, least = (fast_bytes - reserved) // size, least_slots(sites, self.scope)
-        experts, wanted = sum(site.num_experts for site in sites), self._top_k
-        spare, self._why = set_aside(
-            self._prefetch,
-            slots=slots,
-            least=least,
-            experts=experts,
-            wanted=wanted,
-            direct=self.device is not None or getattr(self.source.reader, "direct", False),
-            slot_nbytes=size,
-        )
-        self._exchanged = exchanged(slots - spare, least, experts, wanted) if self.device else 0
+        room = {"least": least, "experts": sum(site.num_experts for site in sites), "wanted": self._top_k}
+        direct = self.device is not None or getattr(self.source.reader, "direct", False)
+        spare, self._why = set_aside(self._prefetch, slots, **room, direct=direct, slot_nbytes=size)
+        self._exchanged = exchanged(slots - spare, **room) if self.device else 0
         spare += self._exchanged
         return plan_slots(sites, fast_bytes - spare * size, reserved, self.scope), spare, reserved
 

@@ -22,7 +22,7 @@ from __future__ import annotations
 import time
 import weakref
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -31,7 +31,7 @@ import torch
 from mixoff.cache.events import BYPASS, MISS, PREFETCH, Key, Landing
 from mixoff.errors import CheckpointError
 from mixoff.store.readers import Reader
-from mixoff.transfer.tiers import Copies, open_transfer
+from mixoff.transfer.tiers import WORKERS, Copies, open_transfer
 from mixoff.transfer.transfer import Transfer
 
 STAGING = 3  # places reserved for reads: one to read into, one being copied from, and one for a guess
@@ -69,6 +69,9 @@ class Device(Protocol):
     copying: Stream
     returning: Stream
     where: torch.device
+
+    def describe(self) -> Any:
+        """The device: its compute capability `sm` and its free memory."""
 
     def computing(self) -> Stream:
         """The stream on which the calling thread computes."""
@@ -218,6 +221,35 @@ class DeviceTransfer:
             return partly and partly._replace(slot=slot)
         self._let_go(slot, passing=True)
         return self._landing(slot, fetch)
+
+    def stock(self, keys: Iterable[Key]) -> Iterator[Key]:
+        """Read experts into RAM while it has room for what the device lacks; yields each that has arrived.
+
+        Called while nothing else is fetched. Raises the error of a failed read; `stop` then finds the places again.
+        """
+        self.device.synchronize()  # or a place might still be copied from
+        coming: dict[int, Key] = {}
+        for key in keys:
+            if key in self.copies:
+                continue
+            if len(self.copies.alone) + len(coming) >= self.kept:
+                break
+            place = self.copies.room(lambda place: place not in self.unsettled)
+            if place is None:
+                break
+            coming[place] = key
+            self.reading.fetch(key, place, MISS)
+            if len(coming) == WORKERS:
+                yield self._stocked(coming)
+        while coming:
+            yield self._stocked(coming)
+
+    def _stocked(self, coming: dict[int, Key]) -> Key:
+        """Sleep until one of the reads into these places is done: its expert has a copy in RAM."""
+        place = self.reading.wait(coming).slot
+        key = coming.pop(place)
+        self.copies.alone[key] = place
+        return key
 
     def near(self, key: Key) -> bool:
         """Always False: every copy crosses the link, which a guess can hide."""

@@ -93,6 +93,7 @@ class Device:
         self.copying, self.returning = Stream(self, "the copying stream"), Stream(self, "the returning stream")
         self.streams = [Stream(self, f"stream {i}") for i in range(streams)]
         self.pinned_now = []
+        self.transfer = self.reader = None
 
     def computing(self):
         return self.streams[self.thread]
@@ -189,11 +190,16 @@ class Device:
 
 
 def products_of(device):
-    """`Arena.weights`, which first does what a product would wait for, and asks whether its expert is there."""
+    """`Arena.weights`, which first does what a product would wait for, and asks whether its expert is there.
+
+    It asks nothing before the test has given `device` its transfer and reader.
+    """
     honest = Arena.weights
 
     def weights(arena, slot, site):
         device.catch_up()
+        if device.transfer is None:
+            return honest(arena, slot, site)
         key, n = device.transfer.owner[slot][0], arena.sites[site].expert_nbytes
         image = bytearray(n)
         device.reader.read_into(*key, memoryview(image))

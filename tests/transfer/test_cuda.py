@@ -21,7 +21,7 @@ import mixoff
 from bytesless import gpu, on_host
 from mixoff import kernels
 from mixoff.bench import doctor
-from mixoff.loading import hooks, load, refusals, rescue
+from mixoff.loading import hooks, load, overflow, refusals, rescue
 from mixoff.loading.load import measured
 from mixoff.pages import out_of_memory
 from mixoff.planning import planner, probe
@@ -95,7 +95,7 @@ def test_the_runtime_on_a_device_in_any_schedule(tiny, rng, case):
         case = case | {"slots": case["slots"] + 12}
     violations, got, info, _ = on_device(tiny, Device(rng), **case)
     assert violations == [] and same(got, tiny[1])
-    assert info.bytes_moved > 0
+    assert info.bytes_moved > 0 or info.capacity == info.num_experts  # then `load` has moved all
 
 
 def test_what_has_a_copy_in_ram_is_read_once(tiny):
@@ -313,6 +313,7 @@ def test_a_layer_waits_for_the_device_once_and_mixes_no_devices(tmp_path, monkey
     fast = budget(folder, 7, scheme=scheme, dtype=dtype)
     monkeypatch.setattr(cuda, "pick", lambda name: Idle())
     monkeypatch.setattr(kernels.triton_products, "serves", lambda *a: False)  # has tests of its own
+    monkeypatch.setattr(overflow, "bounded", lambda logits: True)
     for name in ("_of_one_token", "by_expert", "_given"):
         monkeypatch.setattr(backend, name, on_host(getattr(backend, name)))
     monkeypatch.setattr(runtime, "to_host", on_host(to_host))
@@ -376,6 +377,7 @@ CALLS = {  # what `cuda`, `streams` and `hardware` call, with the arguments that
     torch.cuda.stream: (["stream"], {}),
     torch.cuda.empty_cache: ([], {}),
     torch.cuda.get_arch_list: ([], {}),
+    torch.cuda._sleep: (["cycles"], {}),
     torch.cuda.cudart: ([], {}),
     torch.cuda.Stream.__new__: ([torch.cuda.Stream, "device"], {}),
     torch.cuda.Event.__new__: ([torch.cuda.Event], {"enable_timing": True}),

@@ -17,7 +17,7 @@ from simulated import Device
 SIZES = (300, 400)  # bytes of an expert of each of two sites
 SLOT, EXPERTS = 512, 9
 KEYS = [(site, expert) for site in range(2) for expert in range(EXPERTS)]
-ACTS = ("fetch",) * 3 + ("wait",) * 2 + ("compute",) * 2 + ("cancel", "thread", "reseat")
+ACTS = ("fetch",) * 3 + ("wait",) * 2 + ("compute",) * 2 + ("cancel", "thread", "reseat", "stock")
 KINDS = ("miss", "miss", "bypass", "restore", "prefetch")
 
 
@@ -108,6 +108,10 @@ def play(rng, steps=60, kind=None, threads=2, pace=(0, 0, 0, 1, 3), keys=KEYS, *
                 device.violations.append("slots were given up in use")
             new = device.empty(len(old) * SLOT).view(len(old), SLOT)
             transfer.reseat(new, range(len(old) - how.get("spares", 1), len(old)))
+        elif act == "stock" and not coming and rng.random() < 0.3:
+            held = {key for key, _ in transfer.owner.values()}
+            lacking = rng.sample([key for key in keys if key not in held], 3)
+            assert set(transfer.stock(lacking)) <= transfer.copies.alone.keys()
         check_places(transfer)
         if isinstance(transfer.reading, Lingering) and rng.random() < 0.2:
             transfer.reading.write()
