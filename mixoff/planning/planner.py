@@ -210,6 +210,7 @@ def _speeds(
     experts = sum(site.num_experts for site in needs.sizes.sites)
     uniform = sum(slots) / experts if given is None else given
     share = _ram_share(needs, slots, tiers) if machine.device == "cuda" else 0.0
+    back = float(machine.device == "cuda" and 0 < tiers["ram"] < needs.sizes.experts)
     return {
         name: speed.predict(
             needs.sizes.shape,
@@ -219,6 +220,7 @@ def _speeds(
             efficiency=speed.EFFICIENCY[machine.device][name],
             ram_share=share,
             background=False if name == "low" else None,
+            back_share=back,
         )
         for name in ("low", "expected", "high")
     }

@@ -41,6 +41,14 @@ KNOWN = {
     "openai/gpt-oss-20b": ("20.915", "4.19", 32, 4, 24, "24.89"),
     "deepseek-ai/DeepSeek-V2-Lite": ("15.706", "2.66", 64, 6, 26, "8.65"),
     "ibm-granite/granite-3.1-1b-a400m-instruct": ("1.335", "0.43", 32, 8, 24, "1.57"),
+    # without the layers that predict further tokens and without vision, which mixoff does not load
+    "openai/gpt-oss-120b": ("116.829", "5.71", 128, 4, 36, "24.89"),
+    "Qwen/Qwen3-Coder-30B-A3B-Instruct": ("30.532", "3.35", 128, 8, 48, "4.72"),
+    "Qwen/Qwen3-Next-80B-A3B-Instruct": ("79.674", "3.87", 512, 10, 48, "3.15"),
+    "Qwen/Qwen3.6-35B-A3B": ("34.661", "3.45", 256, 8, 40, "3.15"),
+    "zai-org/GLM-4.5-Air": ("106.852", "13.42", 128, 8, 45, "17.30"),
+    "zai-org/GLM-4.7-Flash": ("29.943", "3.90", 64, 4, 46, "9.44"),
+    "google/gemma-4-26B-A4B-it": ("25.233", "3.82", 128, 8, 30, "5.95"),
 }
 
 
