@@ -255,6 +255,13 @@ def test_two_bit_experts_lie_in_vram_and_ram(on_t4, scheme):
     assert 5 <= plan.slots_per_layer < 8
 
 
+def test_the_published_size_locks_what_the_card_lacks(on_t4):
+    """4.6 GB do where 9.5 GiB were locked: the rest would be copies of what the card holds."""
+    plan = on_t4["published"]
+    held = plan.tiers["fast"] - sum(plan.bytes[part] for part in ("backbone", "kv_cache", "workspace"))
+    assert plan.tiers["ram"] < 4.6e9 and plan.tiers["ram"] >= plan.bytes["experts"] - held
+
+
 def test_four_bit_experts_need_the_disk(on_t4):
     plan = on_t4["quality"]
     assert plan.fits and plan.tiers["disk"] > 0 and plan.floors_ms["transfer"] > 10 * plan.floors_ms["memory"]
