@@ -6,6 +6,7 @@
     python3 go.py test      every test, every chapter            (test --all adds what is slow)
     python3 go.py e2e       chapters in a real browser; needs Chromium
     python3 go.py bench     tokens/s on this machine, next to its own roofline
+    python3 go.py gpu       ten minutes on an NVIDIA card: tests, bandwidths, kernels and tokens, next to predictions
     python3 go.py site      the course as pages in build/site, which need no server and no network
     python3 go.py slides    a deck of slides of every chapter in build/slides
     python3 go.py schedule  the 90-minute, half-day and one-day workshop, from the chapters' metadata
@@ -38,11 +39,12 @@ VENV = ROOT / ".venv"
 STAMP = VENV / "mixoff.json"
 OLDEST, TOO_NEW = (3, 10), (3, 15)  # numba follows a new Python late
 
-JOBS = ("demo", "lab", "test", "e2e", "bench", "site", "slides", "schedule")
+JOBS = ("demo", "lab", "test", "e2e", "bench", "gpu", "site", "slides", "schedule")
 EXTRAS = {
     "lab": {"lab"},
     "test": {"lab", "test", "serve", "reference"},
     "e2e": {"lab", "test", "serve", "e2e", "site"},
+    "gpu": {"test", "triton"},
     "site": {"lab", "site"},
     "slides": {"lab", "site"},
     "schedule": {"lab", "site"},
@@ -203,6 +205,7 @@ def commands(job: str, arguments: list[str]) -> list[list[str]]:
         "lab": ["-m", "jupyterlab", "notebooks/00_start_here.ipynb"],
         "e2e": ["-m", "pytest", "-m", "e2e", "tests/e2e"],
         "bench": ["-m", "mixoff", "bench"],
+        "gpu": ["benchmarks/gpu_check.py"],
         "site": ["course/make_site.py"],
         "slides": ["course/slides.py"],
         "schedule": ["course/schedule.py"],

@@ -38,6 +38,7 @@ PARTS = ("codes", "scales", "zeros_at", "grid_scales", "grid_zeros", "numbers") 
 POINTERS = {"fp16": "*fp16", "bf16": "*i16", "fp32": "*fp32"}
 REGISTERS = 65536  # of a multiprocessor
 GB = 1e9
+LAUNCHES = 50  # calls of a run on a card
 
 
 @dataclass(frozen=True)
@@ -289,9 +290,13 @@ class Bench:
     runs: int
 
     def seconds(self, fn: Callable[[int], object]) -> float:
-        """Of the fastest of `runs` calls, after those of the warm-up; `fn` gets the number of the call."""
+        """Of the fastest of `runs` calls, after those of the warm-up; `fn` gets the number of the call.
+
+        On a card a run is the mean of LAUNCHES calls, queued while the card spins.
+        """
+        count = itertools.count()
         on_card = self.device.type == "cuda"
-        once = (lambda i: device_seconds(lambda: fn(i))) if on_card else (lambda i: timed(fn, i))
+        once = (lambda _: device_seconds(lambda: fn(next(count)), LAUNCHES)) if on_card else (lambda i: timed(fn, i))
         return _table.best(once, self.runs, self.warm_up)
 
     def read_Bps(self) -> float:
@@ -320,7 +325,7 @@ def bench() -> Bench:
         sys.exit("no CUDA card here: run this where one is, or with TRITON_INTERPRET=1 as a rehearsal on the CPU")
     device = torch.device("cuda", torch.cuda.current_device())
     shapes = (("linear", (4096, 4096)), ("linear", (4096, 14336)), ("gated", (28672, 4096)))
-    return Bench(device, torch.cuda.get_device_name(device), shapes, 256 << 20, 1 << 30, (1, 2, 4, 8), 3, 30)
+    return Bench(device, torch.cuda.get_device_name(device), shapes, 256 << 20, 1 << 30, (1, 2, 4, 8), 1, 8)
 
 
 def random_weights(on: Bench, shape: tuple[int, int], bits: int, group: int) -> list[QTensor]:
@@ -349,7 +354,7 @@ def measure(every_tile: bool) -> dict:
             row |= {"tile": asdict(chosen), "measured_s": took, "nbytes": weights[0].nbytes}
             rows.append(row | {"modelled_floor_s": weights[0].nbytes / read})
             print(measured_row(rows[-1], read), flush=True)
-    print(f"\nWeights rotate through {on.cold_nbytes >> 20} MiB; times are the best of {on.runs}.")
+    print(f"\nWeights rotate through {on.cold_nbytes >> 20} MiB; times are the best of {on.runs} runs.")
     if on.device.type != "cuda":
         print("This was a rehearsal on the CPU: its times mean nothing.")
     return {"device": on.name, "sm": chip, "read_Bps": read, "nominal_Bps": nominal, "rows": rows}

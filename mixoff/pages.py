@@ -42,7 +42,13 @@ def slab(nbytes: int, inherited: bool = True) -> torch.Tensor:
     return torch.frombuffer(memory, dtype=torch.uint8)
 
 
-ALLOCATORS = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDA out of memory")  # in RuntimeErrors of torch
+ALLOCATORS = (  # in RuntimeErrors of torch and Triton
+    "can't allocate memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDA out of memory",
+    "CUDA error: out of memory",
+    "Triton Error [CUDA]: out of memory",
+)
 
 
 def out_of_memory(error: Exception) -> str | None:
@@ -50,6 +56,8 @@ def out_of_memory(error: Exception) -> str | None:
 
     >>> out_of_memory(MemoryError("no room")), out_of_memory(ValueError("no sense"))
     ('no room', None)
+    >>> out_of_memory(RuntimeError("Triton Error [CUDA]: out of memory"))
+    'Triton Error [CUDA]: out of memory'
     """
     message = str(error)
     lacking = (

@@ -9,7 +9,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from mixoff.checkpoints import backbone
 from mixoff.errors import CheckpointError
-from mixoff.loading import layers
+from mixoff.loading import attention, layers
 from mixoff.shapes.config import expert_modules, model_class, read_config
 from mixoff.store.source import Source, open_backbone
 from mixoff.transfer import streams
@@ -43,6 +43,8 @@ def load_backbone(
     layers.fill(model, quantized, compute, exact, where)
     model.name_or_path = model.config.name_or_path = str(source.folder)
     model.generation_config.disable_compile = True  # the experts are not a graph
+    if gpu:
+        attention.fit(model, gpu.describe().sm)
     return model.eval().to(where)
 
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from mixoff.errors import MixoffError
 from mixoff.kernels.cpu import products
 from mixoff.kernels.cpu.threads import borrow, give_back
-from mixoff.loading import layers, refusals
+from mixoff.loading import layers, overflow, refusals
 from mixoff.loading.passes import wrap
 from mixoff.loading.rescue import guard
 from mixoff.runtime.runtime import Runtime
@@ -155,6 +155,8 @@ def bind(model: PreTrainedModel, runtime: Runtime, loaded: bool = True, decode: 
         if decode == "compiled" and quantized and runtime.device is None and products.loops() is not None:
             undo.push(compile_step(model, runtime, ask))
         undo.push(guard(model, runtime))
+        if dtype == torch.float16:
+            undo.callback(overflow.watch(model).remove)
         model.mixoff = runtime
         undo.callback(delattr, model, "mixoff")
         return undo.pop_all()

@@ -19,6 +19,8 @@ from mixoff.cache.policies import Policy
 from mixoff.checkpoints.find import Folder, find
 from mixoff.errors import BudgetError, MixoffError
 from mixoff.kernels import reference
+from mixoff.kernels.triton import products as triton_products
+from mixoff.loading import preload
 from mixoff.loading.backbone import load_backbone
 from mixoff.loading.hooks import bind, checked
 from mixoff.loading.kv_bits import quantize_cache
@@ -34,10 +36,15 @@ from mixoff.store.readers import ExpertReader, past_page_cache
 from mixoff.store.source import EncodedError, Source, open_source
 from mixoff.transfer import cuda
 from mixoff.transfer.cuda import MARGIN, Gpu
+from mixoff.transfer.streams import STAGING
 from mixoff.transfer.tiers import WORKERS
 from mixoff.units import format_nbytes, parse_nbytes
 
 DTYPES = ("float32", "bfloat16", "float16")
+UNCOMPILED = (
+    "Triton cannot compile kernels for this card, so torch alone multiplies dequantized weights, several times slower; "
+    "another release of triton may help"
+)
 CPU_BUDGET = "6GiB"  # RAM for experts on a CPU, unless `fast_bytes` says otherwise
 
 
@@ -95,6 +102,8 @@ def load(
         (`runtime.step`), `"modules"` by transformers' modules; last bits differ
     """
     gpu, decode = cuda.pick(device), checked(decode)
+    if gpu and (why := triton_products.check(gpu.where)):
+        warnings.warn(f"{UNCOMPILED} ({why})", stacklevel=2)
     with ExitStack() as undo:
         source = _open(find(path, revision), scheme)
         undo.callback(source.close)
@@ -123,6 +132,12 @@ def load(
             quantize_cache(model, kv_bits)
         undo.pop_all()
     bind(model, runtime, decode=decode)
+    if gpu:
+        try:
+            preload.fill(model)
+        except BaseException:
+            runtime.close()
+            raise
     return model
 
 
@@ -148,8 +163,9 @@ def budgets(
         fast = planner.fast_nbytes(source.folder, machine, context, scheme_asked(source), kv_bits)
     if ram is None:
         experts = sum(site.num_experts * sites.stride(site) for site in source.sites)
-        resident = fast >= experts + reference.scratch_nbytes(source.sites, compute)
-        ram = 0 if resident else pinned_nbytes(experts, machine)
+        held = fast - reference.scratch_nbytes(source.sites, compute)
+        unused = (STAGING + 2 * likely_top_k(read_config(source.folder)) + 1) * sites.slot_nbytes(source.sites)
+        ram = 0 if held >= experts else pinned_nbytes(experts, experts - held + unused, machine)
     return fast, ram
 
 

@@ -1,4 +1,4 @@
-"""Compiles the loops that a model or a conversion needs before anything is timed, and announces it if that takes long.
+"""Compiles what a model or a conversion needs before anything is timed, and announces it if that takes long.
 
 numba keeps compiled code on disk, so this takes half a minute once per machine, and milliseconds afterwards. One
 product is computed for each form of weight in the model, on empty matrices: the model's tiers and counters stay as
@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from mixoff import kernels
 from mixoff.kernels.cpu import products, program
+from mixoff.kernels.triton.tiles import MOST_ROWS
 from mixoff.loading import layers
 from mixoff.quantize import solve
 from mixoff.quantize.scheme import Scheme
 from mixoff.quantize.tensor import QTensor
+from mixoff.transfer.arena import view
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
 
 WIDTH = 1024  # width of the matrices: enough that several threads share a product
 ROWS = (1, 2, 4)  # numbers of rows that one loop computes together
+CARD = ("triton", "triton-dense")
+CARD_ROWS = (*ROWS, MOST_ROWS + 1)  # the last one is computed by way of dequantized weights
 PATIENCE_S = 0.5  # compiling for less than this is not announced
 LINE = "compiling kernels for this CPU, once: about half a minute of its time"
 
@@ -52,6 +56,44 @@ def compile_for(model: PreTrainedModel, say: Callable[[str], object]) -> float:
         if step:
             program.stages()
     return time.perf_counter() - started
+
+
+def compile_on_card(model: PreTrainedModel) -> int:
+    """Compile the Triton kernels of `model` on its card, for every shape; returns the number of products computed.
+
+    Each product is computed once, from the backbone's own weights and from an expert's memory that holds noise. What
+    does not compile is left to its first use, and so is everything if the memory is lacking.
+    """
+    backbone = [m.quantized for m in model.modules() if isinstance(m, layers.QuantizedLinear)]
+    distinct = {(type(w), _form(w), tuple(w.shape)): w for w in backbone if w is not None}
+    sites, done = {site.parts: site for site in model.mixoff.source.sites}, 0
+    with suppress(Exception), torch.inference_mode():
+        for site in sites.values():
+            image = torch.empty(site.expert_nbytes, dtype=torch.uint8, device=model.device)
+            weights = [view(image, part) for part in site.parts if part.form is not None]
+            done += sum(_on_card(w, model) for w in weights)
+            if len(weights) == 2 and all(isinstance(w, QTensor) for w in weights):
+                done += _pair_on_card(weights, model)
+        done += sum(_on_card(w, model) for w in distinct.values())
+    return done
+
+
+def _on_card(w: Any, model: PreTrainedModel) -> int:
+    """Compute the products of every kind with a weight; returns how many."""
+    inputs = [torch.zeros(rows, w.shape[1], dtype=model.dtype, device=model.device) for rows in CARD_ROWS]
+    inputs = [x for x in inputs if kernels.choose(x, w) in CARD]
+    for x in inputs:
+        kernels.linear(x, w)
+    return len(inputs)
+
+
+def _pair_on_card(pair: list, model: PreTrainedModel) -> int:
+    """The same for the fused products of an expert."""
+    inputs = [torch.zeros(rows, pair[0].shape[1], dtype=model.dtype, device=model.device) for rows in ROWS]
+    inputs = [x for x in inputs if kernels.choose(x, pair[0]) == "triton"]
+    for x in inputs:
+        kernels.gated_mlps(x, [(pair[0], pair[1])])
+    return len(inputs)
 
 
 def _form(w: Any) -> tuple:

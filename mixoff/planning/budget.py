@@ -80,6 +80,17 @@ def set_aside(
     return spare, f"on: next-router, {spare} spare slots"
 
 
+def exchanged(slots: int, least: int, experts: int, wanted: int) -> int:
+    """Slots that a device's transfer exchanges for those that are copied back to RAM: `wanted`, or none.
+
+    None where every expert has a slot, or where they would be more than one in SHARE. Arguments as for `set_aside`.
+
+    >>> exchanged(192, 32, 256, 2), exchanged(256, 32, 256, 2), exchanged(12, 8, 256, 2)
+    (2, 0, 0)
+    """
+    return wanted if slots < experts and wanted * SHARE <= slots and slots - wanted >= least else 0
+
+
 IO = ("auto", "direct", "buffered")
 
 
@@ -99,6 +110,13 @@ def goes_direct(io: str, nbytes: int, free: int, limited: bool) -> bool:
     return io == "direct" or (io == "auto" and (limited or nbytes > free))
 
 
-def pinned_nbytes(experts: int, machine: Hardware) -> int:
-    """Bytes of RAM that `load` page-locks for copies of `experts` bytes of experts."""
-    return min(experts, max(machine.ram_bytes - machines.CPU_RESERVED, 0))
+def pinned_nbytes(experts: int, beyond: int, machine: Hardware) -> int:
+    """Bytes of RAM that `load` page-locks for copies of experts.
+
+    All of them if they fit, since evicting an expert with a copy moves nothing; otherwise those that the card lacks.
+
+    experts: bytes of all experts
+    beyond: bytes of experts without a slot
+    """
+    room = max(machine.ram_bytes - machines.PAGEABLE, 0)
+    return experts if experts <= room else min(beyond, room)

@@ -70,6 +70,7 @@ CONTEXT = (
 )
 CUDA_RESERVED = 512 * MIB
 CPU_RESERVED = 768 * MIB  # interpreter, torch and transformers: 0.4 GiB of anonymous memory, and their libraries
+PAGEABLE = 2 * GIB  # RAM that page-locked copies leave: short of it, the system kills the process and no call fails
 INTERPRETER = "measured: interpreter, torch and transformers before a model is loaded, docs/plan.md"
 PRIVATE_RAM = "assumed: what is free of 32 GB; give yours with --ram"
 

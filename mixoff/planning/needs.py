@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from mixoff.errors import BudgetError
 from mixoff.planning import speed
-from mixoff.planning.budget import goes_direct, plan_slots, set_aside
+from mixoff.planning.budget import exchanged, goes_direct, plan_slots, set_aside
 from mixoff.shapes import sites
 from mixoff.shapes.sizes import Sizes
 
@@ -84,19 +84,23 @@ class Needs:
             return [0] * len(self.sizes.sites)
 
     def spare(self, fast_bytes: int) -> int:
-        """Slots that the runtime sets aside for prefetching, if misses are read past the page cache."""
-        of = self.sizes
+        """Slots that the runtime sets aside: for prefetching, if misses are read past the page cache, and on a card for
+        copies back."""
+        of, wanted = self.sizes, max(self.sizes.shape.top_k)
         nbytes = sum(site.num_experts * site.expert_nbytes for site in of.sites)
+        slots, least = max(fast_bytes - self.scratch, 0) // of.slot_nbytes, len(of.sites)
+        experts = sum(site.num_experts for site in of.sites)
         spare, _ = set_aside(
             "auto",
-            slots=max(fast_bytes - self.scratch, 0) // of.slot_nbytes,
-            least=len(of.sites),
-            experts=sum(site.num_experts for site in of.sites),
-            wanted=max(of.shape.top_k),
+            slots=slots,
+            least=least,
+            experts=experts,
+            wanted=wanted,
             direct=goes_direct("auto", nbytes + min(max(fast_bytes, 0), nbytes), self.page_cache, limited=False),
             slot_nbytes=of.slot_nbytes,
         )
-        return spare
+        on_card = self.page_cache == 0
+        return spare + (exchanged(slots - spare, least, experts, wanted) if on_card else 0)
 
 
 def workspace_nbytes(of: Sizes, compute: str, rows: int) -> int:

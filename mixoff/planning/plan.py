@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from mixoff.planning import speed
-from mixoff.planning.budget import pinned_nbytes
 from mixoff.units import format_nbytes
 
 if TYPE_CHECKING:
@@ -152,10 +151,10 @@ def _brief(plan: Plan) -> list[tuple[str, str]]:
 
 
 def _pinned_text(plan: Plan) -> str:
-    """RAM that `load` page-locks on a machine with a card, including copies of resident experts."""
+    """RAM that `load` page-locks on a machine with a card."""
     if plan.hardware.device != "cuda" or plan.resident or not plan.fits:
         return ""
-    return f"; copies of up to {format_nbytes(pinned_nbytes(plan.bytes['experts'], plan.hardware))} are page-locked"
+    return f"; about {format_nbytes(plan.tiers['ram'])} are page-locked for copies"
 
 
 def _held_text(plan: Plan) -> str:

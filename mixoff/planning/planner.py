@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from mixoff.errors import BudgetError, CheckpointError, MixoffError
 from mixoff.planning import hardware as machines
 from mixoff.planning import probe, speed
+from mixoff.planning.budget import pinned_nbytes
 from mixoff.planning.needs import Needs
 from mixoff.planning.plan import Plan
 from mixoff.shapes import sizes
@@ -159,7 +160,7 @@ def _plan(needs: Needs, machine: Hardware, hit_rate: float | None) -> Plan:
 def _tiers(needs: Needs, machine: Hardware, slots: list[int], resident: bool) -> dict[str, int]:
     """Bytes in each tier: RAM has a copy of all experts if they fit, else those missing in the fast tier.
 
-    With a card, the interpreter's share of RAM is kept free.
+    With a card, `hardware.PAGEABLE` of RAM is kept free.
     """
     of = needs.sizes
     arena = of.experts if resident else 0
@@ -169,8 +170,10 @@ def _tiers(needs: Needs, machine: Hardware, slots: list[int], resident: bool) ->
     if resident:
         return {"fast": needs.fixed + arena, "ram": 0, "disk": 0}
     beyond = of.experts - _held(needs, slots)
-    room = max(machine.ram_bytes - machines.CPU_RESERVED, 0) if machine.device == "cuda" else machine.ram_bytes
-    ram = of.experts if of.experts <= room else min(beyond, room)
+    if machine.device == "cuda":
+        ram = pinned_nbytes(of.experts, beyond, machine)
+    else:
+        ram = of.experts if of.experts <= machine.ram_bytes else min(beyond, machine.ram_bytes)
     return {"fast": needs.fixed + arena, "ram": ram, "disk": max(beyond - ram, 0)}
 
 
@@ -207,6 +210,7 @@ def _speeds(
     experts = sum(site.num_experts for site in needs.sizes.sites)
     uniform = sum(slots) / experts if given is None else given
     share = _ram_share(needs, slots, tiers) if machine.device == "cuda" else 0.0
+    back = float(machine.device == "cuda" and 0 < tiers["ram"] < needs.sizes.experts)
     return {
         name: speed.predict(
             needs.sizes.shape,
@@ -216,6 +220,7 @@ def _speeds(
             efficiency=speed.EFFICIENCY[machine.device][name],
             ram_share=share,
             background=False if name == "low" else None,
+            back_share=back,
         )
         for name in ("low", "expected", "high")
     }

@@ -24,6 +24,7 @@ from mixoff.planning.hardware import CONTEXT, CPU_RESERVED, CUDA_RESERVED, INTER
 from mixoff.units import MIB, PAGE, format_nbytes
 
 SECTIONS = 8  # requests per round, at least
+SPIN = 40_000_000  # cycles, 20 to 30 ms of a card: longer than a host takes to queue a hundred launches
 
 
 def named(name: str) -> Hardware:
@@ -233,16 +234,22 @@ def device_bandwidth(nbytes: int = 256 << 20, rounds: int = 5) -> float | None:
     return nbytes / min(device_seconds(values.sum) for _ in range(rounds + 1))
 
 
-def device_seconds(work: Callable[[], object]) -> float:
-    """Seconds of `work` on the current CUDA device, by the device's clock."""
+def device_seconds(work: Callable[[], object], launches: int = 1) -> float:
+    """Seconds of one of `launches` calls of `work` on the current CUDA device, by the device's clock.
+
+    The device spins first, so that the host has queued every call before the clock starts: short work would otherwise
+    be timed at the host's pace.
+    """
     import torch
 
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(SPIN)
     start.record()
-    work()
+    for _ in range(launches):
+        work()
     end.record()
     end.synchronize()
-    return start.elapsed_time(end) / 1000
+    return start.elapsed_time(end) / 1000 / launches
 
 
 # This machine ---------------------------------------------------------------------------------------------------------

@@ -7,6 +7,9 @@ of products, fixed work per token, layer, expert and miss, and fetches that comp
 independent, so a layer has m of them with the binomial probability; during the fetches the layer's residents are
 computed. With guesses, which span layers, the events of a `Step` are simulated instead. The hit rate is given: no
 policy is modelled.
+
+With a card, the host queues a layer's launches while the card computes, so the longer of both counts: term `host` is
+what the card's work does not hide. A miss whose victim is copied back uses the link in both directions.
 """
 
 from __future__ import annotations
@@ -52,6 +55,10 @@ class Efficiency:
     python_s: seconds per step of the loop in `probe.python_speed` on the core that all figures hold for
     fixed_slows: additional share of fixed work on a core that takes twice `python_s`
     products_slow: likewise for products of quantized weights
+    host_s: work of the host for a layer on a machine with a card, while the card computes
+    host_expert_s: likewise for an expert
+    back_slows: share of its time by which a copy back slows a copy to the card: 0 if the link carries both at once, 1
+        if they take turns
     """
 
     shares: Mapping[int | str, float]
@@ -66,6 +73,9 @@ class Efficiency:
     python_s: float | None = None
     fixed_slows: float = 0.0
     products_slow: float = 0.0
+    host_s: float = 0.0
+    host_expert_s: float = 0.0
+    back_slows: float = 0.0
 
     def on(self, hardware: Hardware) -> Efficiency:
         """The figures for that machine's cores, if their speed is known."""
@@ -92,7 +102,10 @@ def _even(share: float) -> dict[int | str, float]:
     return dict.fromkeys((2, 3, 4, 8, 16, 32, WIDENED), share)
 
 
-GPU = "assumed: fused kernels that were never run on a GPU; replace it by what `mixoff bench` measures"
+GPU = (
+    "assumed: fused kernels that were never run on a GPU, and 40 calls of ATen and 8 products per layer of Mixtral "
+    "(counted) at the pace of Colab's processor; replace it by what `python3 go.py gpu` measures"
+)
 CPU = (
     "fitted to twelve measured settings on two cores of an Intel Xeon (AVX-512), benchmarks/time_check.py, and held "
     "against eleven others in docs/benchmarks.md; 3, 8 and 32 bits and guess_s are assumed"
@@ -120,11 +133,26 @@ def _times(efficiency: Efficiency, products: float, fixed: float) -> Efficiency:
     return replace(efficiency, **works, shares={bits: products * share for bits, share in efficiency.shares.items()})
 
 
+def _on_card(
+    share: float, layer_ms: float, expert_ms: float, host_ms: float, host_expert_ms: float, back_slows: float
+) -> Efficiency:
+    """A card's kernels at that share of its bandwidth, and the host's work for them."""
+    return Efficiency(
+        _even(share),
+        layer_s=layer_ms / 1000,
+        expert_s=expert_ms / 1000,
+        source=GPU,
+        host_s=host_ms / 1000,
+        host_expert_s=host_expert_ms / 1000,
+        back_slows=back_slows,
+    )
+
+
 EFFICIENCY = {
     "cuda": {
-        "low": Efficiency(_even(0.25), layer_s=1.2e-3, expert_s=0.40e-3, source=GPU),
-        "expected": Efficiency(_even(0.5), layer_s=0.6e-3, expert_s=0.15e-3, source=GPU),
-        "high": Efficiency(_even(0.8), layer_s=0.4e-3, expert_s=0.08e-3, source=GPU),
+        "low": _on_card(0.25, layer_ms=0.35, expert_ms=0.05, host_ms=1.7, host_expert_ms=0.12, back_slows=1.0),
+        "expected": _on_card(0.5, layer_ms=0.2, expert_ms=0.03, host_ms=1.3, host_expert_ms=0.09, back_slows=0.2),
+        "high": _on_card(0.8, layer_ms=0.12, expert_ms=0.015, host_ms=0.75, host_expert_ms=0.05, back_slows=0.0),
     },
     "cpu": {"low": _times(HERE, 0.6, 2.0), "expected": HERE, "high": _times(HERE, 1.5, 0.6)},
 }
@@ -179,6 +207,7 @@ def predict(
     efficiency: Efficiency | None = None,
     ram_share: float | None = None,
     background: bool | None = None,
+    back_share: float = 0.0,
 ) -> Prediction:
     """Tokens/s of decoding at batch 1. Raises MixoffError for rates outside 0 to 1.
 
@@ -194,11 +223,13 @@ def predict(
         None is all with a card, and none on a CPU
     background: whether a layer's residents are computed during its fetches, though never during copies within RAM;
         None follows the runtime, which does so for experts of a MiB or more
+    back_share: share of the misses whose victim is copied back to RAM: with a card, all where RAM holds only the
+        experts that the card lacks
     """
     from mixoff.shapes.sizes import sizes_of
     from mixoff.store.describe import shape_of
 
-    rates = {"hit_rate": hit_rate, "recall": recall, "ram_share": ram_share}
+    rates = {"hit_rate": hit_rate, "recall": recall, "ram_share": ram_share, "back_share": back_share}
     if any(rate is not None and not 0 <= rate <= 1 for rate in rates.values()):
         raise MixoffError(f"{', '.join(f'{k} is {v}' for k, v in rates.items())}: each is a share from 0 to 1")
     shape = shape_of(shape)
@@ -209,11 +240,13 @@ def predict(
     terms = _computing(sizes, compute, hardware, efficiency, recall is not None)
     copied = ram_share * (1 - hit_rate) if hardware.device == "cpu" and background else 0.0  # at once: counts as hits
     fetch_s = sizes.requested() / sum(shape.top_k) / miss_Bps(hardware, 0.0 if copied else ram_share)
+    if hardware.link_Bps:
+        fetch_s += efficiency.back_slows * back_share * sizes.requested() / sum(shape.top_k) / hardware.link_Bps
     step = Step(
         layers=len(sizes.sites),
         top_k=max(shape.top_k),
         host_s=0.0,
-        attention_s=(terms["backbone"] + terms["fixed"]) / len(sizes.sites),
+        attention_s=(terms["backbone"] + terms["fixed"] + terms.get("host", 0.0)) / len(sizes.sites),
         expert_s=terms["experts"] / sum(shape.top_k),
         link_s=fetch_s + efficiency.miss_s,
         hit_rate=hit_rate + copied,
@@ -230,17 +263,21 @@ def predict(
 def _computing(
     sizes: Sizes, compute: str, hardware: Hardware, efficiency: Efficiency, guesses: bool
 ) -> dict[str, float]:
-    """Seconds per token by the processor's kind of work."""
+    """Seconds per token by kind of work; `host` is what the card's work does not hide."""
     experts = efficiency.seconds(_widened(sizes.touched_experts(), compute), hardware.fast_Bps)
     layers, backbone = sizes.shape.config.get_text_config().num_hidden_layers, sizes.touched_backbone(compute)
     evicting = min(1.0, (sum(backbone.values()) + sum(sizes.touched_experts().values())) / layers / EVICTING)
     layer_s = efficiency.layer_s + (hardware.threads > 1) * efficiency.shared_s + evicting * efficiency.cold_s
     fixed = layers * layer_s + efficiency.token_s
-    return {
+    terms = {
         "backbone": efficiency.seconds(backbone, hardware.fast_Bps),
         "experts": experts + sum(sizes.shape.top_k) * efficiency.expert_s,
         "fixed": fixed + guesses * (len(sizes.sites) - 1) * efficiency.guess_s,
     }
+    if hardware.device == "cuda":
+        host = layers * efficiency.host_s + sum(sizes.shape.top_k) * efficiency.host_expert_s
+        terms["host"] = max(0.0, host - sum(terms.values()))
+    return terms
 
 
 def _widened(touched: Mapping[int, int], compute: str) -> dict[int | str, int]:

@@ -23,7 +23,7 @@ The life of a miss, and the key of each table on its way:
     output rows                       Transfer.release(arena slot)
 
 `place` is not the identity: a guess that proves right brings its spare arena slot with it, and the slot it replaces
-becomes the spare one.
+becomes the spare one. A device's transfer likewise exchanges a slot that is copied back for a spare one.
 """
 
 from __future__ import annotations
@@ -100,10 +100,11 @@ class Call:
             self.tell(grant.evicted, "evict")
         guessed = self.guesses.take(grant.key, instead=slot)
         if guessed is None:
-            self.transfer.fetch(grant.key, slot, grant.kind)
+            slot = self.transfer.fetch(grant.key, slot, grant.kind)
         else:
-            slot = self.runtime.place[grant.slot] = guessed
+            slot = guessed
             self.guessed.add(slot)
+        self.runtime.place[grant.slot] = slot
         self.coming[slot] = grant
 
     def vacate(self, grant: Grant) -> int:

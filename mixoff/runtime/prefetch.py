@@ -75,8 +75,9 @@ class Guesses:
             return
         for key in ((site, expert) for expert in self.expected.get(site, ())):
             if self.spares and not cached(key) and key not in self.slot_of and not self.transfer.near(key):
-                self.slot_of[key] = self.spares.pop()
-                self.transfer.fetch(key, self.slot_of[key], PREFETCH)
+                slot = self.spares.pop()
+                self.slot_of[key] = slot  # known before the fetch, which may be interrupted
+                self.slot_of[key] = self.transfer.fetch(key, slot, PREFETCH)
                 self.counts["fetched"] += 1
         self._reconsider()
 

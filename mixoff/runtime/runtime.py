@@ -34,7 +34,7 @@ from mixoff.cache.policies import Policy
 from mixoff.errors import BudgetError, MixoffError
 from mixoff.kernels import reference
 from mixoff.pages import out_of_memory, slab
-from mixoff.planning.budget import least_slots, plan_slots, set_aside
+from mixoff.planning.budget import exchanged, least_slots, plan_slots, set_aside
 from mixoff.quantize.scheme import Scheme
 from mixoff.runtime.backend import to_host
 from mixoff.runtime.call import MOVES, Call, Compute
@@ -164,19 +164,21 @@ class Runtime:
         self.cache, self.place = cache, list(range(cache.capacity))
 
     def _divide(self, fast_bytes: int) -> tuple[list[int], int, int]:
-        """Slots of each pool, spare slots for guesses, and other bytes: scratch and the reader's buffers."""
+        """Slots of each pool, spare slots, and other bytes: scratch and the reader's buffers."""
         sites, size = self.source.sites, slot_nbytes(self.source.sites)
         reserved = reference.scratch_nbytes(sites, self._compute) + getattr(self.source.reader, "buffer_nbytes", 0)
-        spare, self._why = set_aside(
-            self._prefetch,
-            slots=(fast_bytes - reserved) // size,
-            least=least_slots(sites, self.scope),
-            experts=sum(site.num_experts for site in sites),
-            wanted=self._top_k,
-            direct=self.device is not None or getattr(self.source.reader, "direct", False),
-            slot_nbytes=size,
-        )
+        slots, least = (fast_bytes - reserved) // size, least_slots(sites, self.scope)
+        room = {"least": least, "experts": sum(site.num_experts for site in sites), "wanted": self._top_k}
+        direct = self.device is not None or getattr(self.source.reader, "direct", False)
+        spare, self._why = set_aside(self._prefetch, slots, **room, direct=direct, slot_nbytes=size)
+        self._exchanged = exchanged(slots - spare, **room) if self.device else 0
+        spare += self._exchanged
         return plan_slots(sites, fast_bytes - spare * size, reserved, self.scope), spare, reserved
+
+    def _spares(self) -> tuple[range, range]:
+        """Arena slots after the cache's own: those for guesses, and those that the transfer exchanges."""
+        end = len(self.arena.slots)
+        return range(self.slots, end - self._exchanged), range(end - self._exchanged, end)
 
     def _fewer(self, slots: int, reserved: int, why: str) -> int:
         """A budget for about an eighth fewer slots. Raises BudgetError if fewer slots could not run."""
@@ -218,7 +220,7 @@ class Runtime:
             slots -= max(slots // SHRINK, 1)
         if slots * size < ram_bytes - size and slots < experts:
             warnings.warn(f"the RAM tier takes {format_nbytes(self.ram_nbytes)}: there is no more memory", stacklevel=3)
-        self.guesses = Guesses(range(self.slots, len(self.arena.slots)), self.transfer, self._prefetch, self._why)
+        self.guesses = Guesses(self._spares()[0], self.transfer, self._prefetch, self._why)
 
     def _filler(self, ram_slots: int) -> tuple[Transfer, int]:
         """The transfer of this device with `ram_slots` copies in RAM, and the bytes that it takes there."""
@@ -226,7 +228,8 @@ class Runtime:
         if self.device is None:
             return open_transfer(reader, self.arena.images, nbytes, ram_slots), ram_slots * self.arena.slot_nbytes
         experts = sum(site.num_experts for site in self.source.sites)
-        transfer = open_device_transfer(self.device, reader, self.arena.slots, nbytes, ram_slots, experts)
+        slots, spares = self.arena.slots, self._spares()[1]
+        transfer = open_device_transfer(self.device, reader, slots, nbytes, ram_slots, experts, spares)
         return transfer, transfer.memory.numel()
 
     def make_room(self, why: str) -> None:
@@ -262,8 +265,9 @@ class Runtime:
             now = time.perf_counter()
             self.tell(key, "evict", 0, now, now)
         self._empty(self.cache)
-        self.transfer.reseat(self.arena.slots if self.device else self.arena.images)
-        self.guesses.reseat(range(self.slots, len(self.arena.slots)))
+        guessing, exchanging = self._spares()
+        self.transfer.reseat(self.arena.slots if self.device else self.arena.images, exchanging)
+        self.guesses.reseat(guessing)
         self.ended = True
 
     def forked(self) -> None:
@@ -358,6 +362,8 @@ class Runtime:
             self._closed = True
             self.transfer.close()
             self.arena = self.scratch = None  # type: ignore[assignment]  # for good; nothing runs any more
+            if self.device:
+                self.device.give_back()
             self.source.close()
 
     def __enter__(self) -> Runtime:

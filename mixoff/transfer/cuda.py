@@ -7,7 +7,9 @@ it on a simulated device.
 
 from __future__ import annotations
 
+import gc
 import platform
+import re
 import warnings
 from contextlib import suppress
 from dataclasses import dataclass
@@ -78,21 +80,41 @@ def obstacle(index: int = 0) -> str | None:
         return f"there are {torch.cuda.device_count()} GPUs, numbered from 0"
     if (sm := torch.cuda.get_device_capability(index)) < LEAST_SM:
         return f"sm_{sm[0]}{sm[1]} is older than sm_70, the first that Triton compiles for"
+    if not has_code(sm, built := torch.cuda.get_arch_list()):
+        return f"this torch was built for {', '.join(built)}, not sm_{sm[0]}{sm[1]}: install one from pytorch.org"
     return None
 
 
+def has_code(sm: tuple[int, int], built: list[str]) -> bool:
+    """Whether a torch built for these architectures runs on a card: machine code (sm) within its generation, or PTX.
+
+    An empty list says nothing.
+
+    >>> has_code((7, 0), ["sm_75", "sm_80"]), has_code((8, 6), ["sm_75", "sm_80"]), has_code((7, 5), ["compute_70"])
+    (False, True, True)
+    """
+    kinds = [re.fullmatch(r"(sm|compute)_(\d+)(\d)[a-z]?", name) for name in built]
+    codes = [(kind[1], (int(kind[2]), int(kind[3]))) for kind in kinds if kind]
+    return not codes or any(code <= sm and (kind == "compute" or code[0] == sm[0]) for kind, code in codes)
+
+
 def describe(index: int = 0) -> Gpu:
-    """The card of that number; creates its context, which takes about 300 MB of its memory."""
+    """The card of that number; creates its context, which takes about 300 MB of its memory.
+
+    Memory that torch caches counts as used, and a dropped model is often part of a cycle: both are returned first.
+    """
+    gc.collect()
+    torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(index)
     return Gpu(torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index), total, free)
 
 
 class Cuda:
-    """A GPU with a separate stream for copies, as `streams.Device`. index: its number."""
+    """A GPU with a separate stream for copies in each direction, as `streams.Device`. index: its number."""
 
     def __init__(self, index: int = 0) -> None:
         self.where = torch.device("cuda", index)
-        self.copying = torch.cuda.Stream(self.where)
+        self.copying, self.returning = torch.cuda.Stream(self.where), torch.cuda.Stream(self.where)
         self.registered: set[int] = set()  # addresses of page-locked RAM
 
     def describe(self) -> Gpu:
@@ -142,9 +164,9 @@ class Cuda:
             self.registered.remove(memory.data_ptr())
             torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())
 
-    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        """Queue a copy between the card and RAM on `copying`; the host does not wait if the RAM is page-locked."""
-        with torch.cuda.stream(self.copying):
+    def copy(self, stream: torch.cuda.Stream, target: torch.Tensor, source: torch.Tensor) -> None:
+        """Queue a copy between the card and RAM on a stream; the host does not wait if the RAM is page-locked."""
+        with torch.cuda.stream(stream):
             target.copy_(source, non_blocking=True)
 
     def synchronize(self) -> None:

@@ -1,12 +1,18 @@
 """Moves experts into the slots of a device that computes asynchronously: disk, page-locked RAM, device memory.
 
-The host queues copies on one stream and products on another, and waits for neither. Events keep them in order, both
-ways: a product waits for the event that its slot's copy records (`arrived`), and the next copy into the slot waits for
-the event that `release` records (`released`). Only a read from the disk goes into memory that no stream guards, so it
-takes a place whose last copy has finished (`touched`).
+The host queues copies to the device on one stream, copies back on another and products on a third, and waits for none.
+Events keep them in order:
+
+- A product waits until its slot's copy has arrived (`arrived`).
+- The next copy into the slot waits for the last product (`released`) and the last copy back (`returned`) from it.
+- Copies from and to a place in RAM follow each other (`touched`). A read from the disk goes into memory that no stream
+  guards, so it takes a place whose last copy has finished.
+- A copy back needs no other event: what it copies has arrived, since a later read or copy back took the place that it
+  came from.
 
 An expert from the disk is read into a place in RAM, and stays there while there is room. An expert that leaves the
-device without a copy in RAM is copied back if RAM has a place that no other expert needs.
+device without a copy in RAM is copied back if RAM has a place that no other expert needs. So that a miss does not wait
+for that, it takes one of `spares` in exchange: the link carries both directions at once.
 
 Never run on a GPU so far: docs/gpu.md. `device` is `cuda.Cuda`, or the tests' simulation of one.
 """
@@ -15,17 +21,17 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
 from mixoff.cache.events import BYPASS, MISS, PREFETCH, Key, Landing
 from mixoff.errors import CheckpointError
 from mixoff.store.readers import Reader
-from mixoff.transfer.tiers import Copies, open_transfer
+from mixoff.transfer.tiers import WORKERS, Copies, open_transfer
 from mixoff.transfer.transfer import Transfer
 
 STAGING = 3  # places reserved for reads: one to read into, one being copied from, and one for a guess
@@ -53,10 +59,19 @@ class Stream(Protocol):
 
 
 class Device(Protocol):
-    """A device with its own memory and streams. copying: stream of all copies. where: its name for tensors."""
+    """A device with its own memory and streams.
+
+    copying: stream of all copies to the device
+    returning: stream of all copies back
+    where: name of the device for tensors
+    """
 
     copying: Stream
+    returning: Stream
     where: torch.device
+
+    def describe(self) -> Any:
+        """The device: its compute capability `sm` and its free memory."""
 
     def computing(self) -> Stream:
         """The stream on which the calling thread computes."""
@@ -73,8 +88,8 @@ class Device(Protocol):
     def unpin(self, memory: torch.Tensor) -> None:
         """Release memory from `pinned`, once all queued work is done."""
 
-    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        """Queue a copy between the device and pinned RAM on `copying`."""
+    def copy(self, stream: Any, target: torch.Tensor, source: torch.Tensor) -> None:
+        """Queue a copy between the device and pinned RAM on `copying` or `returning`."""
 
     def synchronize(self) -> None:
         """Sleep until all queued work is done."""
@@ -84,7 +99,13 @@ class Device(Protocol):
 
 
 def open_device_transfer(
-    device: Device, reader: Reader, slots: torch.Tensor, sizes: Sequence[int], ram_slots: int, experts: int
+    device: Device,
+    reader: Reader,
+    slots: torch.Tensor,
+    sizes: Sequence[int],
+    ram_slots: int,
+    experts: int,
+    spares: Sequence[int] = (),
 ) -> DeviceTransfer:
     """The transfer for `reader` and a device.
 
@@ -92,10 +113,12 @@ def open_device_transfer(
     sizes: bytes of an expert, by site
     ram_slots: copies that RAM has room for; at least STAGING places are allocated in any case
     experts: number of experts in the model
+    spares: slots for misses whose own slot is copied back
     """
     places = min(max(ram_slots, STAGING), experts)
     kept = places if places == experts else places - STAGING
-    return DeviceTransfer(device, slots, sizes, places, kept, lambda images: open_transfer(reader, images, sizes))
+    reading = lambda images: open_transfer(reader, images, sizes)  # noqa: E731
+    return DeviceTransfer(device, slots, sizes, places, kept, reading, spares)
 
 
 @dataclass(eq=False)
@@ -121,6 +144,7 @@ class DeviceTransfer:
 
     kept: number of places that may hold experts the device lacks; the others are always available for reads
     reading: maker of the transfer that reads into the places' memory
+    spares: slots that hold nothing; `fetch` exchanges one for a slot that is copied back
     """
 
     def __init__(
@@ -131,6 +155,7 @@ class DeviceTransfer:
         places: int,
         kept: int,
         reading: Callable[[list[memoryview]], Transfer],
+        spares: Sequence[int] = (),
     ) -> None:
         self.device, self.sizes, self.kept = device, sizes, kept
         self.memory = device.pinned(places * slots.shape[1]).view(places, -1)  # (places, bytes)
@@ -143,7 +168,7 @@ class DeviceTransfer:
         self.owner: dict[int, tuple[Key, str]] = {}  # expert and kind of the last copy queued into each slot
         self.moved: Counter[str] = Counter()
         self.last = device.computing()
-        self.reseat(slots)
+        self.reseat(slots, spares)
 
     def enter(self) -> None:
         """If another stream computes now, make it wait for all that the last one was given so far."""
@@ -154,10 +179,12 @@ class DeviceTransfer:
             now.wait_event(switch)
             self.last = now
 
-    def fetch(self, key: Key, slot: int, kind: str = MISS) -> None:
-        """Queue the copy of `key`, or have it read first."""
+    def fetch(self, key: Key, slot: int, kind: str = MISS) -> int:
+        """Queue the copy of `key`, or have it read first; into a spare slot if that of `slot` is copied back."""
         self.cancel(slot)
-        self._let_go(slot)
+        if self._let_go(slot) and self.spares:
+            self.spares.append(slot)
+            slot = self.spares.popleft()
         for other in [other for other, (held, _) in self.owner.items() if held == key]:
             del self.owner[other]  # it was a bypass there; a copy in RAM is now a double of this slot
         fetch = self.coming[slot] = _Fetch(key, kind)
@@ -167,6 +194,7 @@ class DeviceTransfer:
             self._send(slot, fetch)
         else:
             self._read_more()
+        return slot
 
     def wait(self, slots: Collection[int]) -> Landing:
         """Make the computing stream wait for a queued copy; the host itself waits only for the disk."""
@@ -194,6 +222,35 @@ class DeviceTransfer:
         self._let_go(slot, passing=True)
         return self._landing(slot, fetch)
 
+    def stock(self, keys: Iterable[Key]) -> Iterator[Key]:
+        """Read experts into RAM while it has room for what the device lacks; yields each that has arrived.
+
+        Called while nothing else is fetched. Raises the error of a failed read; `stop` then finds the places again.
+        """
+        self.device.synchronize()  # or a place might still be copied from
+        coming: dict[int, Key] = {}
+        for key in keys:
+            if key in self.copies:
+                continue
+            if len(self.copies.alone) + len(coming) >= self.kept:
+                break
+            place = self.copies.room(lambda place: place not in self.unsettled)
+            if place is None:
+                break
+            coming[place] = key
+            self.reading.fetch(key, place, MISS)
+            if len(coming) == WORKERS:
+                yield self._stocked(coming)
+        while coming:
+            yield self._stocked(coming)
+
+    def _stocked(self, coming: dict[int, Key]) -> Key:
+        """Sleep until one of the reads into these places is done: its expert has a copy in RAM."""
+        place = self.reading.wait(coming).slot
+        key = coming.pop(place)
+        self.copies.alone[key] = place
+        return key
+
     def near(self, key: Key) -> bool:
         """Always False: every copy crosses the link, which a guess can hide."""
         return False
@@ -211,14 +268,14 @@ class DeviceTransfer:
         self.copies.part()
         self._trim()
 
-    def reseat(self, slots: torch.Tensor | Sequence) -> None:
+    def reseat(self, slots: torch.Tensor | Sequence, spares: Sequence[int] = ()) -> None:
         """Use other slots from now on; copies in RAM stay.
 
         After `stop` nothing queued uses the old slots, or what the allocator had in the new ones before.
         """
         self.stop()
-        self.slots = slots
-        self.arrived, self.released = ([self.device.event() for _ in slots] for _ in range(2))
+        self.slots, self.spares = slots, deque(spares)
+        self.arrived, self.released, self.returned = ([self.device.event() for _ in slots] for _ in range(3))
 
     def forked(self) -> None:
         """In the child of a fork the device cannot be used, and its page-locked RAM belongs to the parent."""
@@ -235,7 +292,9 @@ class DeviceTransfer:
         """Queue the copy from a place to a slot."""
         nbytes, copying = self.sizes[fetch.key[0]], self.device.copying
         copying.wait_event(self.released[slot])
-        self.device.copy(self.slots[slot][:nbytes], self.memory[fetch.place][:nbytes])
+        copying.wait_event(self.returned[slot])
+        copying.wait_event(self.touched[fetch.place])
+        self.device.copy(copying, self.slots[slot][:nbytes], self.memory[fetch.place][:nbytes])
         copying.record_event(self.arrived[slot])
         copying.record_event(self.touched[fetch.place])
         fetch.state, self.owner[slot] = SENT, (fetch.key, fetch.kind)
@@ -302,27 +361,34 @@ class DeviceTransfer:
         """Events of the places that reads could take if the copies from them had finished."""
         return [self.touched[place] for place in (*self.copies.free, *self.copies.doubles.values())]
 
-    def _let_go(self, slot: int, passing: bool = False) -> None:
-        """Keep the expert that leaves `slot` in RAM; one that only passed by never replaces another."""
+    def _let_go(self, slot: int, passing: bool = False) -> bool:
+        """Keep the expert that leaves `slot` in RAM; one that only passed by never replaces another.
+
+        Returns whether it is copied back.
+        """
         key, kind = self.owner.pop(slot, (None, None))
         if key is None:
-            return
+            return False
         passing = passing or kind == BYPASS
         if self.copies.leave(key):
             self._trim(key if passing else None)
-        elif self.kept and not passing:
-            self._keep(key, slot)
+            return False
+        return bool(self.kept) and not passing and self._keep(key, slot)
 
-    def _keep(self, key: Key, slot: int) -> None:
-        """Queue a copy back to a free place or a double's in RAM; the stream runs it after those queued before."""
+    def _keep(self, key: Key, slot: int) -> bool:
+        """Queue a copy back to a free place or a double's in RAM; returns whether there is one."""
         place, nbytes = self.copies.room(lambda place: place not in self.unsettled), self.sizes[key[0]]
         if place is None:
-            return
-        self.device.copy(self.memory[place][:nbytes], self.slots[slot][:nbytes])
-        self.device.copying.record_event(self.touched[place])
+            return False
+        returning = self.device.returning
+        returning.wait_event(self.touched[place])
+        self.device.copy(returning, self.memory[place][:nbytes], self.slots[slot][:nbytes])
+        returning.record_event(self.returned[slot])
+        returning.record_event(self.touched[place])
         self.copies.alone[key] = place
         self.moved["kept"] += nbytes
         self._trim()
+        return True
 
     def _trim(self, first: Key | None = None) -> None:
         """Drop `first`, else the oldest copies, while more than `kept` are alone: reads need the other places."""

@@ -106,7 +106,7 @@ class RamTier:
         self.landed: dict[int, Landing] = {}
         self.copied: Counter[str] = Counter()
 
-    def fetch(self, key: Key, slot: int, kind: str = MISS) -> None:
+    def fetch(self, key: Key, slot: int, kind: str = MISS) -> int:
         """Keep the expert in `slot`, then copy `key` into the slot, or have it read."""
         self._let_go(slot)
         if self.near(key):
@@ -114,6 +114,7 @@ class RamTier:
         else:
             self.coming[slot] = (key, kind)
             self.inner.fetch(key, slot, kind)
+        return slot
 
     def wait(self, slots: Collection[int]) -> Landing:
         """Report copies at once; for the rest, ask the inner transfer."""
@@ -154,7 +155,7 @@ class RamTier:
         self.coming, self.landed, self.owner = {}, {}, {}
         self.copies.part()
 
-    def reseat(self, images: Sequence[memoryview]) -> None:
+    def reseat(self, images: Sequence[memoryview], spares: Sequence[int] = ()) -> None:
         """Use other slots from now on; the copies stay."""
         self.inner.reseat(images)  # which stops it
         self._forget()

@@ -27,8 +27,11 @@ class Transfer(Protocol):
     def enter(self) -> None:
         """A call of a layer begins on this thread: it may use everything that has landed so far."""
 
-    def fetch(self, key: Key, slot: int, kind: str = MISS) -> None:
-        """Begin to fill `slot` with the expert `key`. kind: as in `cache.Grant`, or `prefetch`, which comes last."""
+    def fetch(self, key: Key, slot: int, kind: str = MISS) -> int:
+        """Begin to fill `slot` with the expert `key`. kind: as in `cache.Grant`, or `prefetch`, which comes last.
+
+        Returns the slot that is filled: a transfer may exchange `slot` for a spare one of its own.
+        """
 
     def wait(self, slots: Collection[int]) -> Landing:
         """Sleep until the fetch into one of `slots` is done, and report it once. Raises the error of a failed fetch."""
@@ -54,8 +57,11 @@ class Transfer(Protocol):
         Works from any state that an interrupted call left behind, including an interrupted `stop`.
         """
 
-    def reseat(self, slots: Sequence) -> None:
-        """`stop`, then fill these slots from now on; an empty sequence releases the old ones' memory."""
+    def reseat(self, slots: Sequence, spares: Sequence[int] = ()) -> None:
+        """`stop`, then fill these slots from now on; an empty sequence releases the old ones' memory.
+
+        spares: slots for `fetch` to exchange; only a device's transfer does
+        """
 
     def forked(self) -> None:
         """Called in the child of a fork, where the threads do not exist. `stop` comes before any fetch."""
@@ -204,7 +210,7 @@ class ThreadTransfer:
     def enter(self) -> None:
         """Nothing to do: every thread sees what has landed."""
 
-    def fetch(self, key: Key, slot: int, kind: str = MISS) -> None:
+    def fetch(self, key: Key, slot: int, kind: str = MISS) -> int:
         """Queue the pieces of an expert, once no cancelled fetch writes to the slot."""
         self._settle(slot)
         pieces = self._pieces(key[0])
@@ -213,6 +219,7 @@ class ThreadTransfer:
             self.queue.put(job, pieces)
         else:
             self._read_now(job)
+        return slot
 
     def wait(self, slots: Collection[int]) -> Landing:
         """Sleep until the first of `slots` is filled; raises the OSError or CheckpointError of a failed read."""
@@ -253,7 +260,7 @@ class ThreadTransfer:
         self.jobs = {}
         self._start()
 
-    def reseat(self, slots: Sequence[memoryview]) -> None:
+    def reseat(self, slots: Sequence[memoryview], spares: Sequence[int] = ()) -> None:
         """Use other memory from now on, once nothing writes to the old one."""
         self.stop()
         self.images = slots

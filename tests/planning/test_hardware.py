@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import pytest
+import torch
 
 from mixoff import MixoffError, folders
 from mixoff.planning import hardware, probe
@@ -194,3 +195,26 @@ def test_figures_of_another_kind_are_measured_again(figures, change):
 @pytest.mark.parametrize("name", ["rtx4090", "RTX 4090", "Rtx_4090"])
 def test_names_of_machines_are_read_in_any_spelling(name):
     assert probe.named(name).name == "rtx-4090"
+
+
+def test_short_work_on_a_card_is_not_timed_at_the_pace_of_the_host(monkeypatch):
+    """The card spins while every launch is queued between two events; the time is that of one launch."""
+    calls = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            calls.append("record")
+
+        def synchronize(self):
+            calls.append("synchronize")
+
+        def elapsed_time(self, end):
+            return 30.0  # ms
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: calls.append("spin"))
+    assert probe.device_seconds(lambda: calls.append("work"), launches=3) == pytest.approx(0.01)
+    assert calls == ["spin", "record", "work", "work", "work", "record", "synchronize"]

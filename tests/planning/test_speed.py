@@ -9,7 +9,7 @@ from mixoff import MixoffError, models
 from mixoff.classroom import plots, table2
 from mixoff.classroom.table2 import MODES, TABLE_2
 from mixoff.planning import probe
-from mixoff.planning.speed import EVICTING, HERE, STEP_S, WIDENED, Efficiency, exposed_s, predict
+from mixoff.planning.speed import EFFICIENCY, EVICTING, HERE, STEP_S, WIDENED, Efficiency, exposed_s, predict
 from mixoff.planning.steps import Step
 from mixoff.store import describe
 
@@ -243,3 +243,39 @@ def test_residents_hide_their_share_of_a_fetch():
 def test_rates_are_shares(mixtral, bad):
     with pytest.raises(MixoffError, match="a share from 0 to 1"):
         predict(mixtral, "mixed", T4, **bad)
+
+
+# ---------------------------------------------------------------- a card: the host's time, and copies back
+
+MIXTRAL = "mixtral-8x7b"
+
+
+def on_t4(hit_rate=1.0, back_share=0.0, **changes):
+    """Mixtral in `mixed` on a T4; background off, so that fetches add up."""
+    card = replace(EFFICIENCY["cuda"]["expected"], **changes)
+    t4 = probe.named("t4")
+    return predict(MIXTRAL, "mixed", t4, hit_rate, efficiency=card, background=False, back_share=back_share)
+
+
+def test_the_longer_of_host_and_card_counts():
+    """A host that is slower than the card sets the pace; one that is faster adds nothing."""
+    card = on_t4(host_s=0.0, host_expert_s=0.0)
+    assert card.terms["host"] == 0
+    slow = on_t4(host_s=2e-3, host_expert_s=0.1e-3)
+    assert slow.seconds == pytest.approx(32 * (2e-3 + 2 * 0.1e-3)) and slow.seconds > card.seconds
+    assert on_t4(host_s=card.seconds / 64, host_expert_s=0.0).seconds == pytest.approx(card.seconds)
+    assert sum(slow.terms.values()) == pytest.approx(slow.seconds)
+
+
+def test_a_copy_back_costs_what_the_link_does_not_carry_at_once():
+    none, duplex = on_t4(0.8, 1.0, back_slows=0.0), on_t4(0.8, 0.0, back_slows=1.0)
+    turns, some = on_t4(0.8, 1.0, back_slows=1.0), on_t4(0.8, 0.5, back_slows=0.5)
+    assert none.seconds == duplex.seconds < some.seconds < turns.seconds
+    moved = turns.floors["transfer"]
+    assert turns.terms["fetches"] - none.terms["fetches"] == pytest.approx(moved)
+    with pytest.raises(MixoffError, match="back_share is 2"):
+        on_t4(0.8, 2)
+
+
+def test_a_processor_has_no_such_terms():
+    assert "host" not in predict(MIXTRAL, "mixed", probe.named("laptop")).terms

@@ -30,7 +30,7 @@ class Poisoned:
         for slot in list(self.coming):
             self.cancel(slot)
 
-    def reseat(self, images):
+    def reseat(self, images, spares=()):
         self.images, self.coming = images, {}
         for slot in range(len(images)):
             self._poison(slot)
@@ -38,6 +38,7 @@ class Poisoned:
     def fetch(self, key, slot, kind="miss"):
         self._poison(slot)
         self.coming[slot] = key, kind
+        return slot
 
     def wait(self, slots):
         slot = self.choose(sorted(slots))
@@ -86,7 +87,7 @@ class Watched:
         self.coming, self.reading = set(), set()
         self.inner.stop()
 
-    def reseat(self, images):
+    def reseat(self, images, spares=()):
         self.coming, self.reading = set(), set()
         self.inner.reseat(images)
 
@@ -94,7 +95,7 @@ class Watched:
         self._expect(slot not in self.coming, f"slot {slot} is fetched into twice at once")
         self._expect(slot not in self.reading, f"slot {slot} is refilled before it was released")
         self.coming.add(slot)
-        self.inner.fetch(key, slot, kind)
+        return self.inner.fetch(key, slot, kind)
 
     def wait(self, slots):
         self._expect(set(slots) <= self.coming, f"{sorted(slots)} are waited for and not coming")

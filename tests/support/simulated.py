@@ -6,6 +6,7 @@ goes wrong is in `violations`, in words. `rng` is the test's schedule.
 """
 
 import random
+import weakref
 from collections import deque
 
 import torch
@@ -71,20 +72,28 @@ class Stream:
             self.device.violations.append(f"a product on {self.name} read what was not its expert")
 
 
+class Memory(bytearray):
+    """Memory of the device, which can be watched."""
+
+
 class Device:
     """streams: how many threads compute, each on its own; `thread` is the one that calls.
 
     pace: how many steps it may take whenever it is called. room: the longest memory that it can allocate.
+    held: bytes that its allocator has from the card, freed ones too until `give_back`; live: those in use.
     """
 
     where = torch.device("cpu")
+    sm, name = (8, 9), "Simulated L4"
 
     def __init__(self, rng, streams=1, room=None, pace=(0, 0, 0, 1, 3)):
         self.rng, self.room, self.pace, self.violations = rng, room, pace, []
         self.thread = self.refused = self.asked = self.given_back = 0
-        self.copying = Stream(self, "the copying stream")
+        self.held = self.live = 0
+        self.copying, self.returning = Stream(self, "the copying stream"), Stream(self, "the returning stream")
         self.streams = [Stream(self, f"stream {i}") for i in range(streams)]
         self.pinned_now = []
+        self.transfer = self.reader = None
 
     def computing(self):
         return self.streams[self.thread]
@@ -96,7 +105,7 @@ class Device:
         if self.room is not None and nbytes > self.room:
             self.refused += 1
             raise torch.OutOfMemoryError(f"tried to allocate {nbytes} bytes, {self.room} are free")
-        memory = torch.full((nbytes,), 255, dtype=torch.uint8)
+        memory = self._allocate(nbytes) if nbytes else torch.empty(0, dtype=torch.uint8)
         self.computing().queue.append(("garbage", memory))  # the last user of this memory is not done with it
         return memory
 
@@ -110,8 +119,8 @@ class Device:
         self.synchronize()
         self.pinned_now.remove(memory.data_ptr())
 
-    def copy(self, target, source):
-        self.copying.queue.append(("copy", target, source))
+    def copy(self, stream, target, source):
+        stream.queue.append(("copy", target, source))
         self.drift()
 
     def synchronize(self):
@@ -120,10 +129,21 @@ class Device:
 
     def give_back(self):
         self.given_back += 1
+        self.held = self.live
 
     def describe(self):
-        """A card with `room` free, or with plenty."""
-        return Gpu("Simulated T4", (7, 5), 1 << 30, self.room or 1 << 30)
+        """A card with `room` free, or with plenty, less what the allocator holds."""
+        return Gpu(self.name, self.sm, 1 << 30, (self.room or 1 << 30) - self.held)
+
+    def _allocate(self, nbytes):
+        memory = Memory(b"\xff" * nbytes)
+        weakref.finalize(memory, self._free, nbytes)
+        self.live += nbytes
+        self.held = max(self.held, self.live)
+        return torch.frombuffer(memory, dtype=torch.uint8)
+
+    def _free(self, nbytes):
+        self.live -= nbytes
 
     # what only tests call
 
@@ -160,7 +180,7 @@ class Device:
         return any(t.untyped_storage().data_ptr() == storage for t in tensors)
 
     def _all(self):
-        return [self.copying, *self.streams]
+        return [self.copying, self.returning, *self.streams]
 
     def _step(self):
         ready = [stream for stream in self._all() if stream.runnable()]
@@ -170,11 +190,16 @@ class Device:
 
 
 def products_of(device):
-    """`Arena.weights`, which first does what a product would wait for, and asks whether its expert is there."""
+    """`Arena.weights`, which first does what a product would wait for, and asks whether its expert is there.
+
+    It asks nothing before the test has given `device` its transfer and reader.
+    """
     honest = Arena.weights
 
     def weights(arena, slot, site):
         device.catch_up()
+        if device.transfer is None:
+            return honest(arena, slot, site)
         key, n = device.transfer.owner[slot][0], arena.sites[site].expert_nbytes
         image = bytearray(n)
         device.reader.read_into(*key, memoryview(image))

@@ -17,7 +17,7 @@ from simulated import Device
 SIZES = (300, 400)  # bytes of an expert of each of two sites
 SLOT, EXPERTS = 512, 9
 KEYS = [(site, expert) for site in range(2) for expert in range(EXPERTS)]
-ACTS = ("fetch",) * 3 + ("wait",) * 2 + ("compute",) * 2 + ("cancel", "thread", "reseat")
+ACTS = ("fetch",) * 3 + ("wait",) * 2 + ("compute",) * 2 + ("cancel", "thread", "reseat", "stock")
 KINDS = ("miss", "miss", "bypass", "restore", "prefetch")
 
 
@@ -49,7 +49,7 @@ class Lingering(Poisoned):
 
     def fetch(self, key, slot, kind="miss"):
         self.writing.discard(slot)
-        super().fetch(key, slot, kind)
+        return super().fetch(key, slot, kind)
 
     def cancel(self, slot):
         self.coming.pop(slot, None)
@@ -65,28 +65,29 @@ class Lingering(Poisoned):
             self._poison(slot)
 
 
-def make(device, reader, rng, slots=4, places=6, kept=3, late=True, kind=None):
+def make(device, reader, rng, slots=4, places=6, kept=3, spares=1, late=True, kind=None):
     """A transfer whose reads are late and in any order, or done at once."""
 
     def reading(images):
         return Lingering(reader, images, SIZES, rng.choice) if late else ThreadTransfer(reader, images, SIZES, 0)
 
+    slots += spares
     where = device.empty(slots * SLOT).view(slots, SLOT)
-    return (kind or streams.DeviceTransfer)(device, where, SIZES, places, kept, reading)
+    last = range(slots - spares, slots)
+    return (kind or streams.DeviceTransfer)(device, where, SIZES, places, kept, reading, last)
 
 
-def play(rng, steps=60, kind=None, threads=2, pace=(0, 0, 0, 1, 3), **how):
+def play(rng, steps=60, kind=None, threads=2, pace=(0, 0, 0, 1, 3), keys=KEYS, **how):
     """Fetch, wait, compute, cancel and exchange the slots, as `rng` says; returns what went wrong."""
     device, reader = Device(rng, threads, pace=pace), Memory()
     transfer, coming, there = make(device, reader, rng, kind=kind, **how), {}, {}
     for _ in range(steps):
         act = rng.choice(ACTS)
-        slot = rng.randrange(len(transfer.slots))
+        slot = rng.choice([slot for slot in range(len(transfer.slots)) if slot not in transfer.spares])
         if act == "fetch" and slot not in coming:
-            key = rng.choice([key for key in KEYS if key not in coming.values()])
+            key = rng.choice([key for key in keys if key not in coming.values()])
             there = {s: k for s, k in there.items() if s != slot and k != key}
-            coming[slot] = key
-            transfer.fetch(key, slot, rng.choice(KINDS))
+            coming[transfer.fetch(key, slot, rng.choice(KINDS))] = key
         elif act == "wait" and coming:
             landing = transfer.wait(rng.sample(sorted(coming), rng.randint(1, len(coming))))
             there[landing.slot] = coming.pop(landing.slot)
@@ -105,7 +106,12 @@ def play(rng, steps=60, kind=None, threads=2, pace=(0, 0, 0, 1, 3), **how):
             transfer.reseat(())
             if device.uses(old):
                 device.violations.append("slots were given up in use")
-            transfer.reseat(device.empty(len(old) * SLOT).view(len(old), SLOT))
+            new = device.empty(len(old) * SLOT).view(len(old), SLOT)
+            transfer.reseat(new, range(len(old) - how.get("spares", 1), len(old)))
+        elif act == "stock" and not coming and rng.random() < 0.3:
+            held = {key for key, _ in transfer.owner.values()}
+            lacking = rng.sample([key for key in keys if key not in held], 3)
+            assert set(transfer.stock(lacking)) <= transfer.copies.alone.keys()
         check_places(transfer)
         if isinstance(transfer.reading, Lingering) and rng.random() < 0.2:
             transfer.reading.write()
@@ -130,8 +136,9 @@ SHAPES = st.sampled_from(
         {},
         {"late": False},
         {"places": 3, "kept": 0},
-        {"places": 4, "kept": 1, "slots": 7},
+        {"places": 4, "kept": 1, "slots": 7, "spares": 0},
         {"places": 3, "kept": 0, "pace": (0,), "slots": 6},
+        {"places": 9, "kept": 6, "slots": 3, "spares": 2, "late": False},
         {"places": 18, "kept": 18, "slots": 2},
         {"places": 8, "kept": 5, "slots": 3, "threads": 1},
     ]
@@ -169,10 +176,12 @@ def without(site):
 
 def noticed(kind):
     """Whether any of a few hundred fixed schedules goes wrong."""
-    shapes = [{}, {"places": 4, "kept": 1, "slots": 7}, {"places": 8, "kept": 5, "slots": 3}]
+    shapes = [{}, {"places": 4, "kept": 1, "slots": 7, "spares": 0}, {"places": 8, "kept": 5, "slots": 3}]
     shapes += [{"pace": (0,), "slots": 6}]
+    back = {"places": 6, "kept": 3, "slots": 12, "keys": KEYS[1:17], "late": False}  # much is copied back
+    shapes += [back | {"spares": 0, "steps": 300}, back | {"steps": 300}]
     try:
-        return any(play(random.Random(seed), 80, kind, **shapes[seed % 4]) for seed in range(160))
+        return any(play(random.Random(i), kind=kind, **{"steps": 80} | shapes[i % len(shapes)]) for i in range(240))
     except (AssertionError, KeyError, IndexError):
         return True
 
@@ -188,3 +197,35 @@ def test_every_event_recorded_or_waited_for_is_needed(site):
 
 def test_unharmed_all_is_well():
     assert not noticed(streams.DeviceTransfer)
+
+
+class Stopped(Device):
+    """A device that never gets to a copy back unless everything else waits for it."""
+
+    def _step(self):
+        ready = [stream for stream in self._all() if stream.runnable() and stream is not self.returning]
+        self.asked = 0
+        self.rng.choice(ready or [self.returning]).step()
+
+
+@pytest.mark.parametrize("spares", [2, 0])
+def test_misses_do_not_wait_for_copies_back(spares):
+    """Two misses of a layer whose slots are copied back: with two spare slots both arrive before any copy back ends."""
+    device, reader = Stopped(random.Random(0), pace=(0,)), Memory()
+    transfer = make(device, reader, device.rng, slots=6, places=6, kept=3, spares=spares, late=False)
+    slots = list(range(6))
+    for key in KEYS[:6]:  # six in slots; their copies in RAM make room for three others, as in a cache under pressure
+        slots[key[1]] = transfer.fetch(key, slots[key[1]])
+        transfer.wait([slots[key[1]]])
+    device.synchronize()
+    for i, key in enumerate([(1, 0), (1, 1), (1, 2)]):  # read into the places of (0, 0), (0, 1) and (0, 2)
+        slots[5 - i] = transfer.fetch(key, slots[5 - i])
+        transfer.wait([slots[5 - i]])
+    device.synchronize()
+    coming = [transfer.fetch(key, slots[i]) for i, key in enumerate([(0, 5), (0, 4)])]
+    assert transfer.counts()["kept"] == SIZES[0] * 2
+    for slot in coming:
+        device.run_until(transfer.arrived[transfer.wait([slot]).slot].passed)
+    waiting = sum(kind == "copy" for kind, *_ in device.returning.queue)
+    assert waiting == (2 if spares else 0), "copies back that have not begun when both misses have arrived"
+    transfer.close()

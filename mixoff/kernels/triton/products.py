@@ -4,8 +4,8 @@ Letters: **T** rows of activations, **N** outputs, **K** inputs, **C** outputs o
 Up to `tiles.MOST_ROWS` rows are multiplied straight from the packed codes; for more, weights are dequantized
 once, chunk by chunk, and multiplied by cuBLAS. bf16 on a chip without it (sm_75) is computed by way of fp32.
 
-Where triton is missing, `reference` computes instead. Never run on a card: docs/kernels.md says what was checked
-without one.
+Where triton is missing or cannot compile (`check`), `reference` computes instead. Never run on a card: docs/kernels.md
+says what was checked without one.
 """
 
 from __future__ import annotations
@@ -38,6 +38,23 @@ def loops() -> Any:
     return triton_loops
 
 
+REFUSED: dict[torch.device, str] = {}  # why, by device on which the kernels do not compile
+
+
+def check(device: torch.device) -> str | None:
+    """Compile and run a small product; if that fails, `serves` refuses the device from now on. Returns the reason."""
+    REFUSED.pop(device, None)
+    if device.type not in DEVICES or loops() is None:
+        return None
+    try:
+        linear(torch.zeros(1, 64, device=device), QTensor.empty((BLOCK, 64), 4, 64).to(device))
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    except Exception as error:  # Triton, ptxas and the driver raise many kinds
+        REFUSED[device] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    return REFUSED.get(device)
+
+
 @functools.cache
 def chip(device: torch.device) -> int:
     """The chip of a device: 75 for sm_75; the oldest if it is not a card, such as the interpreter's CPU."""
@@ -50,7 +67,7 @@ def chip(device: torch.device) -> int:
 def serves(x: torch.Tensor, w: QTensor) -> bool:
     """Whether this module can compute `x @ w.T`: decided by form, dtype, device, chip and triton's presence alone."""
     fitting = w.metadata_bits == 8 and x.dtype in KINDS and x.device.type in DEVICES
-    return fitting and loops() is not None and chip(x.device) >= OLDEST
+    return fitting and loops() is not None and chip(x.device) >= OLDEST and x.device not in REFUSED
 
 
 def linear(x: torch.Tensor, w: QTensor, dtype: torch.dtype | None = None) -> torch.Tensor:

@@ -30,7 +30,7 @@ def serves(x: torch.Tensor, w: StridedTensor) -> bool:
     columns = w.matrices[0]["meta.scale_q"].shape[1]  # C
     fitting = w.shape[1] % 4 == 0 and columns % 4 == 0 and x.dtype in KINDS
     here = fitting and x.device.type in products.DEVICES and products.loops() is not None
-    return here and products.chip(x.device) >= OLDEST
+    return here and products.chip(x.device) >= OLDEST and x.device not in products.REFUSED
 
 
 def linear(x: torch.Tensor, w: StridedTensor, dtype: torch.dtype | None = None) -> torch.Tensor:
