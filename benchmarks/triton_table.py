@@ -4,6 +4,8 @@
     python benchmarks/triton_table.py --measure            times products on this machine's card next to its bandwidth
     python benchmarks/triton_table.py --measure --tiles    other tiles too, for mixoff/kernels/triton/tiles.py
 
+    python benchmarks/triton_table.py --hold               writes what tests hold the kernels to: triton_resources.json
+
 `--json` prints one object, `--all` compiles every combination (minutes), `--few` some. With TRITON_INTERPRET=1,
 `--measure` runs small shapes in Triton's interpreter on the CPU: a rehearsal, whose times mean nothing.
 """
@@ -24,6 +26,7 @@ from pathlib import Path
 
 import torch
 
+import _interpreter
 import _table
 from kernel_table import cold_weights, timed
 from mixoff.kernels.triton import products, strided
@@ -38,6 +41,7 @@ PARTS = ("codes", "scales", "zeros_at", "grid_scales", "grid_zeros", "numbers") 
 POINTERS = {"fp16": "*fp16", "bf16": "*i16", "fp32": "*fp32"}
 REGISTERS = 65536  # of a multiprocessor
 GB = 1e9
+HELD = Path(__file__).with_name("triton_resources.json")  # by release of triton, then by case
 
 
 @dataclass(frozen=True)
@@ -82,12 +86,13 @@ class Case:
 
 @dataclass(frozen=True)
 class Cubin:
-    """What was compiled. stack: bytes of spilled registers a thread; loads: how many of each width in bytes;
-    per_weight: instructions of the main loop for each weight."""
+    """What was compiled. stack: bytes of spilled registers a thread; barriers: in the code, each counted once;
+    loads: how many of each width in bytes; per_weight: instructions of the main loop for each weight."""
 
     registers: int
     shared: int
     stack: int
+    barriers: int
     loads: dict[int, int]
     per_weight: float | None
 
@@ -187,7 +192,32 @@ def compile_case(case: Case) -> Cubin:
     weights = weights_of_round(case, given, 32 * options["num_warps"])
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
     loop = None if weights is None else round(longest_loop(code) / weights, 2)
-    return Cubin(registers, compiled.metadata.shared, stack, load_widths(code), loop)
+    barriers = len(re.findall(r"\bBAR\.", code))
+    return Cubin(registers, compiled.metadata.shared, stack, barriers, load_widths(code), loop)
+
+
+def case_name(row: dict) -> str:
+    """A row of the table as a key.
+
+    >>> case_name(asdict(Case(75, "linear", 2, 32, 1, "fp16", wide=False)))
+    'sm_75 linear 2-bit g32 fp16 x1 odd'
+    """
+    name = "sm_{sm} {kernel} {bits}-bit g{group} {dtype} x{rows}".format_map(row)
+    return name if row["wide"] else f"{name} odd"
+
+
+def used(row: dict) -> str:
+    """What a row's kernel uses of a multiprocessor."""
+    return "{registers} registers, {stack} B spilled, {shared} B shared, {barriers} barriers".format_map(row)
+
+
+def hold(rows: Iterable[dict]) -> None:
+    """Write what these kernels use into HELD, for the release of triton that is installed."""
+    import triton
+
+    held = json.loads(HELD.read_text()) if HELD.exists() else {}
+    held[triton.__version__] = {case_name(row): used(row) for row in rows}
+    HELD.write_text(json.dumps(held, indent=2, sort_keys=True) + "\n")
 
 
 def weights_of_round(case: Case, given: dict, threads: int) -> float | None:
@@ -240,7 +270,7 @@ def warps(cubin: Cubin, chip: Chip, of_program: int) -> int:
 
 def compile_table(chosen: Iterable[Case]) -> list[dict]:
     """Compiles, prints a row each, and returns them."""
-    names = ["kernel", "chip", "weights", "rows", "dtype", "registers", "warps", "shared, B", "spilled, B"]
+    names = ["kernel", "chip", "weights", "rows", "dtype", "registers", "warps", "shared, B", "spilled, B", "barriers"]
     print(_table.head(*names, "loads, bytes: count"))
     rows = []
     for case in chosen:
@@ -311,6 +341,7 @@ class Bench:
 def bench() -> Bench:
     """This machine's card, or the rehearsal under TRITON_INTERPRET=1; exits with the way out where there is neither."""
     if os.environ.get("TRITON_INTERPRET") == "1":
+        _interpreter.mend()
         products.DEVICES = ("cpu",)
         shapes = (("linear", (16, 64)), ("gated", (256, 64)))
         return Bench(torch.device("cpu"), "Triton's interpreter, a rehearsal", shapes, 1, 1 << 20, (1,), 0, 1)
@@ -380,12 +411,16 @@ def main() -> None:
     parser.add_argument("--tiles", action="store_true", help="with --measure: other tiles too")
     parser.add_argument("--all", action="store_true", help="compile every combination")
     parser.add_argument("--few", action="store_true", help="compile a few combinations, as a test does")
+    parser.add_argument("--hold", action="store_true", help=f"write {HELD.name}")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     arguments = parser.parse_args()
     output = sys.stdout
     if arguments.json:
         sys.stdout = sys.stderr
-    if arguments.measure:
+    if arguments.hold:
+        found = {"compiled": compile_table(dict.fromkeys((*cases(), *few_cases())))}
+        hold(found["compiled"])
+    elif arguments.measure:
         found = measure(arguments.tiles)
     else:
         rows = compile_table(few_cases() if arguments.few else every_case() if arguments.all else cases())

@@ -26,7 +26,7 @@ class Interpreter:
     def __init__(self, root):
         env = os.environ | {
             "TRITON_INTERPRET": "1",
-            "PYTHONPATH": os.pathsep.join([str(root), str(root / "tests/support")]),
+            "PYTHONPATH": os.pathsep.join(str(root / folder) for folder in ("", "tests/support", "benchmarks")),
         }
         command = [sys.executable, root / "tests/support/interpreted.py"]
         self.process = subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)

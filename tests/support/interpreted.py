@@ -1,14 +1,17 @@
-"""Runs products through Triton's interpreter, in a process of its own: `TRITON_INTERPRET=1` must stand before imports.
+"""Products in Triton without a card: cases, and how large their errors are, as a share of what is allowed.
 
-Reads one case a line as JSON and answers with one line: how large the errors are, as a share of what is allowed.
+As a program it asks Triton's interpreter, in a process of its own (`TRITON_INTERPRET=1` must be set before imports):
+it reads one case per line as JSON, and answers each with one line. test_emulated.py asks the emulator instead.
 """
 
 import json
 import sys
 from dataclasses import replace
+from unittest import mock
 
 import torch
 
+import _interpreter
 from mixoff import kernels
 from mixoff.kernels.triton import products, tiles
 from mixoff.kernels.triton import strided as triton_strided
@@ -20,8 +23,6 @@ from tolerances import product_bound
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 ONE_PROGRAM = tiles.Tile(128, 16, 1, 4)  # a whole block: the interpreter's time goes by programs
-TABLE = products.tile
-products.DEVICES = ("cpu",)
 
 
 def random_weight(n, k, bits, group):
@@ -156,10 +157,14 @@ def answer(case):
     make = random_strided if case["what"].startswith("strided") else random_weight
     w = make(case["n"], case["k"], case["bits"], case["group"], *case.get("grids", ()))
     x = torch.randn(case["rows"], case["k"]).to(DTYPES[case["dtype"]])
-    products.tile = TABLE if case.get("table") else lambda *_: ONE_PROGRAM
-    return globals()[case["what"]](w, x)
+    if case.get("table"):
+        return globals()[case["what"]](w, x)
+    with mock.patch.object(products, "tile", lambda *_: ONE_PROGRAM):
+        return globals()[case["what"]](w, x)
 
 
 if __name__ == "__main__":
+    _interpreter.mend()
+    products.DEVICES = ("cpu",)
     for line in sys.stdin:
         print(json.dumps(answer(json.loads(line))), flush=True)
