@@ -73,7 +73,8 @@ CHIPS = (
 @dataclass(frozen=True)
 class Case:
     """One kernel for one chip. wide: whole blocks whose neighbours are loaded together, the usual case; or a matrix
-    across outputs that begins at a multiple of 16 bytes."""
+    across outputs that begins at a multiple of 16 bytes. each: of several experts, whose addresses are multiples of it.
+    """
 
     sm: int
     kernel: str
@@ -82,6 +83,7 @@ class Case:
     rows: int
     dtype: str
     wide: bool = True
+    each: int = 0
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,8 @@ def few_cases() -> Iterator[Case]:
 SPECIAL = (
     Case(75, "linear", 2, 32, 1, "bf16"),  # a dtype that the chip lacks
     Case(75, "linear", 2, 32, 1, "fp16", wide=False),
+    Case(75, "gated", 2, 32, 1, "fp16", each=16),
+    Case(75, "linear", 2, 32, 1, "fp32", each=16),
     Case(75, "dequantize", 2, 32, 1, "fp16"),
     Case(75, "strided", 2, 16, 1, "fp16"),  # the published checkpoint's layout: experts in 2 bits, attention in 4
     Case(80, "strided", 2, 16, 2, "bf16"),
@@ -151,7 +155,7 @@ def constants(case: Case) -> tuple[dict, dict]:
     else:
         given = block_constants(case)
     options = {name: given.pop(name) for name in ("num_warps", "enable_fp_fusion")}
-    given |= {"ROWS": case.rows, "KIND": case.dtype, "OUT": case.dtype, "WIDE": case.wide}
+    given |= {"ROWS": case.rows, "KIND": case.dtype, "OUT": case.dtype, "WIDE": case.wide, "EACH": case.each}
     wanted = getattr(products.loops(), case.kernel).arg_names
     return {name: value for name, value in given.items() if name in wanted}, options
 
@@ -173,9 +177,9 @@ def compile_case(case: Case) -> Cubin:
     from triton.compiler import ASTSource
 
     function, (given, options) = getattr(products.loops(), case.kernel), constants(case)
-    kinds = dict.fromkeys(PARTS, "*i32") | {"image": "*u8"}
+    kinds = dict.fromkeys(PARTS, "*i32") | {"image": "*i64" if case.each else "*u8"}
     kinds |= {"x": "*fp32" if case.dtype == "fp32" else "*i32", "out": POINTERS[case.dtype]}
-    odd = ("T", "count", "numbers", *(() if case.wide else PARTS))
+    odd = ("T", "count", "numbers", *(() if case.wide else PARTS), *(("image",) if case.each else ()))
     if case.kernel == "gated":
         kinds["out"] = "*fp32"
     signature = {name: "constexpr" if name in given else kinds.get(name, "i32") for name in function.arg_names}
@@ -203,7 +207,7 @@ def case_name(row: dict) -> str:
     'sm_75 linear 2-bit g32 fp16 x1 odd'
     """
     name = "sm_{sm} {kernel} {bits}-bit g{group} {dtype} x{rows}".format_map(row)
-    return name if row["wide"] else f"{name} odd"
+    return name + " each" * bool(row["each"]) + " odd" * (not row["wide"])
 
 
 def used(row: dict) -> str:
@@ -278,8 +282,9 @@ def compile_table(chosen: Iterable[Case]) -> list[dict]:
         held = warps(cubin, chip, constants(case)[1]["num_warps"])
         rows.append(asdict(case) | asdict(cubin) | {"warps": held})
         name = case.kernel if case.wide else f"{case.kernel}, odd {'place' if case.kernel in STRIDED else 'width'}"
+        name += ", several" * bool(case.each)
         cells = [name, f"sm_{case.sm}", f"{case.bits}-bit g{case.group}", case.rows, case.dtype, cubin.registers]
-        cells += [f"{held} of {chip.warps}", cubin.shared, cubin.stack]
+        cells += [f"{held} of {chip.warps}", cubin.shared, cubin.stack, cubin.barriers]
         cells += [", ".join(f"{count} of {width} B" for width, count in cubin.loads.items())]
         print(_table.line(cells), flush=True)
     return rows

@@ -6,19 +6,28 @@ the rounding of fp32 sums. Triton's interpreter, in test_triton.py, sees neither
 """
 
 import itertools
+import random
+from unittest import mock
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, MixtralConfig
 
+import mixoff
 from mixoff import kernels
 from mixoff.kernels.triton import products
 from mixoff.quantize.layout import BITS, GROUP_SIZES
 from mixoff.quantize.tensor import QTensor
+from mixoff.runtime.runtime import Runtime
+from mixoff.transfer import cuda
+from mixoff.transfer.arena import Arena
+from simulated import Device, products_of
+from tiny import SHAPE, budget
 
 if products.loops() is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 
-from interpreted import answer, random_weight
+from interpreted import REACHED, answer, random_weight
 from ptx.code import parse
 from ptx.launches import Card
 from ptx.machine import Machine
@@ -38,7 +47,7 @@ def own_cache(tmp_path_factory):
 @pytest.fixture(scope="module")
 def cards():
     """One per chip: what Triton compiled is kept."""
-    return {sm: Card(sm) for sm in CHIPS}
+    return {sm: Card(sm, REACHED) for sm in CHIPS}
 
 
 @pytest.fixture
@@ -156,20 +165,79 @@ def test_every_dtype_and_number_of_rows(card, bits, dtype):
     assert error("strided", 4 if bits == 3 else bits, 16, 64, 256, 3, dtype, grids=[64]) <= 1
 
 
+@on()
+def test_experts_of_a_token_are_one_launch(card):
+    """Each has the bits that it has alone; codes come in 16 bytes although addresses are read from memory."""
+    assert error("grouped", 2, 32, 256, dtype=OWN[card.driver.sm]) == 0
+    together = card.launches[:2]
+    assert [(launch.kernel, launch.grid[2]) for launch in together] == [("gated", 3), ("linear", 3)]
+    for launch in together:
+        reached = [widths for name, widths in launch.widths.items() if name.startswith("tensor")]
+        assert len(reached) == 3 and all(16 in widths for widths in reached)
+
+
+@on(75)
+@pytest.mark.slow
+def test_experts_of_a_token_at_odd_places(card):
+    """gate_up has 192 * 64 weights, so down begins four bytes after a multiple of 16."""
+    assert error("grouped", 3, 32, 192) == 0
+
+
+# --- a whole model ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """Two layers of four experts, whose gates are fused."""
+    folder = tmp_path_factory.mktemp("model")
+    shape = {"intermediate_size": 128, "num_hidden_layers": 2, "num_local_experts": 4}
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(MixtralConfig(**(SHAPE | shape))).save_pretrained(folder / "hub")
+    return mixoff.convert(folder / "hub", folder / "store", scheme="mixed")
+
+
+def generated(store, slots):
+    """Logits of some tokens on a simulated device, the last token's looks at the router, and the runtime's figures."""
+    device, looks, logits = Device(random.Random(slots)), [], []
+    honest, fast = Runtime.look, budget(store, slots)
+    with (
+        mock.patch.object(cuda, "pick", lambda name: device),
+        mock.patch.object(Arena, "weights", products_of(device)),
+        mock.patch.object(Runtime, "look", lambda *args: looks.append(args[1]) or honest(*args)),
+        mixoff.load(store, fast, device="cuda", dtype="float16") as model,
+        torch.no_grad(),
+    ):
+        runtime = model.mixoff
+        REACHED[:] = runtime.arena.slots
+        device.transfer, device.reader = runtime.transfer, mixoff.store.source.open_source(store).reader
+        for site in (0, 1):  # every expert is asked for once
+            runtime.serve(site, [0, 1, 2, 3], lambda weights: None)
+        for token in (5, 9, 77):
+            looks.clear()
+            logits.append(model(torch.tensor([[token]])).logits)
+        info = runtime.info()
+    device.synchronize()
+    assert device.violations == []
+    return torch.cat(logits), looks, info
+
+
+@on(75)
+def test_resident_and_offloaded_models_have_the_same_bits(card, store):
+    """With every expert in a slot the host does not look at the router; with three of eight it does, once a layer."""
+    want, looks, whole = generated(store, 8)
+    assert looks == [] and (whole.misses, whole.hits) == (8, 3 * 2 * 2)
+    got, looks, partly = generated(store, 3)
+    assert looks == [0, 1] and partly.capacity == 3 and partly.misses > 8
+    assert torch.equal(got, want) and want.isfinite().all()
+
+
 # --- faults are seen --------------------------------------------------------------------------------------------------
 
 
-def spoil(monkeypatch, *changes):
+def spoil(monkeypatch, before, after):
     """Let the emulator run other text than Triton emitted."""
     honest = parse.__wrapped__
-
-    def spoilt(text):
-        for before, after in changes:
-            assert before in text
-            text = text.replace(before, after, 1)
-        return honest(text)
-
-    monkeypatch.setattr("ptx.launches.parse", spoilt)
+    monkeypatch.setattr("ptx.launches.parse", lambda text: honest(text.replace(before, after)))
 
 
 @on(75)
@@ -195,20 +263,20 @@ def test_a_matrix_at_an_odd_place(card):
 
 @on(75)
 def test_a_barrier_that_is_missing(card, monkeypatch):
-    spoil(monkeypatch, ("bar.sync", "bar.arrive"))
+    spoil(monkeypatch, "bar.sync", "bar.arrive")
     with pytest.raises(Fault, match="no barrier: a (load|store)"):
         products.linear(torch.ones(1, 64), random_weight(128, 64, 2, 32))
 
 
 @on(75)
 def test_a_sum_that_is_wrong(card, monkeypatch):
-    spoil(monkeypatch, ("shfl.sync.bfly.b32", "shfl.sync.idx.b32"))
+    spoil(monkeypatch, "shfl.sync.bfly.b32", "shfl.sync.idx.b32")
     assert error("linear") > 1
 
 
 @on(75)
 def test_an_instruction_that_nobody_taught_it(card, monkeypatch):
-    spoil(monkeypatch, ("fma.rn.f32", "tanh.approx.f32"))
+    spoil(monkeypatch, "fma.rn.f32", "tanh.approx.f32")
     with pytest.raises(Fault, match=r"unknown instruction: tanh"):
         products.linear(torch.ones(1, 64), random_weight(128, 64, 2, 32))
 

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -89,6 +90,13 @@ def test_the_gate_is_fused(bits, n, dtype, interpreter):
 
 
 @needs_triton
+@pytest.mark.parametrize(("bits", "n", "dtype"), [(2, 256, "fp16"), (3, 192, "bf16")])
+def test_experts_of_a_token_are_one_launch(bits, n, dtype, interpreter):
+    """Bit for bit what each computes alone, whole blocks or not, at even places or odd ones."""
+    assert interpreter.error("grouped", bits, 32, n, 64, 1, dtype) == 0
+
+
+@needs_triton
 @pytest.mark.parametrize(("bits", "k", "dtype"), [(2, 1056, "fp16"), (3, 96, "fp32"), (4, 32, "bf16")])
 def test_inputs_are_rotated_for_weights_that_are(bits, k, dtype, interpreter):
     assert interpreter.error("rotated", bits, 32, 256, k, 2, dtype) <= 1
@@ -168,7 +176,11 @@ def compiled(root, tmp_path, *options):
 
 
 def check(rows):
+    """Loads are wide, little is spilled, and what is used is what `triton_resources.json` says for this triton."""
+    held = json.loads(triton_table.HELD.read_text()).get(version("triton"), {})
     for row in rows:
+        used = triton_table.used(row)
+        assert held.get(name := triton_table.case_name(row), used) == used, f"{name}: triton_table.py --hold writes it"
         widths = {int(width) for width in row["loads"]}
         assert min(widths) >= 4, f"a load of less than four bytes a thread: {row}"
         odd_place = row["kernel"] == "strided" and not row["wide"]
@@ -184,6 +196,8 @@ def test_kernels_compile_for_every_chip(root, tmp_path):
     assert {row["sm"] for row in rows} == {75, 80, 86, 89, 90}
     assert {(75, "bf16"), (80, "bf16"), (75, "fp16")} <= {(row["sm"], row["dtype"]) for row in rows}
     assert {row["sm"] for row in rows if row["kernel"] == "rotate"} == {75, 80, 90}
+    held = json.loads(triton_table.HELD.read_text())
+    assert "3.6.0" in held and all(triton_table.case_name(row) in cases for row in rows for cases in held.values())
     assert {(row["sm"], row["bits"]) for row in rows if row["kernel"] == "strided"} == {(75, 2), (75, 4), (80, 2)}
     check(rows)
 

@@ -22,6 +22,7 @@ from mixoff.runtime import experts
 from tolerances import product_bound
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+REACHED = []  # memory that kernels know by its address, not as a tensor
 ONE_PROGRAM = tiles.Tile(128, 16, 1, 4)  # a whole block: the interpreter's time goes by programs
 
 
@@ -63,6 +64,11 @@ def linear(w, x):
     return worst(out, x.double() @ weights.double().t(), product_bound(x.float(), weights))
 
 
+def alone(x, w):
+    """The fused gate of one expert."""
+    return products.gated(x, w, (w.image, 0), 1)[0]
+
+
 def gated(w, x):
     """silu's slope is at most 1.1, so the error of h stays within that of gate and up, each times the other's size."""
     weights = w.dequantize()
@@ -70,18 +76,40 @@ def gated(w, x):
     gate_bound, up_bound = product_bound(x.float(), weights).chunk(2, 1)
     true = torch.nn.functional.silu(gate) * up
     allowed = 1.1 * gate_bound * up.abs() + up_bound * gate.abs() + 8 * 2.0**-24 * true.abs()
-    return worst(products.gated(x, w), true, allowed)
+    return worst(alone(x, w), true, allowed)
 
 
 def rotated(w, x):
     """The rotation bit for bit, and an expert whose last matrix is rotated, within fp16's rounding."""
     assert torch.equal(products.rotated(x), rotation.rotate(x)), "other additions than torch's"
     down = replace(random_weight(w.shape[1], w.shape[0] // 2, w.bits, w.group_size), rotated=True)
-    true = products.gated(x, w).double() @ down.dequantize().double().t()
+    true = alone(x, w).double() @ down.dequantize().double().t()
     bound = torch.finfo(x.dtype).eps * true.abs() + 1e-5 * true.abs().max()
-    alone = kernels.linear(x, replace(random_weight(8, x.shape[1], w.bits, w.group_size), rotated=True))
-    assert alone.dtype == x.dtype and alone.isfinite().all()
+    out = kernels.linear(x, replace(random_weight(8, x.shape[1], w.bits, w.group_size), rotated=True))
+    assert out.dtype == x.dtype and out.isfinite().all()
     return worst(kernels.gated_mlps(x, [(w, down)])[0], true, bound)
+
+
+def grouped(w, x, places=3):
+    """Several experts in one launch, each bit for bit as alone; 0, or infinite if one differs."""
+    N, K = x.shape[1], w.shape[0] // 2
+    buffer = torch.empty(places, -(-(2 * w.nbytes + 64) // 256) * 256, dtype=torch.uint8)  # as in an arena of slots
+    pairs = [_in_slot(slot, (w.shape, (N, K)), w.bits, w.group_size) for slot in buffer]
+    REACHED[:] = [w.image for pair in pairs for w in pair]
+    together = kernels.gated_mlps(x, pairs[::-1])
+    each = torch.stack([kernels.gated_mlps(x, [pair])[0] for pair in pairs[::-1]])
+    assert together.dtype == x.dtype and together.isfinite().all()
+    return 0.0 if torch.equal(together, each) else torch.inf
+
+
+def _in_slot(slot, shapes, bits, group):
+    """Matrices next to each other in the bytes of a slot."""
+    found, at = [], 0
+    for shape in shapes:
+        honest = random_weight(*shape, bits, group)
+        found.append(QTensor.from_buffer(slot, at, shape, bits, group))
+        slot[at : at + honest.nbytes], at = honest.image, at + honest.nbytes
+    return tuple(found)
 
 
 def dense(w, x, module=products):

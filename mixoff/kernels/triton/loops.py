@@ -216,15 +216,32 @@ def put(out, at, value, live, KIND: tl.constexpr):
         tl.store(out + at, value.to(out.dtype.element_ty), mask=live)
 
 
+@triton.jit
+def image_of(image, EACH: tl.constexpr):
+    """The byte image of a program's matrix: the one given, or number `program_id(2)` of E, from their addresses.
+
+    EACH: 0 for one image; else addresses (E,), all of them multiples of it.
+    """
+    if EACH > 0:
+        address = tl.load(image + tl.program_id(2)).to(tl.pointer_type(tl.uint8))
+        image = tl.multiple_of(address, EACH)
+    return image
+
+
 @triton.jit(do_not_specialize=["T"])
 def linear(
-    x, image, out, T, N, K, first, n, high_at, grids_at, scales_at, mins_at, count, magic,
+    x, image, out, T, N, K, first, n, high_at, grids_at, scales_at, mins_at, count, apart, magic,
     BITS: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, KIND: tl.constexpr, OUT: tl.constexpr,
-    WIDE: tl.constexpr, BG: tl.constexpr, BN: tl.constexpr, U: tl.constexpr,
+    WIDE: tl.constexpr, BG: tl.constexpr, BN: tl.constexpr, U: tl.constexpr, EACH: tl.constexpr,
 ):  # fmt: skip
     """`x @ w.T` for x (T, K) -> out (T, N), for the outputs from `first` on, in blocks of n.
 
-    Programs for the same outputs and other rows are neighbours: they meet the same codes in the cache."""
+    With EACH, `image` is as in `image_of`, out is (E, T, N), and the rows of the next matrix begin `apart` further on.
+    Programs for the same outputs and other rows are neighbours: they meet the same codes in the cache.
+    """
+    image = image_of(image, EACH)
+    if EACH > 0:
+        x, out = x + tl.program_id(2) * apart, out + tl.program_id(2).to(tl.int64) * T * N
     at = first + tl.program_id(1) * BN
     start, row = at // BLOCK * BLOCK, tl.program_id(0) * ROWS
     r = at - start + tl.arange(0, BN)
@@ -240,9 +257,15 @@ def linear(
 def gated(
     x, image, out, T, F, K, high_at, grids_at, scales_at, mins_at, count, magic,
     BITS: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, KIND: tl.constexpr,
-    BG: tl.constexpr, BN: tl.constexpr, U: tl.constexpr,
+    BG: tl.constexpr, BN: tl.constexpr, U: tl.constexpr, EACH: tl.constexpr,
 ):  # fmt: skip
-    """`silu(x @ gate.T) * (x @ up.T)` for a weight (2F, K), gate before up, whole blocks each -> fp32 out (T, F)."""
+    """`silu(x @ gate.T) * (x @ up.T)` for a weight (2F, K), gate before up, whole blocks each -> fp32 out (T, F).
+
+    With EACH, `image` is as in `image_of`, and out is (E, T, F).
+    """
+    image = image_of(image, EACH)
+    if EACH > 0:
+        out += tl.program_id(2).to(tl.int64) * T * F
     at, row = tl.program_id(1) * BN, tl.program_id(0) * ROWS
     start = at // BLOCK * BLOCK
     r = at - start + tl.arange(0, BN)

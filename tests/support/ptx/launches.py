@@ -45,10 +45,10 @@ class Launch:
 
 
 class Card:
-    """The kernels for a chip, as `products.loops()` has them. regions: other memory that kernels may reach."""
+    """The kernels for a chip, as `products.loops()` has them. reached: tensors that they know by address alone."""
 
-    def __init__(self, sm):
-        self.driver, self.launches, self.regions = Driver(sm), [], []
+    def __init__(self, sm, reached=()):
+        self.driver, self.launches, self.reached = Driver(sm), [], reached
         for name in KERNELS:
             setattr(self, name, Kernel(self, getattr(loops, name)))
 
@@ -74,7 +74,7 @@ class Kernel:
         signature = compiled.src.signature
         given = [values[name] for name in self.function.arg_names if signature[name] != "constexpr"]
         tensors = {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
-        tensors |= {f"region {i}": tensor for i, tensor in enumerate(self.card.regions)}
+        tensors |= {f"tensor {i}": tensor for i, tensor in enumerate(self.card.reached)}
         memory = Global({name: region(tensor) for name, tensor in tensors.items()})
         threads, shared = 32 * compiled.metadata.num_warps, compiled.metadata.shared
         machine = Machine(parse(compiled.asm["ptx"]), self.card.numbers(given), memory, grid, threads, shared)

@@ -18,7 +18,7 @@ def aligned(addresses, nbytes):
 
 
 class Global:
-    """Tensors by name, uint8 views of their memory; an access belongs to exactly one."""
+    """Tensors by name, uint8 views of their memory; each lane's access belongs to exactly one."""
 
     def __init__(self, regions):
         self.regions = {name: (start, view) for name, (start, view) in regions.items() if len(view)}
@@ -26,26 +26,36 @@ class Global:
 
     def load(self, addresses, nbytes):
         """(lanes, nbytes) bytes."""
-        view, at = self._find(addresses, nbytes, "load")
-        return view[at[:, None] + np.arange(nbytes)]
+        found = np.empty((len(addresses), nbytes), np.uint8)
+        for view, lanes, at in self._find(addresses, nbytes, "load"):
+            found[lanes] = view[at]
+        return found
 
     def store(self, addresses, values):
         """Write (lanes, nbytes) bytes."""
-        view, at = self._find(addresses, values.shape[1], "store")
-        view[at[:, None] + np.arange(values.shape[1])] = values
+        for view, lanes, at in self._find(addresses, values.shape[1], "store"):
+            view[at] = values[lanes]
 
     def _find(self, addresses, nbytes, what):
+        """Of each tensor: its memory, the lanes that reach it, and where. Raises Fault if one reaches none."""
         aligned(addresses, nbytes)
-        low, high = int(addresses.min()), int(addresses.max()) + nbytes
+        left = np.ones(addresses.shape, bool)
         for name, (start, view) in self.regions.items():
-            if start <= low and high <= start + len(view):
+            lanes = left & (start <= addresses) & (addresses + nbytes <= start + len(view))
+            if lanes.any():
+                left &= ~lanes
                 self.widths.setdefault(name, set()).add(nbytes)
-                return view, addresses - start
-            if low < start + len(view) and start < high:
-                raise Fault(
-                    f"out of bounds: a {what} of bytes {low - start} to {high - start} of {name}, {len(view)} B"
-                )
-        raise Fault(f"out of bounds: a {what} at {low:#x}, where no tensor is")
+                yield view, lanes, (addresses[lanes] - start)[:, None] + np.arange(nbytes)
+            if not left.any():
+                return
+        raise Fault(self._nearest(int(addresses[left][0]), nbytes, what))
+
+    def _nearest(self, address, nbytes, what):
+        for name, (start, view) in self.regions.items():
+            if start - 4096 < address < start + len(view) + 4096:
+                at = address - start
+                return f"out of bounds: a {what} of bytes {at} to {at + nbytes} of {name}, which has {len(view)}"
+        return f"out of bounds: a {what} at {address:#x}, where no tensor is"
 
 
 class Shared:
