@@ -7,6 +7,7 @@ the rounding of fp32 sums. Triton's interpreter, in test_triton.py, sees neither
 
 import itertools
 import random
+from dataclasses import dataclass
 from unittest import mock
 
 import pytest
@@ -15,7 +16,9 @@ from transformers import AutoModelForCausalLM, MixtralConfig
 
 import mixoff
 from mixoff import kernels
+from mixoff.cache.events import CacheInfo
 from mixoff.kernels.triton import products
+from mixoff.loading import together
 from mixoff.quantize.layout import BITS, GROUP_SIZES
 from mixoff.quantize.tensor import QTensor
 from mixoff.runtime.runtime import Runtime
@@ -188,20 +191,32 @@ def test_experts_of_a_token_at_odd_places(card):
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
-    """Two layers of four experts, whose gates are fused."""
+    """Two layers of four experts, whose gates are fused, and whose q, k and v are whole blocks."""
     folder = tmp_path_factory.mktemp("model")
-    shape = {"intermediate_size": 128, "num_hidden_layers": 2, "num_local_experts": 4}
+    shape = {"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2, "num_local_experts": 4}
+    shape |= {"num_key_value_heads": 4}
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(MixtralConfig(**(SHAPE | shape))).save_pretrained(folder / "hub")
     return mixoff.convert(folder / "hub", folder / "store", scheme="mixed")
 
 
-def generated(store, slots):
-    """Logits of some tokens on a simulated device, the last token's looks at the router, and the runtime's figures."""
+@dataclass
+class Token:
+    """What the last token asked of the card and of the host."""
+
+    logits: torch.Tensor
+    looks: list[int]  # sites whose choice came to the host
+    launches: list[tuple[str, int]]  # kernel, and matrices that it multiplies with
+    info: CacheInfo
+
+
+def generated(store, slots, card):
+    """Some tokens on a simulated device."""
     device, looks, logits = Device(random.Random(slots)), [], []
     honest, fast = Runtime.look, budget(store, slots)
     with (
         mock.patch.object(cuda, "pick", lambda name: device),
+        mock.patch.object(together, "DEVICES", ("cpu",)),
         mock.patch.object(Arena, "weights", products_of(device)),
         mock.patch.object(Runtime, "look", lambda *args: looks.append(args[1]) or honest(*args)),
         mixoff.load(store, fast, device="cuda", dtype="float16") as model,
@@ -213,22 +228,24 @@ def generated(store, slots):
         for site in (0, 1):  # every expert is asked for once
             runtime.serve(site, [0, 1, 2, 3], lambda weights: None)
         for token in (5, 9, 77):
-            looks.clear()
+            looks.clear(), card.launches.clear()
             logits.append(model(torch.tensor([[token]])).logits)
         info = runtime.info()
     device.synchronize()
     assert device.violations == []
-    return torch.cat(logits), looks, info
+    return Token(torch.cat(logits), looks, [(launch.kernel, launch.grid[2]) for launch in card.launches], info)
 
 
 @on(75)
 def test_resident_and_offloaded_models_have_the_same_bits(card, store):
-    """With every expert in a slot the host does not look at the router; with three of eight it does, once a layer."""
-    want, looks, whole = generated(store, 8)
-    assert looks == [] and (whole.misses, whole.hits) == (8, 3 * 2 * 2)
-    got, looks, partly = generated(store, 3)
-    assert looks == [0, 1] and partly.capacity == 3 and partly.misses > 8
-    assert torch.equal(got, want) and want.isfinite().all()
+    """Four launches a layer for a resident model, where there were eight, and the host does not look at the router.
+    With three of eight experts it does, once a layer, and what lands late is computed late.
+    """
+    whole, partly = generated(store, 8, card), generated(store, 3, card)
+    assert whole.looks == [] and (whole.info.misses, whole.info.hits) == (8, 3 * 2 * 2)
+    assert whole.launches == 2 * [("linear", 1), ("linear", 1), ("gated", 2), ("linear", 2)]
+    assert partly.looks == [0, 1] and partly.info.capacity == 3 and partly.info.misses > 8
+    assert torch.equal(whole.logits, partly.logits) and whole.logits.isfinite().all()
 
 
 # --- faults are seen --------------------------------------------------------------------------------------------------
