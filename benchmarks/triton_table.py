@@ -88,13 +88,15 @@ class Case:
 
 @dataclass(frozen=True)
 class Cubin:
-    """What was compiled. stack: bytes of spilled registers a thread; barriers: in the code, each counted once;
-    loads: how many of each width in bytes; per_weight: instructions of the main loop for each weight."""
+    """What was compiled. stack: bytes of spilled registers a thread; barriers, rounds: in the code, and those in every
+    round of the longest loop; loads: how many of each width in bytes; per_weight: instructions of that loop for each
+    weight."""
 
     registers: int
     shared: int
     stack: int
     barriers: int
+    rounds: int
     loads: dict[int, int]
     per_weight: float | None
 
@@ -195,9 +197,10 @@ def compile_case(case: Case) -> Cubin:
         usage, code = tool("cuobjdump", "-res-usage", file.name), tool("nvdisasm", "-c", file.name)
     weights = weights_of_round(case, given, 32 * options["num_warps"])
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
-    loop = None if weights is None else round(longest_loop(code) / weights, 2)
-    barriers = len(re.findall(r"\bBAR\.", code))
-    return Cubin(registers, compiled.metadata.shared, stack, barriers, load_widths(code), loop)
+    loop = longest_loop(code)
+    counted = barriers(code.splitlines()), barriers(loop)
+    per_weight = None if weights is None else round(len(loop) / weights, 2)
+    return Cubin(registers, compiled.metadata.shared, stack, *counted, load_widths(code), per_weight)
 
 
 def case_name(row: dict) -> str:
@@ -212,7 +215,8 @@ def case_name(row: dict) -> str:
 
 def used(row: dict) -> str:
     """What a row's kernel uses of a multiprocessor."""
-    return "{registers} registers, {stack} B spilled, {shared} B shared, {barriers} barriers".format_map(row)
+    told = "{registers} registers, {stack} B spilled, {shared} B shared, {barriers} barriers, {rounds} per round"
+    return told.format_map(row)
 
 
 def hold(rows: Iterable[dict]) -> None:
@@ -252,18 +256,27 @@ def load_widths(code: str) -> dict[int, int]:
     return dict(sorted(found.items()))
 
 
-def longest_loop(code: str) -> int:
+def longest_loop(code: str) -> list[str]:
     """Instructions of the longest loop, in disassembled code: between a label and a jump back to it."""
-    labels, count, longest = {}, 0, 0
+    labels, instructions, longest = {}, [], []
     for line in code.splitlines():
-        label = re.match(r"\s*(\.L_\w+):", line)
-        if label:
-            labels[label[1]] = count
-        count += bool(re.match(r"\s+/\*[0-9a-f]{4,}\*/", line))
+        if label := re.match(r"\s*(\.L_\w+):", line):
+            labels[label[1]] = len(instructions)
+        if re.match(r"\s+/\*[0-9a-f]{4,}\*/", line):
+            instructions.append(line)
         jump = re.search(r"\bBRA\b.*`\((\.L_\w+)\)", line)
         if jump and jump[1] in labels:
-            longest = max(longest, count - labels[jump[1]])
+            longest = max(longest, instructions[labels[jump[1]] :], key=len)
     return longest
+
+
+def barriers(lines: Iterable[str]) -> int:
+    """How many of these instructions are barriers.
+
+    >>> barriers(["/*0a0*/ BAR.SYNC.DEFER_BLOCKING 0x0 ;", "/*0b0*/ FADD R1, R2, R3 ;"])
+    1
+    """
+    return sum(bool(re.search(r"\bBAR\.", line)) for line in lines)
 
 
 def warps(cubin: Cubin, chip: Chip, of_program: int) -> int:

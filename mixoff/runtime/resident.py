@@ -35,7 +35,7 @@ class Residents:
             return None
         with runtime._lock:
             table = self.table(runtime, site) if runtime.ended and not runtime._closed else None
-            if table is None or not fuses(module, x, dict(zip(NAMES, table.pair, strict=True)), runtime.exact):
+            if table is None or not fuses(module, x, dict(zip(NAMES, table.forms, strict=True)), runtime.exact):
                 return None
             runtime.cache.hits += top_k_index.numel()
             return normed(module, kernels.gated_mlps(x, table.chosen(top_k_index[0]), runtime.exact))

@@ -12,9 +12,9 @@ from unittest import mock
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, MixtralConfig
 
 import mixoff
+from counted import save_blocks
 from mixoff import kernels
 from mixoff.cache.events import CacheInfo
 from mixoff.kernels.triton import products
@@ -25,7 +25,7 @@ from mixoff.runtime.runtime import Runtime
 from mixoff.transfer import cuda
 from mixoff.transfer.arena import Arena
 from simulated import Device, products_of
-from tiny import SHAPE, budget
+from tiny import budget
 
 if products.loops() is None:
     pytest.skip("triton is not installed", allow_module_level=True)
@@ -191,13 +191,7 @@ def test_experts_of_a_token_at_odd_places(card):
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
-    """Two layers of four experts, whose gates are fused, and whose q, k and v are whole blocks."""
-    folder = tmp_path_factory.mktemp("model")
-    shape = {"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2, "num_local_experts": 4}
-    shape |= {"num_key_value_heads": 4}
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(MixtralConfig(**(SHAPE | shape))).save_pretrained(folder / "hub")
-    return mixoff.convert(folder / "hub", folder / "store", scheme="mixed")
+    return save_blocks(tmp_path_factory.mktemp("model"))
 
 
 @dataclass
@@ -238,12 +232,12 @@ def generated(store, slots, card):
 
 @on(75)
 def test_resident_and_offloaded_models_have_the_same_bits(card, store):
-    """Four launches a layer for a resident model, where there were eight, and the host does not look at the router.
-    With three of eight experts it does, once a layer, and what lands late is computed late.
+    """The resident model's host does not look at the router. With three of eight experts it does, once a layer, and
+    what lands late is computed late.
     """
     whole, partly = generated(store, 8, card), generated(store, 3, card)
     assert whole.looks == [] and (whole.info.misses, whole.info.hits) == (8, 3 * 2 * 2)
-    assert whole.launches == 2 * [("linear", 1), ("linear", 1), ("gated", 2), ("linear", 2)]
+    assert whole.launches == 2 * [("linear", 1), ("linear", 1), ("gated", 2), ("rotate", 1), ("linear", 2)]
     assert partly.looks == [0, 1] and partly.info.capacity == 3 and partly.info.misses > 8
     assert torch.equal(whole.logits, partly.logits) and whole.logits.isfinite().all()
 

@@ -184,6 +184,7 @@ def check(rows):
         odd_place = row["kernel"] == "strided" and not row["wide"]
         assert max(widths) == (4 if odd_place else 16), f"codes are not loaded in 16 bytes a thread: {row}"
         assert row["stack"] <= (64 if row["rows"] == 4 else 0), f"registers are spilled: {row}"
+        assert row["rounds"] <= 2 * row["rows"], f"threads wait for each other in every round: {row}"
         assert 0 < row["registers"] <= 255 and row["shared"] <= 48 << 10
         used = triton_table.used(row)
         assert held.get(name := triton_table.case_name(row), used) == used, f"{name}: triton_table.py --hold writes it"
@@ -222,7 +223,7 @@ def test_widths_are_read_from_machine_code():
     with pytest.raises(AssertionError, match="less than four bytes"):
         check([{"loads": {"2": 1, "16": 4}, "stack": 0, "registers": 40, "shared": 0}])
     loop = ".L_x_1:\n  /*0010*/  FADD ;\n  /*0020*/ @P0 BRA `(.L_x_1) ;\n  /*0030*/ EXIT ;\n"
-    assert triton_table.longest_loop(loop) == 2
+    assert len(triton_table.longest_loop(loop)) == 2
 
 
 @needs_triton

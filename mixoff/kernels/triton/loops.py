@@ -340,17 +340,20 @@ def strided(
 ):  # fmt: skip
     """`x @ w.T` for x (T, K) and one matrix -> its columns of out (T, N), from `first` on; codes (HEIGHT, R * K) bytes.
 
-    A program takes the outputs whose codes lie in P rows, r modulo R. K and C are multiples of four.
+    A program takes the outputs whose codes are in P rows, r modulo R. K and C are multiples of four. Each row has
+    tensors of its own: one tensor of P rows is spread over threads in another way than scales are, and some releases
+    of Triton then move all of them through shared memory in every round.
     """
     FIELDS: tl.constexpr = 8 // BITS
-    row, r = tl.program_id(0) * ROWS, tl.program_id(1)
-    top = tl.program_id(2) * P + tl.arange(0, P)
+    row, r, top = tl.program_id(0) * ROWS, tl.program_id(1), tl.program_id(2) * P
     zero_scale, zero_zero = zero_numbers(numbers)
-    totals, lows = zeros(FIELDS * ROWS, (P, BW)), zeros(ROWS, (1, BW))
+    totals, lows = zeros(FIELDS * ROWS * P, (BW,)), zeros(ROWS, (BW,))
     for start in range(0, K // 4, BW):
-        w = start + tl.arange(0, BW)[None, :]
+        w = start + tl.arange(0, BW)
         live, at = w < K // 4, r * (K // 4) + w
-        word = tl.load(codes + top[:, None] * (R * (K // 4)) + at, mask=live, other=0)
+        words = ()
+        for p in tl.static_range(P):
+            words = words + (tl.load(codes + (top + p) * (R * (K // 4)) + at, mask=live, other=0),)
         found = across(scales, zeros_at, grid_scales, grid_zeros, at, 4 * at % C, live, zero_zero, magic)
         for h in tl.static_range(2):
             values = ()
@@ -362,15 +365,16 @@ def strided(
                     value = values[2 * t + e] * found[2 * h + e]
                     new_lows = new_lows + (lows[t] + value * found[4 + 2 * h + e],)
                     for i in tl.static_range(FIELDS):
-                        q = code(word, word, (2 * h + e + 1) * FIELDS - 1 - i, BITS, magic)
-                        new_totals = new_totals + (totals[t * FIELDS + i] + q * value,)
+                        for p in tl.static_range(P):
+                            q = code(words[p], words[p], (2 * h + e + 1) * FIELDS - 1 - i, BITS, magic)
+                            new_totals = new_totals + (totals[(t * FIELDS + i) * P + p] + q * value,)
                 totals, lows = new_totals, new_lows
     for t in tl.static_range(ROWS):
-        low = zero_scale * tl.sum(lows[t], 1)
+        low = zero_scale * tl.sum(lows[t], 0)
         for i in tl.static_range(FIELDS):
-            at = (row + t) * N + first + (i * HEIGHT + top) * R + r
-            value = tl.sum(totals[t * FIELDS + i], 1) - low
-            put(out, at, value, top < tl.where(row + t < T, HEIGHT, 0), OUT)
+            for p in tl.static_range(P):
+                at = (row + t) * N + first + (i * HEIGHT + top + p) * R + r
+                put(out, at, tl.sum(totals[(t * FIELDS + i) * P + p], 0) - low, row + t < T, OUT)
 
 
 @triton.jit

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -67,15 +67,20 @@ def linear(x: torch.Tensor, w: QTensor, dtype: torch.dtype | None = None) -> tor
 
 @dataclass(frozen=True)
 class Table:
-    """Where the images of E experts are on the card. at: addresses of gate_up and of down, int64 (2, E)."""
+    """Where the images of E experts are on the card.
 
-    pair: tuple[QTensor, QTensor]  # the form that all experts have
+    forms: gate_up and down as all experts have them, without parts: a table does not keep memory alive
+    at: addresses of gate_up and of down, int64 (2, E)
+    alignments: what the addresses of each row are multiples of
+    """
+
+    forms: tuple[QTensor, ...]
     at: torch.Tensor
-    alignments: tuple[int, ...]  # what the addresses of each row are multiples of
+    alignments: tuple[int, ...]
 
     def chosen(self, experts: torch.Tensor) -> Table:
         """Some of them, by index (K,) on the card: the host does not look."""
-        return Table(self.pair, self.at.index_select(1, experts), self.alignments)
+        return replace(self, at=self.at.index_select(1, experts))
 
 
 def table(experts: Sequence[tuple[QTensor, QTensor]]) -> Table:
@@ -84,7 +89,7 @@ def table(experts: Sequence[tuple[QTensor, QTensor]]) -> Table:
     alignments = tuple(NARROW if any(address % WIDEST for address in row) else WIDEST for row in rows)
     at, device = torch.tensor(rows), experts[0][0].image.device
     at = at.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else at
-    return Table(experts[0], at, alignments)
+    return Table(tuple(replace(w, parts={}) for w in experts[0]), at, alignments)
 
 
 def gated_mlps(x: torch.Tensor, experts: Sequence[tuple[QTensor, QTensor]] | Table) -> torch.Tensor:
@@ -94,16 +99,15 @@ def gated_mlps(x: torch.Tensor, experts: Sequence[tuple[QTensor, QTensor]] | Tab
     x: (T, K). experts: gate_up (2F, K) and down (N, F) of each, all in one form.
     """
     if not isinstance(experts, Table) and len(experts) == 1:
-        pair, E = experts[0], 1
-        images = [(w.image, 0) for w in pair]
+        (gate_up, down), E = experts[0], 1
+        images = [(w.image, 0) for w in experts[0]]
     else:
         found = experts if isinstance(experts, Table) else table(experts)
-        pair, E = found.pair, found.at.shape[1]
+        (gate_up, down), E = found.forms, found.at.shape[1]
         images = list(zip(found.at, found.alignments, strict=True))
-    (gate_up, down), T = pair, x.shape[0]
     h = gated(x, gate_up, images[0], E)  # (E, T, F)
     h = rotated(h.flatten(0, 1)).view_as(h) if down.rotated else h
-    out = x.new_empty(E, T, down.shape[0])
+    out = x.new_empty(E, x.shape[0], down.shape[0])
     _linear(h, down, images[1], E, out)
     return out
 
