@@ -56,12 +56,18 @@ def worst(out, true, bound):
     return float(((out.double() - true).abs() / bound).nan_to_num(torch.inf).max())
 
 
-def linear(w, x):
-    """fp32 sums against fp64 on the dequantized weights; other dtypes are the fp32 result, rounded."""
+def sums(w, x, out=None):
+    """fp32 sums against fp64 on the dequantized weights."""
     weights = w.dequantize()
+    out = products.linear(x, w, torch.float32) if out is None else out
+    return worst(out, x.double() @ weights.double().t(), product_bound(x.float(), weights))
+
+
+def linear(w, x):
+    """The same; and other dtypes are the fp32 result, rounded."""
     out = products.linear(x, w, torch.float32)
     assert torch.equal(products.linear(x, w), out.to(x.dtype)), "rounded otherwise"
-    return worst(out, x.double() @ weights.double().t(), product_bound(x.float(), weights))
+    return sums(w, x, out)
 
 
 def alone(x, w):
