@@ -35,13 +35,13 @@ from mixoff.planning.probe import device_seconds
 from mixoff.quantize.layout import packed_nbytes
 from mixoff.quantize.tensor import QTensor
 
+HELD = Path(__file__).with_name("triton_resources.json")  # by release of triton, then by case
 SHAPES = {"linear": (4096, 14336), "gated": (28672, 4096), "dequantize": (4096, 14336)}  # Mixtral-8x7B
 STRIDED = ("strided", "strided_weights")  # kernels for the published checkpoint's layout
 PARTS = ("codes", "scales", "zeros_at", "grid_scales", "grid_zeros", "numbers")  # pointers that they take
 POINTERS = {"fp16": "*fp16", "bf16": "*i16", "fp32": "*fp32"}
 REGISTERS = 65536  # of a multiprocessor
 GB = 1e9
-HELD = Path(__file__).with_name("triton_resources.json")  # by release of triton, then by case
 
 
 @dataclass(frozen=True)
