@@ -18,7 +18,7 @@ from counted import save_blocks
 from mixoff import kernels
 from mixoff.cache.events import CacheInfo
 from mixoff.kernels.triton import products
-from mixoff.loading import together
+from mixoff.loading import together, warmup
 from mixoff.quantize.layout import BITS, GROUP_SIZES
 from mixoff.quantize.tensor import QTensor
 from mixoff.runtime.runtime import Runtime
@@ -216,6 +216,7 @@ def generated(store, slots, card):
     with (
         mock.patch.object(cuda, "pick", lambda name: device),
         mock.patch.object(together, "DEVICES", ("cpu",)),
+        mock.patch.object(warmup, "compile_on_card", lambda model: None, create=True),  # what is used is compiled here
         mock.patch.object(Arena, "weights", products_of(device)),
         mock.patch.object(Runtime, "look", lambda *args: looks.append(args[1]) or honest(*args)),
         mixoff.load(store, fast, device="cuda", dtype="float16") as model,
@@ -226,6 +227,7 @@ def generated(store, slots, card):
         device.transfer, device.reader = runtime.transfer, mixoff.store.source.open_source(store).reader
         for site in (0, 1):  # every expert is asked for once
             runtime.serve(site, [0, 1, 2, 3], lambda weights: None)
+        runtime.reset_counts()
         for token in (5, 9, 77):
             looks.clear(), card.launches.clear()
             logits.append(model(torch.tensor([[token]])).logits)
@@ -241,9 +243,9 @@ def test_resident_and_offloaded_models_have_the_same_bits(card, store):
     what lands late is computed late.
     """
     whole, partly = generated(store, 8, card), generated(store, 3, card)
-    assert whole.looks == [] and (whole.info.misses, whole.info.hits) == (8, 3 * 2 * 2)
+    assert whole.looks == [] and (whole.info.misses, whole.info.hits) == (0, 3 * 2 * 2)
     assert whole.launches == 2 * [("linear", 1), ("linear", 1), ("gated", 2), ("rotate", 1), ("linear", 2)]
-    assert partly.looks == [0, 1] and partly.info.capacity == 3 and partly.info.misses > 8
+    assert partly.looks == [0, 1] and partly.info.capacity == 3 and partly.info.misses > 0
     assert torch.equal(whole.logits, partly.logits) and whole.logits.isfinite().all()
 
 
