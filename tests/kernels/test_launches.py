@@ -101,7 +101,7 @@ def test_a_chosen_expert_is_found_without_a_look(monkeypatch):
     card, pair = Kernels(), (QTensor.empty((256, 64), 2, 32), QTensor.empty((64, 128), 2, 32))
     with gpu():
         x, index = torch.zeros(1, 64, device="cuda"), torch.zeros(2, dtype=torch.long, device="cuda")
-        found = products.Table(pair, torch.zeros(2, 8, dtype=torch.long, device="cuda"), (16, 16)).chosen(index)
+        found = products.Table(pair, torch.zeros(2, 8, dtype=torch.long, device="cuda"), (16, 16), 8).chosen(index)
         out = kernels.gated_mlps(x, found)
     assert out.shape == (2, 1, 64) and out.device.type == "cuda"
     assert card.launches == [("gated", 2), ("linear", 2)]
@@ -122,6 +122,8 @@ def test_a_table_holds_addresses_and_how_they_are_aligned():
     assert table.alignments == (16, 4)
     assert [form.shape for form in table.forms] == [(8, 32)] * 2 and not any(form.parts for form in table.forms)
     assert table.chosen(torch.tensor([1])).at.tolist() == [[row[1]] for row in table.at.tolist()]
+    odd = products.table(pairs[:1])
+    assert (odd.at.shape, odd.count) == ((2, 2), 1)
 
 
 # --- when the host has to look ----------------------------------------------------------------------------------------

@@ -70,26 +70,29 @@ class Table:
     """Where the images of E experts are on the card.
 
     forms: gate_up and down as all experts have them, without parts: a table does not keep memory alive
-    at: addresses of gate_up and of down, int64 (2, E)
+    at: addresses of gate_up and of down, int64 (2, E), and one more where E is odd: Triton compiles once for rows that
+        begin at multiples of 16 bytes, and again for others
     alignments: what the addresses of each row are multiples of
+    count: E
     """
 
     forms: tuple[QTensor, ...]
     at: torch.Tensor
     alignments: tuple[int, ...]
+    count: int
 
     def chosen(self, experts: torch.Tensor) -> Table:
         """Some of them, by index (K,) on the card: the host does not look."""
-        return replace(self, at=self.at.index_select(1, experts))
+        return replace(self, at=self.at.index_select(1, experts), count=len(experts))
 
 
 def table(experts: Sequence[tuple[QTensor, QTensor]]) -> Table:
     """Where these experts are now; the host does not wait, since the copy comes from page-locked memory."""
     rows = [[w.image.data_ptr() for w in matrices] for matrices in zip(*experts, strict=True)]
     alignments = tuple(NARROW if any(address % WIDEST for address in row) else WIDEST for row in rows)
-    at, device = torch.tensor(rows), experts[0][0].image.device
+    at, device = torch.tensor([row + row[:1] * (len(row) % 2) for row in rows]), experts[0][0].image.device
     at = at.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else at
-    return Table(tuple(replace(w, parts={}) for w in experts[0]), at, alignments)
+    return Table(tuple(replace(w, parts={}) for w in experts[0]), at, alignments, len(experts))
 
 
 def gated_mlps(x: torch.Tensor, experts: Sequence[tuple[QTensor, QTensor]] | Table) -> torch.Tensor:
@@ -103,7 +106,7 @@ def gated_mlps(x: torch.Tensor, experts: Sequence[tuple[QTensor, QTensor]] | Tab
         images = [(w.image, 0) for w in experts[0]]
     else:
         found = experts if isinstance(experts, Table) else table(experts)
-        (gate_up, down), E = found.forms, found.at.shape[1]
+        (gate_up, down), E = found.forms, found.count
         images = list(zip(found.at, found.alignments, strict=True))
     h = gated(x, gate_up, images[0], E)  # (E, T, F)
     h = rotated(h.flatten(0, 1)).view_as(h) if down.rotated else h
