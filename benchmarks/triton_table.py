@@ -4,6 +4,8 @@
     python benchmarks/triton_table.py --measure            times products on this machine's card next to its bandwidth
     python benchmarks/triton_table.py --measure --tiles    other tiles too, for mixoff/kernels/triton/tiles.py
 
+    python benchmarks/triton_table.py --hold               writes what tests hold the kernels to: triton_resources.json
+
 `--json` prints one object, `--all` compiles every combination (minutes), `--few` some. With TRITON_INTERPRET=1,
 `--measure` runs small shapes in Triton's interpreter on the CPU: a rehearsal, whose times mean nothing.
 """
@@ -24,6 +26,7 @@ from pathlib import Path
 
 import torch
 
+import _interpreter
 import _table
 from kernel_table import cold_weights, timed
 from mixoff.kernels.triton import products, strided
@@ -32,6 +35,7 @@ from mixoff.planning.probe import device_seconds
 from mixoff.quantize.layout import packed_nbytes
 from mixoff.quantize.tensor import QTensor
 
+HELD = Path(__file__).with_name("triton_resources.json")  # by release of triton, then by case
 SHAPES = {"linear": (4096, 14336), "gated": (28672, 4096), "dequantize": (4096, 14336)}  # Mixtral-8x7B
 STRIDED = ("strided", "strided_weights")  # kernels for the published checkpoint's layout
 PARTS = ("codes", "scales", "zeros_at", "grid_scales", "grid_zeros", "numbers")  # pointers that they take
@@ -70,7 +74,8 @@ CHIPS = (
 @dataclass(frozen=True)
 class Case:
     """One kernel for one chip. wide: whole blocks whose neighbours are loaded together, the usual case; or a matrix
-    across outputs that begins at a multiple of 16 bytes."""
+    across outputs that begins at a multiple of 16 bytes. each: of several experts, whose addresses are multiples of it.
+    """
 
     sm: int
     kernel: str
@@ -79,16 +84,20 @@ class Case:
     rows: int
     dtype: str
     wide: bool = True
+    each: int = 0
 
 
 @dataclass(frozen=True)
 class Cubin:
-    """What was compiled. stack: bytes of spilled registers a thread; loads: how many of each width in bytes;
-    per_weight: instructions of the main loop for each weight."""
+    """What was compiled. stack: bytes of spilled registers a thread; barriers, rounds: in the code, and those in every
+    round of the longest loop; loads: how many of each width in bytes; per_weight: instructions of that loop for each
+    weight."""
 
     registers: int
     shared: int
     stack: int
+    barriers: int
+    rounds: int
     loads: dict[int, int]
     per_weight: float | None
 
@@ -123,6 +132,8 @@ def few_cases() -> Iterator[Case]:
 SPECIAL = (
     Case(75, "linear", 2, 32, 1, "bf16"),  # a dtype that the chip lacks
     Case(75, "linear", 2, 32, 1, "fp16", wide=False),
+    Case(75, "gated", 2, 32, 1, "fp16", each=16),
+    Case(75, "linear", 2, 32, 1, "fp32", each=16),
     Case(75, "dequantize", 2, 32, 1, "fp16"),
     Case(75, "strided", 2, 16, 1, "fp16"),  # the published checkpoint's layout: experts in 2 bits, attention in 4
     Case(80, "strided", 2, 16, 2, "bf16"),
@@ -147,7 +158,7 @@ def constants(case: Case) -> tuple[dict, dict]:
     else:
         given = block_constants(case)
     options = {name: given.pop(name) for name in ("num_warps", "enable_fp_fusion")}
-    given |= {"ROWS": case.rows, "KIND": case.dtype, "OUT": case.dtype, "WIDE": case.wide}
+    given |= {"ROWS": case.rows, "KIND": case.dtype, "OUT": case.dtype, "WIDE": case.wide, "EACH": case.each}
     wanted = getattr(products.loops(), case.kernel).arg_names
     return {name: value for name, value in given.items() if name in wanted}, options
 
@@ -169,9 +180,9 @@ def compile_case(case: Case) -> Cubin:
     from triton.compiler import ASTSource
 
     function, (given, options) = getattr(products.loops(), case.kernel), constants(case)
-    kinds = dict.fromkeys(PARTS, "*i32") | {"image": "*u8"}
+    kinds = dict.fromkeys(PARTS, "*i32") | {"image": "*i64" if case.each else "*u8"}
     kinds |= {"x": "*fp32" if case.dtype == "fp32" else "*i32", "out": POINTERS[case.dtype]}
-    odd = ("T", "count", "numbers", *(() if case.wide else PARTS))
+    odd = ("T", "count", "numbers", *(() if case.wide else PARTS), *(("image",) if case.each else ()))
     if case.kernel == "gated":
         kinds["out"] = "*fp32"
     signature = {name: "constexpr" if name in given else kinds.get(name, "i32") for name in function.arg_names}
@@ -187,8 +198,35 @@ def compile_case(case: Case) -> Cubin:
         usage, code = tool("cuobjdump", "-res-usage", file.name), tool("nvdisasm", "-c", file.name)
     weights = weights_of_round(case, given, 32 * options["num_warps"])
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
-    loop = None if weights is None else round(longest_loop(code) / weights, 2)
-    return Cubin(registers, compiled.metadata.shared, stack, load_widths(code), loop)
+    loop = longest_loop(code)
+    counted = barriers(code.splitlines()), barriers(loop)
+    per_weight = None if weights is None else round(len(loop) / weights, 2)
+    return Cubin(registers, compiled.metadata.shared, stack, *counted, load_widths(code), per_weight)
+
+
+def case_name(row: dict) -> str:
+    """A row of the table as a key.
+
+    >>> case_name(asdict(Case(75, "linear", 2, 32, 1, "fp16", wide=False)))
+    'sm_75 linear 2-bit g32 fp16 x1 odd'
+    """
+    name = "sm_{sm} {kernel} {bits}-bit g{group} {dtype} x{rows}".format_map(row)
+    return name + " each" * bool(row["each"]) + " odd" * (not row["wide"])
+
+
+def used(row: dict) -> str:
+    """What a row's kernel uses of a multiprocessor."""
+    told = "{registers} registers, {stack} B spilled, {shared} B shared, {barriers} barriers, {rounds} per round"
+    return told.format_map(row)
+
+
+def hold(rows: Iterable[dict]) -> None:
+    """Write what these kernels use into HELD, for the release of triton that is installed."""
+    import triton
+
+    held = json.loads(HELD.read_text()) if HELD.exists() else {}
+    held[triton.__version__] = {case_name(row): used(row) for row in rows}
+    HELD.write_text(json.dumps(held, indent=2, sort_keys=True) + "\n")
 
 
 def weights_of_round(case: Case, given: dict, threads: int) -> float | None:
@@ -219,18 +257,27 @@ def load_widths(code: str) -> dict[int, int]:
     return dict(sorted(found.items()))
 
 
-def longest_loop(code: str) -> int:
+def longest_loop(code: str) -> list[str]:
     """Instructions of the longest loop, in disassembled code: between a label and a jump back to it."""
-    labels, count, longest = {}, 0, 0
+    labels, instructions, longest = {}, [], []
     for line in code.splitlines():
-        label = re.match(r"\s*(\.L_\w+):", line)
-        if label:
-            labels[label[1]] = count
-        count += bool(re.match(r"\s+/\*[0-9a-f]{4,}\*/", line))
+        if label := re.match(r"\s*(\.L_\w+):", line):
+            labels[label[1]] = len(instructions)
+        if re.match(r"\s+/\*[0-9a-f]{4,}\*/", line):
+            instructions.append(line)
         jump = re.search(r"\bBRA\b.*`\((\.L_\w+)\)", line)
         if jump and jump[1] in labels:
-            longest = max(longest, count - labels[jump[1]])
+            longest = max(longest, instructions[labels[jump[1]] :], key=len)
     return longest
+
+
+def barriers(lines: Iterable[str]) -> int:
+    """How many of these instructions are barriers.
+
+    >>> barriers(["/*0a0*/ BAR.SYNC.DEFER_BLOCKING 0x0 ;", "/*0b0*/ FADD R1, R2, R3 ;"])
+    1
+    """
+    return sum(bool(re.search(r"\bBAR\.", line)) for line in lines)
 
 
 def warps(cubin: Cubin, chip: Chip, of_program: int) -> int:
@@ -241,7 +288,7 @@ def warps(cubin: Cubin, chip: Chip, of_program: int) -> int:
 
 def compile_table(chosen: Iterable[Case]) -> list[dict]:
     """Compiles, prints a row each, and returns them."""
-    names = ["kernel", "chip", "weights", "rows", "dtype", "registers", "warps", "shared, B", "spilled, B"]
+    names = ["kernel", "chip", "weights", "rows", "dtype", "registers", "warps", "shared, B", "spilled, B", "barriers"]
     print(_table.head(*names, "loads, bytes: count"))
     rows = []
     for case in chosen:
@@ -249,8 +296,9 @@ def compile_table(chosen: Iterable[Case]) -> list[dict]:
         held = warps(cubin, chip, constants(case)[1]["num_warps"])
         rows.append(asdict(case) | asdict(cubin) | {"warps": held})
         name = case.kernel if case.wide else f"{case.kernel}, odd {'place' if case.kernel in STRIDED else 'width'}"
+        name += ", several" * bool(case.each)
         cells = [name, f"sm_{case.sm}", f"{case.bits}-bit g{case.group}", case.rows, case.dtype, cubin.registers]
-        cells += [f"{held} of {chip.warps}", cubin.shared, cubin.stack]
+        cells += [f"{held} of {chip.warps}", cubin.shared, cubin.stack, cubin.barriers]
         cells += [", ".join(f"{count} of {width} B" for width, count in cubin.loads.items())]
         print(_table.line(cells), flush=True)
     return rows
@@ -316,6 +364,7 @@ class Bench:
 def bench() -> Bench:
     """This machine's card, or the rehearsal under TRITON_INTERPRET=1; exits with the way out where there is neither."""
     if os.environ.get("TRITON_INTERPRET") == "1":
+        _interpreter.mend()
         products.DEVICES = ("cpu",)
         shapes = (("linear", (16, 64)), ("gated", (256, 64)))
         return Bench(torch.device("cpu"), "Triton's interpreter, a rehearsal", shapes, 1, 1 << 20, (1,), 0, 1)
@@ -347,7 +396,7 @@ def measure(every_tile: bool) -> dict:
         weights = random_weights(on, shape, bits, group)
         x = torch.randn(count, shape[1], device=on.device).to(dtype)
         for chosen in tiles(kernel, shape, chip, count, every_tile):
-            run = getattr(products, kernel)
+            run = products.linear if kernel == "linear" else lambda x, w: products.gated(x, w, (w.image, 0), 1)
             products.tile = lambda *_, chosen=chosen: chosen
             took = on.seconds(lambda i, run=run, x=x, ws=weights: run(x, ws[i % len(ws)]))
             row = {"product": kernel, "shape": shape, "bits": bits, "group": group, "rows": count}
@@ -385,12 +434,16 @@ def main() -> None:
     parser.add_argument("--tiles", action="store_true", help="with --measure: other tiles too")
     parser.add_argument("--all", action="store_true", help="compile every combination")
     parser.add_argument("--few", action="store_true", help="compile a few combinations, as a test does")
+    parser.add_argument("--hold", action="store_true", help=f"write {HELD.name}")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     arguments = parser.parse_args()
     output = sys.stdout
     if arguments.json:
         sys.stdout = sys.stderr
-    if arguments.measure:
+    if arguments.hold:
+        found = {"compiled": compile_table(dict.fromkeys((*cases(), *few_cases())))}
+        hold(found["compiled"])
+    elif arguments.measure:
         found = measure(arguments.tiles)
     else:
         rows = compile_table(few_cases() if arguments.few else every_case() if arguments.all else cases())

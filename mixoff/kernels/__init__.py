@@ -94,13 +94,16 @@ def _triton(w: QTensor | StridedTensor) -> ModuleType:
     return triton_strided if isinstance(w, StridedTensor) else triton_products
 
 
-def gated_mlps(x: torch.Tensor, experts: Sequence[tuple[QTensor, QTensor]], exact: bool = False) -> torch.Tensor:
+def gated_mlps(
+    x: torch.Tensor, experts: Sequence[tuple[QTensor, QTensor]] | triton_products.Table, exact: bool = False
+) -> torch.Tensor:
     """`(silu(gate) * up) @ down.T` with gate and up the halves of `x @ gate_up.T` -> (E, T, N), in x's dtype.
 
     - x: activations (T, K).
-    - experts: gate_up (2F, K) and down (N, F) of each of E experts, all in one form, for FUSED kernels.
+    - experts: gate_up (2F, K) and down (N, F) of each of E experts, all in one form, for FUSED kernels; on a CUDA card
+      also a table of where they are.
     - exact: as in `linear`. Intermediate values are fp32 in any case.
     """
-    if choose(x, experts[0][0], exact) == "triton":
-        return torch.stack([triton_products.gated_mlp(x, *expert) for expert in experts])
+    if isinstance(experts, triton_products.Table) or choose(x, experts[0][0], exact) == "triton":
+        return triton_products.gated_mlps(x, experts)
     return products.gated_mlps(x, experts, exact)

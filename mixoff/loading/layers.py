@@ -7,13 +7,14 @@ They replace layers of a model that is about to be loaded: created empty, and fi
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
 
 from mixoff import kernels
 from mixoff.errors import CheckpointError
+from mixoff.loading import together
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -34,10 +35,14 @@ class QuantizedLinear(nn.Module):
         self.bias = linear.bias
         self.quantized: QTensor | None = None
         self.exact = False
+        self.together: tuple[together.Together, int] | None = None  # the product that this layer is a part of
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (..., K) -> (..., N), in x's dtype."""
-        out = kernels.linear(x, self.quantized, exact=self.exact)
+        if self.together is None:
+            out = kernels.linear(x, self.quantized, exact=self.exact)
+        else:
+            out = self.together[0].product(self.together[1], x)
         return out if self.bias is None else out + self.bias
 
     def extra_repr(self) -> str:
@@ -100,9 +105,27 @@ def fill(
 
     Raises CheckpointError when a shape is not the layer's.
     """
-    modules, moved = dict(model.named_modules()), {id(q): q.to(where) for q in weights.values()}
+    modules = {name: model.get_submodule(name.removesuffix(".weight")) for name in weights}
     for name, q in weights.items():
-        layer = modules[name.removesuffix(".weight")]
-        if layer.shape != q.shape:
-            raise CheckpointError(f"{name} has shape {q.shape} in the store, config.json says {layer.shape}")
-        layer.quantized, layer.dtype, layer.exact = moved[id(q)], dtype, exact
+        if modules[name].shape != q.shape:
+            raise CheckpointError(f"{name} has shape {q.shape} in the store, config.json says {modules[name].shape}")
+    joined = _joined(modules, weights, exact, where) if where.type in together.DEVICES else {}
+    alone = {id(q): q.to(where) for q in weights.values() if id(q) not in joined}
+    for name, q in weights.items():
+        modules[name].quantized = joined.get(id(q)) or alone[id(q)]
+        modules[name].dtype, modules[name].exact = dtype, exact
+
+
+def _joined(
+    modules: Mapping[str, Any], weights: Mapping[str, QTensor | StridedTensor], exact: bool, where: torch.device
+) -> dict[int, QTensor]:
+    """Give layers with the same input one product; their weights on the device, by the identity of those given."""
+    found = {}
+    for names in together.groups(weights):
+        matrices = [cast("QTensor", weights[name]) for name in names]
+        whole, rows = together.join(matrices).to(where), [q.shape[0] for q in matrices]
+        shared = together.Together(whole, rows, exact)
+        for i, q in enumerate(together.split(whole, rows)):
+            modules[names[i]].together = shared, i
+            found[id(matrices[i])] = q
+    return found

@@ -55,15 +55,24 @@ def _served(
     runtime, site = self._mixoff
     if runtime.reroute is not None:
         top_k_index, top_k_weights = runtime.reroute(site, top_k_index, top_k_weights)
+    out = runtime.residents.compute(self, hidden_states, top_k_index)
+    if out is None:
+        out = _looked_at(self, hidden_states, top_k_index, top_k_weights)
+    weighted = out.view(*top_k_index.shape, -1) * top_k_weights.unsqueeze(-1)  # (T, K, D)
+    return weighted.sum(dim=1).to(hidden_states.dtype)  # (T, D)
+
+
+def _looked_at(
+    self: torch.nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """Rows of hidden_states (T, D) through their experts -> (T * K, D) or (K, 1, D); the host reads the choice."""
+    runtime, site = self._mixoff
     chosen, given = runtime.look(site, top_k_index, top_k_weights)
     runtime.note_routing(site, chosen, given)
     alone = _of_one_token(chosen, given, self.num_experts)
     if alone:
-        out = _one_row(self, hidden_states, alone)
-    else:
-        out = _rows(self, hidden_states, by_expert(chosen, self.num_experts), given)
-    weighted = out.view(*top_k_index.shape, -1) * top_k_weights.unsqueeze(-1)  # (T, K, D)
-    return weighted.sum(dim=1).to(hidden_states.dtype)  # (T, D)
+        return _one_row(self, hidden_states, alone)
+    return _rows(self, hidden_states, by_expert(chosen, self.num_experts), given)
 
 
 def _of_one_token(top_k_index: torch.Tensor, top_k_weights: torch.Tensor, num_experts: int) -> dict[int, float] | None:

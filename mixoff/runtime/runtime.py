@@ -40,6 +40,7 @@ from mixoff.runtime.backend import to_host
 from mixoff.runtime.call import MOVES, Call, Compute
 from mixoff.runtime.prefetch import Guesses
 from mixoff.runtime.recorder import Recorder
+from mixoff.runtime.resident import Residents
 from mixoff.shapes.sites import Site, slot_nbytes
 from mixoff.store.readers import Reader
 from mixoff.transfer.arena import Arena
@@ -112,6 +113,7 @@ class Runtime:
         self._policy, self._compute = policy, compute
         self._prefetch, self._top_k = prefetch, top_k
         self.reroute: Callable | None = None
+        self.residents = Residents()
         self.step: Any = None  # what compiles single tokens (`step.Step`), if anything does
         self._listeners: list[Callable[[Event], None]] = []
         self._routing: list[Callable] = []

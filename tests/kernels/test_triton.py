@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ class Interpreter:
     def __init__(self, root):
         env = os.environ | {
             "TRITON_INTERPRET": "1",
-            "PYTHONPATH": os.pathsep.join([str(root), str(root / "tests/support")]),
+            "PYTHONPATH": os.pathsep.join(str(root / folder) for folder in ("", "tests/support", "benchmarks")),
         }
         command = [sys.executable, root / "tests/support/interpreted.py"]
         self.process = subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -86,6 +87,13 @@ def test_the_tables_own_tiles(interpreter):
 def test_the_gate_is_fused(bits, n, dtype, interpreter):
     """Of whole blocks by one kernel, of others by a product and torch."""
     assert interpreter.error("gated", bits, 32, n, 64, 2 if bits == 4 else 1, dtype) <= 1
+
+
+@needs_triton
+@pytest.mark.parametrize(("bits", "n", "dtype"), [(2, 256, "fp16"), (3, 192, "bf16")])
+def test_experts_of_a_token_are_one_launch(bits, n, dtype, interpreter):
+    """Bit for bit what each computes alone, whole blocks or not, at even places or odd ones."""
+    assert interpreter.error("grouped", bits, 32, n, 64, 1, dtype) == 0
 
 
 @needs_triton
@@ -168,13 +176,18 @@ def compiled(root, tmp_path, *options):
 
 
 def check(rows):
+    """Loads are wide, little is spilled, and what is used is what `triton_resources.json` says for this triton."""
+    held = json.loads(triton_table.HELD.read_text()).get(version("triton"), {})
     for row in rows:
         widths = {int(width) for width in row["loads"]}
         assert min(widths) >= 4, f"a load of less than four bytes a thread: {row}"
         odd_place = row["kernel"] == "strided" and not row["wide"]
         assert max(widths) == (4 if odd_place else 16), f"codes are not loaded in 16 bytes a thread: {row}"
         assert row["stack"] <= (64 if row["rows"] == 4 else 0), f"registers are spilled: {row}"
+        assert row["rounds"] <= 2 * row["rows"], f"threads wait for each other in every round: {row}"
         assert 0 < row["registers"] <= 255 and row["shared"] <= 48 << 10
+        used = triton_table.used(row)
+        assert held.get(name := triton_table.case_name(row), used) == used, f"{name}: triton_table.py --hold writes it"
 
 
 @needs_triton
@@ -184,6 +197,8 @@ def test_kernels_compile_for_every_chip(root, tmp_path):
     assert {row["sm"] for row in rows} == {75, 80, 86, 89, 90}
     assert {(75, "bf16"), (80, "bf16"), (75, "fp16")} <= {(row["sm"], row["dtype"]) for row in rows}
     assert {row["sm"] for row in rows if row["kernel"] == "rotate"} == {75, 80, 90}
+    held = json.loads(triton_table.HELD.read_text())
+    assert "3.6.0" in held and all(triton_table.case_name(row) in cases for row in rows for cases in held.values())
     assert {(row["sm"], row["bits"]) for row in rows if row["kernel"] == "strided"} == {(75, 2), (75, 4), (80, 2)}
     check(rows)
 
@@ -208,7 +223,7 @@ def test_widths_are_read_from_machine_code():
     with pytest.raises(AssertionError, match="less than four bytes"):
         check([{"loads": {"2": 1, "16": 4}, "stack": 0, "registers": 40, "shared": 0}])
     loop = ".L_x_1:\n  /*0010*/  FADD ;\n  /*0020*/ @P0 BRA `(.L_x_1) ;\n  /*0030*/ EXIT ;\n"
-    assert triton_table.longest_loop(loop) == 2
+    assert len(triton_table.longest_loop(loop)) == 2
 
 
 @needs_triton

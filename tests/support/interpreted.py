@@ -1,14 +1,17 @@
-"""Runs products through Triton's interpreter, in a process of its own: `TRITON_INTERPRET=1` must stand before imports.
+"""Products in Triton without a card: cases, and how large their errors are, as a share of what is allowed.
 
-Reads one case a line as JSON and answers with one line: how large the errors are, as a share of what is allowed.
+As a program it asks Triton's interpreter, in a process of its own (`TRITON_INTERPRET=1` must be set before imports):
+it reads one case per line as JSON, and answers each with one line. test_emulated.py asks the emulator instead.
 """
 
 import json
 import sys
 from dataclasses import replace
+from unittest import mock
 
 import torch
 
+import _interpreter
 from mixoff import kernels
 from mixoff.kernels.triton import products, tiles
 from mixoff.kernels.triton import strided as triton_strided
@@ -19,9 +22,8 @@ from mixoff.runtime import experts
 from tolerances import product_bound
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+REACHED = []  # memory that kernels know by its address, not as a tensor
 ONE_PROGRAM = tiles.Tile(128, 16, 1, 4)  # a whole block: the interpreter's time goes by programs
-TABLE = products.tile
-products.DEVICES = ("cpu",)
 
 
 def random_weight(n, k, bits, group):
@@ -54,12 +56,23 @@ def worst(out, true, bound):
     return float(((out.double() - true).abs() / bound).nan_to_num(torch.inf).max())
 
 
-def linear(w, x):
-    """fp32 sums against fp64 on the dequantized weights; other dtypes are the fp32 result, rounded."""
+def sums(w, x, out=None):
+    """fp32 sums against fp64 on the dequantized weights."""
     weights = w.dequantize()
+    out = products.linear(x, w, torch.float32) if out is None else out
+    return worst(out, x.double() @ weights.double().t(), product_bound(x.float(), weights))
+
+
+def linear(w, x):
+    """The same; and other dtypes are the fp32 result, rounded."""
     out = products.linear(x, w, torch.float32)
     assert torch.equal(products.linear(x, w), out.to(x.dtype)), "rounded otherwise"
-    return worst(out, x.double() @ weights.double().t(), product_bound(x.float(), weights))
+    return sums(w, x, out)
+
+
+def alone(x, w):
+    """The fused gate of one expert."""
+    return products.gated(x, w, (w.image, 0), 1)[0]
 
 
 def gated(w, x):
@@ -69,18 +82,40 @@ def gated(w, x):
     gate_bound, up_bound = product_bound(x.float(), weights).chunk(2, 1)
     true = torch.nn.functional.silu(gate) * up
     allowed = 1.1 * gate_bound * up.abs() + up_bound * gate.abs() + 8 * 2.0**-24 * true.abs()
-    return worst(products.gated(x, w), true, allowed)
+    return worst(alone(x, w), true, allowed)
 
 
 def rotated(w, x):
     """The rotation bit for bit, and an expert whose last matrix is rotated, within fp16's rounding."""
     assert torch.equal(products.rotated(x), rotation.rotate(x)), "other additions than torch's"
     down = replace(random_weight(w.shape[1], w.shape[0] // 2, w.bits, w.group_size), rotated=True)
-    true = products.gated(x, w).double() @ down.dequantize().double().t()
+    true = alone(x, w).double() @ down.dequantize().double().t()
     bound = torch.finfo(x.dtype).eps * true.abs() + 1e-5 * true.abs().max()
-    alone = kernels.linear(x, replace(random_weight(8, x.shape[1], w.bits, w.group_size), rotated=True))
-    assert alone.dtype == x.dtype and alone.isfinite().all()
+    out = kernels.linear(x, replace(random_weight(8, x.shape[1], w.bits, w.group_size), rotated=True))
+    assert out.dtype == x.dtype and out.isfinite().all()
     return worst(kernels.gated_mlps(x, [(w, down)])[0], true, bound)
+
+
+def grouped(w, x, places=3):
+    """Several experts in one launch, each bit for bit as alone; 0, or infinite if one differs."""
+    N, K = x.shape[1], w.shape[0] // 2
+    buffer = torch.empty(places, -(-(2 * w.nbytes + 64) // 256) * 256, dtype=torch.uint8)  # as in an arena of slots
+    pairs = [_in_slot(slot, (w.shape, (N, K)), w.bits, w.group_size) for slot in buffer]
+    REACHED[:] = [w.image for pair in pairs for w in pair]
+    together = kernels.gated_mlps(x, pairs[::-1])
+    each = torch.stack([kernels.gated_mlps(x, [pair])[0] for pair in pairs[::-1]])
+    assert together.dtype == x.dtype and together.isfinite().all()
+    return 0.0 if torch.equal(together, each) else torch.inf
+
+
+def _in_slot(slot, shapes, bits, group):
+    """Matrices next to each other in the bytes of a slot."""
+    found, at = [], 0
+    for shape in shapes:
+        honest = random_weight(*shape, bits, group)
+        found.append(QTensor.from_buffer(slot, at, shape, bits, group))
+        slot[at : at + honest.nbytes], at = honest.image, at + honest.nbytes
+    return tuple(found)
 
 
 def dense(w, x, module=products):
@@ -122,12 +157,17 @@ def expert(w, x):
 
 
 def strided(w, x):
-    """By way of the dispatch; parts apart, as attention has them, give the same bits."""
+    """By way of the dispatch. Another slot gives the same bits; parts apart, as attention has them, begin at other
+    places, where threads may take other words, and so may sum in another order.
+    """
     assert kernels.choose(x, w) == "triton"
+    memory = torch.empty(0, dtype=torch.uint8).set_(w.matrices[0]["W_q"].untyped_storage())
+    elsewhere = StridedTensor.from_buffer(memory.clone(), 0, w.shape, w.form)
     apart = StridedTensor(w.shape, w.form, tuple({k: v.clone() for k, v in parts.items()} for parts in w.matrices))
     out, weights = triton_strided.linear(x, w, torch.float32), w.dequantize()
-    assert torch.equal(kernels.linear(x, apart), out.to(x.dtype)), "another place, other bits"
-    return worst(out, x.double() @ weights.double().t(), product_bound(x.float(), weights))
+    assert torch.equal(kernels.linear(x, elsewhere), out.to(x.dtype)), "another slot, other bits"
+    true, bound = x.double() @ weights.double().t(), product_bound(x.float(), weights)
+    return max(worst(out, true, bound), worst(triton_strided.linear(x, apart, torch.float32), true, bound))
 
 
 def strided_dense(w, x):
@@ -156,10 +196,14 @@ def answer(case):
     make = random_strided if case["what"].startswith("strided") else random_weight
     w = make(case["n"], case["k"], case["bits"], case["group"], *case.get("grids", ()))
     x = torch.randn(case["rows"], case["k"]).to(DTYPES[case["dtype"]])
-    products.tile = TABLE if case.get("table") else lambda *_: ONE_PROGRAM
-    return globals()[case["what"]](w, x)
+    if case.get("table"):
+        return globals()[case["what"]](w, x)
+    with mock.patch.object(products, "tile", lambda *_: ONE_PROGRAM):
+        return globals()[case["what"]](w, x)
 
 
 if __name__ == "__main__":
+    _interpreter.mend()
+    products.DEVICES = ("cpu",)
     for line in sys.stdin:
         print(json.dumps(answer(json.loads(line))), flush=True)

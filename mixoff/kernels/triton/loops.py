@@ -216,15 +216,32 @@ def put(out, at, value, live, KIND: tl.constexpr):
         tl.store(out + at, value.to(out.dtype.element_ty), mask=live)
 
 
+@triton.jit
+def image_of(image, EACH: tl.constexpr):
+    """The byte image of a program's matrix: the one given, or number `program_id(2)` of E, from their addresses.
+
+    EACH: 0 for one image; else addresses (E,), all of them multiples of it.
+    """
+    if EACH > 0:
+        address = tl.load(image + tl.program_id(2)).to(tl.pointer_type(tl.uint8))
+        image = tl.multiple_of(address, EACH)
+    return image
+
+
 @triton.jit(do_not_specialize=["T"])
 def linear(
-    x, image, out, T, N, K, first, n, high_at, grids_at, scales_at, mins_at, count, magic,
+    x, image, out, T, N, K, first, n, high_at, grids_at, scales_at, mins_at, count, apart, magic,
     BITS: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, KIND: tl.constexpr, OUT: tl.constexpr,
-    WIDE: tl.constexpr, BG: tl.constexpr, BN: tl.constexpr, U: tl.constexpr,
+    WIDE: tl.constexpr, BG: tl.constexpr, BN: tl.constexpr, U: tl.constexpr, EACH: tl.constexpr,
 ):  # fmt: skip
     """`x @ w.T` for x (T, K) -> out (T, N), for the outputs from `first` on, in blocks of n.
 
-    Programs for the same outputs and other rows are neighbours: they meet the same codes in the cache."""
+    With EACH, `image` is as in `image_of`, out is (E, T, N), and the rows of the next matrix begin `apart` further on.
+    Programs for the same outputs and other rows are neighbours: they meet the same codes in the cache.
+    """
+    image = image_of(image, EACH)
+    if EACH > 0:
+        x, out = x + tl.program_id(2) * apart, out + tl.program_id(2).to(tl.int64) * T * N
     at = first + tl.program_id(1) * BN
     start, row = at // BLOCK * BLOCK, tl.program_id(0) * ROWS
     r = at - start + tl.arange(0, BN)
@@ -240,9 +257,15 @@ def linear(
 def gated(
     x, image, out, T, F, K, high_at, grids_at, scales_at, mins_at, count, magic,
     BITS: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, KIND: tl.constexpr,
-    BG: tl.constexpr, BN: tl.constexpr, U: tl.constexpr,
+    BG: tl.constexpr, BN: tl.constexpr, U: tl.constexpr, EACH: tl.constexpr,
 ):  # fmt: skip
-    """`silu(x @ gate.T) * (x @ up.T)` for a weight (2F, K), gate before up, whole blocks each -> fp32 out (T, F)."""
+    """`silu(x @ gate.T) * (x @ up.T)` for a weight (2F, K), gate before up, whole blocks each -> fp32 out (T, F).
+
+    With EACH, `image` is as in `image_of`, and out is (E, T, F).
+    """
+    image = image_of(image, EACH)
+    if EACH > 0:
+        out += tl.program_id(2).to(tl.int64) * T * F
     at, row = tl.program_id(1) * BN, tl.program_id(0) * ROWS
     start = at // BLOCK * BLOCK
     r = at - start + tl.arange(0, BN)
@@ -317,17 +340,20 @@ def strided(
 ):  # fmt: skip
     """`x @ w.T` for x (T, K) and one matrix -> its columns of out (T, N), from `first` on; codes (HEIGHT, R * K) bytes.
 
-    A program takes the outputs whose codes lie in P rows, r modulo R. K and C are multiples of four.
+    A program takes the outputs whose codes are in P rows, r modulo R. K and C are multiples of four. Each row has
+    tensors of its own: one tensor of P rows is spread over threads in another way than scales are, and some releases
+    of Triton then move all of them through shared memory in every round.
     """
     FIELDS: tl.constexpr = 8 // BITS
-    row, r = tl.program_id(0) * ROWS, tl.program_id(1)
-    top = tl.program_id(2) * P + tl.arange(0, P)
+    row, r, top = tl.program_id(0) * ROWS, tl.program_id(1), tl.program_id(2) * P
     zero_scale, zero_zero = zero_numbers(numbers)
-    totals, lows = zeros(FIELDS * ROWS, (P, BW)), zeros(ROWS, (1, BW))
+    totals, lows = zeros(FIELDS * ROWS * P, (BW,)), zeros(ROWS, (BW,))
     for start in range(0, K // 4, BW):
-        w = start + tl.arange(0, BW)[None, :]
+        w = start + tl.arange(0, BW)
         live, at = w < K // 4, r * (K // 4) + w
-        word = tl.load(codes + top[:, None] * (R * (K // 4)) + at, mask=live, other=0)
+        words = ()
+        for p in tl.static_range(P):
+            words = words + (tl.load(codes + (top + p) * (R * (K // 4)) + at, mask=live, other=0),)
         found = across(scales, zeros_at, grid_scales, grid_zeros, at, 4 * at % C, live, zero_zero, magic)
         for h in tl.static_range(2):
             values = ()
@@ -339,15 +365,16 @@ def strided(
                     value = values[2 * t + e] * found[2 * h + e]
                     new_lows = new_lows + (lows[t] + value * found[4 + 2 * h + e],)
                     for i in tl.static_range(FIELDS):
-                        q = code(word, word, (2 * h + e + 1) * FIELDS - 1 - i, BITS, magic)
-                        new_totals = new_totals + (totals[t * FIELDS + i] + q * value,)
+                        for p in tl.static_range(P):
+                            q = code(words[p], words[p], (2 * h + e + 1) * FIELDS - 1 - i, BITS, magic)
+                            new_totals = new_totals + (totals[(t * FIELDS + i) * P + p] + q * value,)
                 totals, lows = new_totals, new_lows
     for t in tl.static_range(ROWS):
-        low = zero_scale * tl.sum(lows[t], 1)
+        low = zero_scale * tl.sum(lows[t], 0)
         for i in tl.static_range(FIELDS):
-            at = (row + t) * N + first + (i * HEIGHT + top) * R + r
-            value = tl.sum(totals[t * FIELDS + i], 1) - low
-            put(out, at, value, top < tl.where(row + t < T, HEIGHT, 0), OUT)
+            for p in tl.static_range(P):
+                at = (row + t) * N + first + (i * HEIGHT + top + p) * R + r
+                put(out, at, tl.sum(totals[(t * FIELDS + i) * P + p], 0) - low, row + t < T, OUT)
 
 
 @triton.jit

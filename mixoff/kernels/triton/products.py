@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,6 +28,9 @@ DEVICES = ("cuda",)  # where the kernels run; Triton's interpreter runs them on 
 MAGIC = 150 << 23  # 2**23 in fp32, as bits
 DEQUANTIZED_GROUPS, DEQUANTIZED_WARPS = 8, 8  # groups per program, and its warps
 ROTATED = 512  # inputs that a program rotates: four per thread, one load of 16 bytes
+NARROW, WIDEST = 4, 16  # bytes of a load, and what matrices begin at multiples of
+
+Images = tuple[torch.Tensor, int]  # one image and 0, or addresses of images (E,) and what they all are multiples of
 
 
 @functools.cache
@@ -72,40 +77,91 @@ def serves(x: torch.Tensor, w: QTensor) -> bool:
 
 def linear(x: torch.Tensor, w: QTensor, dtype: torch.dtype | None = None) -> torch.Tensor:
     """`x @ w.T` for x (T, K) and w (N, K), in x's dtype or the one given -> (T, N); `serves(x, w)` must hold."""
-    T, (N, K) = x.shape[0], w.shape
-    out = x.new_empty(T, N, dtype=dtype or x.dtype)
-    rows, words, stored = rows_together(T), activations(x), storage(out)
-    chosen = tile(chip(x.device), rows, N)
-    named = {"ROWS": rows, "KIND": KINDS[x.dtype], "OUT": KINDS[out.dtype], "BN": chosen.BN}
-    with on(x.device):
-        for first, n, outputs, wide in stretches(N):
-            grid = (-(-T // rows), -(-outputs // chosen.BN))
-            loops().linear[grid](
-                words, w.image, stored, T, N, K, first, n, *offsets(w), MAGIC, WIDE=wide, **named, **settings(w, chosen)
-            )
+    out = x.new_empty(x.shape[0], w.shape[0], dtype=dtype or x.dtype)
+    _linear(x, w, (w.image, 0), 1, out)
     return out
 
 
-def gated(x: torch.Tensor, w: QTensor) -> torch.Tensor:
-    """`silu(x @ gate.T) * (x @ up.T)` for x (T, K) and w (2F, K), gate in its first half -> fp32 (T, F)."""
+@dataclass(frozen=True)
+class Table:
+    """Where the images of E experts are on the card.
+
+    forms: gate_up and down as all experts have them, without parts: a table does not keep memory alive
+    at: addresses of gate_up and of down, int64 (2, E), and one more where E is odd: Triton compiles once for rows that
+        begin at multiples of 16 bytes, and again for others
+    alignments: what the addresses of each row are multiples of
+    count: E
+    """
+
+    forms: tuple[QTensor, ...]
+    at: torch.Tensor
+    alignments: tuple[int, ...]
+    count: int
+
+    def chosen(self, experts: torch.Tensor) -> Table:
+        """Some of them, by index (K,) on the card: the host does not look."""
+        return replace(self, at=self.at.index_select(1, experts), count=len(experts))
+
+
+def table(experts: Sequence[tuple[QTensor, QTensor]]) -> Table:
+    """Where these experts are now; the host does not wait, since the copy comes from page-locked memory."""
+    rows = [[w.image.data_ptr() for w in matrices] for matrices in zip(*experts, strict=True)]
+    alignments = tuple(NARROW if any(address % WIDEST for address in row) else WIDEST for row in rows)
+    at, device = torch.tensor([row + row[:1] * (len(row) % 2) for row in rows]), experts[0][0].image.device
+    at = at.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else at
+    return Table(tuple(replace(w, parts={}) for w in experts[0]), at, alignments, len(experts))
+
+
+def gated_mlps(x: torch.Tensor, experts: Sequence[tuple[QTensor, QTensor]] | Table) -> torch.Tensor:
+    """`(silu(gate) * up) @ down.T` with gate and up the halves of `x @ gate_up.T` -> (E, T, N), in x's dtype.
+
+    Two launches for all experts, and one more if rows are rotated. An expert's bits do not depend on the others.
+    x: (T, K). experts: gate_up (2F, K) and down (N, F) of each, all in one form.
+    """
+    if not isinstance(experts, Table) and len(experts) == 1:
+        (gate_up, down), E = experts[0], 1
+        images = [(w.image, 0) for w in experts[0]]
+    else:
+        found = experts if isinstance(experts, Table) else table(experts)
+        (gate_up, down), E = found.forms, found.count
+        images = list(zip(found.at, found.alignments, strict=True))
+    h = gated(x, gate_up, images[0], E)  # (E, T, F)
+    h = rotated(h.flatten(0, 1)).view_as(h) if down.rotated else h
+    out = x.new_empty(E, x.shape[0], down.shape[0])
+    _linear(h, down, images[1], E, out)
+    return out
+
+
+def gated(x: torch.Tensor, w: QTensor, images: Images, E: int) -> torch.Tensor:
+    """`silu(x @ gate.T) * (x @ up.T)` for x (T, K) and E weights (2F, K), gate in the first half -> fp32 (E, T, F)."""
     T, F, K = x.shape[0], w.shape[0] // 2, w.shape[1]
     if F % BLOCK:  # a block would hold outputs of both halves
-        gate, up = linear(x, w, torch.float32).chunk(2, 1)
+        both = x.new_empty(E, T, 2 * F, dtype=torch.float32)
+        _linear(x, w, images, E, both)
+        gate, up = both.chunk(2, 2)
         return torch.nn.functional.silu(gate).mul_(up)
-    out = x.new_empty(T, F, dtype=torch.float32)
-    rows, words = rows_together(T), activations(x)
-    chosen = tile(chip(x.device), rows, F)
-    named = {"ROWS": rows, "KIND": KINDS[x.dtype], "BN": chosen.BN}
+    out = x.new_empty(E, T, F, dtype=torch.float32)
+    rows, chosen = rows_together(T), tile(chip(x.device), rows_together(T), F)
+    named = {"ROWS": rows, "KIND": KINDS[x.dtype], "BN": chosen.BN, "EACH": images[1]}
     with on(x.device):
-        grid = (-(-T // rows), F // chosen.BN)
-        loops().gated[grid](words, w.image, out, T, F, K, *offsets(w), MAGIC, **named, **settings(w, chosen))
+        grid = (-(-T // rows), F // chosen.BN, E)
+        loops().gated[grid](activations(x), images[0], out, T, F, K, *offsets(w), MAGIC, **named, **settings(w, chosen))
     return out
 
 
-def gated_mlp(x: torch.Tensor, gate_up: QTensor, down: QTensor) -> torch.Tensor:
-    """`gated(x, gate_up) @ down.T` for x (T, K), in x's dtype -> (T, N)."""
-    h = gated(x, gate_up)
-    return linear(rotated(h) if down.rotated else h, down, x.dtype)
+def _linear(x: torch.Tensor, w: QTensor, images: Images, E: int, out: torch.Tensor) -> None:
+    """`x @ w.T` for E weights (N, K) into out (E, T, N); x is (T, K) for all of them, or (E, T, K)."""
+    T, (N, K) = x.shape[-2], w.shape
+    rows, words, stored = rows_together(T), activations(x), storage(out)
+    chosen, apart = tile(chip(x.device), rows, N), words.stride(0) if x.dim() == 3 else 0
+    named = {"ROWS": rows, "KIND": KINDS[x.dtype], "OUT": KINDS[out.dtype], "BN": chosen.BN, "EACH": images[1]}
+    with on(x.device):
+        for first, n, outputs, wide in stretches(N):
+            grid = (-(-T // rows), -(-outputs // chosen.BN), E)
+            loops().linear[grid](
+                words, images[0], stored, T, N, K, first, n, *offsets(w), apart, MAGIC, WIDE=wide, **named,
+                **settings(w, chosen),
+            )  # fmt: skip
 
 
 def rotated(x: torch.Tensor) -> torch.Tensor:
