@@ -64,7 +64,8 @@ def compile_on_card(model: PreTrainedModel) -> int:
     Each product is computed once, from the backbone's own weights and from an expert's memory that holds noise. What
     does not compile is left to its first use, and so is everything if the memory is lacking.
     """
-    backbone = [m.quantized for m in model.modules() if isinstance(m, layers.QuantizedLinear)]
+    modules = [m for m in model.modules() if isinstance(m, layers.QuantizedLinear)]
+    backbone = [m.together[0].whole if m.together else m.quantized for m in modules]
     distinct = {(type(w), _form(w), tuple(w.shape)): w for w in backbone if w is not None}
     sites, done = {site.parts: site for site in model.mixoff.source.sites}, 0
     with suppress(Exception), torch.inference_mode():
@@ -93,6 +94,8 @@ def _pair_on_card(pair: list, model: PreTrainedModel) -> int:
     inputs = [x for x in inputs if kernels.choose(x, pair[0]) == "triton"]
     for x in inputs:
         kernels.gated_mlps(x, [(pair[0], pair[1])])
+        if len(x) == 1:  # experts of a token are computed in one launch
+            kernels.gated_mlps(x, [(pair[0], pair[1])] * 2)
     return len(inputs)
 
 
