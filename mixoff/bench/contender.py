@@ -58,7 +58,7 @@ def _measured(model: nn.Module, spec: Spec) -> dict:
     choice = _routing(model, spec)
     ids = torch.from_numpy(spec.ids(config.vocab_size)).to(model.device)
     session = Session(model)
-    session.decode(ids[0, :4], ids[0, 4 : 4 + spec.warmup])
+    session.decode(ids[0, : spec.prompt_tokens], ids[0].repeat(1 + spec.warmup // ids.shape[1])[: spec.warmup])
     before, choice.chosen = _counts(model), []
     runs = [session.decode(row[: spec.prompt_tokens], row[spec.prompt_tokens :]) for row in ids]
     counts, experts = _counts(model) - before, np.stack(choice.chosen)
@@ -88,7 +88,7 @@ def _routing(model: nn.Module, spec: Spec) -> routing.Routing:
     if spec.routing == "model":
         return routing.Routing(model, None)
     modules = list(expert_modules(model).values())
-    tokens = 2 * (spec.prompt_tokens + spec.tokens) * spec.runs + spec.warmup
+    tokens = 2 * (spec.prompt_tokens + spec.tokens) * spec.runs + spec.prompt_tokens + spec.warmup
     E, K, L = modules[0].num_experts, top_k(model.config), len(modules)
     trace = routing.synthetic(spec.routing, spec.repeat, E, K, L, tokens)
     trace = np.concatenate([routing.every_expert(E, K, L), trace])

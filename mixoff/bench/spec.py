@@ -20,7 +20,7 @@ class Spec:
 
     kind: `mixoff`, `mmap`, `transformers`, `accelerate` or `llama-bench`.
     path: folder or file of its model.
-    warmup: tokens decoded before the clock starts, which also fill the cache.
+    warmup: tokens decoded before the clock starts, after a prompt as long as those of the runs; both fill the cache.
     routing: preset of `trace.routers`, or `model` for the model's own choice.
     repeat: repeat rate to tune the routing to.
     recall: share of a forced choice that the guess names, since random routers cannot guess it.
