@@ -40,7 +40,7 @@ from mixoff.store.blueprint import Weight
 from mixoff.store.making import Making
 
 NAMED = 8  # layers whose unreached experts a warning names
-EXTRA_TOKENS = 1024  # other tokens of the layer, for an expert that got few
+EXTRA_TOKENS = 512  # other tokens of the layer, for an expert that got few; more gain nothing: docs/log.md
 log = logging.getLogger("mixoff")
 
 
