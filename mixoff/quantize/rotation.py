@@ -44,11 +44,6 @@ def unrotate(x: Tensor) -> Tensor:
     return _mixed(x.float()) * signs(x.shape[-1], x.device)
 
 
-def rotate_hessian(hessian: Tensor) -> Tensor:
-    """`R^T H R`, fp32 (K, K): the sum of x x^T over rotated inputs. Summing over rotated inputs is cheaper."""
-    return rotate(rotate(hessian).T).T.contiguous()
-
-
 def _mixed(x: Tensor) -> Tensor:
     """Each block of 16 times a Hadamard matrix: sums and differences of neighbours 8, 4, 2 and 1 apart."""
     for apart in (8, 4, 2, 1):

@@ -34,12 +34,6 @@ def test_signs_are_fixed_for_all_time():
     assert abs(sum(expected)) < 14336**0.5
 
 
-def test_hessians_follow():
-    x = torch.randn(40, 96)
-    turned = rotation.rotate(x)
-    assert torch.allclose(rotation.rotate_hessian(x.T @ x), turned.T @ turned, atol=1e-4)
-
-
 @pytest.mark.parametrize("shape", [(4, 24), (100,), ()])
 def test_other_widths_are_refused(shape):
     with pytest.raises(MixoffError, match="does not divide into blocks of 16"):
