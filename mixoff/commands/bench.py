@@ -55,7 +55,8 @@ def add(parser: argparse.ArgumentParser) -> None:
     add("--tokens", "--max-new-tokens", type=tokens, metavar="N", help=text)
     add("--prompt-tokens", type=tokens, default=64, metavar="N", help="tokens of the prompt")
     warmup = whole("warmup", "give 0 or more tokens", 0, 10**6)
-    add("--warmup", type=warmup, default=8, metavar="N", help="tokens decoded before the clock starts, after a prompt of that length")
+    text = "tokens decoded before the clock starts, after a prompt of full length"
+    add("--warmup", type=warmup, default=8, metavar="N", help=text)
     runs = whole("runs", "measure at least once", 1, 10**6)
     add("--runs", type=runs, metavar="N", help="runs of each contender, in turns (default 3; bundled model: 5)")
     text = "any of transformers,accelerate,mmap (default none)"
