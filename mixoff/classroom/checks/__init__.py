@@ -2,9 +2,13 @@
 
     [ .. ] not attempted yet
     [ ok ] 6 cases
-    [FAIL] case 2: shape (3, 8), expected (3, 2)
+    [FAIL] case 5: 1, expected 2
+           call     lru_hits([1, 2, 1, 3, 1, 2], 2)
+           returned 1
+           expected 2
+           This is FIFO: a hit must renew the expert's age.
 
-A check never raises.
+`check.name.mine(fn, solution)` returns the learner's function once it passes. A check never raises.
 """
 # ruff: noqa: F401 (chapters import these names as `check.name`)
 
