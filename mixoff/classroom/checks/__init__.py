@@ -20,7 +20,7 @@ from mixoff.classroom.checks.ch04 import best_zero, threshold, unit_gain
 from mixoff.classroom.checks.ch05 import paired, perplexity, worth_having
 from mixoff.classroom.checks.ch06 import bytes_per_token, make_cache, read_expert
 from mixoff.classroom.checks.ch07 import guess_gain, layer_s, serve
-from mixoff.classroom.checks.ch08 import belady_victim, fifo_misses, gap_closed
+from mixoff.classroom.checks.ch08 import belady_victim, fifo_misses, gap_closed, victim
 from mixoff.classroom.checks.ch09 import hit_rate, residents, stays
 from mixoff.classroom.checks.ch10 import gain, hit_rate_for, token_s
 from mixoff.classroom.checks.ch15 import recent, tiers, what_binds

@@ -37,3 +37,13 @@ gap_closed = Check(
     (((100, 100, 60), 0.0), ((60, 100, 60), 1.0), ((90, 100, 60), 0.25), ((110, 100, 60), -0.25)),
     slips={"This is the share that is left: 1 minus it.": lambda m, lru, best: (m - best) / (lru - best)},
 )
+
+# (requests since the last use, uses so far, of each candidate) -> whether a candidate is named
+victim = Check(
+    (
+        (({1: 4, 2: 1}, {1: 9, 2: 1}), True),
+        (({5: 0}, {5: 1}), True),
+        (({0: 3, 3: 3, 7: 3}, {0: 2, 3: 2, 7: 2}), True),
+    ),
+    lambda victim, ages, uses: victim(ages, uses) in ages,
+)
