@@ -16,7 +16,8 @@ slots_per_layer = Check(
 
 def lru(wanted: list, slots: int, renew: bool = True) -> int:
     """Hits of a cache that evicts the expert unused for longest, or with `renew=False` the one that came first."""
-    held, hits = [], 0
+    held: list = []
+    hits = 0
     for expert in wanted:
         hits += expert in held
         if renew or expert not in held:

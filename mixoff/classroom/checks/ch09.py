@@ -28,7 +28,8 @@ residents = Check(
 
 def since_last_use(events: list) -> list:
     """Tokens from the last use of each evicted expert: not what is asked."""
-    used, stays = {}, []
+    used: dict = {}
+    stays: list = []
     for token, kind, expert in events:
         if kind == "evict":
             stays.append(token - used.pop(expert))

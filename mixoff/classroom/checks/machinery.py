@@ -43,7 +43,7 @@ class Check:
         print(f"from here on your {fn.__name__} is used")
 
         @functools.wraps(fn)
-        def guarded(*arguments, **named):
+        def guarded(*arguments: object, **named: object) -> object:
             try:
                 return fn(*arguments, **named)
             except Exception:
@@ -92,7 +92,7 @@ def argument(value: object) -> str:
     if isinstance(value, str):
         return value
     if callable(value):
-        return value.__name__
+        return getattr(value, "__name__", describe(value))
     return describe(value.tolist() if isinstance(value, np.ndarray) else value, shown=3 * SHOWN)
 
 
