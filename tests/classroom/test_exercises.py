@@ -53,7 +53,7 @@ EXERCISES = list(exercises())
 @pytest.mark.parametrize(("path", "name", "stub"), EXERCISES)
 def test_stub_is_not_attempted_and_solution_is_right(path, name, stub):
     assert getattr(check, name).verdict(functions(path)[stub]) == "[ .. ] not attempted yet"
-    assert getattr(check, name).verdict(functions(path)[f"{stub}_solution"]).startswith("[ ok ]")
+    assert getattr(check, name).verdict(functions(path)[f"{stub}_solution"]).startswith("[ ok ] solution, ")
 
 
 def nothing(*_):
@@ -172,10 +172,10 @@ MISTAKES = [
     ("lru_hits", first_in_first_out, "case 5: 1, expected 2"),
     ("copy_s_per_token", lambda n, nbytes, hit_rate, Bps: n * nbytes * hit_rate / Bps, "case 1: 0.0, expected 0.354"),
     ("route", without_rescaling, "case 1: second answer: position (0, 0) is 0.64"),
-    ("moe_layer", unweighted, "case 1: position (0, 0) is 3.0, expected 1.5"),
+    ("moe_layer", unweighted, "case 1: output: position (0, 0) is 3.0, expected 1.5"),
     ("repeat_rate", lambda rows: sum(bool({*a} & {*b}) for a, b in zip(rows[1:], rows)) / len(rows), "case 1: 0.5"),  # noqa: B905
     ("quantize_group", rounding_down, "case 2: first answer: position 2 is 1.0, expected 2"),
-    ("pack", first_code_on_top, "case 1: position 0 is 64, expected 1"),
+    ("pack", first_code_on_top, "case 1: bytes: position 0 is 64, expected 1"),
     ("unpack", lambda packed, bits: packed, "case 1: shape (1,), expected (4,)"),
     ("bits_per_weight", lambda bits, group, metadata: bits + metadata / group, "case 1: 3.0, expected 4.0"),
     ("threshold", lambda beta, p: 1 / beta, "case 1: 0.1, expected 0.17"),
@@ -209,3 +209,199 @@ MISTAKES = [
 def test_first_difference_is_named(name, attempt, words):
     verdict = getattr(check, name).verdict(attempt)
     assert verdict.startswith(f"[FAIL] {words}"), verdict
+
+
+# ---------------------------------------------------------------- what contracts refuse
+
+
+def token_by_token(x, experts, weights, expert_fn):
+    rows = [
+        sum(w * expert_fn(e, row[None])[0] for e, w in zip(chosen, shares, strict=True))
+        for row, chosen, shares in zip(x, experts, weights, strict=True)
+    ]
+    return np.array(rows)
+
+
+def all_eight(x, experts, weights, expert_fn):
+    shares = [(weights * (experts == e)).sum(1, keepdims=True) for e in range(8)]
+    return sum(share * expert_fn(e, x) for e, share in enumerate(shares))
+
+
+def wide_bytes(codes, bits):
+    return (codes.reshape(-1, 8 // bits) << np.arange(8 // bits) * bits).sum(1)
+
+
+def fetches_before_it_frees(slots, fetch):
+    held = {}
+
+    def get(key):
+        if key in held:
+            held[key] = held.pop(key)
+            return held[key]
+        weights = fetch(key)
+        if len(held) == slots:
+            del held[next(iter(held))]
+        held[key] = weights
+        return weights
+
+    return get
+
+
+def keeps_everything(slots, fetch):
+    return cache(fetch)
+
+
+def divides_by_nothing(kinds):
+    return kinds.count("hit") / (kinds.count("hit") + kinds.count("miss"))
+
+
+def zero_without_requests(kinds):
+    return kinds.count("hit") / max(1, kinds.count("hit") + kinds.count("miss"))
+
+
+def renewed_by_hits(events):
+    used, found = {}, []
+    for token, kind, expert in events:
+        if kind == "evict":
+            found.append(token - used.pop(expert))
+        else:
+            used[expert] = token
+    return found
+
+
+def changes_its_input(terms, name, factor):
+    before = sum(terms.values())
+    terms[name] /= factor
+    return before / sum(terms.values())
+
+
+def overflows(scores, k):
+    order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+    p = np.exp(np.take_along_axis(scores, order, 1))
+    return order, p / p.sum(1, keepdims=True)
+
+
+def in_order_of_number(scores, k):
+    order = np.sort(np.argsort(-scores, axis=1)[:, :k], axis=1)
+    p = np.exp(np.take_along_axis(scores, order, 1) - scores.max())
+    return order, p / p.sum(1, keepdims=True)
+
+
+def padded(file, e, stride, nbytes):
+    file.seek(e * stride)
+    return file.read(nbytes).ljust(nbytes, b"\0")
+
+
+def misses_first(experts, resident, fetch, compute):
+    waits = {e: fetch(e) for e in experts if e not in resident}
+    for e, wait in waits.items():
+        wait()
+        compute(e)
+    for e in experts:
+        if e in resident:
+            compute(e)
+
+
+def least_recently_used(wanted, slots):
+    held, misses = [], 0
+    for expert in wanted:
+        misses += expert not in held
+        held = [*(e for e in held if e != expert), expert][-slots:]
+    return misses
+
+
+def last_of_equals(residents, future):
+    return max(reversed(residents), key=lambda e: future.index(e) if e in future else len(future))
+
+
+def same_place(rows):
+    return sum(any(a == b for a, b in zip(x, y, strict=True)) for x, y in zip(rows, rows[1:])) / (len(rows) - 1)  # noqa: B905
+
+
+def divides_a_flat_group(w, bits):
+    scale = (w.max() - w.min()) / (2**bits - 1)
+    return np.round((w - w.min()) / scale), scale, w.min()
+
+
+REFUSED = [
+    ("moe_layer", token_by_token, "calls of experts: '3 3', expected '3'"),
+    ("moe_layer", all_eight, "calls of experts: '0 1 2 3 4 5 6 7', expected '0 1'"),
+    ("pack", wide_bytes, "type: 'int64', expected 'uint8'"),
+    ("make_cache", fetches_before_it_frees, "within its slots: False"),
+    ("make_cache", keeps_everything, "fetched"),
+    ("hit_rate", divides_by_nothing, "raised ZeroDivisionError"),
+    ("hit_rate", zero_without_requests, "expected None"),
+    ("stays", renewed_by_hits, "A hit does not renew the arrival."),
+    ("gain", changes_its_input, "right, but the call changed its arguments"),
+    ("lru_hits", first_in_first_out, "This is FIFO"),
+    ("lru_hits", least_recently_used, "These are misses"),
+    ("route", overflows, "second answer"),
+    ("route", in_order_of_number, "first answer"),
+    ("repeat_rate", same_place, "case 1"),
+    ("quantize_group", divides_a_flat_group, "case 4"),
+    ("read_expert", padded, "expected 'EOFError'"),
+    ("serve", misses_first, "expected compute 1"),
+    ("fifo_misses", least_recently_used, "This is LRU"),
+    ("belady_victim", last_of_equals, "case 4"),
+    ("kv_nbytes", lambda layers, heads, width, tokens: layers * heads * width * tokens * 2, "expected 131072"),
+    ("gap_closed", lambda misses, lru, best: (misses - best) / (lru - best), "1 minus it"),
+    ("hit_rate_for", lambda speed, s, n, Bps: 1 - (1 / speed - s) * Bps / n, "case 2"),
+    ("guess_gain", lambda p, copy, hide: p * min(copy, hide), "case 4"),
+    ("what_binds", lambda n, a, b, flops, m, x: max(("compute", 1e3 * n / flops), ("memory", 1e3 * a / m),
+     ("link", 1e3 * b / x), key=lambda t: t[1]), "case 3"),
+]  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize(("name", "attempt", "words"), REFUSED)
+def test_contract_refuses(name, attempt, words):
+    verdict = getattr(check, name).verdict(attempt)
+    assert verdict.startswith("[FAIL]") and words in verdict, verdict
+
+
+def test_a_failed_check_shows_the_call_and_both_answers():
+    lines = check.lru_hits.verdict(first_in_first_out).splitlines()
+    assert [line.strip() for line in lines] == [
+        "[FAIL] case 5: 1, expected 2",
+        "call     first_in_first_out([1, 2, 1, 3, 1, 2], 2)",
+        "returned 1",
+        "expected 2",
+        "This is FIFO: a hit must renew the expert's age.",
+    ]
+
+
+# ---------------------------------------------------------------- whose function figures use
+
+
+@pytest.mark.parametrize(("path", "name", "stub"), EXERCISES)
+def test_figures_use_the_solution_until_the_exercise_is_solved(path, name, stub, capsys):
+    unsolved, solution = functions(path)[stub], functions(path)[f"{stub}_solution"]
+    assert getattr(check, name).mine(unsolved, solution) is solution
+    assert capsys.readouterr().out.startswith("[ ok ] solution, ")
+
+
+def test_figures_use_the_learners_function_once_it_passes(capsys):
+    def gap_closed(misses, lru, optimum):
+        seen.append(misses)
+        return 1 - (misses - optimum) / (lru - optimum)
+
+    seen = []
+    mine = check.gap_closed.mine(gap_closed, lambda misses, lru, optimum: (lru - misses) / (lru - optimum))
+    assert mine(80, 100, 60) == 0.5 and seen[-1] == 80
+    assert "your gap_closed is used" in capsys.readouterr().out
+    assert check.gap_closed.mine(nothing, constant) is constant
+
+
+def test_the_solution_answers_where_the_learners_function_raises():
+    def gap_closed(misses, lru, optimum):
+        if misses == 7:
+            raise ValueError("not these")
+        return (lru - misses) / (lru - optimum)
+
+    assert check.gap_closed.mine(gap_closed, lambda *_: "the solution's")(7, 9, 5) == "the solution's"
+
+
+@pytest.mark.parametrize("path", badges.chapters(), ids=lambda path: path.stem)
+def test_no_later_cell_calls_a_solution_past_the_learner(path):
+    cells = [cell for _, cell in chapter_rules.code_cells(nb.read(path)) if "solution" not in chapter_rules.tags(cell)]
+    assert not [found for cell in cells for found in re.findall(r"\w+_solution\b", cell.source)]

@@ -2,9 +2,13 @@
 
     [ .. ] not attempted yet
     [ ok ] 6 cases
-    [FAIL] case 2: shape (3, 8), expected (3, 2)
+    [FAIL] case 5: 1, expected 2
+           call     lru_hits([1, 2, 1, 3, 1, 2], 2)
+           returned 1
+           expected 2
+           This is FIFO: a hit must renew the expert's age.
 
-A check never raises.
+`check.name.mine(fn, solution)` returns the learner's function once it passes. A check never raises.
 """
 # ruff: noqa: F401 (chapters import these names as `check.name`)
 
@@ -16,7 +20,7 @@ from mixoff.classroom.checks.ch04 import best_zero, threshold, unit_gain
 from mixoff.classroom.checks.ch05 import paired, perplexity, worth_having
 from mixoff.classroom.checks.ch06 import bytes_per_token, make_cache, read_expert
 from mixoff.classroom.checks.ch07 import guess_gain, layer_s, serve
-from mixoff.classroom.checks.ch08 import belady_victim, fifo_misses, gap_closed
+from mixoff.classroom.checks.ch08 import belady_victim, fifo_misses, gap_closed, victim
 from mixoff.classroom.checks.ch09 import hit_rate, residents, stays
 from mixoff.classroom.checks.ch10 import gain, hit_rate_for, token_s
 from mixoff.classroom.checks.ch15 import recent, tiers, what_binds

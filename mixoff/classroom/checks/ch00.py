@@ -13,6 +13,23 @@ slots_per_layer = Check(
     )
 )
 
+
+def lru(wanted: list, slots: int, renew: bool = True) -> int:
+    """Hits of a cache that evicts the expert unused for longest, or with `renew=False` the one that came first."""
+    held: list = []
+    hits = 0
+    for expert in wanted:
+        hits += expert in held
+        if renew or expert not in held:
+            held = [*(e for e in held if e != expert), expert][-slots:]
+    return hits
+
+
+def first_in_first_out(wanted: list, slots: int) -> int:
+    """Hits of FIFO."""
+    return lru(wanted, slots, renew=False)
+
+
 # (experts used, number of slots) -> hits of a least-recently-used cache
 lru_hits = Check(
     (
@@ -22,7 +39,11 @@ lru_hits = Check(
         (([1, 2, 1, 2], 2), 2),
         (([1, 2, 1, 3, 1, 2], 2), 2),
         (([0, 1, 2, 0, 1, 2], 2), 0),
-    )
+    ),
+    slips={
+        "This is FIFO: a hit must renew the expert's age.": first_in_first_out,
+        "These are misses: hits are the rest.": lambda wanted, slots: len(wanted) - lru(wanted, slots),
+    },
 )
 
 # (experts used per token, bytes of one expert, hit rate, bytes/s of the link) -> seconds of copies per token
@@ -32,5 +53,6 @@ copy_s_per_token = Check(
         ((64, 66_406_180, 0.6, 12e9), 64 * 66_406_180 * 0.4 / 12e9),
         ((64, 66_406_180, 1.0, 12e9), 0.0),
         ((16, 221_184, 0.5, 1e9), 16 * 221_184 * 0.5 / 1e9),
-    )
+    ),
+    slips={"Hits are not copied, misses are.": lambda n, nbytes, hit_rate, Bps: n * nbytes * hit_rate / Bps},
 )

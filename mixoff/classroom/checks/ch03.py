@@ -1,5 +1,7 @@
 """Exercises of notebooks/03_quantization.ipynb."""
 
+from collections.abc import Callable
+
 import numpy as np
 
 from mixoff.classroom.checks.machinery import Check
@@ -14,14 +16,22 @@ quantize_group = Check(
     )
 )
 
+
+def bytes_of(pack: Callable, codes: np.ndarray, bits: int) -> dict:
+    """What the learner's `pack` returns, and its type."""
+    packed = pack(codes, bits)
+    return {"bytes": packed, "type": str(getattr(packed, "dtype", type(packed).__name__))}
+
+
 # (codes (n,), bits) -> bytes, the first code in the lowest bits
 pack = Check(
     (
-        ((np.array([1, 0, 0, 0]), 2), [1]),
-        ((np.array([0, 1, 2, 3]), 2), [228]),
-        ((np.array([3, 3, 3, 3, 0, 0, 0, 2]), 2), [255, 128]),
-        ((np.array([15, 1, 4, 10]), 4), [31, 164]),
-    )
+        ((np.array([1, 0, 0, 0]), 2), {"bytes": [1], "type": "uint8"}),
+        ((np.array([0, 1, 2, 3]), 2), {"bytes": [228], "type": "uint8"}),
+        ((np.array([3, 3, 3, 3, 0, 0, 0, 2]), 2), {"bytes": [255, 128], "type": "uint8"}),
+        ((np.array([15, 1, 4, 10]), 4), {"bytes": [31, 164], "type": "uint8"}),
+    ),
+    bytes_of,
 )
 
 # (bytes, bits) -> codes

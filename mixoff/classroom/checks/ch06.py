@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import weakref
 from collections.abc import Callable
 
 from mixoff.classroom.checks.machinery import Check
@@ -21,26 +22,41 @@ def read_all(read_expert: Callable, e: int) -> object:
 read_expert = Check((((0,), [1, 2, 3]), ((1,), [4, 5, 6]), ((2,), "EOFError")), read_all)
 
 
-def log_of(make_cache: Callable, slots: int, keys: list) -> dict:
-    """What a cache of `slots` slots returns for `keys`, and which of them it fetches."""
-    fetched: list = []
+class Weights:
+    """What a fetch returns; one that nobody holds is gone."""
 
-    def fetch(key: object) -> str:
+    def __init__(self, key: object):
+        self.key = key
+
+
+def log_of(make_cache: Callable, slots: int, keys: list) -> dict:
+    """What a cache of `slots` slots returns for `keys`, which of them it fetches, and how many it holds at most."""
+    fetched: list = []
+    alive: weakref.WeakSet = weakref.WeakSet()
+    most = 0
+
+    def fetch(key: object) -> Weights:
+        nonlocal most
         fetched.append(key)
-        return f"weights of {key}"
+        weights = Weights(key)
+        alive.add(weights)
+        most = max(most, len(alive))
+        return weights
 
     get = make_cache(slots, fetch)
-    right = all(get(key) == f"weights of {key}" for key in keys)
-    return {"fetched": fetched, "each get returned its weights": right}
+    right = all(get(key).key == key for key in keys)
+    return {"fetched": fetched, "each get returned its weights": right, "within its slots": most <= slots}
 
+
+SOUND = {"each get returned its weights": True, "within its slots": True}
 
 make_cache = Check(
     (
-        ((2, ["a", "a"]), {"fetched": ["a"], "each get returned its weights": True}),
-        ((2, ["a", "b", "a", "b"]), {"fetched": ["a", "b"], "each get returned its weights": True}),
-        ((2, ["a", "b", "c", "a"]), {"fetched": ["a", "b", "c", "a"], "each get returned its weights": True}),
-        ((2, ["a", "b", "a", "c", "a", "b"]), {"fetched": ["a", "b", "c", "b"], "each get returned its weights": True}),
-        ((1, ["a", "b", "b", "a"]), {"fetched": ["a", "b", "a"], "each get returned its weights": True}),
+        ((2, ["a", "a"]), {"fetched": ["a"], **SOUND}),
+        ((2, ["a", "b", "a", "b"]), {"fetched": ["a", "b"], **SOUND}),
+        ((2, ["a", "b", "c", "a"]), {"fetched": ["a", "b", "c", "a"], **SOUND}),
+        ((2, ["a", "b", "a", "c", "a", "b"]), {"fetched": ["a", "b", "c", "b"], **SOUND}),
+        ((1, ["a", "b", "b", "a"]), {"fetched": ["a", "b", "a"], **SOUND}),
     ),
     log_of,
 )
@@ -52,5 +68,6 @@ bytes_per_token = Check(
         ((32, 2, 66_406_180, 0.6, True), 128 * 0.4 * 66_406_180),
         ((8, 2, 100, 1.0, True), 0.0),
         ((8, 1, 100, 0.0, False), 800),
-    )
+    ),
+    slips={"Hits move nothing: count misses.": lambda L, k, n, h, back: L * k * n * h * (2 if back else 1)},
 )

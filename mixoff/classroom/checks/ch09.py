@@ -9,7 +9,10 @@ hit_rate = Check(
         ((["miss", "evict", "miss", "prefetch", "hit", "hit"],), 0.5),
         ((["hit"],), 1.0),
         ((["miss", "evict", "miss"],), 0.0),
-    )
+        (([],), None),
+        ((["evict", "prefetch"],), None),
+    ),
+    slips={"Only hits and misses are requests.": lambda kinds: kinds.count("hit") / len(kinds) if kinds else None},
 )
 
 # (kind, expert) of one layer -> residents at the end
@@ -22,6 +25,19 @@ residents = Check(
     )
 )
 
+
+def since_last_use(events: list) -> list:
+    """Tokens from the last use of each evicted expert: not what is asked."""
+    used: dict = {}
+    stays: list = []
+    for token, kind, expert in events:
+        if kind == "evict":
+            stays.append(token - used.pop(expert))
+        else:
+            used[expert] = token
+    return stays
+
+
 # (token, kind, expert) of one layer -> number of tokens that each evicted expert was resident
 stays = Check(
     (
@@ -31,5 +47,7 @@ stays = Check(
             ([(1, "miss", 0), (1, "miss", 1), (2, "evict", 1), (5, "miss", 1), (9, "evict", 0), (9, "evict", 1)],),
             [1, 8, 4],
         ),
-    )
+        (([(1, "miss", 0), (3, "hit", 0), (7, "evict", 0)],), [6]),
+    ),
+    slips={"A hit does not renew the arrival.": since_last_use},
 )
