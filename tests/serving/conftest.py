@@ -1,7 +1,7 @@
 """One small model for all tests of the server, and a server with each batcher.
 
-MIXOFF_SERVED_URL=http://127.0.0.1:8081 asks the server there instead, whoever wrote it: test_openai.py then runs without
-the tests that compare with the small model. The other server must call its model `small`.
+MIXOFF_SERVED_URL=http://127.0.0.1:8081 asks the server there instead, whoever wrote it: test_openai.py then runs
+without the tests that compare with the small model. The other server must call its model `small`.
 """
 
 import os
