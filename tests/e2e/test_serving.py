@@ -9,6 +9,7 @@ import served as support
 
 pytestmark = pytest.mark.e2e
 QUESTION = "It was a fine morning"
+SLOW_S = 0.2  # of a pass: at full speed 200 tokens end before a busy browser has closed its connection
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +21,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server(model):
-    with support.Running(model) as running:
+    with support.Running(model, wrap=support.Paced) as running:
         yield running
 
 
@@ -124,15 +125,17 @@ def test_the_keyboard_is_enough(visit, server):
     server.idle()
 
 
-def test_escape_stops_the_answer(visit, server):
+@pytest.mark.parametrize("stop", ["Escape", "#stop"])
+def test_escape_and_the_button_stop_the_answer(visit, server, monkeypatch, stop):
     page = visit(server)
     watching(page)
+    monkeypatch.setattr(server.worker.batcher, "pass_s", SLOW_S)
     page.evaluate("document.querySelector('details').open = true")
     page.fill("#limit", "200")
     page.fill("#question", QUESTION)
     page.press("#question", "Enter")
     support.wait_until(lambda: len("".join(page.locator("#turns .assistant").all_inner_texts())) > 10)
-    page.click("#stop")
+    page.keyboard.press(stop) if stop == "Escape" else page.click(stop)
     page.wait_for_selector("#send:enabled")
     before = server.worker.counts.tokens
     assert server.idle() - before <= 5

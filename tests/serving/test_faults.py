@@ -21,26 +21,11 @@ import served as support
 from mixoff.serving import app
 from mixoff.serving.row import Row
 from mixoff.serving.sampling import Sampling
-from served import NAME, said_alone, wait_until
+from served import NAME, Paced, said_alone, wait_until
 
 PROMPT = "It was a fine morning"
 PASS_S = 0.05  # of a paced pass: long enough for the server to notice a closed connection
 LONG = {"model": NAME, "prompt": PROMPT, "max_tokens": 200, "temperature": 0, "ignore_eos": True}
-
-
-class Paced:
-    """A batcher whose passes take PASS_S, and fail where `fault` says so."""
-
-    def __init__(self, batcher):
-        self.batcher, self.fault, self.pass_s = batcher, lambda rows: None, 0.0
-
-    def __getattr__(self, name):
-        return getattr(self.batcher, name)
-
-    def step(self):
-        time.sleep(self.pass_s)
-        self.fault([row for row in self.batcher.rows if not row.ended])
-        self.batcher.step()
 
 
 @pytest.fixture(scope="module")

@@ -393,9 +393,10 @@ REFUSED = {
 def test_what_cannot_be_done_is_refused_in_words(server, fields, message):
     body = {"model": NAME, "prompt": "a", "max_tokens": 2} | fields
     reply = server.post("/v1/completions", body)
+    assert reply.status_code == 400, reply.text
     error = reply.json()["error"]
-    assert reply.status_code == 400 and message in error["message"], error
     assert error["type"] == "invalid_request_error" and "\n" not in error["message"]
+    assert message in error["message"] or not server.ours, error
 
 
 REFUSED_CHATS = {
@@ -413,7 +414,8 @@ REFUSED_CHATS = {
 @pytest.mark.parametrize("fields, message", REFUSED_CHATS.values(), ids=REFUSED_CHATS)
 def test_chats_that_cannot_be_answered_are_refused_in_words(server, fields, message):
     reply = server.post("/v1/chat/completions", {"model": NAME, "messages": QUESTION} | fields)
-    assert reply.status_code == 400 and message in reply.json()["error"]["message"], reply.text
+    assert reply.status_code == 400, reply.text
+    assert message in reply.json()["error"]["message"] or not server.ours, reply.text
 
 
 def test_the_client_turns_refusals_into_its_errors(client):

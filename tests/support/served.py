@@ -43,8 +43,43 @@ def serve_model(folder, name=NAME, context=0):
     return Served(model, generation.load_tokenizer(folder), name, context)
 
 
-class Running:
+class Paced:
+    """A batcher whose passes take `pass_s`, and fail where `fault` says so."""
+
+    def __init__(self, batcher):
+        self.batcher, self.fault, self.pass_s = batcher, lambda rows: None, 0.0
+
+    def __getattr__(self, name):
+        return getattr(self.batcher, name)
+
+    def step(self):
+        time.sleep(self.pass_s)
+        self.fault([row for row in self.batcher.rows if not row.ended])
+        self.batcher.step()
+
+
+class Asked:
+    """A server at an address, and clients for it. ours: whether it is mixoff's, whose errors have known words."""
+
+    ours = False
+
+    def __init__(self, url):
+        self.url = url
+
+    def client(self, key="none"):
+        """OpenAI's own client, which does not try again."""
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, timeout=WAIT_S, max_retries=0)
+
+    def post(self, path, body, **options):
+        """A request without OpenAI's client."""
+        content = json.dumps(body).encode()  # escapes what is not ASCII, lone surrogates too
+        return httpx.post(self.url + path, content=content, headers=JSON, timeout=WAIT_S, **options)
+
+
+class Running(Asked):
     """A server in a thread: its address, its worker, and clients for it."""
+
+    ours = True
 
     def __init__(self, served, batcher="rows", api_key=None, limits=serving.LIMITS, wrap=lambda batcher: batcher):
         self.served, self.model, self.limits = served, served.model, limits
@@ -74,15 +109,6 @@ class Running:
     @property
     def url(self):
         return f"http://127.0.0.1:{self.port}"
-
-    def client(self, key="none"):
-        """OpenAI's own client, which does not try again."""
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, timeout=WAIT_S, max_retries=0)
-
-    def post(self, path, body, **options):
-        """A request without OpenAI's client."""
-        content = json.dumps(body).encode()  # escapes what is not ASCII, lone surrogates too
-        return httpx.post(self.url + path, content=content, headers=JSON, timeout=WAIT_S, **options)
 
     def metric(self, name):
         """One number of `/metrics`, or the sum over its labels."""
