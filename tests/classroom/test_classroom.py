@@ -1,5 +1,6 @@
 """What notebooks lean on: checks that never raise, figures that carry their captions, a setup that can be repeated."""
 
+import functools
 import html
 import subprocess
 import sys
@@ -59,6 +60,12 @@ def test_cases_survive_a_learner_who_changes_arguments_and_is_told(capsys):
     sort(sorted)
     told, passed = capsys.readouterr().out.strip().rsplit("\n", 1)
     assert told.startswith("[FAIL] case 1: right, but the call changed its arguments") and passed == "[ ok ] 2 cases"
+
+
+def test_a_function_without_a_name_is_handed_back_too(capsys):
+    double = Check((((2,), 4),))
+    mine = double.mine(functools.partial(lambda by, x: by * x, 2), lambda x: x + x)
+    assert mine(5) == 10 and "from here on your function is used" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("answer", "expected"), [("a", "b"), (True, False), ({1}, {2}), ({"a": 1}, {}), ([], [1])])

@@ -40,7 +40,7 @@ class Check:
         print(self.verdict(solution))
         if not self.verdict(fn).startswith("[ ok ]"):
             return solution
-        print(f"from here on your {fn.__name__} is used")
+        print(f"from here on your {getattr(fn, '__name__', 'function')} is used")
 
         @functools.wraps(fn)
         def guarded(*arguments: object, **named: object) -> object:
