@@ -6,7 +6,6 @@ do the same work. Phases are timed in a separate run, half as long, with hooks t
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections import Counter, defaultdict
@@ -20,7 +19,7 @@ import torch
 from torch import nn
 
 from mixoff.bench import limits, routing
-from mixoff.bench.spec import Spec, repeat_rate
+from mixoff.bench.spec import Spec, answer, repeat_rate
 from mixoff.cache.events import Event
 from mixoff.errors import MixoffError
 from mixoff.loading import load, warmup
@@ -395,17 +394,12 @@ LOADERS: dict[str, Callable[[Spec], nn.Module]] = {
 
 
 def main(argv: list[str]) -> int:
-    """Print the measurement of the spec in argv as JSON; a MixoffError goes to standard error, with exit code 2."""
+    """`spec.answer`, without transformers' own messages."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    try:
-        print(json.dumps(run(Spec.from_json(argv[0]))))
-    except MixoffError as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
+    return answer(run, argv)
 
 
 if __name__ == "__main__":

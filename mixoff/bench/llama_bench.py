@@ -12,7 +12,7 @@ import subprocess
 import sys
 from dataclasses import asdict
 
-from mixoff.bench.spec import Spec
+from mixoff.bench.spec import Spec, answer
 from mixoff.errors import MixoffError
 
 NAME = "llama.cpp"  # of a command that has no name of its own
@@ -67,15 +67,5 @@ def touched_nbytes(path: str) -> int:
     return sum(int(size * used / experts) if "_exps" in name else int(size) for name, size in sizes.items())
 
 
-def main(argv: list[str]) -> int:
-    """Print the measurement of the spec in argv as JSON; a MixoffError goes to standard error, with exit code 2."""
-    try:
-        print(json.dumps(run(Spec.from_json(argv[0]))))
-    except MixoffError as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(answer(run, sys.argv[1:]))

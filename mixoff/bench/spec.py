@@ -6,9 +6,13 @@ Letters: **T** tokens, **L** MoE layers, **K** experts per token.
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
+
+from mixoff.errors import MixoffError
 
 SEED, FIRST_ID = 0, 300  # ids below are bytes and special tokens in most vocabularies
 RECALL = 0.86  # recall of two guessed experts on the bundled model, measured; forced guesses have the same
@@ -53,6 +57,16 @@ class Spec:
         """Random ids of each run, prompt first: int64 (runs, prompt_tokens + tokens)."""
         shape = (self.runs, self.prompt_tokens + self.tokens)
         return np.random.default_rng(SEED).integers(min(FIRST_ID, vocabulary // 2), vocabulary, shape)
+
+
+def answer(run: Callable[[Spec], dict], argv: list[str]) -> int:
+    """Print what `run` measures for the spec in argv, as JSON; MixoffErrors go to standard error, with exit code 2."""
+    try:
+        print(json.dumps(run(Spec.from_json(argv[0]))))
+    except MixoffError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
 
 
 def repeat_rate(chosen: np.ndarray) -> float | None:

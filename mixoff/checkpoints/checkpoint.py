@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mixoff.checkpoints import keys, model_files
-from mixoff.checkpoints.model_files import MAX_HEADER, ModelFiles, parse_json, read_json
+from mixoff.checkpoints.model_files import MAX_HEADER, ModelFiles, configurations, parse_json, read_json
 from mixoff.errors import CheckpointError
 from mixoff.shapes.sites import DTYPES, Part, Site, dtype_nbytes, torch_dtype
 
@@ -292,8 +292,8 @@ class Checkpoint:
 
 
 def _refuse_quantized(config: dict, folder: Path, known: str) -> None:
-    for holder in (config, config.get("text_config")):
-        if isinstance(holder, dict) and (quantization := holder.get("quantization_config")):
+    for part in configurations(config):
+        if quantization := part.get("quantization_config"):
             method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
             if method == known:
                 continue

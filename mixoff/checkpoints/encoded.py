@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from mixoff.checkpoints.checkpoint import Checkpoint, Extent, Read, TensorRange
-from mixoff.checkpoints.model_files import read_json
+from mixoff.checkpoints.model_files import configurations, read_json
 from mixoff.errors import CheckpointError
 
 QUANTIZATION = "quantization_config"  # key of config.json
@@ -34,7 +34,7 @@ PIECE = 1 << 22  # numbers decoded at a time
 def quantization_of(folder: Path) -> dict[str, Any]:
     """The `quantization_config` of the configuration in `folder`, or of the text model in it; empty if it has none."""
     config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-    given = (holder.get(QUANTIZATION) for holder in (config, config.get("text_config")) if isinstance(holder, dict))
+    given = (part.get(QUANTIZATION) for part in configurations(config))
     return next((dict(settings) for settings in given if isinstance(settings, dict)), {})
 
 
@@ -70,9 +70,8 @@ class EncodedCheckpoint(Checkpoint):
     def side_changes(self) -> dict[str, bytes]:
         """config.json without its quantization_config: the store's weights are decoded."""
         config = read_json(self.folder / "config.json")
-        for holder in (config, config.get("text_config")):
-            if isinstance(holder, dict):
-                holder.pop(QUANTIZATION, None)
+        for part in configurations(config):
+            part.pop(QUANTIZATION, None)
         return {"config.json": (json.dumps(config, indent=2) + "\n").encode()}
 
 

@@ -168,6 +168,11 @@ def _refuse_without_weights(names: Collection[str], folder: Path, model: object)
 # JSON from others -----------------------------------------------------------------------------------------------------
 
 
+def configurations(config: dict) -> list[dict]:
+    """A configuration, and that of the text model in it if it has one."""
+    return [part for part in (config, config.get("text_config")) if isinstance(part, dict)]
+
+
 def read_json(path: Path) -> dict:
     """A JSON object from `path`. Raises CheckpointError if the file is missing, not JSON, or not an object."""
     try:

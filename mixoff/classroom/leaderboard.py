@@ -14,7 +14,7 @@ def misses(trace: Trace, victim: Victim, slots: int) -> int:
     """Misses of a cache with `slots` per layer that evicts what `victim(ages, uses)` names; ValueError for others.
 
     ages: requests of the layer since each candidate was last used; uses: how often it was used so far, evicted or not.
-    Experts of the same call are no candidates. Tested against the simulator's LRU.
+    Experts of the same call cannot be evicted. Tested against the simulator's LRU.
     """
     return sum(layer_misses(calls, victim, slots) for calls in trace.experts.transpose(1, 0, 2).tolist())
 

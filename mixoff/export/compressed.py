@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mixoff.checkpoints.checkpoint import Extent, Read
+from mixoff.checkpoints.checkpoint import Read
 from mixoff.errors import CheckpointError, MixoffError
 from mixoff.export.layout import (
     Entry,
     Export,
     Place,
+    Reencoded,
     backbone_weights,
     copied,
     lay_out_safetensors,
@@ -31,7 +32,7 @@ from mixoff.export.model import Model
 from mixoff.quantize.layout import pack
 from mixoff.quantize.scheme import Scheme
 from mixoff.quantize.solve import is_finite
-from mixoff.shapes.sites import Part, torch_dtype
+from mixoff.shapes.sites import Part
 from mixoff.store.blueprint import Output, Weight
 
 GROUPS = (32, 16)  # preferred first: vLLM has kernels for 32 and more
@@ -40,31 +41,20 @@ ENDINGS = ("weight_packed", "weight_scale", "weight_shape")
 
 
 @dataclass(frozen=True)
-class CompressedExtent(Extent):
+class CompressedExtent(Reencoded):
     """A part of an expert, encoded: codes, scales and shape of each of its matrices, in this order.
 
-    - inner: how to read the part.
-    - part: what it then is.
     - pieces: matrices, one above the other.
     - bits, group: form of the codes.
     """
 
-    inner: tuple[Extent, ...]
-    part: Part
     pieces: int
     bits: int
     group: int
 
-    def ranges(self) -> list[tuple[str, int, int]]:
-        return [r for x in self.inner for r in x.ranges()]
-
     def fill(self, image: memoryview, read: Read) -> None:
-        raw = bytearray(self.part.nbytes)
-        for x in self.inner:
-            x.fill(memoryview(raw), read)
-        whole = torch.frombuffer(raw, dtype=torch_dtype(self.part.dtype)).view(self.part.shape)
         rest = image[self.place : self.place + self.nbytes]
-        for w in whole.chunk(self.pieces):
+        for w in self.weights(read).chunk(self.pieces):
             N, K = w.shape
             sizes = [nbytes for _, _, nbytes in entries(N, K, self.bits, self.group)]
             codes = torch.frombuffer(rest[: sizes[0]], dtype=torch.int32).view(N, -1)

@@ -12,19 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-import torch
-
 from mixoff.checkpoints.checkpoint import Extent, Read
 from mixoff.checkpoints.gguf.extent import row_nbytes
 from mixoff.checkpoints.gguf.names import ALIASES, ENDINGS, PAIRED, PIECES, Rows
 from mixoff.errors import CheckpointError, MixoffError
 from mixoff.export.gguf_metadata import architecture_of, write_metadata
-from mixoff.export.layout import Export, copied
+from mixoff.export.layout import Export, Reencoded, copied
 from mixoff.export.model import Model
 from mixoff.quantize.scheme import Scheme
 from mixoff.quantize.solve import is_finite
 from mixoff.shapes.config import read_config
-from mixoff.shapes.sites import DTYPES, Part, torch_dtype
+from mixoff.shapes.sites import DTYPES, Part
 from mixoff.store.blueprint import Output, Weight
 
 BLOCK = 32  # numbers of a block of Q8_0
@@ -34,31 +32,21 @@ FP32 = (".ffn_gate_inp.weight", ".ffn_gate_inp_shexp.weight")  # routers, which 
 
 
 @dataclass(frozen=True)
-class EncodedExtent(Extent):
+class EncodedExtent(Reencoded):
     """A weight, or a part of an expert, in a type of GGUF.
 
-    - inner: how to read it.
-    - part: what it then is.
     - kind: type to encode it in.
     - rows: where its rows come from, if llama.cpp has them in another order.
     """
 
-    inner: tuple[Extent, ...]
-    part: Part
     kind: str
     rows: Rows
-
-    def ranges(self) -> list[tuple[str, int, int]]:
-        return [r for x in self.inner for r in x.ranges()]
 
     def fill(self, image: memoryview, read: Read) -> None:
         from gguf.constants import GGMLQuantizationType
         from gguf.quants import quantize
 
-        raw = bytearray(self.part.nbytes)
-        for x in self.inner:
-            x.fill(memoryview(raw), read)
-        whole = torch.frombuffer(raw, dtype=torch_dtype(self.part.dtype)).view(-1, self.part.shape[-1])
+        whole = self.weights(read).view(-1, self.part.shape[-1])
         rest = image[self.place : self.place + self.nbytes]
         for start in range(0, len(whole), ROWS):
             stop = min(start + ROWS, len(whole))

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from mixoff.checkpoints.checkpoint import Extent
+import torch
+
+from mixoff.checkpoints.checkpoint import Extent, Read
 from mixoff.checkpoints.model_files import INDEX, WHOLE
 from mixoff.checkpoints.shards import Shards
 from mixoff.export.model import Model
+from mixoff.export.stored import NAMES
 from mixoff.quantize.scheme import Scheme
-from mixoff.shapes.sites import DTYPES, Part, dtype_nbytes
-from mixoff.store.blueprint import Blueprint, Output, Weight, to_json
+from mixoff.shapes.sites import DTYPES, Part, dtype_nbytes, torch_dtype
+from mixoff.store.blueprint import Blueprint, Output, Weight, safetensors_head, to_json
 
 SHARD = 5_000_000_000  # bytes of a file, as the Hub recommends
-ALIGN = 64
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
 Entry = tuple[str, tuple[int, ...], int]  # dtype by safetensors' name, shape, bytes
 
 
@@ -50,6 +50,28 @@ class Place:
     offset: int
 
 
+@dataclass(frozen=True)
+class Reencoded(Extent):
+    """A weight, or a part of an expert, that is written in another encoding.
+
+    - inner: how to read it.
+    - part: what it then is.
+    """
+
+    inner: tuple[Extent, ...]
+    part: Part
+
+    def ranges(self) -> list[tuple[str, int, int]]:
+        return [r for x in self.inner for r in x.ranges()]
+
+    def weights(self, read: Read) -> torch.Tensor:
+        """The weights as they are read, in the shape and dtype of `part`."""
+        raw = bytearray(self.part.nbytes)
+        for x in self.inner:
+            x.fill(memoryview(raw), read)
+        return torch.frombuffer(raw, dtype=torch_dtype(self.part.dtype)).view(self.part.shape)
+
+
 def lay_out_safetensors(tensors: Mapping[str, Entry]) -> tuple[dict[str, Place], dict[str, int], dict[str, bytes]]:
     """Places of tensors in files of at most SHARD bytes, with the sizes and the first bytes of the files."""
     groups: list[dict[str, Entry]] = [{}]
@@ -63,23 +85,10 @@ def lay_out_safetensors(tensors: Mapping[str, Entry]) -> tuple[dict[str, Place],
     files = [f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors" for i in range(len(groups))]
     places, sizes, heads = {}, {}, {}
     for file, group in zip(files if len(groups) > 1 else [WHOLE], groups, strict=True):
-        head, offsets = _header(group)
-        heads[file] = head
-        sizes[file] = len(head) + sum(nbytes for _, _, nbytes in group.values())
-        places.update({name: Place(file, len(head) + offset) for name, offset in offsets.items()})
+        heads[file], offsets = safetensors_head(group, {"format": "pt"})
+        sizes[file] = len(heads[file]) + sum(nbytes for _, _, nbytes in group.values())
+        places.update({name: Place(file, offset) for name, offset in offsets.items()})
     return places, sizes, heads
-
-
-def _header(tensors: Mapping[str, Entry]) -> tuple[bytes, dict[str, int]]:
-    entries: dict[str, dict] = {"__metadata__": {"format": "pt"}}
-    end, offsets = 0, {}
-    for name, (dtype, shape, nbytes) in tensors.items():
-        offsets[name] = end
-        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [end, end + nbytes]}
-        end += nbytes
-    raw = json.dumps(entries, separators=(",", ":")).encode()
-    raw += b" " * (-(8 + len(raw)) % ALIGN)
-    return len(raw).to_bytes(8, "little") + raw, offsets
 
 
 def copied(name: str, extents: Iterable[Extent], part: Part, outputs: Iterable[Output], where: str) -> Weight:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from mixoff.checkpoints.checkpoint import Checkpoint, Extent, TensorRange
 from mixoff.checkpoints.find import Folder
-from mixoff.checkpoints.model_files import MANIFEST
+from mixoff.checkpoints.model_files import MANIFEST, configurations
 from mixoff.checkpoints.shards import LocalShards
 from mixoff.checkpoints.survey import survey
 from mixoff.errors import CheckpointError
@@ -51,9 +51,9 @@ class Model:
         """config.json without what is for mixoff, tokenizer and card."""
         small = {name: raw for name, raw in self.shards.side_files().items() if name != MANIFEST}
         settings = json.loads(small["config.json"])
-        for holder in (settings, settings.get("text_config")):
-            if isinstance(holder, dict) and holder.get("experts_implementation") == FOR_MIXOFF:
-                del holder["experts_implementation"]
+        for part in configurations(settings):
+            if part.get("experts_implementation") == FOR_MIXOFF:
+                del part["experts_implementation"]
         settings["dtype"] = self.sites[0].parts[0].dtype
         settings.pop("torch_dtype", None)
         return small | {"config.json": (json.dumps(settings, indent=2) + "\n").encode()}

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from mixoff.checkpoints import keys
 from mixoff.errors import CheckpointError
-from mixoff.shapes.sites import Part, Site
+from mixoff.shapes.sites import Part, Site, dtype_nbytes
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class HubNames:
 
     def of_expert(self, i: int, e: int, part: Part) -> list[Slice]:
         """Where the numbers of a part of expert `e` of site `i` are, in order."""
-        numel = part.nbytes // torch.empty(0, dtype=getattr(torch, part.dtype)).itemsize
+        numel = part.nbytes // dtype_nbytes(part.dtype)
         if name := self.places.get((i, None, part.name)):
             return [Slice(name, self._expect(name, (self.sites[i].num_experts, *part.shape)), e * numel)]
         pieces = keys.PIECES.get(part.name, (part.name,))

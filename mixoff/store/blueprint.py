@@ -231,17 +231,24 @@ def _place_tensors(plan: Blueprint, file: str, tensors: dict[str, tuple], metada
         raise CheckpointError(f"a shard is named {file!r}, which is a path: do not trust this checkpoint")
     if file in plan.sizes:
         raise CheckpointError(f"a shard is named {file}, like a file of the store: rename it, in the index as well")
-    header = {"__metadata__": metadata}
-    end = 0
-    offsets = {}
+    plan.heads[file], offsets = safetensors_head(tensors, metadata, begin)
+    plan.sizes[file] = len(plan.heads[file]) + sum(nbytes for _, _, nbytes in tensors.values())
+    return offsets
+
+
+def safetensors_head(tensors: dict[str, tuple], metadata: dict, begin: int = 0) -> tuple[bytes, dict[str, int]]:
+    """The first bytes of a safetensors file whose data begins at `begin` modulo 64, and its tensors' offsets in it.
+
+    tensors: dtype by safetensors' name, shape and bytes of each, in their order
+    """
+    header, end, offsets = {"__metadata__": metadata}, 0, {}
     for name, (dtype, shape, nbytes) in tensors.items():
         offsets[name] = end
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [end, end := end + nbytes]}
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * ((begin - 8 - len(raw)) % PART_ALIGN)  # the format allows spaces after the header
-    plan.heads[file] = len(raw).to_bytes(8, "little") + raw
-    plan.sizes[file] = len(plan.heads[file]) + end
-    return {name: offset + len(plan.heads[file]) for name, offset in offsets.items()}
+    head = len(raw).to_bytes(8, "little") + raw
+    return head, {name: offset + len(head) for name, offset in offsets.items()}
 
 
 def to_json(value: dict) -> bytes:

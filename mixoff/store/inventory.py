@@ -15,7 +15,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from mixoff import folders, models
-from mixoff.checkpoints.model_files import MANIFEST, SIDE_FILES, read_json
+from mixoff.checkpoints.model_files import MANIFEST, SIDE_FILES, configurations, read_json
 from mixoff.checkpoints.names import full
 from mixoff.errors import CheckpointError, MixoffError, suggestion
 from mixoff.store.journal import PARTS
@@ -120,8 +120,7 @@ def _has_experts(folder: Path) -> bool:
     """Whether config.json describes experts, or the folder is a store."""
     with suppress(OSError, ValueError, AttributeError):
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        parts = [part for part in (config, config.get("text_config")) if isinstance(part, dict)]
-        return any(key in part for part in parts for key in EXPERTS)
+        return any(key in part for part in configurations(config) for key in EXPERTS)
     return (folder / MANIFEST).is_file()
 
 
