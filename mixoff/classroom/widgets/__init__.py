@@ -5,7 +5,8 @@ an extension.
 """
 
 from mixoff.classroom.widgets.cache_view import CacheView
+from mixoff.classroom.widgets.engine_map import EngineMap
 from mixoff.classroom.widgets.eviction_stepper import EvictionStepper
 from mixoff.classroom.widgets.plan_explorer import PlanExplorer
 
-__all__ = ["CacheView", "EvictionStepper", "PlanExplorer"]
+__all__ = ["CacheView", "EngineMap", "EvictionStepper", "PlanExplorer"]
