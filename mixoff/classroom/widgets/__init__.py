@@ -1,4 +1,4 @@
-"""Widgets of the chapters: a cache at work, live or replayed; evictions step by step; an interactive plan.
+"""Widgets of the chapters: a cache at work, live or replayed; a race of caches; evictions step by step; a plan.
 
 Each has a still twin (`.figure()`) and a text summary, and works in JupyterLab, Notebook 7, VS Code and Colab without
 an extension.
@@ -7,5 +7,6 @@ an extension.
 from mixoff.classroom.widgets.cache_view import CacheView
 from mixoff.classroom.widgets.eviction_stepper import EvictionStepper
 from mixoff.classroom.widgets.plan_explorer import PlanExplorer
+from mixoff.classroom.widgets.race import Race
 
-__all__ = ["CacheView", "EvictionStepper", "PlanExplorer"]
+__all__ = ["CacheView", "EvictionStepper", "PlanExplorer", "Race"]

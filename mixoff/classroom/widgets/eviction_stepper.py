@@ -7,7 +7,6 @@ widget works without a kernel.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import anywidget
 import matplotlib.pyplot as plt
@@ -20,9 +19,9 @@ from mixoff.cache.cache import ExpertCache
 from mixoff.cache.events import HIT as GRANTED
 from mixoff.cache.policies import POLICIES
 from mixoff.classroom import plots
+from mixoff.classroom.widgets import browser
 from mixoff.errors import BudgetError, MixoffError
 
-HERE = Path(__file__).parent
 NEVER = 2**31
 
 
@@ -77,8 +76,8 @@ class EvictionStepper(anywidget.AnyWidget):
     'lru: 0 hits of 4, evicts 1 2; belady: 1 hit of 4, evicts 2'
     """
 
-    _esm = (HERE / "theme.js").read_text("utf-8") + (HERE / "eviction_stepper.js").read_text("utf-8")
-    _css = HERE / "eviction_stepper.css"
+    _esm = browser.module("eviction_stepper")
+    _css = browser.style("eviction_stepper")
     requests = traitlets.List(traitlets.Int()).tag(sync=True)
     steps = traitlets.Dict().tag(sync=True)  # by policy
 

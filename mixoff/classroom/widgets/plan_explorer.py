@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import anywidget
@@ -19,6 +18,7 @@ import traitlets
 import mixoff
 from mixoff import units
 from mixoff.classroom import plots
+from mixoff.classroom.widgets import browser
 from mixoff.errors import MixoffError
 from mixoff.planning import hardware as machines
 from mixoff.planning import plan as plans
@@ -40,7 +40,6 @@ if TYPE_CHECKING:
     from mixoff.planning.plan import Plan
     from mixoff.shapes.shape import ModelShape
 
-HERE = Path(__file__).parent
 MODELS = (
     "mistralai/Mixtral-8x7B-Instruct-v0.1", "mistralai/Mixtral-8x22B-Instruct-v0.1", "microsoft/Phi-3.5-MoE-instruct",
     "Qwen/Qwen3-30B-A3B", "Qwen/Qwen3-235B-A22B", "openai/gpt-oss-20b", "openai/gpt-oss-120b",
@@ -286,8 +285,8 @@ class PlanExplorer(anywidget.AnyWidget):
     planned.
     """
 
-    _esm = (HERE / "theme.js").read_text("utf-8") + (HERE / "plan_explorer.js").read_text("utf-8")
-    _css = HERE / "plan_explorer.css"
+    _esm = browser.module("plan_explorer")
+    _css = browser.style("plan_explorer")
     options = traitlets.Dict().tag(sync=True)
     choice = traitlets.Dict().tag(sync=True)  # fields of Choice, and `asked`, the number of the question
     answer = traitlets.Dict().tag(sync=True)  # the outcome, or an `error`, and the number of its question
