@@ -78,7 +78,7 @@ function render({ model, el }) {
     $(".scrub").setAttribute("aria-valuetext", `${(now / 1000).toFixed(1)} seconds`);
     root.dataset.clock = Math.round(now);
     const order = [...lanes].sort((a, b) => a.end - b.end), ratio = order.at(-1).end / order[0].end;
-    $(".result").textContent = now < last ? "" : `${order.map((lane) => `${lane.name} ${(lane.end / 1000).toFixed(1)} s`).join(", ")} (modelled): a factor of ${ratio.toFixed(1)}.`;
+    $(".result").textContent = now < last ? "" : `${order.map((lane) => `${lane.name} ${(lane.end / 1000).toFixed(1)} s`).join(", ")} (modelled). The last takes ${ratio.toFixed(1)} times as long as the first.`;
   }
 
   function tick() {
