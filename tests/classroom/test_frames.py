@@ -167,3 +167,43 @@ def test_modules_need_nobody_else(widget):
     source = f"{widget._esm}{widget._css}"
     assert "import " not in source.replace("important", "") and "http" not in source
     assert str(widget._esm).count("export default { render }") == 1
+
+
+REQUESTS = [2, 5, 2, 7, 5, 1, 2, 5, 7, 1, 2]
+
+
+def test_steps_of_the_optimum_are_the_best_that_brute_force_finds():
+    """All ways to evict, for every list of six requests of a few: none has more hits."""
+
+    def best(requests, residents):
+        if not requests:
+            return 0
+        expert, rest = requests[0], requests[1:]
+        if expert in residents:
+            return 1 + best(rest, residents)
+        ways = [residents] if len(residents) < 2 else [residents - {e} for e in residents]
+        return max(best(rest, way | {expert}) for way in ways)
+
+    rng = np.random.default_rng(0)
+    for requests in rng.integers(0, 4, (200, 6)).tolist():
+        hits = sum(step["hit"] for step in EvictionStepper(requests, 2).steps["belady"])
+        assert hits == best(requests, frozenset())
+
+
+def test_reasons_tell_what_the_policy_judged_by():
+    steps = EvictionStepper(REQUESTS, 3, ("belady", "lru", "fifo", "lfu", "random")).steps
+    first = {policy: next(step for step in list_ if step["why"]) for policy, list_ in steps.items()}
+    assert {policy: sorted(map(tuple, step["arcs"])) for policy, step in first.items()} == {
+        "belady": [(2, 6), (5, 7), (7, 8)],
+        "lru": [(2, 2), (5, 4), (7, 3)],
+        "fifo": [(2, 0), (5, 1), (7, 3)],
+        "lfu": [],
+        "random": [],
+    }
+    assert first["lfu"]["why"] == "LFU evicts 7: used 1 time since it came, the fewest."
+    assert first["random"]["why"] == f"random evicts {first['random']['evicted']}."
+    for policy, far in (("lru", min), ("fifo", min), ("belady", lambda xs, key: max(xs, key=key))):
+        for step in steps[policy]:
+            if step["arcs"]:
+                judged = dict(step["arcs"])
+                assert step["evicted"] == far(judged, key=lambda e: judged[e] if judged[e] is not None else 99)

@@ -42,6 +42,14 @@ function make(name, properties = {}, ...children) {
   return made;
 }
 
+// an element of a drawing, with attributes and a text
+function svg(name, attributes, text) {
+  const space = make("div", { innerHTML: "<svg></svg>" }).firstChild.namespaceURI, made = document.createElementNS(space, name);
+  for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
+  if (text !== undefined) made.textContent = text;
+  return made;
+}
+
 // the root of a widget in `el`, with its theme kept up to date; `redress` is called after a change of theme
 function plant(el, name, frame, redress = () => {}) {
   const root = make("div", { className: `mixoff-${name} mixoff`, innerHTML: frame });
