@@ -36,7 +36,8 @@ def steps_of(requests: Sequence[int], slots: int, policy: str) -> list[dict]:
     rule = optimum.for_pools([[[(0, e)] for e in requests]]) if policy == "belady" else policy
     cache = ExpertCache([slots], rule)
     residents: list[int | None] = [None] * slots
-    steps, past = [], Past()
+    steps: list[dict] = []
+    past = Past()
     for t, expert in enumerate(requests):
         judged = past.judge(policy, requests[t + 1 :], [e for e in residents if e is not None])
         (grant,) = cache.access(0, [(0, expert)])
