@@ -34,7 +34,7 @@ HOST = (pathlib.Path(__file__).parent / "widget_host.js").read_text(encoding="ut
 LINK = re.compile(r"(?<=\]\()(?![a-z]+:)([^)\s#]+)(#[^)\s]*)?(?=\))")
 CHAPTERS = "<!-- chapters -->"  # in docs/index.md
 ALIVE = ("CacheView", "EvictionStepper", "Race")  # the others ask the kernel for each figure
-ASLEEP = "As it was when the chapter was run. Its controls need a kernel: open the chapter in JupyterLab or in Colab."
+ASLEEP = "A still picture, as it was when the chapter was run. In JupyterLab and in Colab it has controls, which a kernel answers."
 PAGES_FIRST = ("teach", "schedule", "glossary")
 PAGES_OF_USERS = ("daily", "serving", "recipes", "architecture", "api", "plan", "conversion", "gpu")
 
@@ -102,9 +102,9 @@ def widget_html(name: str, state: dict, **about: str) -> str:
         raise ValueError(f"{kind}: its module must have one 'export default' and no '</script'")
     saved = json.dumps(state, ensure_ascii=False).replace("<", "\\u003c")
     script = f"{source.replace('export default', 'const widget =')}\nconst place = {place}, state = {saved};\n{HOST}"
-    note = "" if alive else f'<p class="widget-note">{ASLEEP}</p>'
+    note = "" if alive else f'<p class="widget-note">{ASLEEP}</p>\n'
     return (
-        f"<style>{widget._css}</style>\n<div class='mixoff-widget' id={place}{'' if alive else ' inert'}></div>{note}\n"
+        f"<style>{widget._css}</style>\n{note}<div class='mixoff-widget' id={place}{'' if alive else ' inert'}></div>\n"
         f'<script type="module">\n{script}</script>'
     )
 

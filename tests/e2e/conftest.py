@@ -162,11 +162,11 @@ def new_page(browser):
 def mount(new_page):
     """A function that shows a widget in an empty page and returns the page, with its complaints."""
 
-    def show(widget, dark=False, width=900, still=False):
+    def show(widget, dark=False, width=900, still=False, inert=False):
         page = new_page(width, 700, dark)
         if still:
             page.emulate_media(reduced_motion="reduce")
-        widget_page.mount(page, widget)
+        widget_page.mount(page, widget, inert)
         return page
 
     return show

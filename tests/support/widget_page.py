@@ -3,7 +3,7 @@
 import json
 
 HOME = "http://widgets.invalid/"
-BODY = '<!doctype html><html lang="en"><body><div id="widget"></div></body></html>'
+BODY = '<!doctype html><html lang="en"><body><div id="widget"{}></div></body></html>'
 MOUNT = """async ([source, css, state]) => {
     const module = (await import(URL.createObjectURL(new Blob([source], {type: "text/javascript"})))).default;
     const handlers = {};
@@ -57,9 +57,10 @@ def traits(widget) -> dict:
     return json.loads(json.dumps({n: getattr(widget, n) for n in names if n not in ("layout", "tabbable", "tooltip")}))
 
 
-def mount(page, widget) -> None:
-    """Show `widget` in an empty page."""
-    page.route("**/*", lambda route: route.fulfill(body=BODY, content_type="text/html"))
+def mount(page, widget, inert=False) -> None:
+    """Show `widget` in an empty page, `inert` as the site does without a kernel."""
+    body = BODY.format(" inert" if inert else "")
+    page.route("**/*", lambda route: route.fulfill(body=body, content_type="text/html"))
     page.goto(HOME)
     page.evaluate(MOUNT, [str(widget._esm), str(widget._css), traits(widget)])
 

@@ -43,7 +43,7 @@ def steps_of(requests: Sequence[int], slots: int, policy: str) -> list[dict]:
         (grant,) = cache.access(0, [(0, expert)])
         residents[grant.slot] = expert
         evicted, hit = None if grant.evicted is None else grant.evicted[1], grant.kind == GRANTED
-        step = {"expert": expert, "hit": hit, "evicted": evicted, "slots": list(residents), "why": "", "arcs": []}
+        step: dict = {"expert": expert, "hit": hit, "evicted": evicted, "slots": list(residents), "why": "", "arcs": []}
         if evicted is not None:
             step |= {"why": why(policy, evicted, judged, t, past.uses), "arcs": [[e, at] for e, at in judged.items()]}
         past.note(t, expert, hit)

@@ -185,9 +185,9 @@ class Race(anywidget.AnyWidget):
 
 
 def _about(shape: ModelShape, scheme: str, machine: Hardware, layers: int) -> str:
-    each = f"{len(shape.sites) / layers:g}"
+    name, each = shape.name.rpartition("/")[2], f"{len(shape.sites) / layers:g}"
     return (
-        f"Modelled: {shape.name.rpartition('/')[2]} in the scheme {scheme} on a {machine.name.upper()}, with copies in "
-        f"RAM behind a link of {(machine.link_Bps or 0) / 1e9:g} GB/s. Words and routing are recorded from a model of "
+        f"Modelled: {name} in the scheme {scheme} on a {machine.name.upper()}, in a machine whose RAM holds all experts, "
+        f"behind a link of {(machine.link_Bps or 0) / 1e9:g} GB/s. Words and routing are recorded from a model of "
         f"{layers} layers, each of which represents {each} of the large one."
     )
