@@ -34,7 +34,9 @@ HOST = (pathlib.Path(__file__).parent / "widget_host.js").read_text(encoding="ut
 LINK = re.compile(r"(?<=\]\()(?![a-z]+:)([^)\s#]+)(#[^)\s]*)?(?=\))")
 CHAPTERS = "<!-- chapters -->"  # in docs/index.md
 ALIVE = ("CacheView", "EvictionStepper", "Race")  # the others ask the kernel for each figure
-ASLEEP = "A still picture, as it was when the chapter was run. In JupyterLab and in Colab it has controls, which a kernel answers."
+ASLEEP = (
+    "A still picture of the chapter's last run. In JupyterLab and in Colab it has controls, which a kernel answers."
+)
 PAGES_FIRST = ("teach", "schedule", "glossary")
 PAGES_OF_USERS = ("daily", "serving", "recipes", "architecture", "api", "plan", "conversion", "gpu")
 

@@ -13,7 +13,16 @@ matplotlib.use("Agg")
 import mixoff
 from mixoff import models
 from mixoff.cache.events import Event
-from mixoff.classroom.widgets import CacheView, EvictionStepper, Race, cache_view
+from mixoff.classroom.widgets import (
+    BlindVote,
+    CacheView,
+    EvictionStepper,
+    OutlierRuler,
+    PlanExplorer,
+    Race,
+    RouterSwap,
+    cache_view,
+)
 
 LAYERS, EXPERTS = 2, 4
 
@@ -158,7 +167,7 @@ def test_a_runs_link_is_as_measured_and_overlapping_fetches_share_it():
     assert view.link == {"GBps": 1.5, "source": "measured"}
 
 
-WIDGETS = [CacheView, EvictionStepper, Race]
+WIDGETS = [BlindVote, CacheView, EvictionStepper, OutlierRuler, PlanExplorer, Race, RouterSwap]
 
 
 @pytest.mark.parametrize("widget", WIDGETS, ids=lambda widget: widget.__name__)

@@ -186,8 +186,9 @@ class Race(anywidget.AnyWidget):
 
 def _about(shape: ModelShape, scheme: str, machine: Hardware, layers: int) -> str:
     name, each = shape.name.rpartition("/")[2], f"{len(shape.sites) / layers:g}"
+    link = f"{(machine.link_Bps or 0) / 1e9:g} GB/s"
     return (
-        f"Modelled: {name} in the scheme {scheme} on a {machine.name.upper()}, in a machine whose RAM holds all experts, "
-        f"behind a link of {(machine.link_Bps or 0) / 1e9:g} GB/s. Words and routing are recorded from a model of "
-        f"{layers} layers, each of which represents {each} of the large one."
+        f"Modelled: {name} in the scheme {scheme} on a {machine.name.upper()}, with all experts in the machine's RAM "
+        f"behind a link of {link}. Words and routing are recorded from a model of {layers} layers, each of which "
+        f"represents {each} of the large one."
     )
