@@ -33,7 +33,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 HOST = (pathlib.Path(__file__).parent / "widget_host.js").read_text(encoding="utf-8")
 LINK = re.compile(r"(?<=\]\()(?![a-z]+:)([^)\s#]+)(#[^)\s]*)?(?=\))")
 CHAPTERS = "<!-- chapters -->"  # in docs/index.md
-ALIVE = ("CacheView", "EvictionStepper", "Race")  # the others ask the kernel for each figure
+ASKING = ("PlanExplorer",)  # asks the kernel for each figure; all other widgets carry everything that they show
 ASLEEP = (
     "A still picture of the chapter's last run. In JupyterLab and in Colab it has controls, which a kernel answers."
 )
@@ -98,7 +98,7 @@ def widget_html(name: str, state: dict, **about: str) -> str:
     """A widget of ours as a piece of a page, complete in itself: module, style, state, and what stands for a kernel."""
     module, _, kind = about["class"].rpartition(".")
     widget = getattr(importlib.import_module(module), kind)
-    place, alive = json.dumps(f"widget-{name}"), kind in ALIVE
+    place, alive = json.dumps(f"widget-{name}"), kind not in ASKING
     source = str(widget._esm)
     if source.count("export default") != 1 or "</script" in source:
         raise ValueError(f"{kind}: its module must have one 'export default' and no '</script'")

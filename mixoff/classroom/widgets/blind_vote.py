@@ -47,10 +47,10 @@ class BlindVote(anywidget.AnyWidget):
     def __init__(self, rounds: Sequence[tuple[str, str, str]], name: str = "2-bit", seed: int = 0) -> None:
         if not rounds:
             raise MixoffError("a vote needs a round: give a prompt, a text in full precision and one in fewer bits")
-        sides, n = random.Random(seed), len(rounds)
-        drawn = []
-        for lead, full, fewer in rounds:
-            side = sides.choice(("left", "right"))
+        n, drawn = len(rounds), []
+        sides = ["left", "right"] * (n // 2 + 1)
+        sides = random.Random(seed).sample(sides[:n], n)  # as often left as right, so that no side is a good guess
+        for (lead, full, fewer), side in zip(rounds, sides, strict=True):
             texts = {"left": fewer, "right": full} if side == "left" else {"left": full, "right": fewer}
             drawn.append({"lead": lead, **texts, "side": side})
         super().__init__(name=name, rounds=drawn, chances=[chance_of(k, n) for k in range(n + 1)])
