@@ -10,7 +10,7 @@ import pytest
 
 import mixoff
 from mixoff import models
-from mixoff.classroom.widgets import CacheView, EvictionStepper, PlanExplorer
+from mixoff.classroom.widgets import CacheView, EvictionStepper, PlanExplorer, WordStepper
 
 pytestmark = pytest.mark.e2e
 HOME = "http://widgets.invalid/"
@@ -192,6 +192,27 @@ def test_stepper_says_what_was_wrong(mount):
     page.locator(".slots button", has_text="2").click()
     assert page.locator(".said").inner_text() == "No: lru keeps 2. Expert 3 takes the place of expert 1: a miss."
     assert page.locator(".score").inner_text() == "0 of 1 guesses right"
+
+
+CODES, WHOLE = [2, 0, 3, 1] * 4, [1, -2, 0, 3, 2, 2, -1, 0, 5, 1, -3, 1, 0, 2, 4, -1]
+
+
+def test_a_word_is_stepped_through_by_keyboard_to_its_product(mount):
+    stepper = WordStepper(CODES, WHOLE)
+    page = mount(stepper)
+    root, step = page.locator(".mixoff-word"), page.locator(".step")
+    step.focus()
+    for n, want in enumerate(stepper.steps, start=1):
+        page.keyboard.press("Enter")
+        assert (root.get_attribute("data-at"), root.get_attribute("data-total")) == (str(n), str(want["total"]))
+        masked = page.locator(".line").nth(2)
+        kept = masked.locator(".kept").all_inner_texts()
+        assert [int(kept[i] + kept[i + 1], 2) for i in (6, 4, 2, 0)] == want["codes"]
+        assert masked.locator("i").count() == 32
+    assert root.get_attribute("data-total") == str(sum(q * x for q, x in zip(CODES, WHOLE, strict=True)))
+    assert step.is_disabled() and page.locator(".said").get_attribute("aria-live") == "polite"
+    page.get_by_role("button", name="Start over").click()
+    assert root.get_attribute("data-at") == "0" and page.complaints == []
 
 
 OLMOE = "allenai/OLMoE-1B-7B-0924"  # read in less than a second
