@@ -38,7 +38,7 @@ ASLEEP = (
     "A still picture of the chapter's last run. In JupyterLab and in Colab it has controls, which a kernel answers."
 )
 PAGES_FIRST = ("teach", "schedule", "glossary")
-PAGES_OF_USERS = ("daily", "serving", "recipes", "architecture", "api", "plan", "conversion", "gpu")
+PAGES_OF_USERS = ("daily", "serving", "recipes", "architecture", "api", "plan", "conversion", "gpu", "engines")
 
 
 # ---------------------------------------------------------------- links

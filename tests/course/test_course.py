@@ -82,6 +82,18 @@ def test_what_a_chapter_leans_on_is_said(root):
     assert "02 leans on 00: read the summary before." in schedule.notes(items)
 
 
+def test_a_second_day_knows_the_first(root):
+    first, second = Workshop("one-day", 210), Workshop("second-day", 210, after="one-day")
+    course = [
+        chapter(root, "01", workshops=("one-day",)),
+        chapter(root, "02", needs=("01",), workshops=("second-day",)),
+    ]
+    assert schedule.known(first, course) == [] and schedule.known(second, course) == course[:1]
+    items = schedule.plan(second, course)
+    assert schedule.missing(items) == {"02": ["01"]} and schedule.missing(items, course[:1]) == {}
+    assert not any("leans on" in note for note in schedule.notes(items, schedule.known(second, course)))
+
+
 def test_minutes_left_over_are_for_exercises(root):
     items = schedule.plan(Workshop("half-day", 100), [chapter(root, "01")])
     assert [item.minutes for item in items] == [5, 50, 40, 5] and items[2].title == schedule.EXERCISES

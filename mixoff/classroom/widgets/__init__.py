@@ -12,6 +12,7 @@ from mixoff.classroom.widgets.outlier import OutlierRuler
 from mixoff.classroom.widgets.plan_explorer import PlanExplorer
 from mixoff.classroom.widgets.race import Race
 from mixoff.classroom.widgets.router_swap import RouterSwap
+from mixoff.classroom.widgets.word_stepper import WordStepper
 
 __all__ = [
     "BlindVote",
@@ -22,4 +23,5 @@ __all__ = [
     "PlanExplorer",
     "Race",
     "RouterSwap",
+    "WordStepper",
 ]
