@@ -124,6 +124,41 @@ def drive_explorer(page):
     assert shown["fits"] == "false" and shown["change"] in explorer.locator(".change").inner_text() != ""
 
 
+def drive_race(page):
+    """Chapter 00: the grid moved while the model wrote; the race has the speeds that the kernel printed, and ends."""
+    assert len(set(page.evaluate("window.seen"))) > 5, "the grid moved"
+    race = page.locator(".mixoff-race")
+    printed = page.locator(".jp-OutputArea-output", has_text="tokens/s, modelled:").first.inner_text()
+    speeds = re.findall(r"(\d+\.\d) \(hit rate", printed)
+    assert [head.split("\n")[-1].split()[0] for head in race.locator("h4").all_inner_texts()] == speeds
+    race.get_by_role("combobox", name="speed").select_option("4")
+    race.get_by_role("button", name="Start the race").focus()
+    page.keyboard.press("Enter")
+    page.wait_for_function("() => document.querySelectorAll('.mixoff-race .pane.done').length === 4")
+    assert "(modelled)" in race.locator(".result").inner_text()
+
+
+def drive_slider(root, slider, figure):
+    """A function that moves a slider of a small widget to its end by key, and sees its figure change."""
+
+    def drive(page):
+        before = page.locator(root).get_attribute(f"data-{figure}")
+        page.locator(root).get_by_role("slider", name=slider).focus()
+        page.keyboard.press("End")
+        assert page.locator(root).get_attribute(f"data-{figure}") != before
+
+    return drive
+
+
+def drive_vote(page):
+    """Chapter 05: eight votes by key, and the score at the end."""
+    vote = page.locator(".mixoff-vote")
+    vote.get_by_role("button", name="Left").focus()
+    for _ in range(15):  # Left and Next in turns, which get the focus
+        page.keyboard.press("Enter")
+    assert vote.get_attribute("data-votes") == "8" and vote.get_attribute("data-right") == "4", "half of them are left"
+
+
 THEMES = {"light": "JupyterLab Light", "dark": "JupyterLab Dark"}
 
 
@@ -142,7 +177,15 @@ def photograph_themes(page, folder):
             widget.screenshot(path=folder / f"widget-{i}-{name}.png")
 
 
-DRIVERS = {"02_vram_arithmetic": drive_explorer, "08_cache_policies": drive_stepper, "09_live_cache": drive_view}
+DRIVERS = {
+    "00_start_here": drive_race,
+    "01_router": drive_slider(".mixoff-swap", "rank of one expert", "loss"),
+    "02_vram_arithmetic": drive_explorer,
+    "03_quantization": drive_slider(".mixoff-outlier", "value of the outlier", "scale"),
+    "05_mixed_quantization": drive_vote,
+    "08_cache_policies": drive_stepper,
+    "09_live_cache": drive_view,
+}
 
 
 @pytest.mark.parametrize("chapter", often(badges.chapters()))
