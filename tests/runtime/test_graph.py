@@ -149,8 +149,7 @@ def test_a_capture_needs_no_values(store, resident_bytes, monkeypatch):
     with card_of(Kernels()) as card, mixoff.load(store, resident_bytes, device="cuda", dtype="float32") as model:
         runtime = model.mixoff
         assert runtime.residents.found(runtime)
-        monkeypatch.setattr(products, "DEVICES", ("cpu", "cuda"))
-        with gpu():
+        with mock.patch.object(products, "DEVICES", ("cpu", "cuda")), gpu():
             to_gpu(model)
             tables = runtime.residents.tables
             where = {"dtype": torch.long, "device": "cuda"}
