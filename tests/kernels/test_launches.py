@@ -15,6 +15,7 @@ from counted import Calls, Kernels, card_of, looking, save_blocks
 from mixoff import kernels
 from mixoff.kernels.triton import products
 from mixoff.loading import together
+from mixoff.planning import speed
 from mixoff.quantize.tensor import QTensor
 from mixoff.runtime.resident import Residents
 from mixoff.shapes.kv_cache import advance
@@ -130,6 +131,9 @@ def test_a_partly_resident_layer_looks_once_and_waits_once(store, were):
     assert (now.looks, now.waits) == ([CHOICE], 1)
     assert now.calls.total() <= were.calls.total() - 8, now.calls - were.calls
     assert now.kernels == FEWER, "one expert of eight is missing, and not asked for"
+    copies, table, static = 2, 2, 3  # to the host; page-locking and copying addresses; positions of a static cache
+    assert abs(now.calls.total() + copies + table + static - speed.LAYER.calls) <= 3, "what the time model takes"
+    assert len(now.kernels) == speed.LAYER.launches
 
 
 def test_a_chosen_expert_is_found_without_a_look(monkeypatch):
