@@ -114,6 +114,18 @@ def test_device_and_ram_hold_all_experts_together(tiny):
     assert info.bytes_moved - info.ram_bytes_moved <= 24 * info.expert_nbytes and tiers["kept"] > 0
 
 
+def test_ram_for_what_the_card_lacks_serves_like_ram_for_all(tiny):
+    """The same misses, all of them from RAM, and the same tokens: copies of what the card holds change nothing."""
+    found = []
+    for ram in (18, 24):  # 10 experts have no slot; 3 places are for reads, and 5 slots are set aside
+        violations, got, info, tiers = on_device(tiny, Device(random.Random(0)), 14, ram=ram, prefetch="none")
+        assert violations == [] and same(got, tiny[1])
+        assert info.bytes_moved == info.ram_bytes_moved > 0, "nothing is read from the disk"
+        found.append((info.hits, info.misses, info.bytes_moved))
+        assert (tiers["kept"] > 0) == (ram < 24), "what has no copy goes back, at the same time"
+    assert found[0] == found[1]
+
+
 def test_later_loads_find_what_the_first_found(tiny):
     """Closing returns the memory that the allocator caches, even if the closed model is kept."""
     device, kept, budgets = Device(random.Random(0)), [], []
