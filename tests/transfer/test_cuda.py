@@ -275,10 +275,16 @@ def test_other_errors_pass_and_nothing_of_the_guard_stays():
 # --- tensors that know only their device -----------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def mixtral(tmp_path_factory):
+    """A checkpoint; what a scheme makes of it is kept."""
+    return save_random(tmp_path_factory.mktemp("mixtral") / "model", "mixtral", torch.bfloat16)
+
+
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("scheme", ["none", "paper"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_a_layer_waits_for_the_device_once_and_mixes_no_devices(tmp_path, monkeypatch, scheme, dtype, batch):
+def test_a_layer_waits_for_the_device_once_and_mixes_no_devices(mixtral, monkeypatch, scheme, dtype, batch):
     """A prompt and a token of each row, with guesses: all but what a look brings stays on the device."""
     looks = []
 
@@ -287,8 +293,7 @@ def test_a_layer_waits_for_the_device_once_and_mixes_no_devices(tmp_path, monkey
         assert all(t.device.type == "cuda" for t in tensors)
         return [torch.rand(t.shape) if t.is_floating_point() else _choice(*t.shape) for t in tensors]
 
-    folder = save_random(tmp_path / "model", "mixtral", torch.bfloat16)
-    fast = budget(folder, 7, scheme=scheme, dtype=dtype)
+    fast = budget(mixtral, 7, scheme=scheme, dtype=dtype)
     monkeypatch.setattr(cuda, "pick", lambda name: Idle())
     monkeypatch.setattr(kernels.triton_products, "serves", lambda *a: False)  # has tests of its own
     monkeypatch.setattr(overflow, "bounded", lambda logits: True)
@@ -297,7 +302,7 @@ def test_a_layer_waits_for_the_device_once_and_mixes_no_devices(tmp_path, monkey
     monkeypatch.setattr(Mailbox, "bring", on_host(bring))
     monkeypatch.setattr(mixoff.Runtime, "expect", on_host(mixoff.Runtime.expect))
     how = {"scheme": scheme, "dtype": dtype, "prefetch": "next-router", "scope": "global", "device": "cuda"}
-    with mixoff.load(folder, fast, **how) as model:
+    with mixoff.load(mixtral, fast, **how) as model:
         with gpu():
             to_gpu(model)
             _, cache = advance(model, torch.zeros(batch, 7, dtype=torch.long, device="cuda"))
