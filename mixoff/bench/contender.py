@@ -255,7 +255,7 @@ class Phases:
     def compiled(self) -> bool:
         """Whether programs compute whole layers of single tokens."""
         step = getattr(getattr(self.model, "mixoff", None), "step", None)
-        return step is not None and any(layer.experts is not None for layer in step.layers)
+        return any(layer.experts is not None for layer in getattr(step, "layers", ()))
 
     def _wrap(self, layer: Any, method: str, phase: str) -> None:
         """Time a method of a layer of the decode step."""
