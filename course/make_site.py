@@ -33,7 +33,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 HOST = (pathlib.Path(__file__).parent / "widget_host.js").read_text(encoding="utf-8")
 LINK = re.compile(r"(?<=\]\()(?![a-z]+:)([^)\s#]+)(#[^)\s]*)?(?=\))")
 CHAPTERS = "<!-- chapters -->"  # in docs/index.md
-ALIVE = ("CacheView", "EvictionStepper", "WordStepper")  # the others ask the kernel for each figure
+ALIVE = ("CacheView", "EvictionStepper", "WordStepper", "BatchStepper")  # the others ask the kernel for each figure
 ASLEEP = "As it was when the chapter was run. Its controls need a kernel: open the chapter in JupyterLab or in Colab."
 PAGES_FIRST = ("teach", "schedule", "glossary")
 PAGES_OF_USERS = ("daily", "serving", "recipes", "architecture", "api", "plan", "conversion", "gpu")
