@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import StaticCache
 
 import _table
 import mixoff
@@ -37,7 +36,7 @@ from mixoff.loading.load import measured as measured_sizes
 from mixoff.planning import probe, speed
 from mixoff.planning.hardware import NAMED, Hardware
 from mixoff.quantize.tensor import QTensor
-from mixoff.shapes.kv_cache import advance
+from mixoff.shapes.kv_cache import advance, begin
 from mixoff.transfer import cuda
 from mixoff.transfer.mailbox import Mailbox
 from mixoff.units import GB, GIB, MIB
@@ -284,7 +283,7 @@ SECTIONS = (link, overlap, host, tests, products, again, tokens)
 def decode(model: Any, count: int) -> tuple[float, list[bytes]]:
     """Median seconds of the later half of `count` tokens, and their logits as bytes."""
     ids = torch.arange(5, 37, device=model.device)[None] % model.config.vocab_size
-    _, cache = advance(model, ids, begun(model, 32 + count), logits_to_keep=1)
+    _, cache = advance(model, ids, begin(model, 32 + count), logits_to_keep=1)
     took, said = [], []
     for i in range(count):
         start = time.perf_counter()
@@ -296,17 +295,11 @@ def decode(model: Any, count: int) -> tuple[float, list[bytes]]:
     return statistics.median(took[count // 2 + 1 :]), said
 
 
-def begun(model: Any, length: int) -> Any:
-    """An empty cache of keys and values as `mixoff run` takes it: static on a card, or transformers' own."""
-    static = getattr(model.mixoff.step, "cache", None) == "static"
-    return StaticCache(model.config, max_cache_len=length) if static else None
-
-
 def profiled(model: Any, what: str) -> Iterator[Row]:
     """Launches, synchronisations and the card's own time per token."""
     from torch.profiler import ProfilerActivity, profile
 
-    ids, cache = torch.tensor([[7]], device=model.device), begun(model, 8)
+    ids, cache = torch.tensor([[7]], device=model.device), begin(model, 8)
     for _ in range(4):  # a prompt, a token that warms up, one that is captured, one more
         _, cache = advance(model, ids, cache)
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:

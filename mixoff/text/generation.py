@@ -240,7 +240,7 @@ def generate(
 
 
 def _cache(model: PreTrainedModel) -> dict:
-    """The cache of keys and values, where the model's runtime wants one of fixed size: graphs of a card need it."""
+    """The cache of keys and values that the model's runtime wants, as an option of `generate`."""
     kind = getattr(getattr(getattr(model, "mixoff", None), "step", None), "cache", None)
     return {"cache_implementation": kind} if kind and model.generation_config.cache_implementation is None else {}
 

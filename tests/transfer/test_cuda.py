@@ -558,6 +558,59 @@ def test_pages_are_locked_once_at_their_exact_size_and_let_go_after_the_copies(r
     ]  # fmt: skip
 
 
+class Stream:
+    """Makes itself the current stream, and what was current again."""
+
+    current = None
+
+    def __init__(self, fails=False):
+        self.fails = fails
+
+    def __enter__(self):
+        self.before, Stream.current = Stream.current, self
+
+    def __exit__(self, *error):
+        if self.fails:
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+        Stream.current = self.before
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_capture_leaves_the_stream_of_before(runtime_of, monkeypatch, fails):
+    """Even one that fails, where torch's own context would leave the capturing stream current."""
+    device, _ = runtime_of(0)
+    for name, stub in {
+        "CUDAGraph": mock.MagicMock,
+        "Stream": lambda where: Stream(),
+        "current_stream": lambda where: Stream.current,
+        "stream": Restored,
+        "device": lambda where: mock.MagicMock(),
+        "graph": lambda graph, stream, capture_error_mode: Stream(fails),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, stub)
+    monkeypatch.setattr(Stream, "current", Stream())
+    before = Stream.current
+    if fails:
+        with pytest.raises(RuntimeError, match="error during capture"):
+            device.capture(lambda: 3)
+    else:
+        assert device.capture(lambda: 3)[0] == 3
+    assert Stream.current is before
+
+
+class Restored:
+    """As `torch.cuda.stream`: at its end the stream of its beginning is current, whatever happened in between."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __enter__(self):
+        self.before, Stream.current = Stream.current, self.stream
+
+    def __exit__(self, *error):
+        Stream.current = self.before
+
+
 @pytest.mark.parametrize("wsl", [True, False])
 def test_pageable_ram_is_the_fallback_and_is_said(runtime_of, monkeypatch, wsl):
     monkeypatch.setattr(cuda.platform, "release", lambda: "5.15-microsoft-standard-WSL2" if wsl else "6.1.0")
