@@ -56,7 +56,7 @@ function render({ model, el }) {
   function describe(pass) {
     const names = [...new Set(pass.jobs)].map((job) => letters[job]).join(", "), loads = pass.wanted.map((jobs) => jobs.length);
     const touched = loads.filter(Boolean).length, all = loads.reduce((a, b) => a + b, 0);
-    const what = pass.prompt ? `reads ${pass.jobs.length} prompt tokens of ${names}` : `decodes one token each of ${names}`;
+    const what = pass.prompt ? `reads ${pass.jobs.length} prompt tokens of ${names}` : `decodes ${pass.jobs.length > 1 ? "one token each" : "a token"} of ${names}`;
     return `Pass ${at + 1} of ${passes.length}, step ${pass.step}: ${what}. ${all} requests touch ${touched} of ${loads.length} experts; the busiest gets ${Math.max(...loads)}.`;
   }
 
