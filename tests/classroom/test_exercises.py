@@ -324,6 +324,9 @@ def divides_a_flat_group(w, bits):
 
 
 REFUSED = [
+    ("stored_nbytes", lambda counts, bits: sum(n * b // 8 for n, b in zip(counts, bits, strict=True)), "drops"),
+    ("stored_nbytes", lambda counts, bits: sum(n * b for n, b in zip(counts, bits, strict=True)) // 8, "drops"),
+    ("fit", lambda w, codes: (*np.polyfit(codes, w, 1), 1.0), "third answer"),
     ("moe_layer", token_by_token, "calls of experts: '3 3', expected '3'"),
     ("moe_layer", all_eight, "calls of experts: '0 1 2 3 4 5 6 7', expected '0 1'"),
     ("pack", wide_bytes, "type: 'int64', expected 'uint8'"),
@@ -368,6 +371,22 @@ def test_a_failed_check_shows_the_call_and_both_answers():
         "expected 2",
         "This is FIFO: a hit must renew the expert's age.",
     ]
+
+
+SLIPS = [
+    (name, sentence) for name, made in vars(check).items() if isinstance(made, check.Check) for sentence in made.slips
+]
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize(("name", "sentence"), SLIPS)
+def test_a_typical_mistake_is_named(name, sentence):
+    verdict = getattr(check, name).verdict(getattr(check, name).slips[sentence])
+    assert verdict.startswith("[FAIL]") and verdict.endswith(sentence), verdict
+
+
+def test_every_exercise_with_one_answer_names_a_typical_mistake():
+    assert {param.values[1] for param in EXERCISES} - {name for name, _ in SLIPS} == {"victim"}
 
 
 # ---------------------------------------------------------------- whose function figures use

@@ -5,6 +5,7 @@ import re
 import pytest
 
 import badges
+import chapter_rules
 import widget_states
 
 pytestmark = pytest.mark.e2e
@@ -164,7 +165,7 @@ def test_decks_hold_headings_figures_predictions_and_summaries_alone():
     for path in badges.chapters():
         chapter = nb.read(path)
         deck = slides.deck(chapter)
-        images = [o for c in chapter.cells for o in c.get("outputs", ()) if "image/png" in o.get("data", {})]
+        images = [output for cell in chapter.cells for output in chapter_rules.figures(cell)]
         shown = [o for c in deck.cells for o in c.get("outputs", ())]
         assert shown == images, "every figure once, in order, and no other output"
         text = "\n".join(cell.source for cell in deck.cells)
