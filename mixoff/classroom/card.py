@@ -28,7 +28,7 @@ else:
 
 
 def look() -> None:
-    """Print the card's free memory and how fast it copies an expert of Mixtral from page-locked RAM, or that it is none.
+    """Print the card's free memory and how fast an expert of Mixtral is copied to it, or that there is no card.
 
     It runs in a process of its own, since `setup(gpu=False)` hides the card from this one.
     """

@@ -155,7 +155,7 @@ def tiers_picture(
 
     shelf: the experts of the slow tier. slots: those in the fast tier. below: words under a resident.
     """
-    fig, ax = plt.subplots(figsize=(8, 2.7))
+    fig, ax = plt.subplots(figsize=(8, 1.7))
     left = {"shelf": 0.0, "slots": 1.35 * len(shelf) + 3.4}
     for place, experts in (("shelf", shelf), ("slots", slots)):
         for i, expert in enumerate(experts):
@@ -173,7 +173,7 @@ def tiers_picture(
     ax.text(0, 1.5, f"slow tier: all {len(shelf)} experts of a layer")
     ax.text(left["slots"], 1.5, f"fast tier: {len(slots)} slots")
     ax.text(left["slots"], 2.35, f"the router asks for expert {asked}", color=OKABE_ITO["vermillion"])
-    ax.set(xlim=(-0.2, left["slots"] + 1.35 * len(slots) + 0.2), ylim=(-0.9, 2.8), aspect="equal")
+    ax.set(xlim=(-0.2, left["slots"] + 1.35 * len(slots) + 0.2), ylim=(-1, 2.9), aspect="equal")
     ax.set_axis_off()
     return fig
 
