@@ -27,11 +27,9 @@ EXERCISES = "Exercises left over, in any order"
 
 @dataclass(frozen=True)
 class Workshop:
-    """A schedule to be made.
+    """minutes: from the first word to the last, breaks included. breaks: when each is due, how long, what for.
 
-    minutes: from the first word to the last, breaks included.
-    breaks: when each is due, how long it is, what for.
-    after: name of the workshop that its learners have been to.
+    after: workshop of the day before, whose chapters everybody knows
     """
 
     name: str
@@ -42,13 +40,12 @@ class Workshop:
     after: str = ""
 
 
+DAY = ((90, 15, "Break"), (185, 60, "Lunch"), (330, 15, "Break"), (410, 10, "Break"))
 WORKSHOPS = (
     Workshop("90-minute", 90),
     Workshop("half-day", 210, breaks=((100, 20, "Break"),)),
-    Workshop(
-        "one-day", 480, 10, 10, breaks=((90, 15, "Break"), (185, 60, "Lunch"), (330, 15, "Break"), (410, 10, "Break"))
-    ),
-    Workshop("second-day", 210, breaks=((70, 15, "Break"), (150, 15, "Break")), after="one-day"),
+    Workshop("one-day", 480, 10, 10, DAY),
+    Workshop("second-day", 360, 10, 10, ((70, 15, "Break"), (135, 10, "Break"), (205, 60, "Lunch")), after="one-day"),
 )
 
 
@@ -147,7 +144,10 @@ def paused(workshop: Workshop, items: Sequence[Item]) -> Iterator[Item]:
 
 
 def missing(items: Sequence[Item], known: Sequence[Chapter] = ()) -> dict[str, list[str]]:
-    """Chapters that a chapter needs and that do not come before it, by the number of the one that needs them."""
+    """Chapters that a chapter needs and that do not come before it, by the number of the one that needs them.
+
+    known: chapters of the day before
+    """
     taken = [item.chapter for item in items if item.chapter]
     before = {c.number: {earlier.number for earlier in (*known, *taken[:i])} for i, c in enumerate(taken)}
     absent = {c.number: [need for need in c.needs if need not in before[c.number]] for c in taken}
@@ -174,14 +174,17 @@ def rows(items: Sequence[Item], start: int, linked: bool = False) -> Iterator[tu
         start += item.minutes
 
 
-def notes(items: Sequence[Item], workshop: Workshop = WORKSHOPS[0], course: Sequence[Chapter] = ()) -> list[str]:
-    """What the schedule takes as known and what it leaves out, a sentence each."""
-    known = [chapter for chapter in course if workshop.after in chapter.workshops]
-    follows = [f"It follows the {workshop.after} workshop."] if workshop.after else []
+def known(workshop: Workshop, course: Sequence[Chapter]) -> list[Chapter]:
+    """The chapters of the day before; none for a workshop that stands alone."""
+    return [chapter for chapter in course if workshop.after and workshop.after in chapter.workshops]
+
+
+def notes(items: Sequence[Item], before: Sequence[Chapter] = ()) -> list[str]:
+    """What the schedule leaves out, a sentence each. before: chapters of the day before."""
     home = sum(item.chapter.exercise - item.exercise for item in items if item.chapter)
-    absent = missing(items, known).items()
-    leans = [f"{at} leans on {', '.join(needs)}: read the summary before." for at, needs in absent]
-    return [*follows, *[f"{home} min of exercises are left for home."] * (home > 0), *leans]
+    lacking = missing(items, before).items()
+    leans = [f"{at} leans on {', '.join(needs)}: read the summary before." for at, needs in lacking]
+    return [f"{home} min of exercises are left for home."] * (home > 0) + leans
 
 
 def text(workshop: Workshop, course: Sequence[Chapter], start: int) -> str:
@@ -190,7 +193,7 @@ def text(workshop: Workshop, course: Sequence[Chapter], start: int) -> str:
     lines = [f"{workshop.name}: {workshop.minutes} min, {clock(start)} to {clock(start + workshop.minutes)}"]
     for at, minutes, what, exercise in rows(items, start):
         lines.append(f"{at:>5}  {minutes:>3} min  {what}" + (f" ({exercise} min of exercises)" if exercise else ""))
-    return "\n".join(lines + notes(items, workshop, course))
+    return "\n".join(lines + notes(items, known(workshop, course)))
 
 
 def section(workshop: Workshop, course: Sequence[Chapter]) -> str:
@@ -200,7 +203,7 @@ def section(workshop: Workshop, course: Sequence[Chapter]) -> str:
     lines += ["| from | min | what | of it exercises, min |", "|---|---|---|---|"]
     for at, minutes, what, exercise in rows(items, 0, linked=True):
         lines.append(f"| {at} | {minutes} | {what} | {exercise or ''} |")
-    return "\n".join([*lines, "", *(f"- {note}" for note in notes(items, workshop, course))])
+    return "\n".join([*lines, "", *(f"- {note}" for note in notes(items, known(workshop, course)))])
 
 
 def for_home(course: Sequence[Chapter]) -> list[str]:

@@ -62,7 +62,7 @@ def idea(body: str) -> str:
     found, words = [], 0
     for paragraph in DETAILS.sub("", body).strip().split("\n\n"):
         words += len(paragraph.split())
-        if found and words > MOST_WORDS:
+        if (found and words > MOST_WORDS) or paragraph.startswith(("**Predict.**", "> ", "| ")):
             break
         found.append(paragraph)
     return "\n\n".join(found).strip()

@@ -139,6 +139,7 @@ def bind(model: PreTrainedModel, runtime: Runtime, loaded: bool = True, decode: 
         ids = read_by(args, kwargs)
         if ids is not None:
             refusals.check(backbone, dtype, ids.device.type, loaded)
+            runtime.ranks.agree(ids)
             _note_pass(runtime, ids, kwargs)
 
     with refusals.serve(model, runtime, loaded) as undo:
@@ -154,7 +155,8 @@ def bind(model: PreTrainedModel, runtime: Runtime, loaded: bool = True, decode: 
         quantized = runtime.source.scheme.experts is not None and not runtime.exact
         if decode == "compiled" and quantized and runtime.device is None and products.loops() is not None:
             undo.push(compile_step(model, runtime, ask))
-        undo.push(guard(model, runtime))
+        if runtime.ranks.count == 1:  # ranks stay in step, and a pass that one of them repeats would not be
+            undo.push(guard(model, runtime))
         if dtype == torch.float16:
             undo.callback(overflow.watch(model).remove)
         model.mixoff = runtime

@@ -15,7 +15,7 @@ import mixoff
 from mixoff.classroom import check, setup
 from mixoff.classroom.checks import Check, difference
 from mixoff.classroom.widgets import PlanExplorer
-from mixoff.classroom.widgets.plan_explorer import Choice, explore, lacking_nbytes, smallest_change
+from mixoff.classroom.widgets.plan_explorer import CONTEXTS, Choice, explore, lacking_nbytes, smallest_change
 
 double = Check((((2,), 4), ((5,), 10)))
 pair = Check(((([1, 2], 3), np.array([[1, 2]] * 3)),))
@@ -87,11 +87,12 @@ def test_chapter_00_lru_hits_are_those_of_the_package():
 # ---------------------------------------------------------------- the plan to play with
 
 OLMOE = "allenai/OLMoE-1B-7B-0924"  # read in less than a second
+LONG = "microsoft/Phi-3.5-MoE-instruct"  # made for 131,072 tokens
 LARGE = "mistralai/Mixtral-8x22B-Instruct-v0.1"
 CHOICES = {
     "all that fit": Choice(OLMOE),
     "two slots": Choice(OLMOE, slots=2, experts=16),
-    "a small card": Choice(OLMOE, hardware="rtx-4060-laptop", experts=16, attention=16, context=16384),
+    "a small card": Choice(OLMOE, hardware="rtx-4060-laptop", experts=16, attention=16, context=4096),
     "no card": Choice(OLMOE, hardware="laptop", experts=8, group=64),
     "no card, few slots": Choice(OLMOE, hardware="laptop", experts=16, slots=5),
 }
@@ -122,8 +123,8 @@ def test_explorer_begins_with_the_preset_mixed():
 @pytest.mark.parametrize(
     ("choice", "changed"),
     [
-        (Choice(OLMOE, context=131072), "context"),
-        (Choice(OLMOE, experts=16, context=65536, hardware="rtx-4060-laptop"), "context"),
+        (Choice(LONG, context=131072), "context"),
+        (Choice(LONG, experts=16, context=65536, hardware="rtx-4060-laptop"), "context"),
         (Choice(OLMOE, experts=16, slots=40, hardware="rtx-4060-laptop"), "slots"),
         (Choice(LARGE, experts=16, attention=16, hardware="rtx-4060-laptop"), "hardware"),
     ],
@@ -139,9 +140,27 @@ def test_smallest_change_fits_and_less_of_it_does_not(choice, changed):
 
 
 def test_explorer_says_when_one_change_is_not_enough():
-    outcome = explore(Choice(LARGE, experts=16, attention=16, context=131072, hardware="rtx-4060-laptop"))
+    outcome = explore(Choice(LARGE, experts=16, attention=16, slots=8, hardware="rtx-4060-laptop"))
     assert outcome.change == "no single control is enough: move several" and "GiB too much" in outcome.verdict
     assert outcome.rates == {} and "does not run" in outcome.speed
+
+
+@pytest.mark.parametrize(("model", "limit"), [(OLMOE, 4096), (LARGE, 32768), (LONG, 131072)])
+def test_explorer_keeps_to_the_context_that_a_model_was_made_for(model, limit):
+    with pytest.raises(mixoff.MixoffError, match=f"longer than {model} was made for: give {limit:,} tokens or fewer"):
+        explore(Choice(model, context=2 * limit))
+    explorer = PlanExplorer(model, context=limit)
+    assert CONTEXTS[explorer.answer["contexts"] - 1] == limit and explorer.answer["lowered"] == 0
+    explorer.choice = explorer.choice | {"model": OLMOE, "asked": 1}
+    assert explorer.outcome.choice.context == 4096
+    assert explorer.answer["lowered"] == (4096 if limit > 4096 else 0)
+
+
+def test_explorer_calls_slow_what_takes_more_than_a_second_per_token():
+    slow, quick = explore(Choice(experts=16)), explore(Choice(OLMOE))
+    assert slow.fits and slow.slow and slow.rates["expected"] < 1 < quick.rates["expected"]
+    assert slow.verdict.endswith(f", but is slow: a token takes {1 / slow.rates['expected']:.2g} s")
+    assert not quick.slow and "slow" not in quick.verdict
 
 
 def test_explorer_answers_a_browser_with_figures_or_a_reason():

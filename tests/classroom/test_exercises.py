@@ -14,6 +14,7 @@ import badges
 import chapter_rules
 import nb
 from mixoff.classroom import check
+from mixoff.classroom.programs import tl
 
 CALL = re.compile(r"^check\.(\w+)\((\w+)\)", re.M)
 NEEDED = {"numpy", "math", "itertools", "collections"}  # what solutions may import
@@ -31,7 +32,7 @@ def definitions(source):
 @cache
 def functions(path):
     """Every function of a chapter's exercises, stubs and solutions, by name."""
-    scope = {"np": np}
+    scope = {"np": np, "tl": tl}
     for _, cell in chapter_rules.code_cells(nb.read(path)):
         if {"exercise", "solution"} & chapter_rules.tags(cell):
             exec(compile(ast.Module(list(definitions(cell.source)), []), path.name, "exec"), scope)
@@ -167,6 +168,36 @@ def ignores_prefetches(events):
     return here
 
 
+def words_again_and_again(words, x, scale, minimum, out, W, G):
+    n, j = tl.program_id(0), tl.arange(0, W)
+    group, total = n * (16 * W // G) + 16 * j // G, tl.zeros((W,), tl.float32)
+    for i in range(16):
+        q = (tl.load(words + n * W + j) >> 2 * i) & 3
+        total += (q * tl.load(scale + group) + tl.load(minimum + group)) * tl.load(x + 16 * j + i)
+    tl.store(out + n, tl.sum(total))
+
+
+def no_minimum(words, x, scale, minimum, out, W, G):
+    n, j = tl.program_id(0), tl.arange(0, W)
+    word, total = tl.load(words + n * W + j), tl.zeros((W,), tl.float32)
+    for i in range(16):
+        total += ((word >> 2 * i) & 3) * tl.load(x + 16 * j + i)
+    tl.store(out + n, tl.sum(total * tl.load(scale + n * (16 * W // G) + 16 * j // G)))
+
+
+def scales_of_the_first_row(words, x, scale, minimum, out, W, G):
+    n, j = tl.program_id(0), tl.arange(0, W)
+    word, total = tl.load(words + n * W + j), tl.zeros((W,), tl.float32)
+    for i in range(16):
+        q = (word >> 2 * i) & 3
+        total += (q * tl.load(scale + 16 * j // G) + tl.load(minimum + 16 * j // G)) * tl.load(x + 16 * j + i)
+    tl.store(out + n, tl.sum(total))
+
+
+def past_the_end(words, x, scale, minimum, out, W, G):
+    tl.store(out + tl.program_id(0), tl.sum(tl.load(words + tl.program_id(0) * W + tl.arange(0, 16 * W))))
+
+
 MISTAKES = [
     ("slots_per_layer", lambda budget, nbytes, L, E: budget // nbytes // L, "case 4: 565, expected 8"),
     ("lru_hits", first_in_first_out, "case 5: 1, expected 2"),
@@ -198,6 +229,12 @@ MISTAKES = [
     ("hit_rate", lambda kinds: kinds.count("hit") / len(kinds), "case 2: 0.33"),
     ("residents", ignores_prefetches, "case 4: {1}, expected {1, 4}"),
     ("stays", lambda events: [t for t, kind, _ in events if kind == "evict"], "case 2: position 0 is 4, expected 3"),
+    ("codes_at", lambda words, i: words >> 2 * i, "case 1: position 0 is 960051513, expected 1"),
+    ("folded", lambda q, x, scale, low: scale @ (q * x).sum(1), "case 1: product: 10.0, expected 0.0"),
+    ("matvec", no_minimum, "case 1: out: position 0"),
+    ("matvec", scales_of_the_first_row, "case 1: out: position 1"),
+    ("matvec", past_the_end, "case 1: raised IndexError: words has 4 numbers, and number 4 is asked for"),
+    ("instructions_per_weight", lambda a, b, c, size, outputs: a / b, "case 2: 0.1171875, expected 0.134765625"),
     ("tiers", lambda vram, ram, nbytes, L, E: (n := vram // nbytes, m := min(ram // nbytes, L * E - n), L * E - n - m),
      "case 1: first answer: 197, expected 192"),
     ("recent", lambda lengths, room: sum(sum(lengths[i:]) <= room for i in range(len(lengths))), "case 3: 2"),
@@ -327,6 +364,14 @@ REFUSED = [
     ("stored_nbytes", lambda counts, bits: sum(n * b // 8 for n, b in zip(counts, bits, strict=True)), "drops"),
     ("stored_nbytes", lambda counts, bits: sum(n * b for n, b in zip(counts, bits, strict=True)) // 8, "drops"),
     ("fit", lambda w, codes: (*np.polyfit(codes, w, 1), 1.0), "third answer"),
+    ("codes_at", lambda words, i: words >> i & 3, "A code takes two bits"),
+    ("codes_at", lambda words, i: (words & 3) >> 2 * i, "before the shift"),
+    ("codes_at", lambda words, i: words / 4**i % 4, "expected 0"),
+    ("folded", lambda q, x, scale, low: ((q * scale[:, None] + low[:, None]) * x).sum(), "every weight was made"),
+    ("folded", lambda q, x, scale, low: scale @ (q * x).sum(1) + low.sum() * x.shape[1], "not their number"),
+    ("folded", lambda q, x, scale, low: (scale[:, None] * (q * x)).sum() + low @ x.sum(1), "minima: 5, expected 2"),
+    ("matvec", words_again_and_again, "bytes of codes read: 256, expected 16"),
+    ("instructions_per_weight", lambda a, b, c, size, outputs: a / b + c / size, "group_size * outputs"),
     ("moe_layer", token_by_token, "calls of experts: '3 3', expected '3'"),
     ("moe_layer", all_eight, "calls of experts: '0 1 2 3 4 5 6 7', expected '0 1'"),
     ("pack", wide_bytes, "type: 'int64', expected 'uint8'"),

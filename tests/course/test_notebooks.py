@@ -3,6 +3,7 @@
 That chapters run and print what is stored is checked by nbval, in the same pytest run (`go.py test`).
 """
 
+import copy
 import functools
 import json
 import os
@@ -246,6 +247,18 @@ def test_chapters_link_to_their_neighbours(tmp_path):
     assert "[← First](00_a.ipynb)" in second and "[Third →](02_c.ipynb)" in second
     assert "←" not in badges.header(tmp_path / "00_a.ipynb") and "→" not in badges.header(tmp_path / "02_c.ipynb")
     assert badges.colab_link("02_c.ipynb") in badges.colab_header(tmp_path / "01_b.ipynb")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", badges.chapters(), ids=lambda path: path.stem)
+def test_every_cell_may_run_twice(path):
+    """As learners do: a cell that spoils what it needs itself would end in an error."""
+    book = nb.read(path)
+    twice = [copy.deepcopy(cell) for _, cell in chapter_rules.code_cells(book) for _ in range(2)]
+    for i, cell in enumerate(twice):
+        cell.id = f"cell-{i}"
+    with nb.this_python():
+        nb.execute(nbformat.v4.new_notebook(cells=twice), path.parent)
 
 
 # ---------------------------------------------------------------- nbval

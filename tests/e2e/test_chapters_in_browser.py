@@ -123,6 +123,8 @@ def drive_explorer(page):
     slots, vram = re.search(r"2 bits: (\d) of 8 slots per layer, VRAM +([\d.]+)", printed).groups()
     assert (shown["slots"], f"{int(shown['fastBytes']) / 2**30:.1f}") == (slots, vram) and shown["resident"] == "true"
     shown = press("context", "End")
+    assert shown["fits"] == "true" and int(shown["slots"]) < 8, "Mixtral's own limit is the slider's end"
+    shown = press("slots", "End")
     assert shown["fits"] == "false" and shown["change"] in explorer.locator(".change").inner_text() != ""
 
 

@@ -25,26 +25,8 @@ def save_blocks(folder):
     return mixoff.convert(folder / "hub", folder / "store", scheme="mixed")
 
 
-OUT = {"linear": 2, "gated": 2, "rotate": 1, "dequantize": 1}  # the argument that a kernel writes to
-
-
-class Kernels:
-    """`products.loops()` of a card that computes nothing: results are zeros."""
-
-    def __init__(self):
-        self.launches = []
-
-    def __getattr__(self, name):
-        return mock.MagicMock(__getitem__=lambda _, grid: lambda *args, **named: self.launch(name, grid, args))
-
-    def launch(self, name, grid, args):
-        """Note a kernel, and the third dimension of its grid."""
-        args[OUT[name]].zero_()
-        self.launches.append((name, (*grid, 1, 1)[2]))
-
-
 class Calls(TorchDispatchMode):
-    """Calls of ATen, but for views, which cost a card nothing, and for the zeros of `Kernels`."""
+    """Calls of ATen, but for views, which cost a card nothing, and for the zeros of a `Card`."""
 
     def __init__(self):
         super().__init__()
