@@ -96,6 +96,42 @@ def drive_stepper(page):
     assert stepper.get_attribute("data-hits") == str(hits) and "guesses right" in stepper.inner_text()
 
 
+def drive_word(page):
+    """Chapter 11: the four steps end with the sum that the kernel printed."""
+    word = page.locator(".mixoff-word")
+    printed = page.locator(".jp-OutputArea-output", has_text="shift 6: codes").first.inner_text()
+    word.locator(".step").focus()
+    for _ in range(4):
+        page.keyboard.press("Enter")
+    assert word.locator(".step").is_disabled()
+    assert word.get_attribute("data-total") == re.findall(r"sum (-?\d+)", printed)[-1]
+
+
+def drive_map(page):
+    """A faster processor makes splitting the best way on the marked machine."""
+    engines = page.locator(".mixoff-engines").first
+    engines.scroll_into_view_if_needed()
+    assert engines.get_attribute("data-way") == "copied"
+    dial = engines.locator("input[name=ram_Bps]")
+    dial.evaluate("e => { e.value = 50; e.dispatchEvent(new Event('input')); }")
+    assert engines.get_attribute("data-way") == "split"
+    engines.locator("table").focus()
+    page.keyboard.press("ArrowUp")
+    assert engines.get_attribute("data-vram") == "16"
+
+
+def drive_batch(page):
+    """Chapter 12: each run has the passes that the kernel printed; arrow keys move through them."""
+    batch = page.locator(".mixoff-batch")
+    printed = page.locator(".jp-OutputArea-output", has_text="continuous: 28 passes").first.inner_text()
+    for name, passes in re.findall(r"([\w ]+): (\d+) passes", printed):
+        batch.locator(".run").select_option(name.strip())
+        assert batch.get_attribute("data-passes") == passes
+        batch.locator(".scrub").focus()
+        page.keyboard.press("End")
+        assert batch.get_attribute("data-at") == str(int(passes) - 1) and batch.locator(".step").is_disabled()
+
+
 ANSWERED = """() => {
     const {asked, answered} = document.querySelector('.mixoff-explorer').dataset;
     return asked !== undefined && asked === answered;
@@ -185,6 +221,9 @@ DRIVERS = {
     "05_mixed_quantization": drive_vote,
     "08_cache_policies": drive_stepper,
     "09_live_cache": drive_view,
+    "11_kernels": drive_word,
+    "12_batches_and_balance": drive_batch,
+    "14_engines": drive_map,
 }
 
 
