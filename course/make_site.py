@@ -33,10 +33,12 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 HOST = (pathlib.Path(__file__).parent / "widget_host.js").read_text(encoding="utf-8")
 LINK = re.compile(r"(?<=\]\()(?![a-z]+:)([^)\s#]+)(#[^)\s]*)?(?=\))")
 CHAPTERS = "<!-- chapters -->"  # in docs/index.md
-ALIVE = ("CacheView", "EvictionStepper")  # the others ask the kernel for each figure
-ASLEEP = "As it was when the chapter was run. Its controls need a kernel: open the chapter in JupyterLab or in Colab."
+ASKING = ("PlanExplorer",)  # asks the kernel for each figure; all other widgets carry everything that they show
+ASLEEP = (
+    "A still picture of the chapter's last run. In JupyterLab and in Colab it has controls, which a kernel answers."
+)
 PAGES_FIRST = ("teach", "schedule", "glossary")
-PAGES_OF_USERS = ("daily", "serving", "recipes", "architecture", "api", "plan", "conversion", "gpu")
+PAGES_OF_USERS = ("daily", "serving", "recipes", "architecture", "api", "plan", "conversion", "gpu", "engines")
 
 
 # ---------------------------------------------------------------- links
@@ -83,28 +85,26 @@ def page_of(path: pathlib.Path, shown: dict[str, str]):
 
 
 def dress(cell) -> None:
-    """Folds what opens folded, and hands alternative texts of figures to Sphinx."""
+    """Folds what opens folded."""
     if folded := chapter_rules.FOLDED_TAGS & chapter_rules.tags(cell):
         cell.metadata["tags"] = [*cell.metadata["tags"], "hide-input"]
-        cell.metadata["mystnb"] = {"code_prompt_show": f"Show the {folded.pop()}", "code_prompt_hide": "Hide it"}
-    for output in cell.outputs:
-        if alt := output.get("metadata", {}).get("image/png", {}).get("alt"):
-            cell.metadata["mystnb"] = {**cell.metadata.get("mystnb", {}), "image": {"alt": alt}}
+        shown = "solution" if "solution" in folded else "code"
+        cell.metadata["mystnb"] = {"code_prompt_show": f"Show the {shown}", "code_prompt_hide": "Hide it"}
 
 
 def widget_html(name: str, state: dict, **about: str) -> str:
     """A widget of ours as a piece of a page, complete in itself: module, style, state, and what stands for a kernel."""
     module, _, kind = about["class"].rpartition(".")
     widget = getattr(importlib.import_module(module), kind)
-    place, alive = json.dumps(f"widget-{name}"), kind in ALIVE
+    place, alive = json.dumps(f"widget-{name}"), kind not in ASKING
     source = str(widget._esm)
     if source.count("export default") != 1 or "</script" in source:
         raise ValueError(f"{kind}: its module must have one 'export default' and no '</script'")
     saved = json.dumps(state, ensure_ascii=False).replace("<", "\\u003c")
     script = f"{source.replace('export default', 'const widget =')}\nconst place = {place}, state = {saved};\n{HOST}"
-    note = "" if alive else f'<p class="widget-note">{ASLEEP}</p>'
+    note = "" if alive else f'<p class="widget-note">{ASLEEP}</p>\n'
     return (
-        f"<style>{widget._css}</style>\n<div class='mixoff-widget' id={place}{'' if alive else ' inert'}></div>{note}\n"
+        f"<style>{widget._css}</style>\n{note}<div class='mixoff-widget' id={place}{'' if alive else ' inert'}></div>\n"
         f'<script type="module">\n{script}</script>'
     )
 

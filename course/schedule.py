@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Prints schedules of the 90-minute, half-day and one-day workshop from the metadata of the chapters.
+"""Prints schedules of the 90-minute, half-day, one-day and second-day workshop from the metadata of the chapters.
 
-    schedule.py [--start 9:00] [90-minute | half-day | one-day]
+    schedule.py [--start 9:00] [90-minute | half-day | one-day | second-day]
 
 A chapter says in its metadata (`mixoff`) how long it takes to teach, how long its exercises take, what it needs, and
 the workshops it belongs to. Lessons are given whole; the minutes that remain are for exercises, shared among chapters
@@ -27,19 +27,25 @@ EXERCISES = "Exercises left over, in any order"
 
 @dataclass(frozen=True)
 class Workshop:
-    """minutes: from the first word to the last, breaks included. breaks: when each is due, how long, what for."""
+    """minutes: from the first word to the last, breaks included. breaks: when each is due, how long, what for.
+
+    after: workshop of the day before, whose chapters everybody knows
+    """
 
     name: str
     minutes: int
     opening: int = 5
     closing: int = 5
     breaks: tuple[tuple[int, int, str], ...] = ()
+    after: str = ""
 
 
+DAY = ((90, 15, "Break"), (185, 60, "Lunch"), (330, 15, "Break"), (410, 10, "Break"))
 WORKSHOPS = (
     Workshop("90-minute", 90),
     Workshop("half-day", 210, breaks=((100, 20, "Break"),)),
-    Workshop("one-day", 480, 10, 10, breaks=((100, 15, "Break"), (195, 60, "Lunch"), (360, 15, "Break"))),
+    Workshop("one-day", 480, 10, 10, DAY),
+    Workshop("second-day", 480, 10, 10, DAY, after="one-day"),
 )
 
 
@@ -137,10 +143,13 @@ def paused(workshop: Workshop, items: Sequence[Item]) -> Iterator[Item]:
     yield from (Item(title, minutes) for _, minutes, title in due)
 
 
-def missing(items: Sequence[Item]) -> dict[str, list[str]]:
-    """Chapters that a chapter needs and that do not come before it, by the number of the one that needs them."""
+def missing(items: Sequence[Item], known: Sequence[Chapter] = ()) -> dict[str, list[str]]:
+    """Chapters that a chapter needs and that do not come before it, by the number of the one that needs them.
+
+    known: chapters of the day before
+    """
     taken = [item.chapter for item in items if item.chapter]
-    before = {c.number: {earlier.number for earlier in taken[:i]} for i, c in enumerate(taken)}
+    before = {c.number: {earlier.number for earlier in (*known, *taken[:i])} for i, c in enumerate(taken)}
     absent = {c.number: [need for need in c.needs if need not in before[c.number]] for c in taken}
     return {number: needs for number, needs in absent.items() if needs}
 
@@ -165,10 +174,16 @@ def rows(items: Sequence[Item], start: int, linked: bool = False) -> Iterator[tu
         start += item.minutes
 
 
-def notes(items: Sequence[Item]) -> list[str]:
-    """What the schedule leaves out, a sentence each."""
+def known(workshop: Workshop, course: Sequence[Chapter]) -> list[Chapter]:
+    """The chapters of the day before; none for a workshop that stands alone."""
+    return [chapter for chapter in course if workshop.after and workshop.after in chapter.workshops]
+
+
+def notes(items: Sequence[Item], before: Sequence[Chapter] = ()) -> list[str]:
+    """What the schedule leaves out, a sentence each. before: chapters of the day before."""
     home = sum(item.chapter.exercise - item.exercise for item in items if item.chapter)
-    leans = [f"{at} leans on {', '.join(needs)}: read the summary before." for at, needs in missing(items).items()]
+    lacking = missing(items, before).items()
+    leans = [f"{at} leans on {', '.join(needs)}: read the summary before." for at, needs in lacking]
     return [f"{home} min of exercises are left for home."] * (home > 0) + leans
 
 
@@ -178,7 +193,7 @@ def text(workshop: Workshop, course: Sequence[Chapter], start: int) -> str:
     lines = [f"{workshop.name}: {workshop.minutes} min, {clock(start)} to {clock(start + workshop.minutes)}"]
     for at, minutes, what, exercise in rows(items, start):
         lines.append(f"{at:>5}  {minutes:>3} min  {what}" + (f" ({exercise} min of exercises)" if exercise else ""))
-    return "\n".join(lines + notes(items))
+    return "\n".join(lines + notes(items, known(workshop, course)))
 
 
 def section(workshop: Workshop, course: Sequence[Chapter]) -> str:
@@ -188,7 +203,7 @@ def section(workshop: Workshop, course: Sequence[Chapter]) -> str:
     lines += ["| from | min | what | of it exercises, min |", "|---|---|---|---|"]
     for at, minutes, what, exercise in rows(items, 0, linked=True):
         lines.append(f"| {at} | {minutes} | {what} | {exercise or ''} |")
-    return "\n".join([*lines, "", *(f"- {note}" for note in notes(items))])
+    return "\n".join([*lines, "", *(f"- {note}" for note in notes(items, known(workshop, course)))])
 
 
 def for_home(course: Sequence[Chapter]) -> list[str]:

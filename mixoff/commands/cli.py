@@ -136,5 +136,7 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=module.HELP, description=module.HELP, formatter_class=_Formatter)
         command.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
         module.add(command)
-        command.set_defaults(main=module.main, options=list(command._option_string_actions), parser=parser)
+        command.set_defaults(
+            main=module.main, command=name, options=list(command._option_string_actions), parser=parser
+        )
     return parser

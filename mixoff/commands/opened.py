@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from mixoff.checkpoints.names import parse
 from mixoff.commands import convert, options, terminal
+from mixoff.errors import MixoffError
 from mixoff.units import format_nbytes
 
 if TYPE_CHECKING:
@@ -52,18 +53,30 @@ def _load(args: argparse.Namespace) -> tuple:
     import torch
 
     from mixoff.loading import load
+    from mixoff.runtime import ranks
     from mixoff.text import generation
+
+    if shared := ranks.launched():
+        _check_shareable(args)
 
     if args.threads:
         torch.set_num_threads(args.threads)
     settings = {name: value for name, value in vars(args).items() if name in SETTINGS}  # some commands have fewer
     settings |= {"context": args.context} if args.context else {}
-    model = load.load(args.path, args.fast_bytes, **settings)
+    model = load.load(args.path, args.fast_bytes, shard=shared, **settings)
     try:
         return model, generation.load_tokenizer(model.mixoff.source.folder)
     except BaseException:
         model.mixoff.close()
         raise
+
+
+def _check_shareable(args: argparse.Namespace) -> None:
+    """Refuse, under torchrun, what cannot be the same in every process."""
+    if args.command != "run":
+        raise MixoffError(f"torchrun starts several processes, and {args.command} is for one: only run shares experts")
+    if args.prompt in (None, "-") and args.prompt_file is None:
+        raise MixoffError("several processes cannot read one standard input: give --prompt or --prompt-file")
 
 
 def _progress(args: argparse.Namespace) -> str | None:

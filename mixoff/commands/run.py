@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from mixoff.commands import arguments, opened, options, terminal
 from mixoff.errors import MixoffError, one_line, printable
+from mixoff.units import format_nbytes
 
 if TYPE_CHECKING:
     from mixoff.cache.events import CacheInfo
@@ -37,17 +38,31 @@ def main(args: argparse.Namespace) -> int:
     arguments.model(args.path)
     prompt = _prompt(args)
     with opened.opened(args) as ready:
+        ranks, device = ready.model.mixoff.ranks, str(ready.model.device)
         result = _generate(args, ready, prompt)
-        info, device = ready.model.mixoff.info(), str(ready.model.device)
+        infos = ranks.gathered(ready.model.mixoff.info())
+    if ranks.rank:  # the first rank tells
+        return 0
+    info, *others = infos
     if args.json:
-        print(json.dumps(_report(result, info, ready) | {"device": device}))
+        shared = {"ranks": [each.to_dict() for each in infos]} if others else {}
+        print(json.dumps(_report(result, info, ready) | {"device": device} | shared))
         return 0
     print(flush=True)
     prompt_text = f"prompt of {result.prompt_tokens} at {result.prompt_tokens_per_s:.1f} tokens/s"
     speeds = f"{len(result.token_ids)} new at {result.tokens_per_s:.1f} tokens/s (measured) on {device}"
     times = f"{result.first_s:.2f} s to the first, loaded in {ready.load_s:.1f} s"
-    print(terminal.fold(f"{prompt_text}, {speeds}; {times}; {info}", sys.stderr), file=sys.stderr)
+    print(terminal.fold(f"{prompt_text}, {speeds}; {times}{_counts(infos)}", sys.stderr), file=sys.stderr)
     return 0
+
+
+def _counts(infos: list[CacheInfo]) -> str:
+    """The counters; those of several ranks one by one, and their sum."""
+    if len(infos) == 1:
+        return f"; {infos[0]}"
+    hits, misses, moved = (sum(getattr(info, name) for info in infos) for name in ("hits", "misses", "bytes_moved"))
+    lines = [f"rank {rank}: {info}" for rank, info in enumerate(infos)]
+    return "\n".join(["", *lines, f"{len(infos)} ranks: {hits} hits, {misses} misses; {format_nbytes(moved)} moved"])
 
 
 def _report(result: Generation, info: CacheInfo, ready: opened.Opened) -> dict:
@@ -87,7 +102,8 @@ def _generate(args: argparse.Namespace, ready: opened.Opened, prompt: str) -> Ge
     """The answer to the prompt where the model has a chat template or `--system` is given, else its continuation."""
     from mixoff.text import chat, generation
 
-    asked = opened.sampling(args) | {"context": args.context, "on_text": None if args.json else _show}
+    silent = args.json or ready.model.mixoff.ranks.rank
+    asked = opened.sampling(args) | {"context": args.context, "on_text": None if silent else _show}
     system = [] if args.system is None else [{"role": "system", "content": args.system}]
     talk = chat.Chat(ready.model, ready.tokenizer, system, args.context)
     if args.raw or not (system or talk.own_template):

@@ -140,6 +140,7 @@ def bind(model: PreTrainedModel, runtime: Runtime, loaded: bool = True, decode: 
         ids = read_by(args, kwargs)
         if ids is not None:
             refusals.check(backbone, dtype, ids.device.type, loaded)
+            runtime.ranks.agree(ids)
             _note_pass(runtime, ids, kwargs)
 
     with refusals.serve(model, runtime, loaded) as undo:
@@ -156,9 +157,11 @@ def bind(model: PreTrainedModel, runtime: Runtime, loaded: bool = True, decode: 
         quantized = runtime.source.scheme.experts is not None and not runtime.exact
         if decode == "compiled" and quantized and on_cpu and products.loops() is not None:
             undo.push(compile_step(model, runtime, ask))
-        if decode == "compiled" and quantized and not on_cpu:
+        alone = runtime.ranks.count == 1
+        if decode == "compiled" and quantized and not on_cpu and alone:
             undo.push(capture_tokens(model, runtime))
-        undo.push(guard(model, runtime))
+        if alone:  # ranks stay in step, and a pass that one of them repeats would not be
+            undo.push(guard(model, runtime))
         if dtype == torch.float16:
             undo.callback(overflow.watch(model).remove)
         model.mixoff = runtime

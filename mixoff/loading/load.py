@@ -6,6 +6,7 @@ The backbone is loaded by transformers itself; the experts' parameters are remov
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
@@ -15,6 +16,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from mixoff._version import __version__
 from mixoff.cache.policies import Policy
 from mixoff.checkpoints.find import Folder, find
 from mixoff.errors import BudgetError, MixoffError
@@ -28,6 +30,7 @@ from mixoff.planning import planner, probe
 from mixoff.planning.budget import goes_direct, pinned_nbytes
 from mixoff.planning.hardware import Hardware
 from mixoff.quantize.scheme import Scheme
+from mixoff.runtime import ranks
 from mixoff.runtime.runtime import Runtime
 from mixoff.shapes import sites
 from mixoff.shapes.config import likely_top_k, read_config
@@ -66,6 +69,7 @@ def load(
     context: int = 4096,
     kv_bits: int | None = None,
     decode: str = "compiled",
+    shard: bool = False,
 ) -> PreTrainedModel:
     """A transformers model whose experts stay in a store or checkpoint folder until the router asks for them.
 
@@ -101,13 +105,17 @@ def load(
     decode: `"compiled"` computes single tokens of a quantized model by compiled programs on a CPU (`runtime.step`),
         whose last bits differ, and as one CUDA graph on a GPU (`runtime.graph`), where that is possible;
         `"modules"` by transformers' modules
+    shard: True serves this process's share of the experts, in a group of torch.distributed or started by torchrun:
+        all ranks must then make the same calls, and the budgets are those of one rank
     """
-    gpu, decode = cuda.pick(device), checked(decode)
+    gpu, decode = cuda.pick(ranks.device_of(device) if shard else device), checked(decode)
     if gpu and (why := triton_products.check(gpu.where)):
         warnings.warn(f"{UNCOMPILED} ({why})", stacklevel=2)
     with ExitStack() as undo:
         source = _open(find(path, revision), scheme)
         undo.callback(source.close)
+        mine = ranks.of_group(source.sites) if shard else ranks.Ranks(source.sites)
+        source.sites = mine.sites
         compute = _compute_dtype(dtype, source.dtype, gpu)
         budget, ram = budgets(source, fast_bytes, ram_bytes, gpu, compute, context, kv_bits)
         limited = ram_bytes is not None or gpu is not None
@@ -125,12 +133,14 @@ def load(
             exact=exact,
             fetch=fetch,
             device=gpu,
+            ranks=mine,
         )
         undo.callback(runtime.close)
         _check_memory((0 if gpu else runtime.arena.numel()) + runtime.ram_nbytes)
         model = model or load_backbone(source, compute, exact)
         if kv_bits is not None:
             quantize_cache(model, kv_bits)
+        mine.connect(_facts(source, compute, exact, decode))
         undo.pop_all()
     bind(model, runtime, decode=decode)
     if gpu:
@@ -208,6 +218,21 @@ def _open(folder: Folder, scheme: str | Scheme | None) -> Source:
                 f"{folder} is a store in another scheme: load it without one, or convert the original again"
             )
     return open_source(kept.store_of(folder, scheme))
+
+
+def _facts(source: Source, compute: torch.dtype, exact: bool, decode: str) -> dict[str, object]:
+    """What ranks must have in common, so that all of them compute the same bits."""
+    return {
+        "mixoff": __version__,
+        "torch": torch.__version__,
+        "the processor": torch.backends.cpu.get_cpu_capability(),
+        "the number of threads": torch.get_num_threads(),
+        "the scheme": source.scheme.to_json(),
+        "the model": hashlib.sha256((source.folder / "config.json").read_bytes()).hexdigest()[:16],
+        "dtype": str(compute),
+        "exact": exact,
+        "decode": decode,
+    }
 
 
 def _compute_dtype(dtype: str | torch.dtype, stored: str, gpu: cuda.Cuda | None = None) -> torch.dtype:

@@ -48,7 +48,7 @@ def _filled(runtime: Runtime) -> Iterator[int]:
     for i, site in enumerate(sites):
         room = min(slots, site.num_experts) if runtime.scope == "global" else runtime.cache.pools[i].capacity
         if room:
-            runtime.serve(i, list(range(room)), lambda weights: None)
+            runtime.serve(i, list(runtime.ranks.held[i][:room]), lambda weights: None)
             yield room * site.expert_nbytes
         slots -= room
     if isinstance(runtime.transfer, DeviceTransfer):
@@ -59,7 +59,7 @@ def _filled(runtime: Runtime) -> Iterator[int]:
 
 def _every(runtime: Runtime) -> Iterator[Key]:
     """Every expert in the order of the files."""
-    return ((i, e) for i, site in enumerate(runtime.source.sites) for e in range(site.num_experts))
+    return ((i, e) for i, held in enumerate(runtime.ranks.held) for e in held)
 
 
 def _wanted(runtime: Runtime) -> list[Key]:

@@ -59,7 +59,7 @@ def _served(
         top_k_index, top_k_weights = runtime.reroute(site, top_k_index, top_k_weights)
     out = runtime.residents.compute(self, hidden_states, top_k_index)
     if out is None:
-        out = _looked_at(self, hidden_states, top_k_index, top_k_weights)
+        out = runtime.ranks.joined(_looked_at(self, hidden_states, top_k_index, top_k_weights))
     weighted = out.view(*top_k_index.shape, -1) * top_k_weights.unsqueeze(-1)  # (T, K, D)
     return weighted.sum(dim=1).to(hidden_states.dtype)  # (T, D)
 
@@ -71,7 +71,7 @@ def _looked_at(
     runtime, site = self._mixoff
     chosen, given = runtime.look(site, top_k_index, top_k_weights)
     runtime.note_routing(site, chosen, given)
-    alone = _of_one_token(chosen, given, self.num_experts)
+    alone = None if runtime.ranks.count > 1 else _of_one_token(chosen, given, self.num_experts)
     if alone:
         return _one_row(self, hidden_states, alone)
     return _rows(self, hidden_states, by_expert(chosen, self.num_experts), given)
@@ -115,7 +115,7 @@ def _one_row(self: torch.nn.Module, x: torch.Tensor, weights: dict[int, float]) 
 def _rows(
     self: torch.nn.Module, hidden_states: torch.Tensor, where: dict[int, torch.Tensor], given: torch.Tensor
 ) -> torch.Tensor:
-    """Rows of hidden_states (T, D) through their experts -> (T * K, D), zeros where there is no expert.
+    """Rows of hidden_states (T, D) through their experts -> (T * K, D), zeros where this rank has no expert.
 
     where: positions (R,) of each expert's rows in the flattened choice of the router
     given: the router's weights (T, K)
@@ -123,6 +123,8 @@ def _rows(
     runtime, site = self._mixoff
     K, by_policy = given.shape[1], None if runtime.in_prompt() else _given(where, given)
     out, where = hidden_states.new_zeros(given.numel(), hidden_states.shape[1]), _rows_on(hidden_states.device, where)
+    held = runtime.ranks.held[site]
+    asked = [expert for expert in where if expert in held]
 
     def compute(loaded: dict[int, dict[str, Weight]]) -> None:
         mine = {expert: loaded[expert] for expert in loaded if expert in where}  # whole layers bring others too
@@ -135,7 +137,7 @@ def _rows(
             rows, at = where[expert], functools.partial(_place, where, len(out), expert)
             out[rows] = expert_mlp(self, hidden_states[rows // K], weights, runtime.scratch, runtime.exact, at)
 
-    runtime.serve(site, list(where), compute, by_policy)
+    runtime.serve(site, asked, compute, None if by_policy is None else [by_policy[e] for e in asked])
     return out
 
 
@@ -153,10 +155,10 @@ def _rows_on(device: torch.device, where: dict[int, torch.Tensor]) -> dict[int, 
     return dict(zip(where, rows, strict=True))
 
 
-def _given(where: dict[int, torch.Tensor], top_k_weights: torch.Tensor) -> list[float]:
-    """The router's weights for each expert, summed over the tokens; NaN counts as 0."""
+def _given(where: dict[int, torch.Tensor], top_k_weights: torch.Tensor) -> dict[int, float]:
+    """The router's weights by expert, summed over the tokens; NaN counts as 0."""
     weights = top_k_weights.flatten().nan_to_num()
-    return [float(weights[rows].sum()) for rows in where.values()]
+    return {expert: float(weights[rows].sum()) for expert, rows in where.items()}
 
 
 ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)

@@ -67,7 +67,7 @@ class Call:
         pool = 0 if runtime.scope == "global" else self.site
         keys = [(self.site, expert) for expert in experts]
         if runtime.whole_layers:
-            others = set(range(runtime.source.sites[self.site].num_experts)).difference(experts)
+            others = set(runtime.ranks.held[self.site]).difference(experts)
             keys, weights = [*keys, *((self.site, expert) for expert in others)], None
         self.serve(runtime.cache.access(pool, keys, prompt, weights), prompt)
         runtime.ended = True

@@ -40,7 +40,7 @@ class Recorder:
     @property
     def trace(self) -> Trace:
         """All complete passes so far. Raises MixoffError when there is none."""
-        sites = self.runtime.source.sites
+        sites = self.runtime.ranks.whole
         whole = [self.calls[token] for token in sorted(self.calls) if len(self.calls[token][2]) == len(sites)]
         if not whole:
             raise MixoffError("nothing was recorded: generate within `with model.mixoff.trace() as recorder:`")

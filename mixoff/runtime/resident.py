@@ -64,8 +64,8 @@ class Residents:
 
 
 def _watched(runtime: Runtime) -> bool:
-    """Whether someone wants to see the router's choice, or to change it."""
-    return bool(runtime._listeners or runtime._routing or runtime.reroute)
+    """Whether someone wants to see the router's choice, or to change it, or other ranks compute a part of it."""
+    return bool(runtime._listeners or runtime._routing or runtime.reroute) or runtime.ranks.count > 1
 
 
 NAMES = ("gate_up_proj", "down_proj")

@@ -24,7 +24,7 @@ import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -35,13 +35,13 @@ from mixoff.errors import BudgetError, MixoffError
 from mixoff.kernels import reference
 from mixoff.pages import out_of_memory, slab
 from mixoff.planning.budget import exchanged, least_slots, plan_slots, set_aside
-from mixoff.quantize.scheme import Scheme
 from mixoff.runtime.call import MOVES, Call, Compute
 from mixoff.runtime.prefetch import Guesses
+from mixoff.runtime.ranks import Ranks
 from mixoff.runtime.recorder import Recorder
 from mixoff.runtime.resident import Residents
-from mixoff.shapes.sites import Site, slot_nbytes
-from mixoff.store.readers import Reader
+from mixoff.shapes.sites import slot_nbytes
+from mixoff.store.readers import ExpertSource
 from mixoff.transfer.arena import Arena
 from mixoff.transfer.mailbox import Mailbox
 from mixoff.transfer.streams import Device, open_device_transfer
@@ -52,24 +52,6 @@ from mixoff.units import format_nbytes
 SHRINK = 8  # when memory runs out, one slot in this many is given up at a time
 FETCH = ("expert", "layer")
 _alive: weakref.WeakSet[Runtime] = weakref.WeakSet()
-
-
-class Source(Protocol):
-    """Origin of experts: a model folder (`store.Source`), or a model in memory."""
-
-    sites: tuple[Site, ...]
-    scheme: Scheme
-
-    @property
-    def reader(self) -> Reader:
-        """Reads experts."""
-
-    @property
-    def expert_nbytes(self) -> int:
-        """Bytes of the largest expert."""
-
-    def close(self) -> None:
-        """Close files or free memory."""
 
 
 class Runtime:
@@ -89,11 +71,12 @@ class Runtime:
     ram_bytes: size of the RAM tier, 0 for none
     top_k: K
     device: GPU that holds the fast tier; None is the CPU, whose fast tier is a share of RAM
+    ranks: processes that share the experts; None is this one alone
     """
 
     def __init__(
         self,
-        source: Source,
+        source: ExpertSource,
         fast_bytes: int,
         policy: str | Callable[[], Policy],
         scope: str,
@@ -105,10 +88,12 @@ class Runtime:
         exact: bool = False,
         fetch: str = "expert",
         device: Device | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         if fetch not in FETCH:
             raise MixoffError(f"unknown fetch {fetch!r}: choose one of {', '.join(FETCH)}")
-        self.source, self.device, self.mailbox = source, device, Mailbox(device) if device else None
+        self.source, self.device, self.ranks = source, device, ranks or Ranks(source.sites)
+        self.mailbox = Mailbox(device) if device else None
         self.exact, self.whole_layers, self.scope = exact, fetch == "layer", scope
         self._policy, self._compute = policy, compute
         self._prefetch, self._top_k = prefetch, top_k
@@ -397,7 +382,8 @@ class Runtime:
             self._pass.guess = site, chosen
             return
         with self._lock:  # first choices first
-            self.guesses.expect(site, list(dict.fromkeys(chosen.t().flatten().tolist())))
+            named, held = dict.fromkeys(chosen.t().flatten().tolist()), self.ranks.held[site]
+            self.guesses.expect(site, [expert for expert in named if expert in held])
 
     def look(self, site: int, experts: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The router's choice and weights (T, K) on the host, which waits for the device only here in a layer."""

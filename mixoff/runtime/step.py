@@ -207,8 +207,8 @@ class Layer:
         chosen, weights = half.chosen.tolist(), half.weights.tolist()
         place = {expert: i for i, expert in enumerate(chosen)}
         missing = len(place)
-        if runtime.reroute is not None:
-            missing = self._rerouted(half, chosen, place)
+        if runtime.reroute is not None or runtime.ranks.count > 1:
+            missing = self._dropped(half, chosen, place, runtime.ranks.held[site])
 
         def compute(loaded: dict[int, dict[str, Any]]) -> None:
             nonlocal missing
@@ -219,18 +219,21 @@ class Layer:
 
         given = [weights[i] if weights[i] == weights[i] else 0.0 for i in place.values()]  # NaN counts as 0
         runtime.serve(site, list(place), compute, None if runtime.in_prompt() else given)
-        if missing:  # none was computed last: a `reroute` chose none, or one twice
+        if missing:  # none was computed last: other ranks have experts, or a `reroute` chose none, or one twice
             for i, expert in enumerate(chosen):
                 if place.get(expert, i) != i:
                     half.outs[i] = half.outs[place[expert]]
+        runtime.ranks.joined(half.outs)
+        if missing:
             half.finish(number)
 
-    def _rerouted(self, half: Whole, chosen: list[int], place: dict[int, int]) -> int:
-        """Drop indices that stand for no expert; returns for how many outputs the sum waits.
+    @staticmethod
+    def _dropped(half: Whole, chosen: list[int], place: dict[int, int], held: range) -> int:
+        """Drop indices of other ranks' experts, and of none; returns for how many outputs the sum waits.
 
-        One more than will come if some rows have to be set by hand first.
+        One more than will come if some rows have to be set by hand first, or come from other ranks.
         """
-        for expert in [expert for expert in place if expert >= self.experts.module.num_experts]:
+        for expert in [expert for expert in place if expert not in held]:
             del place[expert]
         if len(place) == len(chosen):
             return len(place)

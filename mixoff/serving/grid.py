@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from mixoff.runtime.runtime import Runtime
 
 MAX_FPS = 10
-RATES = 200  # hit rates in the line
+SHOWN = 60  # passes whose hits and misses are drawn as bars
 BEAT_S = 15.0  # a comment is sent when nothing happens for so long, so that a watcher who is gone is noticed
 
 
@@ -87,7 +87,8 @@ class Grid:
             self._cells = Cells(self.layers, self.experts, resident)
             self._token: int | None = None
             self._number = self._passes = 0
-            self._rates: list[float] = []
+            self._counts: list[tuple[int, int]] = []  # hits and misses of the newest passes
+            self._counted = (0, 0)
             self._due = 0.0
 
     def _note(self, event: Event) -> None:
@@ -106,8 +107,8 @@ class Grid:
 
     def _end_pass(self) -> None:
         hits, misses, _, _ = self._cells.stats()
-        if hits + misses:
-            self._rates = [*self._rates[1 - RATES :], round(hits / (hits + misses), 3)]
+        counts = hits - self._counted[0], misses - self._counted[1]
+        self._counts, self._counted = [*self._counts[1 - SHOWN :], counts], (hits, misses)
         self._passes += 1
         self._cells.end_pass()
 
@@ -119,4 +120,4 @@ class Grid:
         with self._lock:
             cells = base64.b64encode(self._cells.frame()).decode("ascii")
             frame = {"token": self._passes, "stats": self._cells.stats(), "cells": cells, "words": []}
-            return self._number, frame | {"rates": self._rates}
+            return self._number, frame | {"counts": self._counts}

@@ -16,7 +16,7 @@ import queue
 import threading
 from io import FileIO
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -24,6 +24,10 @@ from mixoff.checkpoints.checkpoint import Extent
 from mixoff.errors import CheckpointError
 from mixoff.pages import pages
 from mixoff.units import PAGE
+
+if TYPE_CHECKING:
+    from mixoff.quantize.scheme import Scheme
+    from mixoff.shapes.sites import Site
 
 PIECE = 4 << 20  # bytes per request: smaller requests are slower, larger ones leave fewer to run in parallel
 
@@ -36,6 +40,24 @@ class Reader(Protocol):
 
     def close(self) -> None:
         """Release files or memory; reading afterwards is an error."""
+
+
+class ExpertSource(Protocol):
+    """Origin of experts: a model folder (`source.Source`), or a model in memory."""
+
+    sites: tuple[Site, ...]
+    scheme: Scheme
+
+    @property
+    def reader(self) -> Reader:
+        """Reads experts."""
+
+    @property
+    def expert_nbytes(self) -> int:
+        """Bytes of the largest expert."""
+
+    def close(self) -> None:
+        """Close files or free memory."""
 
 
 class ExpertReader:

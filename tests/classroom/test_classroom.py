@@ -1,7 +1,6 @@
 """What notebooks lean on: checks that never raise, figures that carry their captions, a setup that can be repeated."""
 
 import functools
-import html
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -13,10 +12,10 @@ import pytest
 matplotlib.use("Agg")
 
 import mixoff
-from mixoff.classroom import check, plots, setup, show
+from mixoff.classroom import check, setup
 from mixoff.classroom.checks import Check, difference
 from mixoff.classroom.widgets import PlanExplorer
-from mixoff.classroom.widgets.plan_explorer import Choice, explore, lacking_nbytes, smallest_change
+from mixoff.classroom.widgets.plan_explorer import CONTEXTS, Choice, explore, lacking_nbytes, smallest_change
 
 double = Check((((2,), 4), ((5,), 10)))
 pair = Check(((([1, 2], 3), np.array([[1, 2]] * 3)),))
@@ -85,54 +84,15 @@ def test_chapter_00_lru_hits_are_those_of_the_package():
     assert check.lru_hits.verdict(hits) == "[ ok ] 6 cases"
 
 
-# ---------------------------------------------------------------- figures
-
-
-@pytest.fixture
-def shown(monkeypatch):
-    """What would have been displayed: pairs of data and metadata."""
-    found = []
-    monkeypatch.setattr("IPython.display.display", lambda data, raw, metadata=None: found.append((data, metadata)))
-    return found
-
-
-def test_show_gives_image_caption_and_alternative_text(shown):
-    fig = plots.byte_bars({"experts": 6.0, "rest": 2.0}, {"limit": 3.0}, "MB")
-    show(fig, "Experts < all", alt="A bar")
-    (image, metadata), (below, _) = shown
-    assert set(image) == {"image/png", "text/plain"} and image["text/plain"] == "Experts < all"
-    assert metadata == {"image/png": {"alt": "A bar"}}
-    assert html.escape("Experts < all") in below["text/html"] and below["text/plain"] == "Experts < all"
-    assert not matplotlib.pyplot.fignum_exists(fig.number), "a closed figure is not shown twice"
-
-
-def test_states_differ_without_colour():
-    """By letter, and what has none by lightness too, for readers who see no colours and for printers."""
-    from matplotlib.colors import to_rgb
-
-    letters = [letter for _, letter, _ in plots.STATES if letter]
-    assert len(set(letters)) == len(letters) == 4
-    states = plots.STATES[: plots.MISS + 1]  # a prefetched or evicted expert is told by its letter alone
-    lightness = sorted(np.dot(to_rgb(colour), (0.299, 0.587, 0.114)) for _, _, colour in states)
-    assert min(np.diff(lightness)) > 0.08
-
-
-def test_grids_are_drawn_with_a_letter_for_each_hit_and_miss():
-    grid = np.array([[plots.HIT, plots.MISS, plots.AWAY], [plots.RESIDENT, plots.MISS, plots.AWAY]])
-    fig = plots.expert_grids([grid, grid], ["token 1", "token 2"], columns=2)
-    for ax in fig.axes:
-        assert sorted(t.get_text() for t in ax.texts if t.get_text()) == ["M", "M", "h"]
-    matplotlib.pyplot.close(fig)
-
-
 # ---------------------------------------------------------------- the plan to play with
 
 OLMOE = "allenai/OLMoE-1B-7B-0924"  # read in less than a second
+LONG = "microsoft/Phi-3.5-MoE-instruct"  # made for 131,072 tokens
 LARGE = "mistralai/Mixtral-8x22B-Instruct-v0.1"
 CHOICES = {
     "all that fit": Choice(OLMOE),
     "two slots": Choice(OLMOE, slots=2, experts=16),
-    "a small card": Choice(OLMOE, hardware="rtx-4060-laptop", experts=16, attention=16, context=16384),
+    "a small card": Choice(OLMOE, hardware="rtx-4060-laptop", experts=16, attention=16, context=4096),
     "no card": Choice(OLMOE, hardware="laptop", experts=8, group=64),
     "no card, few slots": Choice(OLMOE, hardware="laptop", experts=16, slots=5),
 }
@@ -163,8 +123,8 @@ def test_explorer_begins_with_the_preset_mixed():
 @pytest.mark.parametrize(
     ("choice", "changed"),
     [
-        (Choice(OLMOE, context=131072), "context"),
-        (Choice(OLMOE, experts=16, context=65536, hardware="rtx-4060-laptop"), "context"),
+        (Choice(LONG, context=131072), "context"),
+        (Choice(LONG, experts=16, context=65536, hardware="rtx-4060-laptop"), "context"),
         (Choice(OLMOE, experts=16, slots=40, hardware="rtx-4060-laptop"), "slots"),
         (Choice(LARGE, experts=16, attention=16, hardware="rtx-4060-laptop"), "hardware"),
     ],
@@ -180,9 +140,27 @@ def test_smallest_change_fits_and_less_of_it_does_not(choice, changed):
 
 
 def test_explorer_says_when_one_change_is_not_enough():
-    outcome = explore(Choice(LARGE, experts=16, attention=16, context=131072, hardware="rtx-4060-laptop"))
+    outcome = explore(Choice(LARGE, experts=16, attention=16, slots=8, hardware="rtx-4060-laptop"))
     assert outcome.change == "no single control is enough: move several" and "GiB too much" in outcome.verdict
     assert outcome.rates == {} and "does not run" in outcome.speed
+
+
+@pytest.mark.parametrize(("model", "limit"), [(OLMOE, 4096), (LARGE, 32768), (LONG, 131072)])
+def test_explorer_keeps_to_the_context_that_a_model_was_made_for(model, limit):
+    with pytest.raises(mixoff.MixoffError, match=f"longer than {model} was made for: give {limit:,} tokens or fewer"):
+        explore(Choice(model, context=2 * limit))
+    explorer = PlanExplorer(model, context=limit)
+    assert CONTEXTS[explorer.answer["contexts"] - 1] == limit and explorer.answer["lowered"] == 0
+    explorer.choice = explorer.choice | {"model": OLMOE, "asked": 1}
+    assert explorer.outcome.choice.context == 4096
+    assert explorer.answer["lowered"] == (4096 if limit > 4096 else 0)
+
+
+def test_explorer_calls_slow_what_takes_more_than_a_second_per_token():
+    slow, quick = explore(Choice(experts=16)), explore(Choice(OLMOE))
+    assert slow.fits and slow.slow and slow.rates["expected"] < 1 < quick.rates["expected"]
+    assert slow.verdict.endswith(f", but is slow: a token takes {1 / slow.rates['expected']:.2g} s")
+    assert not quick.slow and "slow" not in quick.verdict
 
 
 def test_explorer_answers_a_browser_with_figures_or_a_reason():

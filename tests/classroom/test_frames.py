@@ -13,7 +13,16 @@ matplotlib.use("Agg")
 import mixoff
 from mixoff import models
 from mixoff.cache.events import Event
-from mixoff.classroom.widgets import CacheView, EvictionStepper, cache_view
+from mixoff.classroom.widgets import (
+    BlindVote,
+    CacheView,
+    EvictionStepper,
+    OutlierRuler,
+    PlanExplorer,
+    Race,
+    RouterSwap,
+    cache_view,
+)
 
 LAYERS, EXPERTS = 2, 4
 
@@ -61,7 +70,8 @@ def test_events_become_states_and_counts():
     view.detach()
     assert (view.hits, view.misses, view.nbytes, view.tokens) == (1, 1, 20, 2)
     assert grid(view.live) == [[2, 0, 3, 5], [4, 1, 0, 0]]
-    assert view.live["stats"] == (1, 1, 20, 4) and view.live["rates"] == [0.5], "the prompt has no hit rate"
+    assert view.live["stats"] == (1, 1, 20, 4) and view.live["counts"] == [(0, 0), (1, 1)], "a prompt has no hit rate"
+    assert view.live["prompt"] == (1, 10)
     assert runtime.listener is None, "detached"
 
 
@@ -89,8 +99,8 @@ def test_frames_come_at_most_twenty_times_a_second_and_the_last_one_always(clock
 
 def test_words_are_sent_with_the_frame_that_they_belong_to():
     class Tokenizer:
-        def decode(self, ids):
-            return f" w{ids[0]}"
+        def decode(self, ids, skip_special_tokens):
+            return "".join(f" w{i}" for i in ids)
 
     runtime = Runtime()
     view = CacheView(runtime, Tokenizer())
@@ -100,6 +110,7 @@ def test_words_are_sent_with_the_frame_that_they_belong_to():
         view._due = 0.0
         view.put(np.array([token]))
         assert view.live["words"][-1] == f" w{token}" and view.live["token"] == token - 11
+    assert view.live["lead"] == " w1 w2 w3"
     view.end()
 
 
@@ -136,9 +147,72 @@ def test_states_fit_into_json_and_reprs_are_stable():
     matplotlib.pyplot.close("all")
 
 
-@pytest.mark.parametrize("widget", [CacheView, EvictionStepper], ids=lambda widget: widget.__name__)
+def test_bars_of_the_newest_tokens_come_with_a_live_frame(monkeypatch):
+    monkeypatch.setattr(cache_view, "SHOWN", 3)
+    runtime, view = Runtime(), None
+    view = CacheView(runtime)
+    for token, kinds in enumerate((["miss", "miss"], ["hit", "miss"], ["hit", "hit"], ["miss"], ["hit"])):
+        for expert, kind in enumerate(kinds):
+            runtime.tell(token, 3, expert, kind)
+    view.detach()
+    assert view.live["counts"] == [(2, 0), (0, 1), (1, 0)]
+
+
+def test_a_runs_link_is_as_measured_and_overlapping_fetches_share_it():
+    runtime = Runtime()
+    view = CacheView(runtime)
+    for t0, t1 in ((0.0, 1.0), (0.5, 1.5), (3.0, 3.5)):  # two seconds in all
+        runtime.listener(Event(1, 3, 0, "miss", 10**9, t0, t1, "decode"))
+    view.detach()
+    assert view.link == {"GBps": 1.5, "source": "measured"}
+
+
+WIDGETS = [BlindVote, CacheView, EvictionStepper, OutlierRuler, PlanExplorer, Race, RouterSwap]
+
+
+@pytest.mark.parametrize("widget", WIDGETS, ids=lambda widget: widget.__name__)
 def test_modules_need_nobody_else(widget):
     """No import and no address: JupyterLab, Colab and a page from the disk show them alike."""
     source = f"{widget._esm}{widget._css}"
     assert "import " not in source.replace("important", "") and "http" not in source
     assert str(widget._esm).count("export default { render }") == 1
+
+
+REQUESTS = [2, 5, 2, 7, 5, 1, 2, 5, 7, 1, 2]
+
+
+def test_steps_of_the_optimum_are_the_best_that_brute_force_finds():
+    """All ways to evict, for every list of six requests of a few: none has more hits."""
+
+    def best(requests, residents):
+        if not requests:
+            return 0
+        expert, rest = requests[0], requests[1:]
+        if expert in residents:
+            return 1 + best(rest, residents)
+        ways = [residents] if len(residents) < 2 else [residents - {e} for e in residents]
+        return max(best(rest, way | {expert}) for way in ways)
+
+    rng = np.random.default_rng(0)
+    for requests in rng.integers(0, 4, (200, 6)).tolist():
+        hits = sum(step["hit"] for step in EvictionStepper(requests, 2).steps["belady"])
+        assert hits == best(requests, frozenset())
+
+
+def test_reasons_tell_what_the_policy_judged_by():
+    steps = EvictionStepper(REQUESTS, 3, ("belady", "lru", "fifo", "lfu", "random")).steps
+    first = {policy: next(step for step in list_ if step["why"]) for policy, list_ in steps.items()}
+    assert {policy: sorted(map(tuple, step["arcs"])) for policy, step in first.items()} == {
+        "belady": [(2, 6), (5, 7), (7, 8)],
+        "lru": [(2, 2), (5, 4), (7, 3)],
+        "fifo": [(2, 0), (5, 1), (7, 3)],
+        "lfu": [],
+        "random": [],
+    }
+    assert first["lfu"]["why"] == "LFU evicts 7: used 1 time since it came, the fewest."
+    assert first["random"]["why"] == f"random evicts {first['random']['evicted']}."
+    for policy, far in (("lru", min), ("fifo", min), ("belady", lambda xs, key: max(xs, key=key))):
+        for step in steps[policy]:
+            if step["arcs"]:
+                judged = dict(step["arcs"])
+                assert step["evicted"] == far(judged, key=lambda e: judged[e] if judged[e] is not None else 99)

@@ -11,6 +11,8 @@ import urllib.request
 
 import pytest
 
+import widget_page
+
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 FLAGS = (
     "--no-sandbox",
@@ -154,6 +156,20 @@ def new_page(browser):
     yield open_page
     for context in contexts:
         context.close()
+
+
+@pytest.fixture
+def mount(new_page):
+    """A function that shows a widget in an empty page and returns the page, with its complaints."""
+
+    def show(widget, dark=False, width=900, still=False, inert=False):
+        page = new_page(width, 700, dark)
+        if still:
+            page.emulate_media(reduced_motion="reduce")
+        widget_page.mount(page, widget, inert)
+        return page
+
+    return show
 
 
 @pytest.fixture

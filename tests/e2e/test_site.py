@@ -5,7 +5,9 @@ import re
 import pytest
 
 import badges
+import chapter_rules
 import widget_states
+from widget_page import contrasts
 
 pytestmark = pytest.mark.e2e
 
@@ -153,10 +155,89 @@ def test_stepper_lives_in_a_page_from_the_disk(open_page):
     assert page.complaints == []
 
 
+def test_the_race_runs_in_a_page_from_the_disk(open_page):
+    page = open_page("notebooks/00_start_here.html")
+    race = page.locator(".mixoff-race")
+    race.get_by_role("combobox", name="speed").select_option("4")
+    race.get_by_role("button", name="Start the race").focus()
+    page.keyboard.press("Enter")
+    page.wait_for_function("() => document.querySelectorAll('.mixoff-race .pane.done').length === 3")
+    assert race.locator(".pane").first.get_attribute("class") == "pane", "without a cache it still types"
+    assert page.locator(".mixoff-cache").get_attribute("data-mode") == "replay" and page.complaints == []
+
+
+EXPERIMENTS = {
+    "01_router": (".mixoff-swap", "rank of one expert", "ranks"),
+    "03_quantization": (".mixoff-outlier", "value of the outlier", "scale"),
+}
+
+
+@pytest.mark.parametrize("chapter", EXPERIMENTS)
+def test_experiments_answer_in_a_page_from_the_disk(open_page, chapter):
+    root, slider, figure = EXPERIMENTS[chapter]
+    page = open_page(f"notebooks/{chapter}.html")
+    before = page.locator(root).get_attribute(f"data-{figure}")
+    page.locator(root).get_by_role("slider", name=slider).focus()
+    page.keyboard.press("End")
+    assert page.locator(root).get_attribute(f"data-{figure}") != before and page.complaints == []
+
+
+def test_a_vote_is_held_in_a_page_from_the_disk(open_page):
+    page = open_page("notebooks/05_mixed_quantization.html")
+    for _ in range(8):
+        page.locator(".mixoff-vote").get_by_role("button", name="Left").click()
+        if page.locator(".mixoff-vote .next").is_enabled():
+            page.locator(".mixoff-vote .next").click()
+    assert page.locator(".mixoff-vote").get_attribute("data-right") == "4", "half of the sides are left"
+
+
+def test_what_asks_a_kernel_is_a_still_picture_and_says_so(open_page):
+    page = open_page("notebooks/02_vram_arithmetic.html")
+    explorer = page.locator(".mixoff-explorer")
+    assert explorer.locator("input:visible, select:visible").count() == 0 and explorer.locator(".tier").count() == 3
+    assert page.locator(".widget-note").bounding_box()["y"] < explorer.bounding_box()["y"]
+    assert "A still picture" in page.locator(".widget-note").inner_text() and page.complaints == []
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("chapter", ["00_start_here", "08_cache_policies", "09_live_cache"])
+def test_widgets_of_the_site_have_marks_that_stand_out_on_a_telephone_too(site, new_page, chapter, theme):
+    page = new_page(390, 800, theme == "dark")
+    page.goto((site / f"notebooks/{chapter}.html").as_uri())
+    roots = page.locator(".mixoff").evaluate_all("es => es.map(e => `.${e.classList[0]}`)")
+    assert roots
+    for root in roots:
+        found = contrasts(page, root)
+        assert {name: x for name, x in found.items() if x < 3} == {}, root
+        assert page.locator(root).evaluate("e => e.scrollWidth <= e.clientWidth && e.clientWidth <= 390"), root
+
+
 # ---------------------------------------------------------------- slides
 
+OUTSIDE = """() => Reveal.getSlides().filter(s => { Reveal.slide(Reveal.getIndices(s).h);
+    return s.scrollHeight > 730 || s.scrollWidth > 1110; }).map(s => s.innerText.slice(0, 60))"""
 
-def test_decks_hold_headings_figures_predictions_and_summaries_alone():
+
+def test_no_slide_is_a_bare_heading_and_exercises_have_their_contract():
+    pytest.importorskip("nbconvert", reason="the extra site is not installed")
+    import nb
+    import slides
+
+    for path in badges.chapters():
+        cells, chapter = slides.deck(nb.read(path)).cells, nb.read(path)
+        for cell, following in zip(cells, [*cells[1:], None], strict=True):
+            bare = len([line for line in cell.source.splitlines() if line.strip()]) < 2
+            goes_on = following is not None and following.metadata.slideshow.slide_type == "-"
+            assert not bare or goes_on or cell.cell_type == "code" or cell.source.startswith("<pre>"), cell.source
+        text = "\n".join(cell.source for cell in cells)
+        for i in chapter_rules.tagged(chapter, "exercise"):
+            name = re.search(r"`[^`]+`", chapter.cells[i - 1].source.rpartition("### ")[2])[0]
+            assert name in text, f"{path.name}: the contract of {name}"
+    roofline = slides.deck(nb.read(next(path for path in badges.chapters() if path.name.startswith("10"))))
+    assert any('display="block"' in cell.source for cell in roofline.cells), "the key formula of chapter 10"
+
+
+def test_decks_hold_ideas_figures_predictions_exercises_and_summaries_alone():
     pytest.importorskip("nbconvert", reason="the extra site is not installed")
     import nb
     import slides
@@ -164,7 +245,7 @@ def test_decks_hold_headings_figures_predictions_and_summaries_alone():
     for path in badges.chapters():
         chapter = nb.read(path)
         deck = slides.deck(chapter)
-        images = [o for c in chapter.cells for o in c.get("outputs", ()) if "image/png" in o.get("data", {})]
+        images = [output for cell in chapter.cells for output in chapter_rules.figures(cell)]
         shown = [o for c in deck.cells for o in c.get("outputs", ())]
         assert shown == images, "every figure once, in order, and no other output"
         text = "\n".join(cell.source for cell in deck.cells)
@@ -197,6 +278,13 @@ def test_slide_types_follow_from_tags_unless_an_author_set_them():
     ]
 
 
+@pytest.mark.parametrize("path", badges.chapters(), ids=lambda path: path.stem)
+def test_everything_fits_its_slide(open_page, path):
+    page = open_page(f"slides/{path.stem}.html")
+    page.wait_for_function("() => window.Reveal && Reveal.isReady()")
+    assert page.evaluate(OUTSIDE) == []
+
+
 def test_a_deck_opens_from_the_disk_and_turns_its_pages(open_page):
     page = open_page("slides/09_live_cache.html")
     page.wait_for_function("() => window.Reveal && Reveal.isReady()")
@@ -204,9 +292,4 @@ def test_a_deck_opens_from_the_disk_and_turns_its_pages(open_page):
     for _ in range(3):
         page.keyboard.press("ArrowRight")
     assert page.evaluate("Reveal.getIndices().h") == 3
-    outside = page.evaluate(
-        """() => Reveal.getSlides().filter(s => { Reveal.slide(Reveal.getIndices(s).h);
-            return s.scrollHeight > 730 || s.scrollWidth > 1110; }).map(s => s.innerText.slice(0, 60))"""
-    )
-    assert outside == [], "everything fits its slide"
     assert page.complaints == []

@@ -11,8 +11,9 @@ import torch
 
 import mixoff
 from bytesless import gpu
-from counted import Calls, Kernels, card_of, looking, save_blocks
+from counted import Calls, card_of, looking, save_blocks
 from mixoff import kernels
+from mixoff.classroom.launches import Card
 from mixoff.kernels.triton import products
 from mixoff.loading import together
 from mixoff.planning import speed
@@ -38,7 +39,7 @@ def served(store, slots):
     """A model on a simulated device, once each expert was asked for; its card's launches, and the host's looks."""
     device, fast = Device(random.Random(0)), budget(store, slots)
     with (
-        card_of(Kernels()) as card,
+        card_of(Card()) as card,
         mock.patch.object(cuda, "pick", lambda name: device),
         mock.patch.object(Arena, "weights", products_of(device)),
         looking() as looks,
@@ -141,7 +142,7 @@ def test_a_chosen_expert_is_found_without_a_look(monkeypatch):
     monkeypatch.setattr(products, "loops", lambda: card)
     monkeypatch.setattr(products, "chip", lambda _: 75)
     monkeypatch.setattr(products, "on", lambda _: mock.MagicMock())
-    card, pair = Kernels(), (QTensor.empty((256, 64), 2, 32), QTensor.empty((64, 128), 2, 32))
+    card, pair = Card(), (QTensor.empty((256, 64), 2, 32), QTensor.empty((64, 128), 2, 32))
     with gpu():
         x, index = torch.zeros(1, 64, device="cuda"), torch.zeros(2, dtype=torch.long, device="cuda")
         found = products.Table(pair, torch.zeros(2, 8, dtype=torch.long, device="cuda"), (16, 16), 8).chosen(index)

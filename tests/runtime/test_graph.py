@@ -15,7 +15,7 @@ from transformers import StaticCache
 import mixoff
 import recorded
 from bytesless import gpu
-from counted import Calls, Kernels, Mixing, card_of, looking, save_blocks
+from counted import Calls, Card, Mixing, card_of, looking, save_blocks
 from mixoff.kernels.triton import products
 from mixoff.runtime import graph
 from mixoff.shapes.kv_cache import advance
@@ -131,7 +131,7 @@ def test_a_kept_result_is_not_overwritten(resident):
 
 def test_a_replayed_token_is_a_handful_of_calls(store, resident_bytes):
     """Its inputs and result are copied; the router's choice never comes to the host."""
-    with loaded(store, resident_bytes, Kernels()) as (model, device), looking() as looks:
+    with loaded(store, resident_bytes, Card()) as (model, device), looking() as looks:
         cache = begun(model)
         looks.clear()
         before, waits = device.replays, device.waits
@@ -146,7 +146,7 @@ def test_a_capture_needs_no_values(store, resident_bytes, monkeypatch):
     monkeypatch.setattr(cuda, "pick", lambda name: Idle())
     monkeypatch.setattr(products, "chip", lambda _: 75)
     monkeypatch.setattr(products, "on", lambda _: mock.MagicMock())
-    with card_of(Kernels()) as card, mixoff.load(store, resident_bytes, device="cuda", dtype="float32") as model:
+    with card_of(Card()) as card, mixoff.load(store, resident_bytes, device="cuda", dtype="float32") as model:
         runtime = model.mixoff
         assert runtime.residents.found(runtime)
         with mock.patch.object(products, "DEVICES", ("cpu", "cuda")), gpu():

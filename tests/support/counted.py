@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, MixtralConfig
 
 import mixoff
+from mixoff.classroom.launches import OUT, Card
 from mixoff.kernels.triton import products
 from mixoff.loading import together
 from mixoff.transfer.mailbox import Mailbox
@@ -25,25 +26,7 @@ def save_blocks(folder):
     return mixoff.convert(folder / "hub", folder / "store", scheme="mixed")
 
 
-OUT = {"linear": 2, "gated": 2, "rotate": 1, "dequantize": 1}  # the argument that a kernel writes to
-
-
-class Kernels:
-    """`products.loops()` of a card that computes nothing: results are zeros."""
-
-    def __init__(self):
-        self.launches = []
-
-    def __getattr__(self, name):
-        return mock.MagicMock(__getitem__=lambda _, grid: lambda *args, **named: self.launch(name, grid, args))
-
-    def launch(self, name, grid, args):
-        """Note a kernel, and the third dimension of its grid."""
-        args[OUT[name]].zero_()
-        self.launches.append((name, (*grid, 1, 1)[2]))
-
-
-class Mixing(Kernels):
+class Mixing(Card):
     """A card whose outputs depend on the activations, and on the first bytes of each matrix; in fp32."""
 
     def launch(self, name, grid, args):
@@ -64,7 +47,7 @@ class Mixing(Kernels):
 
 
 class Calls(TorchDispatchMode):
-    """Calls of ATen, but for views, which cost a card nothing, and for the zeros of `Kernels`."""
+    """Calls of ATen, but for views, which cost a card nothing, and for the zeros of a `Card`."""
 
     def __init__(self):
         super().__init__()

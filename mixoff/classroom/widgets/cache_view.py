@@ -10,7 +10,6 @@ from __future__ import annotations
 import base64
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import anywidget
@@ -21,7 +20,9 @@ from mixoff.cache.cache import ExpertCache
 from mixoff.cache.cells import CODES, EVICTED, HIT, MISS, Cells, Stats
 from mixoff.cache.events import HIT as GRANTED
 from mixoff.classroom import plots
+from mixoff.classroom.widgets import browser
 from mixoff.errors import MixoffError
+from mixoff.planning.hardware import NAMED
 from mixoff.units import format_nbytes
 
 if TYPE_CHECKING:
@@ -31,10 +32,10 @@ if TYPE_CHECKING:
     from mixoff.runtime.runtime import Runtime
     from mixoff.trace.trace import Trace
 
-HERE = Path(__file__).parent
 MAX_FPS = 20
 MAX_RECORDED = 2_000_000  # bytes of frames kept for replay; longer runs keep the last tokens
-RATES = 200  # hit rates in the sparkline
+LINK = {"GBps": (NAMED["t4"].link_Bps or 0) / 1e9, "source": "reported, T4"}
+SHOWN = 60  # words and bars next to a live grid
 
 
 def _text(data: bytes) -> str:
@@ -46,16 +47,20 @@ class CacheView(anywidget.AnyWidget):
 
     Live: create `view = CacheView(model.mixoff, tokenizer)`, display it, and call `model.generate(..., streamer=view)`
     inside `with view:`. The streamer shows tokens next to the grid, which moves without it as well. After the `with`
-    block the run can be replayed: play, step, scrub.
+    block the run can be replayed: play, step, scrub, a click on a word or a bar, and the history of any expert.
+
+    Missing experts fly over a link, drawn as wide as its bandwidth: of a run as measured, of a replay as reported for a
+    T4.
 
     hits, misses, nbytes: counts of decoding; the prompt is the first frame and is not counted.
     tokens: number of tokens of the run; the last MAX_RECORDED bytes of frames can be replayed.
     """
 
-    _esm = (HERE / "theme.js").read_text("utf-8") + (HERE / "cache_view.js").read_text("utf-8")
-    _css = HERE / "cache_view.css"
+    _esm = browser.module("cache_view")
+    _css = browser.style("cache_view")
     layers = traitlets.List(traitlets.Int()).tag(sync=True)  # numbers of the MoE layers
     experts = traitlets.Int().tag(sync=True)
+    link = traitlets.Dict().tag(sync=True)  # GBps, and whether that is `measured` or whose it is; empty if unknown
     live = traitlets.Dict().tag(sync=True)  # the newest frame
     recording = traitlets.Dict().tag(sync=True)  # all frames, for replay without a kernel
 
@@ -68,6 +73,8 @@ class CacheView(anywidget.AnyWidget):
         self._tokenizer, self._stop, self._due = tokenizer, None, 0.0
         self._token: int | None = None
         self._prompt_seen = self._dirty = False
+        self._lead = ""  # the prompt's text
+        self._link_s, self._link_nbytes, self._link_until = 0.0, 0, 0.0
         self.tokens = 0
         self._frames: list[bytes] = []
         self._stats: list[Stats] = []  # hits, misses, bytes, residents after each token
@@ -82,7 +89,7 @@ class CacheView(anywidget.AnyWidget):
         """The cache of `mixoff.simulate`, token by token. words: text of each token, shown next to the grid."""
         if scope not in ("layer", "global"):
             raise MixoffError(f"unknown scope {scope!r}: choose one of layer, global")
-        view = cls(layers=[int(layer) for layer in trace.layers], experts=trace.num_experts)
+        view = cls(layers=[int(layer) for layer in trace.layers], experts=trace.num_experts, link=LINK)
         L, E = len(trace.layers), trace.num_experts
         capacities = [min(slots, E)] * L if scope == "layer" else [min(slots, E) * L]
         cache = ExpertCache(capacities, policy)
@@ -137,14 +144,19 @@ class CacheView(anywidget.AnyWidget):
             self._token = event.token
         self._dirty = True
         self._cells.note(event)
+        if event.nbytes:
+            self._link_nbytes += event.nbytes
+            self._link_s += max(0.0, event.t1 - max(event.t0, self._link_until))  # fetches may overlap
+            self._link_until = max(self._link_until, event.t1)
 
     def put(self, ids: Any) -> None:
         """Streamer of transformers: receive the prompt, then one new token at a time."""
-        if not self._prompt_seen:
-            self._prompt_seen = True
-            return
-        text = "" if self._tokenizer is None else self._tokenizer.decode(ids.flatten().tolist())
-        self._end_token(text)
+        tokens, first = ids.flatten().tolist(), not self._prompt_seen
+        text = "" if self._tokenizer is None else self._tokenizer.decode(tokens, skip_special_tokens=first)
+        if first:
+            self._prompt_seen, self._lead = True, text
+        else:
+            self._end_token(text)
 
     def end(self) -> None:
         """Streamer of transformers: the text is complete."""
@@ -167,11 +179,17 @@ class CacheView(anywidget.AnyWidget):
         """Show the newest frame now."""
         if self._frames and self._stop is not None:
             self._due = time.monotonic() + 1 / MAX_FPS
-            rates = [h / (h + m) for h, m, _, _ in self._stats[-RATES:] if h + m]
+            counts = list(zip(self._stats[-SHOWN - 1 : -1], self._stats[-SHOWN:], strict=False))
+            if len(self._stats) <= SHOWN:
+                counts = [((0, 0, 0, 0), self._stats[0]), *zip(self._stats, self._stats[1:], strict=False)]
             self.live = {
                 "token": self.tokens - 1, "stats": self._stats[-1], "cells": _text(self._frames[-1]),
-                "words": self._words[-30:], "rates": [round(rate, 3) for rate in rates],
-            }  # fmt: skip
+                "words": self._words[-SHOWN:], "counts": [(b[0] - a[0], b[1] - a[1]) for a, b in counts],
+            } | self._prompt()  # fmt: skip
+
+    def _prompt(self) -> dict[str, Any]:
+        """The prompt's text, and its misses and bytes."""
+        return {"lead": self._lead, "prompt": (self._cells.prompt_misses, self._cells.prompt_nbytes)}
 
     def close(self) -> None:
         """Stop listening, then close the widget."""
@@ -196,7 +214,10 @@ class CacheView(anywidget.AnyWidget):
 
     def _publish_recording(self) -> None:
         first, cells = self.tokens - len(self._frames), _text(b"".join(self._frames))
-        self.recording = {"first": first, "cells": cells, "stats": self._stats, "words": self._words}
+        if self._link_s:
+            self.link = {"GBps": round(self._link_nbytes / self._link_s / 1e9, 1), "source": "measured"}
+        run = {"first": first, "cells": cells, "stats": self._stats, "words": self._words}
+        self.recording = run | self._prompt()
 
     # twins
 

@@ -3,13 +3,13 @@ const PARTS = ["backbone", "KV cache", "workspace", "experts", "kept free"];
 const UNITS = { experts: " bits", attention: " bits", group: " weights", context: " tokens" };
 const SLIDERS = { experts: "Bits of experts", attention: "Bits of attention", group: "Group size of experts", context: "Context", slots: "Slots of a layer" };
 const PREFIXES = ["B", "KiB", "MiB", "GiB", "TiB"];
-const PATIENCE_MS = 2000; // a first look at a large model takes longer
+const BUSY_MS = 400, PATIENCE_MS = 8000; // a first look at a large model takes a second or two
 const SLOWEST = 0.1, FASTEST = 100; // tokens/s, ends of the scale
 
 const FRAME = `
   <div class="controls" role="group" aria-label="plan">
-    <label><span>Model</span> <select data-name="model"></select></label>
-    <label><span>Machine</span> <select data-name="hardware"></select></label>
+    <label><span>Model</span> <select data-name="model"></select><output hidden></output></label>
+    <label><span>Machine</span> <select data-name="hardware"></select><output hidden></output></label>
   </div>
   <div class="verdict" aria-live="polite"></div>
   <div class="change" aria-live="polite"></div>
@@ -25,13 +25,10 @@ function size(n) { // three significant digits, as in Python
 
 function render({ model, el }) {
   const options = model.get("options");
-  const root = document.createElement("div");
-  root.className = "mixoff-explorer";
-  root.innerHTML = FRAME;
-  el.replaceChildren(root);
-  const $ = (name) => root.querySelector(name);
+  const { root, $, forget } = plant(el, "explorer", FRAME);
+  root.classList.toggle("still", el.inert); // on a page without a kernel: what was chosen, in words
   const control = (name) => $(`[data-name="${name}"]`);
-  let asked = model.get("choice").asked, silence = null;
+  let asked = model.get("choice").asked, silences = [];
 
   for (const [name, title] of Object.entries(SLIDERS)) {
     const label = document.createElement("label"), words = document.createElement("span");
@@ -64,6 +61,11 @@ function render({ model, el }) {
       control(name).setAttribute("aria-valuetext", words);
       control(name).parentElement.querySelector("output").textContent = words;
     }
+    for (const name of ["model", "hardware"]) {
+      const output = control(name).parentElement.querySelector("output");
+      output.hidden = !root.classList.contains("still");
+      output.textContent = chosen[name].split("/").at(-1);
+    }
   }
 
   function ask() {
@@ -71,8 +73,9 @@ function render({ model, el }) {
     label();
     root.dataset.asked = asked;
     root.setAttribute("aria-busy", "true");
-    clearTimeout(silence);
-    silence = setTimeout(() => { $(".verdict").textContent = "Waiting for the kernel. If none is running, run this cell again."; }, PATIENCE_MS);
+    silences.forEach(clearTimeout);
+    const later = (text, ms) => setTimeout(() => { $(".verdict").textContent = text; }, ms);
+    silences = [later("Working it out …", BUSY_MS), later("Waiting for the kernel. If none is running, run this cell again.", PATIENCE_MS)];
     model.set("choice", { ...read(), asked });
     model.save_changes();
   }
@@ -90,20 +93,24 @@ function render({ model, el }) {
   function onAnswer() {
     const answer = model.get("answer");
     if (answer.asked < asked) return; // a newer question is on its way
-    clearTimeout(silence);
+    silences.forEach(clearTimeout);
     root.setAttribute("aria-busy", "false");
     root.dataset.answered = answer.asked;
     root.dataset.error = answer.error || "";
     if (answer.error) {
       $(".verdict").textContent = answer.error;
-      $(".change").textContent = "";
+      clear();
       return root.classList.add("wrong");
     }
-    root.classList.toggle("wrong", !answer.fits);
+    root.classList.toggle("wrong", !answer.fits || answer.slow);
+    $(".band").hidden = false;
     control("slots").max = answer.experts;
+    control("context").max = answer.contexts - 1;
+    if (answer.lowered) control("context").value = options.context.indexOf(answer.lowered);
     label();
     $(".verdict").textContent = answer.verdict[0].toUpperCase() + answer.verdict.slice(1) + ".";
-    $(".change").textContent = answer.change ? `The smallest change that makes it fit: ${answer.change}.` : "";
+    const lowered = answer.lowered ? `The context is ${answer.lowered.toLocaleString("en")}, the longest here that this model was made for. ` : "";
+    $(".change").textContent = lowered + (answer.change ? `The smallest change that makes it fit: ${answer.change}.` : "");
     bars(answer.tiers);
     band(answer);
     const [fast, ...others] = answer.tiers, of = (name) => (others.find((tier) => tier.name === name) || { nbytes: 0 }).nbytes;
@@ -112,6 +119,12 @@ function render({ model, el }) {
       ramBytes: of("RAM"), diskBytes: of("disk"), storeBytes: answer.store, change: answer.change,
       low: answer.rates.low ?? "", expected: answer.rates.expected ?? "", high: answer.rates.high ?? "",
     });
+  }
+
+  function clear() { // nothing of the former plan stays next to an error
+    for (const name of [".change", ".tiers", ".legend"]) $(name).replaceChildren();
+    $(".band").hidden = true;
+    for (const name of ["fits", "resident", "slots", "fastBytes", "low", "expected", "high"]) delete root.dataset[name];
   }
 
   function bars(tiers) { // all on one scale, so that lengths compare
@@ -144,6 +157,7 @@ function render({ model, el }) {
   function piece(part, width, title) {
     const made = document.createElement("i");
     made.className = `part part${PARTS.indexOf(part)}`;
+    made.dataset.mark = part;
     made.style.width = width ? `${width}%` : "";
     made.title = title;
     return made;
@@ -162,16 +176,13 @@ function render({ model, el }) {
   }
 
   for (const field of root.querySelectorAll("[data-name]")) field[field.type === "range" ? "oninput" : "onchange"] = ask;
-  const dress = () => root.classList.toggle("mixoff-dark", isDark(el));
-  const forgetThemes = onTheme(dress);
   model.on("change:choice", onChoice);
   model.on("change:answer", onAnswer);
   onChoice();
   onAnswer();
-  requestAnimationFrame(dress);
   return () => {
-    clearTimeout(silence);
-    forgetThemes();
+    silences.forEach(clearTimeout);
+    forget();
     model.off("change:choice", onChoice);
     model.off("change:answer", onAnswer);
   };

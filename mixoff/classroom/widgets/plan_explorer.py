@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import anywidget
@@ -19,6 +18,7 @@ import traitlets
 import mixoff
 from mixoff import units
 from mixoff.classroom import plots
+from mixoff.classroom.widgets import browser
 from mixoff.errors import MixoffError
 from mixoff.planning import hardware as machines
 from mixoff.planning import plan as plans
@@ -40,7 +40,6 @@ if TYPE_CHECKING:
     from mixoff.planning.plan import Plan
     from mixoff.shapes.shape import ModelShape
 
-HERE = Path(__file__).parent
 MODELS = (
     "mistralai/Mixtral-8x7B-Instruct-v0.1", "mistralai/Mixtral-8x22B-Instruct-v0.1", "microsoft/Phi-3.5-MoE-instruct",
     "Qwen/Qwen3-30B-A3B", "Qwen/Qwen3-235B-A22B", "openai/gpt-oss-20b", "openai/gpt-oss-120b",
@@ -56,6 +55,7 @@ SCALES = {
     "group": GROUP_SIZES,
     "context": CONTEXTS,
 }
+SLOW = 1.0  # tokens/s
 PARTS = {"backbone": "", "KV cache": "..", "workspace": "xx", "experts": "//", "kept free": "--"}  # with hatches
 COLOURS = dict(zip(PARTS, plans.COLOURS.values(), strict=True))
 
@@ -67,7 +67,7 @@ class Choice:
     model: name that `mixoff.plan` takes.
     experts, attention: bits per weight; MIXED for experts as in the preset `mixed`.
     group: group size of the experts.
-    context: tokens in the KV cache.
+    context: tokens in the KV cache, at most as many as the model was made for.
     slots: slots per layer; 0 for as many as fit.
     hardware: name of a machine.
     """
@@ -103,6 +103,19 @@ def _precision(bits: float, group: int) -> Precision | None:
 def _shape(model: str, compute: str | None = None) -> ModelShape:
     """The shape of a model, in the dtype of a GPU; cached, because reading it takes seconds and a plan 10 ms."""
     return describe.shape_of(model) if compute is None else _shape(model).with_dtype(compute)
+
+
+def context_limit(model: str) -> int | None:
+    """Tokens that a model was made for at most; None if its configuration does not say."""
+    return getattr(_shape(model).config.get_text_config(), "max_position_embeddings", None)
+
+
+def within_limit(choice: Choice) -> Choice:
+    """The choice with the longest context of the scale that its model was made for, if its own is longer."""
+    limit = context_limit(choice.model)
+    if limit is None or choice.context <= limit:
+        return choice
+    return replace(choice, context=max((context for context in CONTEXTS if context <= limit), default=limit))
 
 
 def _needs(choice: Choice, machine: Hardware) -> Needs:
@@ -215,12 +228,19 @@ class Outcome:
     @property
     def verdict(self) -> str:
         """Whether it fits, in one sentence."""
-        held = f"{self.slots} of {self.plan.experts_per_layer} experts of each layer"
+        held = f"{self.slots} of {self.plan.experts_per_layer} experts of each layer in fast memory"
         if not self.fits:
-            return f"does not fit: {format_nbytes(self.lacking_nbytes)} too much with {held} in fast memory"
+            return f"does not fit: {format_nbytes(self.lacking_nbytes)} too much with {held}"
         if self.plan.resident:
             return "fits whole: every expert is in fast memory, so do not offload"
-        return f"fits, with {held} in fast memory"
+        if self.slow:
+            return f"fits with {held}, but is slow: a token takes {1 / self.rates['expected']:.2g} s"
+        return f"fits, with {held}"
+
+    @property
+    def slow(self) -> bool:
+        """Whether it runs at less than one token per second."""
+        return self.rates.get("expected", SLOW) < SLOW
 
     @property
     def rates(self) -> dict[str, float]:
@@ -246,13 +266,19 @@ class Outcome:
             {"text": str(t), "name": t.name, "limit": t.limit, "nbytes": t.nbytes, "parts": list(t.parts.items())}
             for t in self.tiers
         ]
-        words = {name: getattr(self, name) for name in ("fits", "slots", "verdict", "speed", "change")}
-        figures = {"experts": self.plan.experts_per_layer, "store": self.plan.bytes["store"]}
+        words = {name: getattr(self, name) for name in ("fits", "slots", "slow", "verdict", "speed", "change")}
+        limit = context_limit(self.choice.model)
+        contexts = sum(limit is None or context <= limit for context in CONTEXTS)
+        figures = {"experts": self.plan.experts_per_layer, "store": self.plan.bytes["store"], "contexts": contexts}
         return words | figures | {"resident": self.plan.resident and self.fits, "tiers": tiers, "rates": self.rates}
 
 
 def explore(choice: Choice) -> Outcome:
-    """Plan a choice. Raises MixoffError for one that cannot be planned."""
+    """Plan a choice. Raises MixoffError for one that cannot be planned, or whose context is beyond the model."""
+    limit = context_limit(choice.model)
+    if limit is not None and choice.context > limit:
+        made_for = f"longer than {choice.model} was made for: give {limit:,} tokens or fewer"
+        raise MixoffError(f"a context of {choice.context:,} is {made_for}")
     machine = probe.named(choice.hardware)
     needs = _needs(choice, machine)
     choice = replace(choice, slots=min(choice.slots, max(site.num_experts for site in needs.sizes.sites)))
@@ -286,8 +312,8 @@ class PlanExplorer(anywidget.AnyWidget):
     planned.
     """
 
-    _esm = (HERE / "theme.js").read_text("utf-8") + (HERE / "plan_explorer.js").read_text("utf-8")
-    _css = HERE / "plan_explorer.css"
+    _esm = browser.module("plan_explorer")
+    _css = browser.style("plan_explorer")
     options = traitlets.Dict().tag(sync=True)
     choice = traitlets.Dict().tag(sync=True)  # fields of Choice, and `asked`, the number of the question
     answer = traitlets.Dict().tag(sync=True)  # the outcome, or an `error`, and the number of its question
@@ -296,7 +322,7 @@ class PlanExplorer(anywidget.AnyWidget):
         self.outcome = explore(Choice(model, **controls))
         choice = self.outcome.choice
         options = SCALES | {"model": _with(MODELS, model), "hardware": _with(machines.NAMED, choice.hardware)}
-        answer = self.outcome.to_dict() | {"asked": 0}
+        answer = self.outcome.to_dict() | {"asked": 0, "lowered": 0}
         super().__init__(options=options, choice=asdict(choice) | {"asked": 0}, answer=answer)
         self.observe(self._answer, "choice")
 
@@ -304,11 +330,12 @@ class PlanExplorer(anywidget.AnyWidget):
         """Answer the browser, with a reason for a choice that cannot be planned."""
         asked, values = self.choice.get("asked", 0), {k: v for k, v in self.choice.items() if k != "asked"}
         try:
-            self.outcome = explore(Choice(**values))
+            self.outcome = explore(within_limit(Choice(**values)))
         except MixoffError as error:
             self.answer = {"error": str(error), "asked": asked}
         else:
-            self.answer = self.outcome.to_dict() | {"asked": asked}
+            lowered = self.outcome.choice.context if self.outcome.choice.context < values["context"] else 0
+            self.answer = self.outcome.to_dict() | {"asked": asked, "lowered": lowered}
 
     def summary(self) -> str:
         """The choice and its outcome, in one line."""
@@ -345,7 +372,7 @@ def _draw(ax: Axes, row: int, tier: Tier) -> None:
         start += nbytes / units.GIB
     if tier.limit is not None:
         limit = tier.limit / units.GIB
-        ax.plot([limit, limit], [row - 0.4, row + 0.4], "k--")
+        ax.plot([limit, limit], [row - 0.4, row + 0.4], "--", color=plots.INK)
         ax.annotate(f"has {limit:.1f}", (limit, row - 0.42), ha="center", va="bottom", fontsize=8)
     if start == 0:
         ax.annotate(" nothing", (0, row), va="center", fontsize=8, color=plots.LINE)

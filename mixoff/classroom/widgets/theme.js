@@ -22,8 +22,43 @@ function onTheme(fn) {
   };
 }
 
+// whether the reader asked the system for less motion
+const isStill = () => matchMedia("(prefers-reduced-motion: reduce)").matches;
+
 // JupyterLab takes arrows (headings) and Enter (edit mode) for its own, but from controls with this attribute.
 function keepKeys(root) {
-  for (const control of root.querySelectorAll("button, input, select")) control.dataset.lmSuppressShortcuts = "true";
+  for (const control of root.querySelectorAll("button, input, select, [tabindex]")) control.dataset.lmSuppressShortcuts = "true";
 }
 
+// an element with properties and children; names with a dash are attributes
+function make(name, properties = {}, ...children) {
+  const made = document.createElement(name);
+  for (const [key, value] of Object.entries(properties)) {
+    if (key.includes("-") || key === "role") made.setAttribute(key, value);
+    else if (key === "data") Object.assign(made.dataset, value);
+    else made[key] = value;
+  }
+  made.append(...children);
+  return made;
+}
+
+// an element of a drawing, with attributes and a text
+function svg(name, attributes, text) {
+  const space = make("div", { innerHTML: "<svg></svg>" }).firstChild.namespaceURI, made = document.createElementNS(space, name);
+  for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
+  if (text !== undefined) made.textContent = text;
+  return made;
+}
+
+// the root of a widget in `el`, with its theme kept up to date; `redress` is called after a change of theme
+function plant(el, name, frame, redress = () => {}) {
+  const root = make("div", { className: `mixoff-${name} mixoff`, innerHTML: frame });
+  el.replaceChildren(root);
+  keepKeys(root);
+  const dress = () => {
+    root.classList.toggle("mixoff-dark", isDark(el));
+    redress();
+  };
+  requestAnimationFrame(dress); // now that it stands in the page, whose theme it takes
+  return { root, $: (selector) => root.querySelector(selector), forget: onTheme(dress), dress };
+}

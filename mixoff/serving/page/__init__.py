@@ -14,7 +14,7 @@ FILES = {
     "/page.js": ("text/javascript", (HERE / "page.js",)),
     "/page.css": ("text/css", (HERE / "page.css",)),
     "/grid.js": ("text/javascript", (WIDGETS / "theme.js", WIDGETS / "cache_view.js")),
-    "/grid.css": ("text/css", (WIDGETS / "cache_view.css",)),
+    "/grid.css": ("text/css", (WIDGETS / "theme.css", WIDGETS / "cache_view.css")),
 }
 # nothing from elsewhere, and no frame of another site around the page
 POLICY = "default-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; frame-ancestors 'none'"
