@@ -36,16 +36,16 @@ from mixoff.loading.load import measured as measured_sizes
 from mixoff.planning import probe, speed
 from mixoff.planning.hardware import NAMED, Hardware
 from mixoff.quantize.tensor import QTensor
-from mixoff.runtime.backend import to_host
-from mixoff.shapes.kv_cache import advance
+from mixoff.shapes.kv_cache import advance, begin
 from mixoff.transfer import cuda
+from mixoff.transfer.mailbox import Mailbox
 from mixoff.units import GB, GIB, MIB
 
 ROOT = Path(__file__).resolve().parent.parent
 VERSIONS = ("torch", "triton", "transformers", "numba", "mixoff")
 TOKENS = 24  # decoded per setting; the first half only warms up
 SHARES = (1.0, 0.6, 0.3)  # of all experts, for which there are slots
-CALLS = ("cudaLaunchKernel", "cuLaunchKernel", "cuLaunchKernelEx", "cudaLaunchKernelExC")
+CALLS = ("cudaLaunchKernel", "cuLaunchKernel", "cuLaunchKernelEx", "cudaLaunchKernelExC", "cudaGraphLaunch")
 SYNCS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
 
 
@@ -75,6 +75,13 @@ class Host:
     def unpin(self, memory: torch.Tensor) -> None: ...
 
     def synchronize(self) -> None: ...
+
+    def event(self) -> Host:
+        return self
+
+    computing = event
+
+    def record_event(self, event: Host) -> None: ...
 
     def copy(self, stream: None, target: torch.Tensor, source: torch.Tensor) -> None:
         target.copy_(source)
@@ -178,13 +185,15 @@ def host(bench: Bench) -> Iterator[Row]:
     where = bench.device.where
     x, w = torch.zeros(1, 4096, dtype=bench.dtype, device=where), QTensor.empty((4096, 4096), 4, 64).to(where)
     chosen, weights = torch.tensor([[3, 1]], device=where), torch.zeros(1, 2, dtype=bench.dtype, device=where)
+    box = Mailbox(bench.device)
     calls = {
         "an addition": lambda: torch.add(x, x),
         "a product with 4 bits": lambda: kernels.linear(x, w),
-        "a router's choice brought to the host": lambda: to_host(chosen, weights),
+        "a router's choice brought to the host": lambda: box.bring(chosen, weights),
     }
     for name, work in calls.items():
         yield Row("host", name, "us", 1e6 * bench.host_seconds(work, bench.size(200, 3)))
+    box.close()
 
 
 def tests(bench: Bench) -> Iterator[Row]:
@@ -257,6 +266,8 @@ def tokens(bench: Bench) -> Iterator[Row]:
                 asked = max(info.hits + info.misses, 1)
                 made = speed.predict(store, None, machine, info.hits / asked)
                 yield Row("tokens", what, "tokens/s", 1 / took, made.tokens_per_s)
+                replayed = float(info.decode == "one graph per token")
+                yield Row("tokens", f"{what}: one graph per token", "", replayed, float(bench.on_card and share == 1))
                 if bench.on_card:
                     yield from profiled(model, what)
             first = said if first is None else first
@@ -272,7 +283,7 @@ SECTIONS = (link, overlap, host, tests, products, again, tokens)
 def decode(model: Any, count: int) -> tuple[float, list[bytes]]:
     """Median seconds of the later half of `count` tokens, and their logits as bytes."""
     ids = torch.arange(5, 37, device=model.device)[None] % model.config.vocab_size
-    _, cache = advance(model, ids, logits_to_keep=1)
+    _, cache = advance(model, ids, begin(model, 32 + count), logits_to_keep=1)
     took, said = [], []
     for i in range(count):
         start = time.perf_counter()
@@ -288,8 +299,9 @@ def profiled(model: Any, what: str) -> Iterator[Row]:
     """Launches, synchronisations and the card's own time per token."""
     from torch.profiler import ProfilerActivity, profile
 
-    ids = torch.tensor([[7]], device=model.device)
-    _, cache = advance(model, ids)
+    ids, cache = torch.tensor([[7]], device=model.device), begin(model, 8)
+    for _ in range(4):  # a prompt, a token that warms up, one that is captured, one more
+        _, cache = advance(model, ids, cache)
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
         for _ in range(2):
             _, cache = advance(model, ids, cache)

@@ -45,7 +45,7 @@ WORKSHOPS = (
     Workshop("90-minute", 90),
     Workshop("half-day", 210, breaks=((100, 20, "Break"),)),
     Workshop("one-day", 480, 10, 10, DAY),
-    Workshop("second-day", 360, 10, 10, ((70, 15, "Break"), (135, 10, "Break"), (205, 60, "Lunch")), after="one-day"),
+    Workshop("second-day", 480, 10, 10, DAY, after="one-day"),
 )
 
 

@@ -43,8 +43,8 @@ def pytest_unconfigure(config):
 # Files of a minute or more, longest first. The workers of pytest-xdist take file by file in this order (`go.py`), then
 # chapters, then all else, so that none is left alone with a long one at the end.
 LONGEST = (
-    *("test_kernels", "test_chapters_in_browser", "test_families", "test_quantize", "test_offload", "test_cli"),
-    *("test_notebooks", "test_schemes", "test_conversion", "test_cuda", "test_calibrated", "test_triton"),
+    *("test_kernels", "test_emulated", "test_chapters_in_browser", "test_families", "test_quantize", "test_offload"),
+    *("test_cli", "test_notebooks", "test_schemes", "test_conversion", "test_cuda", "test_calibrated", "test_triton"),
     *("test_model_files", "test_plan", "test_hub", "test_other_systems", "test_kept", "test_site", "test_quarantine"),
 )
 

@@ -27,7 +27,7 @@ from mixoff.planning import probe
 from mixoff.shapes.config import configured_top_k as top_k
 from mixoff.shapes.config import expert_modules, read_config
 from mixoff.shapes.config import skeleton as skeleton_of
-from mixoff.shapes.kv_cache import advance
+from mixoff.shapes.kv_cache import advance, begin
 from mixoff.store.source import Source
 from mixoff.transfer.arena import view
 
@@ -123,7 +123,7 @@ class Session:
     def decode(self, prompt: torch.Tensor, tokens: torch.Tensor) -> Run:
         """Run `prompt` (T,) at once, then each of `tokens` (T,) alone."""
         read_before = limits.read_nbytes()
-        prompt_s, cache = self._step(prompt, None)
+        prompt_s, cache = self._step(prompt, begin(self.model, len(prompt) + len(tokens)))
         read_between, moved_between = limits.read_nbytes(), self._moved_nbytes()
         token_s, python_s = [], []
         for token in tokens:
@@ -255,7 +255,7 @@ class Phases:
     def compiled(self) -> bool:
         """Whether programs compute whole layers of single tokens."""
         step = getattr(getattr(self.model, "mixoff", None), "step", None)
-        return step is not None and any(layer.experts is not None for layer in step.layers)
+        return any(layer.experts is not None for layer in getattr(step, "layers", ()))
 
     def _wrap(self, layer: Any, method: str, phase: str) -> None:
         """Time a method of a layer of the decode step."""

@@ -6,11 +6,17 @@ and nothing else costs time. So the result says which way is best, and a speed t
 
 from __future__ import annotations
 
+import json
 import math
+import subprocess
+import sys
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from mixoff.errors import MixoffError
 from mixoff.shapes.sizes import Sizes
 from mixoff.trace.routers import Router
 
@@ -114,3 +120,15 @@ def best(of: Workload, on: Machine) -> tuple[str, float]:
     found = seconds(of, on)
     way = min(found, key=found.__getitem__)
     return (way, found[way]) if found[way] < math.inf else ("none", math.inf)
+
+
+def run_ranks(path: str | Path, prompt: str, ranks: int, fast_bytes: str, new_tokens: int) -> dict[str, Any]:
+    """What `mixoff run --json` reports from so many processes, each with a budget of its own, on this machine."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    asked = ["run", str(path), "--raw", "--prompt", prompt, "--fast-bytes", fast_bytes, "--device", "cpu"]
+    command = [*torchrun, "-m", "mixoff", *asked, "--max-new-tokens", str(new_tokens), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        said = [line for line in done.stderr.splitlines() if line.startswith("mixoff: ")]
+        raise MixoffError(f"the ranks ended with an error: {said[0] if said else done.stderr[-500:]}")
+    return json.loads(done.stdout)

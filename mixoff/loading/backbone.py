@@ -10,6 +10,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from mixoff.checkpoints import backbone
 from mixoff.errors import CheckpointError
 from mixoff.loading import attention, layers
+from mixoff.runtime import backend
 from mixoff.shapes.config import expert_modules, model_class, read_config
 from mixoff.store.source import Source, open_backbone
 from mixoff.transfer import streams
@@ -29,7 +30,7 @@ def load_backbone(
                 config=config,
                 state_dict=tensors,
                 dtype=compute,
-                experts_implementation="mixoff",
+                experts_implementation=backend.NAME,
                 output_loading_info=True,
             )
             model.generation_config = _generation_config(source.folder)

@@ -16,6 +16,7 @@ from mixoff.kernels.cpu.threads import borrow, give_back
 from mixoff.loading import layers, overflow, refusals
 from mixoff.loading.passes import wrap
 from mixoff.loading.rescue import guard
+from mixoff.runtime.graph import Graphs
 from mixoff.runtime.runtime import Runtime
 from mixoff.runtime.step import Step
 from mixoff.shapes.config import expert_modules
@@ -135,7 +136,7 @@ def bind(model: PreTrainedModel, runtime: Runtime, loaded: bool = True, decode: 
     """
     dtype = refusals.dtype_of(model.base_model)
 
-    def before(backbone: torch.nn.Module, args: tuple, kwargs: dict) -> None:
+    def note_pass(backbone: torch.nn.Module, args: tuple, kwargs: dict) -> None:
         ids = read_by(args, kwargs)
         if ids is not None:
             refusals.check(backbone, dtype, ids.device.type, loaded)
@@ -143,8 +144,9 @@ def bind(model: PreTrainedModel, runtime: Runtime, loaded: bool = True, decode: 
             _note_pass(runtime, ids, kwargs)
 
     with refusals.serve(model, runtime, loaded) as undo:
-        undo.callback(model.base_model.register_forward_pre_hook(before, with_kwargs=True).remove)
-        if any(isinstance(module, layers.QuantizedLinear) for module in model.modules()):
+        undo.callback(model.base_model.register_forward_pre_hook(note_pass, with_kwargs=True).remove)
+        on_cpu = runtime.device is None
+        if on_cpu and any(isinstance(module, layers.QuantizedLinear) for module in model.modules()):
             undo.callback(lend(model.base_model))
         ask = None
         if runtime.guesses.active:
@@ -153,9 +155,12 @@ def bind(model: PreTrainedModel, runtime: Runtime, loaded: bool = True, decode: 
             undo.push(routers.attach())
             ask = routers.ask if None not in routers.routers else None
         quantized = runtime.source.scheme.experts is not None and not runtime.exact
-        if decode == "compiled" and quantized and runtime.device is None and products.loops() is not None:
+        if decode == "compiled" and quantized and on_cpu and products.loops() is not None:
             undo.push(compile_step(model, runtime, ask))
-        if runtime.ranks.count == 1:  # ranks stay in step, and a pass that one of them repeats would not be
+        alone = runtime.ranks.count == 1
+        if decode == "compiled" and quantized and not on_cpu and alone:
+            undo.push(capture_tokens(model, runtime))
+        if alone:  # ranks stay in step, and a pass that one of them repeats would not be
             undo.push(guard(model, runtime))
         if dtype == torch.float16:
             undo.callback(overflow.watch(model).remove)
@@ -178,6 +183,15 @@ def compile_step(model: PreTrainedModel, runtime: Runtime, ask: Callable | None)
     if step.compiles_head():
         undo.callback(wrap(model.get_output_embeddings(), step.head))
     runtime.step = step
+    undo.callback(setattr, runtime, "step", None)
+    return undo
+
+
+def capture_tokens(model: PreTrainedModel, runtime: Runtime) -> ExitStack:
+    """Let a card replay single tokens as graphs (`runtime.graph`) where it can; closing the result ends it."""
+    undo, graphs = ExitStack(), Graphs(model, runtime)
+    undo.callback(wrap(model, graphs.around))
+    runtime.step = graphs
     undo.callback(setattr, runtime, "step", None)
     return undo
 

@@ -102,8 +102,9 @@ def load(
     context: tokens for whose keys and values a GPU's memory is kept free
     kv_bits: 4 or 8 bits for keys and values in `generate`, by transformers' own quantized cache (extra `kv`: hqq);
         None keeps them in the dtype of the computation, which is exact
-    decode: `"compiled"` computes single tokens by compiled programs where a quantized model on a CPU allows it
-        (`runtime.step`), `"modules"` by transformers' modules; last bits differ
+    decode: `"compiled"` computes single tokens of a quantized model by compiled programs on a CPU (`runtime.step`),
+        whose last bits differ, and as one CUDA graph on a GPU (`runtime.graph`), where that is possible;
+        `"modules"` by transformers' modules
     shard: True serves this process's share of the experts, in a group of torch.distributed or started by torchrun:
         all ranks must then make the same calls, and the budgets are those of one rank
     """

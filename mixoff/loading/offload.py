@@ -24,6 +24,7 @@ from mixoff.loading.hooks import bind, checked
 from mixoff.loading.load import choose_io
 from mixoff.quantize.scheme import Scheme
 from mixoff.quantize.tensor import QTensor
+from mixoff.runtime import backend
 from mixoff.runtime.runtime import Runtime
 from mixoff.shapes.config import backbone_roles, expert_modules, expert_sites, likely_top_k
 from mixoff.shapes.sites import Site, quantized_sites, stride, torch_dtype
@@ -291,6 +292,6 @@ def _switch(model: nn.Module, modules: list[nn.Module], undo: ExitStack) -> None
         setattr(thing, name, value)
 
     for config in {id(module.config): module.config for module in modules}.values():
-        change(config, "_experts_implementation_internal", "mixoff")
+        change(config, "_experts_implementation_internal", backend.NAME)
     if getattr(model, "generation_config", None) is not None:
         change(model.generation_config, "disable_compile", True)

@@ -11,13 +11,14 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from mixoff.errors import BudgetError
 from mixoff.loading.passes import wrap
 from mixoff.pages import out_of_memory
 from mixoff.shapes.kv_cache import CACHE_NAMES
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from transformers import PreTrainedModel
 
     from mixoff.runtime.runtime import Runtime
@@ -32,6 +33,7 @@ def guard(model: PreTrainedModel, runtime: Runtime) -> ExitStack:
         given = bound.arguments | bound.kwargs
         cache: Any = next((given[name] for name in CACHE_NAMES if given.get(name) is not None), None)
         length = cache.get_seq_length() if hasattr(cache, "get_seq_length") else None  # other caches have no length
+        length = length.clone() if isinstance(length, torch.Tensor) else length  # a static cache counts in place
         while (done := _attempt(lambda: forward(*args, **kwargs)))[1] is not None:
             runtime.make_room(done[1])
             _cut_back(cache, length)
@@ -52,23 +54,26 @@ def _attempt(work: Callable[[], Any]) -> tuple[Any, str | None]:
         return None, why
 
 
-def _cut_back(cache: object, length: int | None) -> None:
+def _cut_back(cache: object, length: int | torch.Tensor | None) -> None:
     """Drop what the failed pass added to the cache. Raises BudgetError for a cache that cannot be cut back."""
     if cache is None:
         return
-    from transformers.cache_utils import DynamicCache, DynamicLayer
+    from transformers.cache_utils import DynamicLayer, StaticLayer
 
-    if not isinstance(cache, DynamicCache) or any(type(layer) is not DynamicLayer for layer in cache.layers):
+    layers = getattr(cache, "layers", None)
+    if layers is None or any(type(layer) not in (DynamicLayer, StaticLayer) for layer in layers):
         where = "" if length is None else f" at token {length}"
         raise BudgetError(
             f"memory ran out{where}, and this model's cache ({type(cache).__name__}) cannot be cut back to "
             "repeat the pass; slots were freed meanwhile, so generate again, with a shorter context or fewer bits"
         )
-    for layer in cache.layers:  # the meaning of `crop` differs between versions of transformers
-        if layer.is_initialized:
+    for layer in layers:  # the meaning of `crop` differs between versions of transformers
+        if isinstance(layer, StaticLayer):
+            layer.cumulative_length.copy_(torch.as_tensor(length))  # what is beyond will be written again
+        elif layer.is_initialized:
             layer.keys, layer.values = (_first(t, length) for t in (layer.keys, layer.values))
 
 
-def _first(t: Tensor, length: int | None) -> Tensor:
+def _first(t: torch.Tensor, length: int | None) -> torch.Tensor:
     """The first entries of keys or values (..., length, width); zero of them take no memory."""
     return t[..., :length, :] if length and t.numel() else t.new_empty(0)

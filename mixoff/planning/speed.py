@@ -8,8 +8,9 @@ independent, so a layer has m of them with the binomial probability; during the 
 computed. With guesses, which span layers, the events of a `Step` are simulated instead. The hit rate is given: no
 policy is modelled.
 
-With a card, the host queues a layer's launches while the card computes, so the longer of both counts: term `host` is
-what the card's work does not hide. A miss whose victim is copied back uses the link in both directions.
+With a card, the host queues launches while the card computes, so the longer of both counts: term `host` is what the
+card's work does not hide. Where every quantized expert has a slot, a token is one graph (`runtime.graph`). A miss whose
+victim is copied back uses the link in both directions.
 """
 
 from __future__ import annotations
@@ -56,7 +57,9 @@ class Efficiency:
     fixed_slows: additional share of fixed work on a core that takes twice `python_s`
     products_slow: likewise for products of quantized weights
     host_s: work of the host for a layer on a machine with a card, while the card computes
-    host_expert_s: likewise for an expert
+    host_miss_s: likewise for a miss
+    host_token_s: likewise for a token, in addition to its layers
+    graph_s: likewise for a whole token that is replayed as one graph
     back_slows: share of its time by which a copy back slows a copy to the card: 0 if the link carries both at once, 1
         if they take turns
     """
@@ -74,7 +77,9 @@ class Efficiency:
     fixed_slows: float = 0.0
     products_slow: float = 0.0
     host_s: float = 0.0
-    host_expert_s: float = 0.0
+    host_miss_s: float = 0.0
+    host_token_s: float = 0.0
+    graph_s: float = 0.0
     back_slows: float = 0.0
 
     def on(self, hardware: Hardware) -> Efficiency:
@@ -102,9 +107,25 @@ def _even(share: float) -> dict[int | str, float]:
     return dict.fromkeys((2, 3, 4, 8, 16, 32, WIDENED), share)
 
 
+@dataclass(frozen=True)
+class Queued:
+    """What the host queues: calls of ATen, copies and graphs among them, and launches of our kernels."""
+
+    calls: int
+    launches: int = 0
+
+    def seconds(self, call_us: float, launch_us: float) -> float:
+        """The host's time, at so many microseconds each."""
+        return 1e-6 * (self.calls * call_us + self.launches * launch_us)
+
+
+# counted for Mixtral's layer, partly resident, with a static cache (tests/kernels/test_launches.py, docs/gpu.md); six
+# events of a miss count as two calls
+LAYER, MISS, TOKEN, GRAPH = Queued(54, 5), Queued(8, 3), Queued(57), Queued(48)
 GPU = (
-    "assumed: fused kernels that were never run on a GPU, and 40 calls of ATen and 8 products per layer of Mixtral "
-    "(counted) at the pace of Colab's processor; replace it by what `python3 go.py gpu` measures"
+    "counted: 54 calls of ATen and 5 kernels per layer of Mixtral, or one graph per token; assumed: their pace on "
+    "Colab's processor, and the speed of kernels that were never run on a GPU; replace it by what `python3 go.py gpu` "
+    "measures"
 )
 CPU = (
     "fitted to twelve measured settings on two cores of an Intel Xeon (AVX-512), benchmarks/time_check.py, and held "
@@ -134,7 +155,7 @@ def _times(efficiency: Efficiency, products: float, fixed: float) -> Efficiency:
 
 
 def _on_card(
-    share: float, layer_ms: float, expert_ms: float, host_ms: float, host_expert_ms: float, back_slows: float
+    share: float, layer_ms: float, expert_ms: float, call_us: float, launch_us: float, back_slows: float
 ) -> Efficiency:
     """A card's kernels at that share of its bandwidth, and the host's work for them."""
     return Efficiency(
@@ -142,17 +163,19 @@ def _on_card(
         layer_s=layer_ms / 1000,
         expert_s=expert_ms / 1000,
         source=GPU,
-        host_s=host_ms / 1000,
-        host_expert_s=host_expert_ms / 1000,
+        host_s=LAYER.seconds(call_us, launch_us),
+        host_miss_s=MISS.seconds(call_us, launch_us),
+        host_token_s=TOKEN.seconds(call_us, launch_us),
+        graph_s=GRAPH.seconds(call_us, launch_us),
         back_slows=back_slows,
     )
 
 
 EFFICIENCY = {
     "cuda": {
-        "low": _on_card(0.25, layer_ms=0.35, expert_ms=0.05, host_ms=1.7, host_expert_ms=0.12, back_slows=1.0),
-        "expected": _on_card(0.5, layer_ms=0.2, expert_ms=0.03, host_ms=1.3, host_expert_ms=0.09, back_slows=0.2),
-        "high": _on_card(0.8, layer_ms=0.12, expert_ms=0.015, host_ms=0.75, host_expert_ms=0.05, back_slows=0.0),
+        "low": _on_card(0.25, layer_ms=0.35, expert_ms=0.05, call_us=20, launch_us=43, back_slows=1.0),
+        "expected": _on_card(0.5, layer_ms=0.2, expert_ms=0.03, call_us=15.5, launch_us=33, back_slows=0.2),
+        "high": _on_card(0.8, layer_ms=0.12, expert_ms=0.015, call_us=9, launch_us=19, back_slows=0.0),
     },
     "cpu": {"low": _times(HERE, 0.6, 2.0), "expected": HERE, "high": _times(HERE, 1.5, 0.6)},
 }
@@ -238,6 +261,8 @@ def predict(
     sizes, compute = sizes_of(shape, scheme), compute_dtype(hardware, shape.dtype)
     background = sizes.slot_nbytes >= BACKGROUND_FROM if background is None else background
     terms = _computing(sizes, compute, hardware, efficiency, recall is not None)
+    if hardware.device == "cuda":
+        terms["host"] = max(0.0, _queueing(sizes, compute, efficiency, hit_rate) - sum(terms.values()))
     copied = ram_share * (1 - hit_rate) if hardware.device == "cpu" and background else 0.0  # at once: counts as hits
     fetch_s = sizes.requested() / sum(shape.top_k) / miss_Bps(hardware, 0.0 if copied else ram_share)
     if hardware.link_Bps:
@@ -263,21 +288,26 @@ def predict(
 def _computing(
     sizes: Sizes, compute: str, hardware: Hardware, efficiency: Efficiency, guesses: bool
 ) -> dict[str, float]:
-    """Seconds per token by kind of work; `host` is what the card's work does not hide."""
+    """Seconds per token by kind of work, without waiting for the host or for misses."""
     experts = efficiency.seconds(_widened(sizes.touched_experts(), compute), hardware.fast_Bps)
     layers, backbone = sizes.shape.config.get_text_config().num_hidden_layers, sizes.touched_backbone(compute)
     evicting = min(1.0, (sum(backbone.values()) + sum(sizes.touched_experts().values())) / layers / EVICTING)
     layer_s = efficiency.layer_s + (hardware.threads > 1) * efficiency.shared_s + evicting * efficiency.cold_s
     fixed = layers * layer_s + efficiency.token_s
-    terms = {
+    return {
         "backbone": efficiency.seconds(backbone, hardware.fast_Bps),
         "experts": experts + sum(sizes.shape.top_k) * efficiency.expert_s,
         "fixed": fixed + guesses * (len(sizes.sites) - 1) * efficiency.guess_s,
     }
-    if hardware.device == "cuda":
-        host = layers * efficiency.host_s + sum(sizes.shape.top_k) * efficiency.host_expert_s
-        terms["host"] = max(0.0, host - sum(terms.values()))
-    return terms
+
+
+def _queueing(sizes: Sizes, compute: str, efficiency: Efficiency, hit_rate: float) -> float:
+    """Seconds per token of a card's host; 16-bit experts are not found by kernels, so they need the host."""
+    wide = 8 * dtype_nbytes(compute)
+    if hit_rate == 1 and all(bits < wide for bits in sizes.touched_experts()):
+        return efficiency.graph_s
+    layers, misses = sizes.shape.config.get_text_config().num_hidden_layers, (1 - hit_rate) * sum(sizes.shape.top_k)
+    return efficiency.host_token_s + layers * efficiency.host_s + misses * efficiency.host_miss_s
 
 
 def _widened(touched: Mapping[int, int], compute: str) -> dict[int | str, int]:

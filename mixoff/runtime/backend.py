@@ -10,6 +10,8 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from mixoff.runtime.experts import by_expert, expert_mlp, expert_mlps, grouped_mlps, groups
 from mixoff.transfer.arena import Weight
 
+NAME = "mixoff"  # of the backend, in transformers' `experts_implementation`
+
 
 class _Untrainable(torch.autograd.Function):
     """Identity in the forward pass; its backward pass raises an error that says why there is no gradient.
@@ -144,14 +146,6 @@ def _place(where: dict[int, torch.Tensor], rows: int, expert: int) -> tuple[int,
     return sum(len(r) for other, r in where.items() if other < expert), rows
 
 
-def to_host(*tensors: torch.Tensor) -> list[torch.Tensor]:
-    """Small tensors of a device, integers and floats, in one copy: as int64 and fp32."""
-    raw = [t.float().view(torch.int32) if t.is_floating_point() else t.int() for t in tensors]
-    host = torch.cat([t.flatten() for t in raw]).cpu().split([t.numel() for t in tensors])
-    values = [r.view(torch.float32) if t.is_floating_point() else r.long() for r, t in zip(host, tensors, strict=True)]
-    return [v.view(t.shape) for v, t in zip(values, tensors, strict=True)]
-
-
 def _rows_on(device: torch.device, where: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]:
     """Positions of rows on the computing device, in one copy that the host does not wait for."""
     if device.type == "cpu" or not where:
@@ -167,4 +161,4 @@ def _given(where: dict[int, torch.Tensor], top_k_weights: torch.Tensor) -> dict[
     return {expert: float(weights[rows].sum()) for expert, rows in where.items()}
 
 
-ALL_EXPERTS_FUNCTIONS.register("mixoff", experts_forward)
+ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)

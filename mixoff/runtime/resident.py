@@ -34,15 +34,25 @@ class Residents:
         if runtime.device is None or len(x) != 1 or runtime.in_prompt() or _watched(runtime):
             return None
         with runtime._lock:
-            table = self.table(runtime, site) if runtime.ended and not runtime._closed else None
+            table = self.table(runtime, site)
             if table is None or not fuses(module, x, dict(zip(NAMES, table.forms, strict=True)), runtime.exact):
                 return None
             runtime.cache.hits += top_k_index.numel()
+            runtime._pass.served = getattr(runtime._pass, "served", 0) + 1
             return normed(module, kernels.gated_mlps(x, table.chosen(top_k_index[0]), runtime.exact))
+
+    def found(self, runtime: Runtime) -> bool:
+        """Whether kernels find every expert of the model, and nobody wants to see the router's choice."""
+        if runtime.device is None or _watched(runtime):
+            return False
+        with runtime._lock:
+            return all(self.table(runtime, site) is not None for site in range(len(runtime.source.sites)))
 
     def table(self, runtime: Runtime, site: int) -> products.Table | None:
         """Where a site's experts are; None unless every expert of the model is in a slot to stay."""
         cache = runtime.cache
+        if not runtime.ended or runtime._closed:
+            return None
         if self.cache is not cache:
             if cache.forgets or len(cache.slot_of) < sum(site.num_experts for site in runtime.source.sites):
                 return None

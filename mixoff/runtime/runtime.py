@@ -35,7 +35,6 @@ from mixoff.errors import BudgetError, MixoffError
 from mixoff.kernels import reference
 from mixoff.pages import out_of_memory, slab
 from mixoff.planning.budget import exchanged, least_slots, plan_slots, set_aside
-from mixoff.runtime.backend import to_host
 from mixoff.runtime.call import MOVES, Call, Compute
 from mixoff.runtime.prefetch import Guesses
 from mixoff.runtime.ranks import Ranks
@@ -44,6 +43,7 @@ from mixoff.runtime.resident import Residents
 from mixoff.shapes.sites import slot_nbytes
 from mixoff.store.readers import ExpertSource
 from mixoff.transfer.arena import Arena
+from mixoff.transfer.mailbox import Mailbox
 from mixoff.transfer.streams import Device, open_device_transfer
 from mixoff.transfer.tiers import open_transfer
 from mixoff.transfer.transfer import Transfer
@@ -93,6 +93,7 @@ class Runtime:
         if fetch not in FETCH:
             raise MixoffError(f"unknown fetch {fetch!r}: choose one of {', '.join(FETCH)}")
         self.source, self.device, self.ranks = source, device, ranks or Ranks(source.sites)
+        self.mailbox = Mailbox(device) if device else None
         self.exact, self.whole_layers, self.scope = exact, fetch == "layer", scope
         self._policy, self._compute = policy, compute
         self._prefetch, self._top_k = prefetch, top_k
@@ -348,7 +349,8 @@ class Runtime:
             self._closed = True
             self.transfer.close()
             self.arena = self.scratch = None  # type: ignore[assignment]  # for good; nothing runs any more
-            if self.device:
+            if self.mailbox and self.device:
+                self.mailbox.close()
                 self.device.give_back()
             self.source.close()
 
@@ -359,8 +361,7 @@ class Runtime:
         self.close()
 
     def __repr__(self) -> str:
-        state = "closed" if self._closed else str(self.info())
-        return f"Runtime({state})"
+        return f"Runtime({'closed' if self._closed else self.info()})"
 
     def begin_pass(self, tokens: int, length: int) -> None:
         """Note that a pass over `tokens` tokens begins, `length` per sequence: more than one is a prompt."""
@@ -386,13 +387,13 @@ class Runtime:
 
     def look(self, site: int, experts: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The router's choice and weights (T, K) on the host, which waits for the device only here in a layer."""
-        if experts.device.type == "cpu":
+        if self.mailbox is None:
             return experts, weights
         following, guess = getattr(self._pass, "guess", (None, None))
         self._pass.guess = None, None
         if following != site + 1:
-            return tuple(to_host(experts, weights))
-        experts, weights, guess = to_host(experts, weights, guess)
+            return tuple(self.mailbox.bring(experts, weights))
+        experts, weights, guess = self.mailbox.bring(experts, weights, guess)
         self.expect(following, guess)
         return experts, weights
 

@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from mixoff.kernels.cpu import threads
 from mixoff.kernels.cpu.program import Memory, plain, readable
@@ -28,6 +27,7 @@ from mixoff.runtime.decoder import Half, Unlike, Whole, parts_of
 from mixoff.runtime.growing import Growing, growing
 from mixoff.runtime.likeness import Kind, LayerCall, compare, experts_of, form_of, kind_of
 from mixoff.runtime.runtime import Runtime
+from mixoff.runtime.watched import Watched
 from mixoff.shapes.kv_cache import CACHE_NAMES
 
 FEW = 8  # rows of the head that are compiled: those of a small batch
@@ -45,13 +45,7 @@ class Step:
         self.here = Here()
         self.kinds: dict[tuple, Kind] = {}
         self.layers = [Layer(self, module, i) for i, module in enumerate(_layers(model))]
-        self.watched = [
-            (parent._modules, name, child)
-            for layer in self.layers
-            for parent in layer.module.modules()
-            for name, child in parent._modules.items()
-            if child is not None
-        ]
+        self.watched = Watched(layer.module for layer in self.layers)
 
     def allowed(self, ids: torch.Tensor | None, kwargs: dict[str, Any]) -> bool:
         """Whether a pass over `ids` may be computed by programs: one token, and nobody looks inside the layers."""
@@ -62,7 +56,7 @@ class Step:
         config = self.model.config
         if any(getattr(config, f"output_{name}", False) for name in ("attentions", "hidden_states", "router_logits")):
             return False
-        return not _has_any_global_hook() and all(_untouched(*seen) for seen in self.watched)
+        return self.watched.untouched()
 
     def head(self, original: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
         """Replaces the forward pass of a head in bf16, for few rows."""
@@ -119,17 +113,6 @@ class Here(threading.local):
             cos, sin = (table.detach().float().flatten().contiguous() for table in given)
             self.tables = given[0], cos, sin
         return self.tables[1:]
-
-
-def _untouched(modules: dict[str, Any], name: str, child: Any) -> bool:
-    """Whether a module is where it was, without hooks but those that only collect what somebody asks for."""
-    if name not in modules or modules[name] is not child or "forward" in vars(child):
-        return False
-    hooks = (*child._forward_hooks.values(), *child._forward_pre_hooks.values())
-    return not hooks or all(getattr(hook, "__name__", "") in QUIET for hook in hooks)
-
-
-QUIET = ("output_capturing_hook", "before_router")  # of transformers, for `output_…`, and our own guesses
 
 
 def _layers(model: nn.Module) -> list[nn.Module]:

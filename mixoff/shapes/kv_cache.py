@@ -180,6 +180,15 @@ def advance(
     return out.logits, out[name]
 
 
+def begin(model: PreTrainedModel, length: int) -> Cache | None:
+    """An empty static cache for one sequence of `length` tokens, where the runtime wants one; else None."""
+    if getattr(getattr(getattr(model, "mixoff", None), "step", None), "cache", None) != "static":
+        return None
+    from transformers import StaticCache
+
+    return StaticCache(model.config, max_cache_len=length)
+
+
 @functools.cache
 def _cache_name(model: type[PreTrainedModel]) -> str:
     return next(name for name in CACHE_NAMES if name in inspect.signature(model.forward).parameters)

@@ -7,11 +7,12 @@ come from a rehearsal: one forward pass of that skeleton, with experts that comp
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from mixoff.errors import CheckpointError
@@ -132,6 +133,23 @@ def from_config(config: PretrainedConfig, name: str, dtype: str | None = None) -
     """The shape of a configuration; `dtype` None is the configuration's dtype, or bf16 if it has none."""
     config = copy.deepcopy(config)
     config.dtype = dtype = dtype or dtype_name(config)
+    shape = _described(_Configured(type(config), config.to_json_string(use_diff=False), dtype, config))
+    return replace(shape, name=name, config=config, parameters=dict(shape.parameters))
+
+
+@dataclass(frozen=True)
+class _Configured:
+    """A configuration by what it says, so that the same one is described once: a skeleton's pass takes a second."""
+
+    kind: type
+    text: str
+    dtype: str
+    config: PretrainedConfig = field(compare=False)
+
+
+@functools.lru_cache(maxsize=16)
+def _described(asked: _Configured) -> ModelShape:
+    config, dtype = asked.config, asked.dtype
     skeleton = skeleton_of(config)
     parts = parts_by_name(skeleton)
     sites, refusal = _sites(skeleton, dtype)
@@ -145,7 +163,7 @@ def from_config(config: PretrainedConfig, name: str, dtype: str | None = None) -
     stored = skeleton.state_dict()
     buffers = sum(b.nbytes for n, b in skeleton.named_buffers() if n not in stored)
     return ModelShape(
-        name=name,
+        name="",
         config=config,
         dtype=dtype,
         parameters=dict(counts),

@@ -231,11 +231,18 @@ def generate(
     options |= {"stopping_criteria": [_Ended(ended)]} if ended else {}
     torch.manual_seed(seed)
     clock = _Clock(tokenizer, on_text, streamer)
+    options |= _cache(model)
     end = model.generation_config.eos_token_id
     options |= {"pad_token_id": end[0] if isinstance(end, list) else end, "max_new_tokens": max_new_tokens}
     with _explained(model):
         model.generate(**ids, **options, streamer=clock, tokenizer=tokenizer, logits_processor=[_Finite(model)])
     return clock.result
+
+
+def _cache(model: PreTrainedModel) -> dict:
+    """The cache of keys and values that the model's runtime wants, as an option of `generate`."""
+    kind = getattr(getattr(getattr(model, "mixoff", None), "step", None), "cache", None)
+    return {"cache_implementation": kind} if kind and model.generation_config.cache_implementation is None else {}
 
 
 def encode(

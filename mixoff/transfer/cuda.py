@@ -11,8 +11,10 @@ import gc
 import platform
 import re
 import warnings
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -168,6 +170,18 @@ class Cuda:
         """Queue a copy between the card and RAM on a stream; the host does not wait if the RAM is page-locked."""
         with torch.cuda.stream(stream):
             target.copy_(source, non_blocking=True)
+
+    def capture(self, work: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
+        """Capture what `work` queues as a CUDA graph, without doing it; returns its result and what queues the graph.
+
+        Every replay uses the same memory. Raises RuntimeError, with the driver's reason, for what cannot be captured.
+        """
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(self.where)
+        capturing = torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local")
+        # the stream of now is named, or a capture that failed would leave its own current
+        with torch.cuda.device(self.where), torch.cuda.stream(self.computing()), capturing:
+            result = work()
+        return result, graph.replay
 
     def synchronize(self) -> None:
         """Sleep until all queued work is done."""

@@ -89,7 +89,13 @@ class Device(Protocol):
         """Release memory from `pinned`, once all queued work is done."""
 
     def copy(self, stream: Any, target: torch.Tensor, source: torch.Tensor) -> None:
-        """Queue a copy between the device and pinned RAM on `copying` or `returning`."""
+        """Queue a copy between the device and pinned RAM on a stream."""
+
+    def capture(self, work: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
+        """What `work` returns, and a function that queues again what it queued, in the same memory.
+
+        Nothing is done before that. Raises any kind of error for work that cannot be captured.
+        """
 
     def synchronize(self) -> None:
         """Sleep until all queued work is done."""

@@ -198,6 +198,27 @@ def past_the_end(words, x, scale, minimum, out, W, G):
     tl.store(out + tl.program_id(0), tl.sum(tl.load(words + tl.program_id(0) * W + tl.arange(0, 16 * W))))
 
 
+def in_order_of_arrival(experts):
+    found = {}
+    for token, row in enumerate(experts):
+        for e in row:
+            found.setdefault(e, []).append(token)
+    return found
+
+
+def chunks_alone(prompt, chunk, running):
+    return [f"read {start} to {min(start + chunk, prompt)}" for start in range(0, prompt, chunk)]
+
+
+def past_the_prompt(prompt, chunk, running):
+    reads = [f"read {start} to {start + chunk}" for start in range(0, prompt, chunk)]
+    return [one for read in reads for one in ("decode", read)][1:] if running else reads
+
+
+def decodes_after_the_last(prompt, chunk, running):
+    return [one for read in chunks_alone(prompt, chunk, running) for one in (read, "decode")[: 1 + running]]
+
+
 MISTAKES = [
     ("slots_per_layer", lambda budget, nbytes, L, E: budget // nbytes // L, "case 4: 565, expected 8"),
     ("lru_hits", first_in_first_out, "case 5: 1, expected 2"),
@@ -235,6 +256,13 @@ MISTAKES = [
     ("matvec", scales_of_the_first_row, "case 1: out: position 1"),
     ("matvec", past_the_end, "case 1: raised IndexError: words has 4 numbers, and number 4 is asked for"),
     ("instructions_per_weight", lambda a, b, c, size, outputs: a / b, "case 2: 0.1171875, expected 0.134765625"),
+    ("placed", lambda layers, n, backbone, experts: (experts, backbone), "case 1: first answer: 24000000000.0"),
+    ("break_even", lambda hit, share, cpu, card: cpu * (1 - share), "case 1: 25000000000.0, expected 50000000000.0"),
+    ("exchanged", lambda ranks, layers, k, width, nbytes: layers * k * width * nbytes, "case 1: 1048576, expected 0"),
+    ("experts_touched", lambda E, K, T: min(E, K * T), "case 2: 4, expected 3.5"),
+    ("by_expert", lambda experts: dict(enumerate(experts)), "case 1: {'order': [0]"),
+    ("dropped", lambda x, E, factor: np.maximum(np.bincount(x.ravel()) - x.size / E, 0).sum(), "case 3: 2.0, expected"),
+    ("chunked", chunks_alone, "case 2: position 1 is read 4 to 8, expected decode"),
     ("tiers", lambda vram, ram, nbytes, L, E: (n := vram // nbytes, m := min(ram // nbytes, L * E - n), L * E - n - m),
      "case 1: first answer: 197, expected 192"),
     ("recent", lambda lengths, room: sum(sum(lengths[i:]) <= room for i in range(len(lengths))), "case 3: 2"),
@@ -365,6 +393,15 @@ REFUSED = [
     ("stored_nbytes", lambda counts, bits: sum(n * b for n, b in zip(counts, bits, strict=True)) // 8, "drops"),
     ("fit", lambda w, codes: (*np.polyfit(codes, w, 1), 1.0), "third answer"),
     ("fit", lambda w, codes: (*np.polyfit(codes, w, 1), np.corrcoef(codes, w)[0, 1] ** 2), "third answer"),
+    ("experts_touched", lambda E, K, T: E * (1 - (1 - 1 / E) ** (K * T)), "A token's experts differ"),
+    ("experts_touched", lambda E, K, T: E * (1 - K / E) ** T, "nobody asks for"),
+    ("by_expert", in_order_of_arrival, "order: position 0 is 3, expected 1"),
+    ("dropped", lambda x, E, f: np.maximum(np.bincount(x.ravel(), minlength=E) - int(f * len(x) / E), 0).sum(),
+     "Each token sends K requests"),
+    ("dropped", lambda x, E, f: np.maximum(np.bincount(x.ravel(), minlength=E) - f * x.size / E, 0).sum(),
+     "case 4: 1.75, expected 2"),
+    ("chunked", past_the_prompt, "position 4 is read 8 to 12, expected read 8 to 10"),
+    ("chunked", decodes_after_the_last, "position 1 is decode, expected nothing"),
     ("codes_at", lambda words, i: words >> i & 3, "A code takes two bits"),
     ("codes_at", lambda words, i: (words & 3) >> 2 * i, "before the shift"),
     ("codes_at", lambda words, i: words / 4**i % 4, "expected 0"),
@@ -373,6 +410,16 @@ REFUSED = [
     ("folded", lambda q, x, scale, low: (scale[:, None] * (q * x)).sum() + low @ x.sum(1), "minima: 5, expected 2"),
     ("matvec", words_again_and_again, "bytes of codes read: 256, expected 16"),
     ("instructions_per_weight", lambda a, b, c, size, outputs: a / b + c / size, "group_size * outputs"),
+    ("placed", lambda L, n, b, x: (b + n / L * x, x - n / L * x), "case 1: first answer"),
+    ("placed", lambda L, n, b, x: (b + min(n, L) / L * x, x - min(n, L) / L * x), "whose experts stay in RAM"),
+    ("placed", lambda L, n, b, x: (b + x - n / L * x, n / L * x), "may exceed the number of layers"),
+    ("placed", lambda L, n, b, x: (x - min(n, L) / L * x, min(n, L) / L * x), "The backbone is on the card too"),
+    ("break_even", lambda h, s, cpu, card: (1 - h) / (1 - s) * cpu, "that takes time too"),
+    ("break_even", lambda h, s, cpu, card: 1 / (1 / cpu - 1 / card), "misses with 1 - hit rate"),
+    ("break_even", lambda h, s, cpu, card: h / s * cpu, "case 2"),
+    ("exchanged", lambda r, L, k, w, n: 2 * L * k * w * n, "keeps one part"),
+    ("exchanged", lambda r, L, k, w, n: 2 * (r - 1) * L * w * n // r, "not their sum"),
+    ("exchanged", lambda r, L, k, w, n: (r - 1) * L * k * w * n, "case 3"),
     ("moe_layer", token_by_token, "calls of experts: '3 3', expected '3'"),
     ("moe_layer", all_eight, "calls of experts: '0 1 2 3 4 5 6 7', expected '0 1'"),
     ("pack", wide_bytes, "type: 'int64', expected 'uint8'"),

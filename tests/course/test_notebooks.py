@@ -29,7 +29,8 @@ COLAB_ENV = {"COLAB_RELEASE_TAG": "release-colab-fake", "COLAB_GPU": "1", "COLAB
 
 @pytest.fixture
 def chapter(tmp_path):
-    """A copy of all chapters in a folder of its own; the first one's path, for tests to spoil."""
+    """A copy of all chapters, with what their widgets held, in a folder of its own; the first one's path, to spoil."""
+    shutil.copytree(badges.ROOT / "docs" / "widgets", tmp_path / "docs" / "widgets")
     folder = shutil.copytree(badges.ROOT / "notebooks", tmp_path / "notebooks", ignore=shutil.ignore_patterns(".*"))
     return badges.chapters(folder)[0]
 

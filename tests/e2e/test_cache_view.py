@@ -72,16 +72,16 @@ def test_replay_plays_steps_and_obeys_the_keyboard(replay):
 
 def test_words_and_bars_lead_to_their_token_and_tell_its_misses(replay, novel):
     page, upto = replay(), misses(novel)
-    page.locator(".words button", has_text="w17").click()
+    page.locator(".words span", has_text="w17").click()
     assert figures(page)["token"] == 17
     each = np.diff([0, *upto])
-    heats = page.locator(".words button").evaluate_all("es => es.map(e => Number(e.style.getPropertyValue('--heat')))")
+    heats = page.locator(".words span").evaluate_all("es => es.map(e => Number(e.style.getPropertyValue('--heat')))")
     np.testing.assert_allclose(heats, each / each.max(), atol=1e-3)
-    lines = page.locator(".words button").evaluate_all(
+    lines = page.locator(".words span").evaluate_all(
         "es => es.map(e => parseFloat(getComputedStyle(e).borderBottomWidth))"
     )
     assert lines[each.argmax()] >= 5 > lines[each.argmin()], "a word with more misses has the thicker line"
-    assert page.locator(".words button").nth(17).get_attribute("title") == f"{each[17]} misses of 16 requests"
+    assert page.locator(".words span").nth(17).get_attribute("title") == f"{each[17]} misses of 16 requests"
     box = page.locator(".chart").bounding_box()
     step = min(16, box["width"] / 60)
     page.locator(".chart").click(position={"x": 40.5 * step, "y": 30})

@@ -100,6 +100,42 @@ def drive_stepper(page):
     assert stepper.get_attribute("data-hits") == str(hits) and "guesses right" in stepper.inner_text()
 
 
+def drive_word(page):
+    """Chapter 11: the four steps end with the sum that the kernel printed."""
+    word = page.locator(".mixoff-word")
+    printed = page.locator(".jp-OutputArea-output", has_text="shift 6: codes").first.inner_text()
+    word.locator(".step").focus()
+    for _ in range(4):
+        page.keyboard.press("Enter")
+    assert word.locator(".step").is_disabled()
+    assert word.get_attribute("data-total") == re.findall(r"sum (-?\d+)", printed)[-1]
+
+
+def drive_map(page):
+    """A faster processor makes splitting the best way on the marked machine."""
+    engines = page.locator(".mixoff-engines").first
+    engines.scroll_into_view_if_needed()
+    assert engines.get_attribute("data-way") == "copied"
+    dial = engines.locator("input[name=ram_Bps]")
+    dial.evaluate("e => { e.value = 50; e.dispatchEvent(new Event('input')); }")
+    assert engines.get_attribute("data-way") == "split"
+    engines.locator("table").focus()
+    page.keyboard.press("ArrowUp")
+    assert engines.get_attribute("data-vram") == "16"
+
+
+def drive_batch(page):
+    """Chapter 12: each run has the passes that the kernel printed; arrow keys move through them."""
+    batch = page.locator(".mixoff-batch")
+    printed = page.locator(".jp-OutputArea-output", has_text="continuous: 28 passes").first.inner_text()
+    for name, passes in re.findall(r"([\w ]+): (\d+) passes", printed):
+        batch.locator(".run").select_option(name.strip())
+        assert batch.get_attribute("data-passes") == passes
+        batch.locator(".scrub").focus()
+        page.keyboard.press("End")
+        assert batch.get_attribute("data-at") == str(int(passes) - 1) and batch.locator(".step").is_disabled()
+
+
 ANSWERED = """() => {
     const {asked, answered} = document.querySelector('.mixoff-explorer').dataset;
     return asked !== undefined && asked === answered;
@@ -128,6 +164,41 @@ def drive_explorer(page):
     assert shown["fits"] == "false" and shown["change"] in explorer.locator(".change").inner_text() != ""
 
 
+def drive_race(page):
+    """Chapter 00: the grid moved while the model wrote; the race has the speeds that the kernel printed, and ends."""
+    assert len(set(page.evaluate("window.seen"))) > 5, "the grid moved"
+    race = page.locator(".mixoff-race")
+    printed = page.locator(".jp-OutputArea-output", has_text="tokens/s, modelled:").first.inner_text()
+    speeds = re.findall(r"(\d+\.\d) \(hit rate", printed)
+    assert [head.split("\n")[-1].split()[0] for head in race.locator("h4").all_inner_texts()] == speeds
+    race.get_by_role("combobox", name="speed").select_option("4")
+    race.get_by_role("button", name="Start the race").focus()
+    page.keyboard.press("Enter")
+    page.wait_for_function("() => document.querySelectorAll('.mixoff-race .pane.done').length === 4")
+    assert "(modelled)" in race.locator(".result").inner_text()
+
+
+def drive_slider(root, slider, figure):
+    """A function that moves a slider of a small widget to its end by key, and sees its figure change."""
+
+    def drive(page):
+        before = page.locator(root).get_attribute(f"data-{figure}")
+        page.locator(root).get_by_role("slider", name=slider).focus()
+        page.keyboard.press("End")
+        assert page.locator(root).get_attribute(f"data-{figure}") != before
+
+    return drive
+
+
+def drive_vote(page):
+    """Chapter 05: eight votes by key, and the score at the end."""
+    vote = page.locator(".mixoff-vote")
+    vote.get_by_role("button", name="Left").focus()
+    for _ in range(15):  # Left and Next in turns, which get the focus
+        page.keyboard.press("Enter")
+    assert vote.get_attribute("data-votes") == "8" and vote.get_attribute("data-right") == "4", "half of them are left"
+
+
 THEMES = {"light": "JupyterLab Light", "dark": "JupyterLab Dark"}
 
 
@@ -154,7 +225,18 @@ def assert_figures_are_read_aloud(page, count):
     assert all(len(figure["alt"]) > 20 and figure["width"] >= figure["shown"] > 100 for figure in figures), figures
 
 
-DRIVERS = {"02_vram_arithmetic": drive_explorer, "08_cache_policies": drive_stepper, "09_live_cache": drive_view}
+DRIVERS = {
+    "00_start_here": drive_race,
+    "01_router": drive_slider(".mixoff-swap", "rank of one expert", "loss"),
+    "02_vram_arithmetic": drive_explorer,
+    "03_quantization": drive_slider(".mixoff-outlier", "value of the outlier", "scale"),
+    "05_mixed_quantization": drive_vote,
+    "08_cache_policies": drive_stepper,
+    "09_live_cache": drive_view,
+    "11_kernels": drive_word,
+    "12_batches_and_balance": drive_batch,
+    "14_engines": drive_map,
+}
 
 
 @pytest.mark.parametrize("chapter", often(badges.chapters()))

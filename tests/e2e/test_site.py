@@ -7,6 +7,7 @@ import pytest
 import badges
 import chapter_rules
 import widget_states
+from widget_page import contrasts
 
 pytestmark = pytest.mark.e2e
 
@@ -152,6 +153,63 @@ def test_stepper_lives_in_a_page_from_the_disk(open_page):
             stepper.locator(".slots button").first.click()
     assert stepper.get_attribute("data-hits") == "3" and "guesses right" in stepper.inner_text()
     assert page.complaints == []
+
+
+def test_the_race_runs_in_a_page_from_the_disk(open_page):
+    page = open_page("notebooks/00_start_here.html")
+    race = page.locator(".mixoff-race")
+    race.get_by_role("combobox", name="speed").select_option("4")
+    race.get_by_role("button", name="Start the race").focus()
+    page.keyboard.press("Enter")
+    page.wait_for_function("() => document.querySelectorAll('.mixoff-race .pane.done').length === 3")
+    assert race.locator(".pane").first.get_attribute("class") == "pane", "without a cache it still types"
+    assert page.locator(".mixoff-cache").get_attribute("data-mode") == "replay" and page.complaints == []
+
+
+EXPERIMENTS = {
+    "01_router": (".mixoff-swap", "rank of one expert", "ranks"),
+    "03_quantization": (".mixoff-outlier", "value of the outlier", "scale"),
+}
+
+
+@pytest.mark.parametrize("chapter", EXPERIMENTS)
+def test_experiments_answer_in_a_page_from_the_disk(open_page, chapter):
+    root, slider, figure = EXPERIMENTS[chapter]
+    page = open_page(f"notebooks/{chapter}.html")
+    before = page.locator(root).get_attribute(f"data-{figure}")
+    page.locator(root).get_by_role("slider", name=slider).focus()
+    page.keyboard.press("End")
+    assert page.locator(root).get_attribute(f"data-{figure}") != before and page.complaints == []
+
+
+def test_a_vote_is_held_in_a_page_from_the_disk(open_page):
+    page = open_page("notebooks/05_mixed_quantization.html")
+    for _ in range(8):
+        page.locator(".mixoff-vote").get_by_role("button", name="Left").click()
+        if page.locator(".mixoff-vote .next").is_enabled():
+            page.locator(".mixoff-vote .next").click()
+    assert page.locator(".mixoff-vote").get_attribute("data-right") == "4", "half of the sides are left"
+
+
+def test_what_asks_a_kernel_is_a_still_picture_and_says_so(open_page):
+    page = open_page("notebooks/02_vram_arithmetic.html")
+    explorer = page.locator(".mixoff-explorer")
+    assert explorer.locator("input:visible, select:visible").count() == 0 and explorer.locator(".tier").count() == 3
+    assert page.locator(".widget-note").bounding_box()["y"] < explorer.bounding_box()["y"]
+    assert "A still picture" in page.locator(".widget-note").inner_text() and page.complaints == []
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("chapter", ["00_start_here", "08_cache_policies", "09_live_cache"])
+def test_widgets_of_the_site_have_marks_that_stand_out_on_a_telephone_too(site, new_page, chapter, theme):
+    page = new_page(390, 800, theme == "dark")
+    page.goto((site / f"notebooks/{chapter}.html").as_uri())
+    roots = page.locator(".mixoff").evaluate_all("es => es.map(e => `.${e.classList[0]}`)")
+    assert roots
+    for root in roots:
+        found = contrasts(page, root)
+        assert {name: x for name, x in found.items() if x < 3} == {}, root
+        assert page.locator(root).evaluate("e => e.scrollWidth <= e.clientWidth && e.clientWidth <= 390"), root
 
 
 # ---------------------------------------------------------------- slides

@@ -5,13 +5,14 @@ Every access is inside its tensor and aligned, every barrier that shared memory 
 the rounding of fp32 sums. Triton's interpreter, in test_triton.py, sees neither layouts nor shared memory.
 """
 
-import itertools
 import random
+from contextlib import contextmanager
 from dataclasses import dataclass
 from unittest import mock
 
 import pytest
 import torch
+from transformers import StaticCache
 
 import mixoff
 from counted import save_blocks
@@ -22,6 +23,7 @@ from mixoff.loading import together, warmup
 from mixoff.quantize.layout import BITS, GROUP_SIZES
 from mixoff.quantize.tensor import QTensor
 from mixoff.runtime.runtime import Runtime
+from mixoff.shapes.kv_cache import advance
 from mixoff.transfer import cuda
 from mixoff.transfer.arena import Arena
 from simulated import Device, products_of
@@ -152,25 +154,46 @@ def test_prompts_are_dequantized_across_outputs(card):
     assert error("strided_dense", 2, 16, 64, 256, 40, grids=[128]) <= 1
 
 
-@on(80, 90)
-@pytest.mark.slow
-@pytest.mark.parametrize("group", GROUP_SIZES)
-@pytest.mark.parametrize("bits", BITS)
-def test_every_form_on_newer_chips(card, bits, group):
-    assert error("sums", bits, group, 140, dtype="bf16") <= 1
+# Each chip has each kernel, and each kernel each dtype; products have each width of codes. The full product would be
+# 400 programs, and Triton takes a second or two for each.
+COVERED = [
+    (75, "sums", 2, 32, 31, 3, "bf16"),
+    (75, "sums", 8, 32, 128, 8, "fp32"),
+    (75, "sums", 3, 32, 31, 8, "fp16"),
+    (80, "sums", 4, 32, 31, 3, "fp16"),
+    (80, "sums", 2, 32, 140, 1, "fp32"),
+    (80, "sums", 8, 32, 128, 8, "bf16"),
+    (90, "sums", 3, 32, 128, 3, "bf16"),
+    (90, "sums", 4, 32, 31, 8, "fp32"),
+    (90, "sums", 8, 32, 31, 1, "fp16"),
+    (75, "gated", 3, 64, 256, 3, "bf16"),
+    (80, "gated", 8, 64, 256, 3, "fp32"),
+    (90, "gated", 4, 64, 256, 1, "fp16"),
+    (75, "dense", 4, 64, 200, 40, "fp32"),
+    (80, "dense", 3, 64, 200, 40, "fp16"),
+    (90, "dense", 8, 64, 200, 40, "bf16"),
+    (90, "strided", 8, 16, 64, 3, "fp32"),
+]
 
 
-@on()
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["fp16", "bf16", "fp32"])
-@pytest.mark.parametrize("bits", BITS)
-def test_every_dtype_and_number_of_rows(card, bits, dtype):
-    for rows, n in itertools.product((1, 3, 8), (128, 31)):
-        assert error("linear", bits, 32, n, rows=rows, dtype=dtype) <= 1, (rows, n)
-    for rows in (1, 3):
-        assert error("gated", bits, 64, 256, rows=rows, dtype=dtype) <= 1, rows
-    assert error("dense", bits, 64, 200, rows=40, dtype=dtype) <= 1
-    assert error("strided", 4 if bits == 3 else bits, 16, 64, 256, 3, dtype, grids=[64]) <= 1
+@pytest.mark.parametrize(
+    ("card", "what", "bits", "group", "n", "rows", "dtype"), COVERED, ids=lambda x: str(x), indirect=["card"]
+)
+def test_dtypes_rows_and_widths_on_every_chip(card, what, bits, group, n, rows, dtype):
+    more = {"k": 256, "grids": [64]} if what == "strided" else {}
+    assert error(what, bits, group, n, rows=rows, dtype=dtype, **more) <= 1
+
+
+def test_every_pair_of_chip_kernel_codes_and_dtype_is_covered():
+    """What the list above is chosen for."""
+    kernels_of = {"sums", "gated", "dense"}
+    assert {(case[0], case[1]) for case in COVERED} >= {(sm, kind) for sm in CHIPS for kind in kernels_of}
+    for kind in kernels_of:
+        assert {case[6] for case in COVERED if case[1] == kind} == {"fp16", "bf16", "fp32"}
+    assert {(case[0], case[6]) for case in COVERED if case[1] == "sums"} == {
+        (sm, dtype) for sm in CHIPS for dtype in ("fp16", "bf16", "fp32")
+    }
+    assert {case[2] for case in COVERED if case[1] == "sums"} == set(BITS)
 
 
 @on()
@@ -185,7 +208,6 @@ def test_experts_of_a_token_are_one_launch(card):
 
 
 @on(75)
-@pytest.mark.slow
 def test_experts_of_a_token_at_odd_places(card):
     """gate_up has 192 * 64 weights, so down begins four bytes after a multiple of 16."""
     assert error("grouped", 3, 32, 192) == 0
@@ -199,6 +221,29 @@ def store(tmp_path_factory):
     return save_blocks(tmp_path_factory.mktemp("model"))
 
 
+@contextmanager
+def loaded(store, slots):
+    """A model on a simulated device whose kernels the emulator executes, once every expert was asked for."""
+    device, fast = Device(random.Random(slots)), budget(store, slots)
+    with (
+        mock.patch.object(cuda, "pick", lambda name: device),
+        mock.patch.object(together, "DEVICES", ("cpu",)),
+        mock.patch.object(warmup, "compile_on_card", lambda model: None, create=True),  # what is used is compiled here
+        mock.patch.object(Arena, "weights", products_of(device)),
+        mixoff.load(store, fast, device="cuda", dtype="float16") as model,
+        torch.no_grad(),
+    ):
+        runtime = model.mixoff
+        REACHED[:] = runtime.arena.slots
+        device.transfer, device.reader = runtime.transfer, mixoff.store.source.open_source(store).reader
+        for site in (0, 1):
+            runtime.serve(site, [0, 1, 2, 3], lambda weights: None)
+        runtime.reset_counts()
+        yield model, device
+    device.synchronize()
+    assert device.violations == []
+
+
 @dataclass
 class Token:
     """What the last token asked of the card and of the host."""
@@ -210,30 +255,16 @@ class Token:
 
 
 def generated(store, slots, card):
-    """Some tokens on a simulated device."""
-    device, looks, logits = Device(random.Random(slots)), [], []
-    honest, fast = Runtime.look, budget(store, slots)
+    """Some tokens, each without the ones before."""
+    looks, logits, honest = [], [], Runtime.look
     with (
-        mock.patch.object(cuda, "pick", lambda name: device),
-        mock.patch.object(together, "DEVICES", ("cpu",)),
-        mock.patch.object(warmup, "compile_on_card", lambda model: None, create=True),  # what is used is compiled here
-        mock.patch.object(Arena, "weights", products_of(device)),
         mock.patch.object(Runtime, "look", lambda *args: looks.append(args[1]) or honest(*args)),
-        mixoff.load(store, fast, device="cuda", dtype="float16") as model,
-        torch.no_grad(),
+        loaded(store, slots) as (model, _),
     ):
-        runtime = model.mixoff
-        REACHED[:] = runtime.arena.slots
-        device.transfer, device.reader = runtime.transfer, mixoff.store.source.open_source(store).reader
-        for site in (0, 1):  # every expert is asked for once
-            runtime.serve(site, [0, 1, 2, 3], lambda weights: None)
-        runtime.reset_counts()
         for token in (5, 9, 77):
             looks.clear(), card.launches.clear()
             logits.append(model(torch.tensor([[token]])).logits)
-        info = runtime.info()
-    device.synchronize()
-    assert device.violations == []
+        info = model.mixoff.info()
     return Token(torch.cat(logits), looks, [(launch.kernel, launch.grid[2]) for launch in card.launches], info)
 
 
@@ -247,6 +278,19 @@ def test_resident_and_offloaded_models_have_the_same_bits(card, store):
     assert whole.launches == 2 * [("linear", 1), ("linear", 1), ("gated", 2), ("rotate", 1), ("linear", 2)]
     assert partly.looks == [0, 1] and partly.info.capacity == 3 and partly.info.misses > 0
     assert torch.equal(whole.logits, partly.logits) and whole.logits.isfinite().all()
+
+
+@on(75)
+def test_a_graph_of_a_token_has_the_bits_of_its_launches(card, store):
+    """The stand-in for a CUDA graph launches the same machine code on the same addresses."""
+    found = []
+    with loaded(store, 8) as (model, device):
+        for model.mixoff.step.why in ("not now", ""):
+            cache = StaticCache(model.config, max_cache_len=8)
+            steps = [advance(model, torch.tensor([[token]]), cache)[0] for token in (5, 9, 77, 3)]
+            found.append(torch.cat(steps))
+        assert device.replays == 2
+    assert torch.equal(*found) and found[0].isfinite().all() and len(found[0].unique(dim=0)) == 4
 
 
 # --- faults are seen --------------------------------------------------------------------------------------------------

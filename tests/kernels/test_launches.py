@@ -1,7 +1,9 @@
 """What a token costs the host of a CUDA card, counted without one; the kernels themselves are in test_emulated.py."""
 
 import random
+from collections import Counter
 from contextlib import contextmanager
+from dataclasses import dataclass
 from unittest import mock
 
 import pytest
@@ -14,10 +16,13 @@ from mixoff import kernels
 from mixoff.classroom.launches import Card
 from mixoff.kernels.triton import products
 from mixoff.loading import together
+from mixoff.planning import speed
 from mixoff.quantize.tensor import QTensor
 from mixoff.runtime.resident import Residents
+from mixoff.shapes.kv_cache import advance
 from mixoff.transfer import cuda
 from mixoff.transfer.arena import Arena
+from mixoff.transfer.mailbox import Mailbox
 from simulated import Device, products_of
 from tiny import budget
 
@@ -44,7 +49,7 @@ def served(store, slots):
         device.transfer, device.reader = model.mixoff.transfer, mixoff.store.source.open_source(store).reader
         for site in range(LAYERS):
             model.mixoff.serve(site, [0, 1, 2, 3], lambda weights: None)
-        yield model, card.launches, looks
+        yield model, card.launches, looks, device
 
 
 def one_by_one(x, experts, together=products.gated_mlps):
@@ -52,10 +57,19 @@ def one_by_one(x, experts, together=products.gated_mlps):
     return torch.stack([together(x, [expert])[0] for expert in experts])
 
 
+def to_host(self, *tensors):
+    """As the choice came to the host before there was a buffer for it: widened, joined, copied, and split."""
+    raw = [t.float().view(torch.int32) if t.is_floating_point() else t.int() for t in tensors]
+    host = torch.cat([t.flatten() for t in raw]).to("cpu", copy=True).split([t.numel() for t in tensors])
+    values = [r.view(torch.float32) if t.is_floating_point() else r.long() for r, t in zip(host, tensors, strict=True)]
+    return [v.view(t.shape) for v, t in zip(values, tensors, strict=True)]
+
+
 @contextmanager
 def before():
     """Without what is new: experts one by one, projections too, and a look at every choice."""
     with (
+        mock.patch.object(Mailbox, "bring", to_host),
         mock.patch.object(together, "LAYERS", ()),
         mock.patch.object(products, "gated_mlps", one_by_one),
         mock.patch.object(Residents, "compute", lambda *args: None),
@@ -63,35 +77,64 @@ def before():
         yield
 
 
-def token(store, slots):
-    """Launches, calls of ATen, and bytes of each look at the router, of one token."""
-    with served(store, slots) as (model, launches, looks):
-        model(torch.tensor([[5]]))
-        launches.clear(), looks.clear()
-        with Calls() as counted:
-            model(torch.tensor([[5]]))
-    return launches, counted.calls, looks
+@dataclass
+class Cost:
+    """What a decoder layer of one token costs the host."""
+
+    kernels: list[tuple[str, int]]
+    calls: Counter[str]  # of ATen, and copies to the host
+    looks: list[int]  # bytes of each
+    waits: int
 
 
-def test_a_resident_models_token_takes_half_of_the_launches_and_no_look(store):
+def layer_cost(store, slots):
+    """The cost of the second layer, for the second token of a cache."""
+    with served(store, slots) as (model, launches, looks, device):
+        _, cache = advance(model, torch.tensor([[5]]))
+        counted, layer = Calls(), model.model.layers[1]
+        honest = layer.forward
+
+        def forward(*args, **kwargs):
+            launches.clear(), looks.clear()
+            waits = device.waits
+            with counted:
+                out = honest(*args, **kwargs)
+            return costs.append(Cost(list(launches), counted.calls, list(looks), device.waits - waits)) or out
+
+        costs = []
+        with mock.patch.object(layer, "forward", forward):
+            advance(model, torch.tensor([[5]]), cache)
+    return costs[0]
+
+
+CHOICE = EXPERTS * (8 + 4)  # bytes: an index and a weight of each expert
+FEWER = [("linear", 1), ("linear", 1), ("gated", 2), ("rotate", 1), ("linear", 2)]
+
+
+@pytest.fixture(scope="module")
+def were(store):
+    """The cost before: of a resident model as of any other."""
+    with before():
+        return layer_cost(store, 8)
+
+
+def test_a_resident_models_layer_takes_half_of_the_launches_and_no_look(store, were):
     """One for q, k and v, one for the output, and three for all experts: gate and up, rotation, down."""
-    launches, calls, looks = token(store, 8)
-    with before():
-        were, called, looked = token(store, 8)
-    assert launches == LAYERS * [("linear", 1), ("linear", 1), ("gated", 2), ("rotate", 1), ("linear", 2)]
-    assert len(were) == LAYERS * (4 + EXPERTS * 3) == 2 * len(launches)
-    assert looked == LAYERS * [4 * 2 * EXPERTS] and looks == []
-    print("RES", calls.total(), called.total(), called - calls, calls - called)
+    now = layer_cost(store, 8)
+    assert now.kernels == FEWER and len(were.kernels) == 4 + EXPERTS * 3 == 2 * len(FEWER)
+    assert (now.looks, now.waits) == ([], 0) and were.looks == [CHOICE]
+    assert now.calls.total() <= were.calls.total() - 9, now.calls - were.calls
 
 
-def test_a_partly_resident_layer_looks_once(store):
-    """And what is resident of its experts is one launch all the same."""
-    launches, calls, looks = token(store, 7)
-    with before():
-        _, called, _ = token(store, 7)
-    assert looks == LAYERS * [4 * 2 * EXPERTS]
-    assert launches.count(("gated", 2)) >= 1
-    print("PART", calls.total(), called.total(), called - calls, calls - called, launches)
+def test_a_partly_resident_layer_looks_once_and_waits_once(store, were):
+    """What is resident of its experts is one launch all the same."""
+    now = layer_cost(store, 7)
+    assert (now.looks, now.waits) == ([CHOICE], 1)
+    assert now.calls.total() <= were.calls.total() - 8, now.calls - were.calls
+    assert now.kernels == FEWER, "one expert of eight is missing, and not asked for"
+    copies, table, static = 2, 2, 3  # to the host; page-locking and copying addresses; positions of a static cache
+    assert abs(now.calls.total() + copies + table + static - speed.LAYER.calls) <= 3, "what the time model takes"
+    assert len(now.kernels) == speed.LAYER.launches
 
 
 def test_a_chosen_expert_is_found_without_a_look(monkeypatch):
@@ -132,7 +175,7 @@ def test_a_table_holds_addresses_and_how_they_are_aligned():
 
 @pytest.fixture
 def model(store):
-    with served(store, 8) as (model, _, looks):
+    with served(store, 8) as (model, _, looks, _):
         yield model, looks
 
 

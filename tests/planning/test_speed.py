@@ -8,7 +8,7 @@ import pytest
 from mixoff import MixoffError, models
 from mixoff.classroom import plots, table2
 from mixoff.classroom.table2 import MODES, TABLE_2
-from mixoff.planning import probe
+from mixoff.planning import probe, speed
 from mixoff.planning.speed import EFFICIENCY, EVICTING, HERE, STEP_S, WIDENED, Efficiency, exposed_s, predict
 from mixoff.planning.steps import Step
 from mixoff.store import describe
@@ -259,12 +259,30 @@ def on_t4(hit_rate=1.0, back_share=0.0, **changes):
 
 def test_the_longer_of_host_and_card_counts():
     """A host that is slower than the card sets the pace; one that is faster adds nothing."""
-    card = on_t4(host_s=0.0, host_expert_s=0.0)
+    idle = {"host_s": 0.0, "host_miss_s": 0.0, "host_token_s": 0.0}
+    card = on_t4(0.75, **idle)
     assert card.terms["host"] == 0
-    slow = on_t4(host_s=2e-3, host_expert_s=0.1e-3)
-    assert slow.seconds == pytest.approx(32 * (2e-3 + 2 * 0.1e-3)) and slow.seconds > card.seconds
-    assert on_t4(host_s=card.seconds / 64, host_expert_s=0.0).seconds == pytest.approx(card.seconds)
+    computing = card.seconds - card.terms["fetches"]
+    slow = on_t4(0.75, host_s=3e-3, host_miss_s=2e-3, host_token_s=1e-3)
+    host = 1e-3 + 32 * (3e-3 + 2 * 0.25 * 2e-3)
+    assert slow.seconds == pytest.approx(host + card.terms["fetches"]) and slow.seconds > card.seconds
+    assert on_t4(0.75, **idle | {"host_s": computing / 64}).seconds == pytest.approx(card.seconds)
     assert sum(slow.terms.values()) == pytest.approx(slow.seconds)
+
+
+def test_a_resident_token_is_one_graph():
+    """Layers cost the host nothing, unless experts are in 16 bits: no kernel looks those up."""
+    assert on_t4(host_s=1.0, graph_s=0.2).seconds == pytest.approx(0.2)
+    assert on_t4(0.999, host_s=1.0, graph_s=0.2).seconds > 32
+    plain = predict(MIXTRAL, "none", probe.named("t4"), efficiency=replace(EFFICIENCY["cuda"]["expected"], host_s=1.0))
+    assert plain.seconds > 32
+
+
+def test_what_the_host_queues_is_added_up():
+    assert speed.Queued(10, 4).seconds(2.0, 5.0) == pytest.approx(40e-6)
+    found = [EFFICIENCY["cuda"][name].host_s for name in ("high", "expected", "low")]
+    assert found == sorted(found) and found[1] == pytest.approx(1e-6 * (54 * 15.5 + 5 * 33))
+    assert all(EFFICIENCY["cuda"][name].graph_s < EFFICIENCY["cuda"][name].host_s for name in EFFICIENCY["cuda"])
 
 
 def test_a_copy_back_costs_what_the_link_does_not_carry_at_once():

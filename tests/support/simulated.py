@@ -10,7 +10,9 @@ import weakref
 from collections import deque
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
+import recorded
 from mixoff.transfer.arena import Arena
 from mixoff.transfer.cuda import Gpu
 
@@ -26,6 +28,7 @@ class Event:
         return self.passed[0]
 
     def synchronize(self):
+        self.device.waits += 1
         self.device.run_until(self.passed)
 
 
@@ -47,7 +50,8 @@ class Stream:
 
     def step(self):
         kind, *what = self.queue.popleft()
-        getattr(self, f"_{kind}")(*what)
+        with _disable_current_modes():  # the card's work is none of the host's calls
+            getattr(self, f"_{kind}")(*what)
 
     def _wait(self, passed):
         pass
@@ -81,6 +85,7 @@ class Device:
 
     pace: how many steps it may take whenever it is called. room: the longest memory that it can allocate.
     held: bytes that its allocator has from the card, freed ones too until `give_back`; live: those in use.
+    waits: how often the host waited for an event. replays: of graphs.
     """
 
     where = torch.device("cpu")
@@ -88,7 +93,7 @@ class Device:
 
     def __init__(self, rng, streams=1, room=None, pace=(0, 0, 0, 1, 3)):
         self.rng, self.room, self.pace, self.violations = rng, room, pace, []
-        self.thread = self.refused = self.asked = self.given_back = 0
+        self.thread = self.refused = self.asked = self.given_back = self.waits = self.replays = 0
         self.held = self.live = 0
         self.copying, self.returning = Stream(self, "the copying stream"), Stream(self, "the returning stream")
         self.streams = [Stream(self, f"stream {i}") for i in range(streams)]
@@ -122,6 +127,15 @@ class Device:
     def copy(self, stream, target, source):
         stream.queue.append(("copy", target, source))
         self.drift()
+
+    def capture(self, work):
+        result, replay = recorded.capture(work)
+
+        def replayed():
+            self.replays += 1
+            replay()
+
+        return result, replayed
 
     def synchronize(self):
         while any(stream.queue for stream in self._all()):

@@ -21,20 +21,22 @@ import mixoff
 from bytesless import gpu, on_host
 from mixoff import kernels
 from mixoff.bench import doctor
-from mixoff.loading import hooks, load, overflow, refusals, rescue
+from mixoff.loading import hooks, load, overflow, rescue
 from mixoff.loading.load import measured
 from mixoff.pages import out_of_memory
 from mixoff.planning import planner, probe
 from mixoff.planning.budget import pinned_nbytes
-from mixoff.runtime import backend, runtime
+from mixoff.runtime import backend
 from mixoff.shapes.kv_cache import advance
 from mixoff.shapes.sites import slot_nbytes
 from mixoff.transfer import cuda, streams
 from mixoff.transfer.arena import Arena
+from mixoff.transfer.mailbox import Mailbox
 from mixoff.units import GIB
 from poisoned import poisoned
 from simulated import Device, products_of
 from tiny import BUNDLED, budget, decode, resident, save_random
+from to_gpu import Idle, to_gpu
 
 PROMPTS = [torch.arange(3, 12)[None] % 128, torch.tensor([[5, 9], [77, 3]])]
 
@@ -110,6 +112,18 @@ def test_device_and_ram_hold_all_experts_together(tiny):
     device = Device(random.Random(0))
     _, _, info, tiers = on_device(tiny, device, 15, ram=15, prompts=PROMPTS * 4, prefetch="none")
     assert info.bytes_moved - info.ram_bytes_moved <= 24 * info.expert_nbytes and tiers["kept"] > 0
+
+
+def test_ram_for_what_the_card_lacks_serves_like_ram_for_all(tiny):
+    """The same misses, all of them from RAM, and the same tokens: copies of what the card holds change nothing."""
+    found = []
+    for ram in (18, 24):  # 10 experts have no slot; 3 places are for reads, and 5 slots are set aside
+        violations, got, info, tiers = on_device(tiny, Device(random.Random(0)), 14, ram=ram, prefetch="none")
+        assert violations == [] and same(got, tiny[1])
+        assert info.bytes_moved == info.ram_bytes_moved > 0, "nothing is read from the disk"
+        found.append((info.hits, info.misses, info.bytes_moved))
+        assert (tiers["kept"] > 0) == (ram < 24), "what has no copy goes back, at the same time"
+    assert found[0] == found[1]
 
 
 def test_later_loads_find_what_the_first_found(tiny):
@@ -240,7 +254,8 @@ def test_a_cache_that_cannot_be_cut_back_ends_with_advice(tiny):
     store, want, bare, size = tiny
     with mixoff.load(store, fast_bytes=bare + 24 * size) as model:
         Failing(model, 1, {2})
-        cache = StaticCache(model.config, max_cache_len=32)
+        with mock.patch.object(model.config, "sliding_window", 16):
+            cache = StaticCache(model.config, max_cache_len=32)
         with pytest.warns(UserWarning), pytest.raises(mixoff.BudgetError, match="StaticCache.*cannot be cut back"):
             decode(model, PROMPTS[0], 6, past_key_values=cache)
         assert same([decode(model, PROMPTS[0], 6)], want[:1])
@@ -260,66 +275,34 @@ def test_other_errors_pass_and_nothing_of_the_guard_stays():
 # --- tensors that know only their device -----------------------------------------------------------------------------
 
 
-class Idle:
-    """A device on which nothing happens."""
-
-    where = torch.device("cpu")
-    event = computing = synchronize = lambda self, *args: self
-    wait_event = record_event = copy = unpin = give_back = lambda self, *args: None
-    query = lambda self: True  # noqa: E731
-
-    def __init__(self):
-        self.copying = self.returning = self
-
-    def empty(self, nbytes):
-        return torch.zeros(nbytes, dtype=torch.uint8)
-
-    pinned = empty
-
-    def describe(self):
-        return cuda.Gpu("NVIDIA L4", (8, 9), 24 << 30, 23 << 30)
-
-
-def to_gpu(model):
-    """Move a loaded model and its runtime to a GPU that has no bytes."""
-    runtime = model.mixoff
-    torch.__future__.set_overwrite_module_params_on_conversion(True)
-    try:
-        with mock.patch.object(refusals.Served, "_apply", torch.nn.Module._apply):  # what users may not do
-            model.to("cuda")
-    finally:
-        torch.__future__.set_overwrite_module_params_on_conversion(False)
-    for module in model.modules():
-        if getattr(module, "quantized", None) is not None:
-            module.quantized = module.quantized.to("cuda")
-    runtime.arena.slots = torch.empty_like(runtime.arena.slots, device="cuda")
-    runtime.arena._views.clear()
-    runtime.scratch = torch.empty_like(runtime.scratch, device="cuda")
+@pytest.fixture(scope="module")
+def mixtral(tmp_path_factory):
+    """A checkpoint; what a scheme makes of it is kept."""
+    return save_random(tmp_path_factory.mktemp("mixtral") / "model", "mixtral", torch.bfloat16)
 
 
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("scheme", ["none", "paper"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_a_layer_waits_for_the_device_once_and_mixes_no_devices(tmp_path, monkeypatch, scheme, dtype, batch):
-    """A prompt and a token of each row, with guesses: all but what `to_host` brings stays on the device."""
+def test_a_layer_waits_for_the_device_once_and_mixes_no_devices(mixtral, monkeypatch, scheme, dtype, batch):
+    """A prompt and a token of each row, with guesses: all but what a look brings stays on the device."""
     looks = []
 
-    def to_host(*tensors):
+    def bring(self, *tensors):
         looks.append([tuple(t.shape) for t in tensors])
         assert all(t.device.type == "cuda" for t in tensors)
         return [torch.rand(t.shape) if t.is_floating_point() else _choice(*t.shape) for t in tensors]
 
-    folder = save_random(tmp_path / "model", "mixtral", torch.bfloat16)
-    fast = budget(folder, 7, scheme=scheme, dtype=dtype)
+    fast = budget(mixtral, 7, scheme=scheme, dtype=dtype)
     monkeypatch.setattr(cuda, "pick", lambda name: Idle())
     monkeypatch.setattr(kernels.triton_products, "serves", lambda *a: False)  # has tests of its own
     monkeypatch.setattr(overflow, "bounded", lambda logits: True)
     for name in ("_of_one_token", "by_expert", "_given"):
         monkeypatch.setattr(backend, name, on_host(getattr(backend, name)))
-    monkeypatch.setattr(runtime, "to_host", on_host(to_host))
+    monkeypatch.setattr(Mailbox, "bring", on_host(bring))
     monkeypatch.setattr(mixoff.Runtime, "expect", on_host(mixoff.Runtime.expect))
     how = {"scheme": scheme, "dtype": dtype, "prefetch": "next-router", "scope": "global", "device": "cuda"}
-    with mixoff.load(folder, fast, **how) as model:
+    with mixoff.load(mixtral, fast, **how) as model:
         with gpu():
             to_gpu(model)
             _, cache = advance(model, torch.zeros(batch, 7, dtype=torch.long, device="cuda"))
@@ -333,13 +316,53 @@ def _choice(tokens, k):
     return torch.stack([torch.randperm(4)[:k] for _ in range(tokens)])
 
 
-def test_small_tensors_come_to_the_host_by_one_copy():
-    weights = torch.tensor([[0.1, -3.5], [float("nan"), 2.0]])
-    experts, same, guess = backend.to_host(torch.tensor([[3, 1], [0, 9]]), weights, torch.tensor([[7]]))
-    assert experts.tolist() == [[3, 1], [0, 9]] and guess.tolist() == [[7]]
-    assert torch.equal(same.nan_to_num(-1), weights.nan_to_num(-1)) and same.dtype == torch.float32
-    half = backend.to_host(weights.half())[0]
-    assert torch.equal(half.nan_to_num(-1), weights.half().float().nan_to_num(-1))
+class Locked(Idle):
+    """Copies are late: they are there once somebody waits for the event."""
+
+    def __init__(self):
+        super().__init__()
+        self.queued, self.waits, self.locked = [], 0, []
+
+    def copy(self, stream, target, source):
+        target.view(torch.uint8).fill_(255)
+        self.queued.append((target, source))
+
+    def synchronize(self):
+        self.waits += 1
+        for target, source in self.queued:
+            target.copy_(source)
+        self.queued.clear()
+
+    def pinned(self, nbytes):
+        self.locked.append(nbytes)
+        return torch.zeros(nbytes, dtype=torch.uint8)
+
+    def unpin(self, memory):
+        self.locked.remove(memory.numel())
+
+
+def test_small_tensors_come_to_the_host_with_one_wait():
+    device, weights = Locked(), torch.tensor([[0.1, -3.5], [float("nan"), 2.0]])
+    box = Mailbox(device)
+    for half in (False, True):
+        given = weights.half() if half else weights
+        experts, same, guess = box.bring(torch.tensor([[3, 1], [0, 9]]), given, torch.tensor([[7]], dtype=torch.int32))
+        assert experts.tolist() == [[3, 1], [0, 9]] and guess.tolist() == [[7]] and guess.dtype == torch.long
+        assert torch.equal(same.nan_to_num(-1), given.float().nan_to_num(-1)) and same.dtype == torch.float32
+    assert device.waits == 2 and len(device.locked) == 1, "one buffer for all"
+
+
+def test_a_look_keeps_its_values_when_the_next_one_comes():
+    """Traces keep them; a prompt's choice takes a larger buffer."""
+    device = Locked()
+    box = Mailbox(device)
+    (first,), (more,) = box.bring(torch.tensor([3, 1])), box.bring(torch.arange(4000))
+    (last,) = box.bring(torch.tensor([8, 9]))
+    assert first.tolist() == [3, 1] and more.tolist() == list(range(4000)) and last.tolist() == [8, 9]
+    assert device.locked == [64000]
+    box.close()
+    box.close()
+    assert device.locked == []
 
 
 # --- torch.cuda itself -----------------------------------------------------------------------------------------------
@@ -533,6 +556,59 @@ def test_pages_are_locked_once_at_their_exact_size_and_let_go_after_the_copies(r
     assert cudart.calls == [
         ("register", address, 15000, 1), ("synchronize",), ("unregister", address), ("synchronize",)
     ]  # fmt: skip
+
+
+class Stream:
+    """Makes itself the current stream, and what was current again."""
+
+    current = None
+
+    def __init__(self, fails=False):
+        self.fails = fails
+
+    def __enter__(self):
+        self.before, Stream.current = Stream.current, self
+
+    def __exit__(self, *error):
+        if self.fails:
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+        Stream.current = self.before
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_capture_leaves_the_stream_of_before(runtime_of, monkeypatch, fails):
+    """Even one that fails, where torch's own context would leave the capturing stream current."""
+    device, _ = runtime_of(0)
+    for name, stub in {
+        "CUDAGraph": mock.MagicMock,
+        "Stream": lambda where: Stream(),
+        "current_stream": lambda where: Stream.current,
+        "stream": Restored,
+        "device": lambda where: mock.MagicMock(),
+        "graph": lambda graph, stream, capture_error_mode: Stream(fails),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, stub)
+    monkeypatch.setattr(Stream, "current", Stream())
+    before = Stream.current
+    if fails:
+        with pytest.raises(RuntimeError, match="error during capture"):
+            device.capture(lambda: 3)
+    else:
+        assert device.capture(lambda: 3)[0] == 3
+    assert Stream.current is before
+
+
+class Restored:
+    """As `torch.cuda.stream`: at its end the stream of its beginning is current, whatever happened in between."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __enter__(self):
+        self.before, Stream.current = Stream.current, self.stream
+
+    def __exit__(self, *error):
+        Stream.current = self.before
 
 
 @pytest.mark.parametrize("wsl", [True, False])

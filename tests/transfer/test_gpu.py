@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import mixoff
-from mixoff.shapes.kv_cache import advance
+from mixoff.shapes.kv_cache import advance, begin
 from mixoff.transfer import cuda
 from tiny import BUNDLED, decode
 
@@ -87,12 +87,13 @@ def test_events_keep_the_order_when_one_stream_lags(store, monkeypatch, held):
         assert torch.equal(tokens, got_tokens) and torch.equal(logits, got_logits)
 
 
-def waits(model):
+def waits(model, cache=None):
     """How often the host waits for the card during a token: torch warns at every synchronisation of its own."""
     with torch.no_grad():
-        _, past = advance(model, IDS.cuda())
+        _, past = advance(model, IDS.cuda(), cache)
         token = torch.tensor([[7]], device="cuda")
-        _, past = advance(model, token, past)
+        for _ in range(3):  # with a static cache: one to warm up, one that is captured, and a replay
+            _, past = advance(model, token, past)
         torch.cuda.set_sync_debug_mode("warn")
         try:
             with warnings.catch_warnings(record=True) as said:
@@ -116,6 +117,26 @@ def test_a_resident_models_host_does_not_wait(store):
             runtime.serve(i, list(range(site.num_experts)), lambda weights: None)
         quantized = runtime.source.scheme.experts is not None
         assert waits(model) == 0 or not quantized
+
+
+def test_a_replayed_tokens_host_does_not_wait(store):
+    with mixoff.load(store, device="cuda") as model:
+        quantized = model.mixoff.source.scheme.experts is not None
+        assert waits(model, begin(model, 64)) == 0 or not quantized
+        assert (model.mixoff.info().decode == "one graph per token") == quantized
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_a_graph_has_the_bits_of_modules(store, sampled):
+    found = []
+    how = {"max_new_tokens": 24, "min_new_tokens": 24, "pad_token_id": 0, "output_logits": True}
+    how |= {"do_sample": sampled, "return_dict_in_generate": True, "cache_implementation": "static"}
+    for decode_by in ("modules", "compiled"):
+        with mixoff.load(store, device="cuda", decode=decode_by) as model:
+            torch.manual_seed(0)
+            out = model.generate(IDS.cuda(), **how)
+            found.append((out.sequences.cpu(), torch.stack(out.logits).cpu()))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_slots_lie_on_the_card_and_go_back(store):

@@ -4,6 +4,7 @@ Each has a still twin (`.figure()`) and a text summary, and works in JupyterLab,
 an extension.
 """
 
+from mixoff.classroom.widgets.batch_stepper import BatchStepper
 from mixoff.classroom.widgets.blind_vote import BlindVote
 from mixoff.classroom.widgets.cache_view import CacheView
 from mixoff.classroom.widgets.engine_map import EngineMap
@@ -15,6 +16,7 @@ from mixoff.classroom.widgets.router_swap import RouterSwap
 from mixoff.classroom.widgets.word_stepper import WordStepper
 
 __all__ = [
+    "BatchStepper",
     "BlindVote",
     "CacheView",
     "EngineMap",

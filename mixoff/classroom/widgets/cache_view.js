@@ -258,13 +258,13 @@ function render({ model, el }) {
   }
 
   function speak(before, list, from, now, prompt) { // `from`: index of the first word of `list`
-    const place = $(".words"), kept = place.dataset.from === String(from) && place.querySelectorAll("button").length === list.length && frames;
+    const place = $(".words"), kept = place.dataset.from === String(from) && place.querySelectorAll("span").length === list.length && frames;
     const most = Math.max(1, ...counts.map(([, m]) => m));
     if (!kept) {
       const lead = before ? [make("i", { textContent: before, title: "the prompt" })] : [];
       place.replaceChildren(...lead, ...list.map((word, k) => {
         const [hits, misses] = counts[from + k] || [0, 0];
-        const made = make("button", { type: "button", tabIndex: -1, textContent: word.replace("\n", "⏎\n"), title: `${plural(misses, "miss")} of ${hits + misses} requests` });
+        const made = make("span", { role: "button", tabIndex: -1, textContent: word.replace("\n", "⏎\n"), title: `${plural(misses, "miss")} of ${hits + misses} requests` });
         made.style.setProperty("--heat", (misses / most).toFixed(3));
         made.onclick = () => frames && jump(from + k);
         return made;
@@ -272,7 +272,7 @@ function render({ model, el }) {
       place.dataset.from = from;
       keepKeys(root);
     }
-    const made = [...place.querySelectorAll("button")];
+    const made = [...place.querySelectorAll("span")];
     made.forEach((word, k) => {
       word.className = from + k === now ? "now" : from + k > now ? "late" : "";
       word.tabIndex = from + k === now ? 0 : -1;

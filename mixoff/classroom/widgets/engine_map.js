@@ -37,7 +37,7 @@ function render({ model, el }) {
   const root = document.createElement("div");
   root.className = "mixoff-engines";
   root.innerHTML = `<div class="dials"><label>model <select></select></label></div>
-    <div class="sheet"><table tabindex="0" role="application"></table></div>
+    <table tabindex="0" role="application"></table><div>VRAM upwards, RAM to the right, in GB.</div>
     <div class="legend"></div><div class="said" aria-live="polite"></div>`;
   el.replaceChildren(root);
   const $ = (name) => root.querySelector(name), choice = $("select"), table = $("table");

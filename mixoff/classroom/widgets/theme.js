@@ -30,11 +30,11 @@ function keepKeys(root) {
   for (const control of root.querySelectorAll("button, input, select, [tabindex]")) control.dataset.lmSuppressShortcuts = "true";
 }
 
-// an element with properties and children; names with a dash or a colon are attributes
+// an element with properties and children; names with a dash are attributes
 function make(name, properties = {}, ...children) {
   const made = document.createElement(name);
   for (const [key, value] of Object.entries(properties)) {
-    if (key.includes("-")) made.setAttribute(key, value);
+    if (key.includes("-") || key === "role") made.setAttribute(key, value);
     else if (key === "data") Object.assign(made.dataset, value);
     else made[key] = value;
   }
