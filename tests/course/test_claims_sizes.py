@@ -168,7 +168,7 @@ def test_07_what_the_fit_of_table_2_says_and_cannot_say():
     fit = table2.calibrate()
     cells = sum(len(row) for row in table2.TABLE_2.values())
     assert f"fits {fit.free} parameters to {cells} cells" in words("07")
-    assert f"gives the host {fit.host_ms:.0f} ms per token" in words("07")
+    assert f"the processor that runs Python, {fit.host_ms:.0f} ms per token" in words("07")
     assert f"the T4 computed for {fit.compute_ms['T4']:.0f} ms per token" in words("07")
     began = 1 / (1 + math.exp(-table2._START[9]))  # recall
     assert fit.recall == pytest.approx(began, abs=0.005)

@@ -46,8 +46,8 @@ def through_zero(w: np.ndarray, codes: np.ndarray) -> tuple[float, float, float]
 # (weights (G,), codes (G,)) -> scale and minimum by least squares, and the gain of what they restore
 fit = Check(
     (
-        ((np.array([0.0, 1.0, 2.0, 3.0]), np.array([0, 1, 2, 3])), (1.0, 0.0, 1.0)),
-        ((np.array([1.0, -1.0, 1.0, -1.0]), np.array([0, 0, 1, 1])), (0.0, 0.0, 0.0)),
+        ((np.array([1.0, 2.0, 3.0, 4.0]), np.array([0, 1, 2, 3])), (1.0, 1.0, 1.0)),
+        ((np.array([1.0, 0.0, 2.0, 1.0]), np.array([0, 0, 1, 1])), (1.0, 0.5, 5 / 6)),
         ((np.array([-1.0, 0.0, 0.0, 2.0]), np.array([0, 1, 1, 2])), (1.5, -1.25, 0.95)),
         ((np.array([0.3, 0.5, 0.1]), np.array([2, 3, 0])), (0.9 / 7, 0.6 / 7, 1 - 1 / 122.5)),
     ),

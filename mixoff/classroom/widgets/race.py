@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from mixoff.shapes.shape import ModelShape
     from mixoff.trace.trace import Trace
 
-STYLES = ((":", "vermillion"), ("--", "blue"), ("-.", "green"), ("-", "black"))  # of the lanes
+STYLES = ((":", "vermillion"), ("--", "blue"), ("-.", "green"), ("-", "purple"))  # of the lanes
 
 
 @dataclass(frozen=True)

@@ -97,7 +97,7 @@ def draw_word(ax: plt.Axes, row: int, word: int) -> None:
     for place in range(32):
         bit = 31 - place
         kept = bool(MASK >> bit & 1)
-        face = plots.OKABE_ITO["sky"] if kept else "#FFFFFF"
+        face, on = (plots.OKABE_ITO["sky"], "white") if kept else ("none", plots.INK)
         ax.add_patch(Rectangle((place, row), 1, 0.9, facecolor=face, edgecolor=plots.LINE, linewidth=0.5))
         weight = "bold" if kept else "normal"
-        ax.text(place + 0.5, row + 0.45, word >> bit & 1, ha="center", va="center", fontsize=7, weight=weight)
+        ax.text(place + 0.5, row + 0.45, word >> bit & 1, ha="center", va="center", fontsize=7, weight=weight, color=on)
