@@ -9,7 +9,7 @@
     python3 go.py gpu       ten minutes on an NVIDIA card: tests, bandwidths, kernels and tokens, next to predictions
     python3 go.py site      the course as pages in build/site, which need no server and no network
     python3 go.py slides    a deck of slides of every chapter in build/slides
-    python3 go.py schedule  the 90-minute, half-day, one-day and two-day workshop, from the chapters' metadata
+    python3 go.py schedule  the 90-minute, half-day, one-day and second-day workshop, from the chapters' metadata
 
 What follows the job is passed on to it: `python3 go.py test -k cache -x`.
 The environment is `.venv` next to this file. Nothing is installed twice: a stamp inside records what it

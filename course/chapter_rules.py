@@ -17,7 +17,8 @@ WORDS = (1000, 2200)
 EXERCISES = (2, 4)
 QUESTIONS = 5
 SKIPPED = "nbval-skip"  # cells that a machine without a card cannot run: not executed, not compared
-FOLDED_TAGS = {"solution", "hidden"}  # code cells that open folded
+FOLDED_TAGS = {"solution", "figure", "hidden"}  # code cells that open folded
+FIGURE, IMAGE = "<figure", re.compile(r'"data:image/png;base64,[^"]*"')  # as `show` displays them
 
 LEAKS = {
     "a path of one machine": re.compile(
@@ -67,7 +68,12 @@ def output_texts(cell) -> Iterator[str]:
         yield "\n".join(output.get("traceback", ()))
         for mime, content in output.get("data", {}).items():
             if not mime.startswith("image/") or mime == "image/svg+xml":
-                yield str(content)
+                yield IMAGE.sub('""', str(content))
+
+
+def figures(cell) -> list:
+    """The outputs of a cell that `show` displayed."""
+    return [o for o in cell.get("outputs", ()) if o.get("data", {}).get("text/html", "").startswith(FIGURE)]
 
 
 def count_words(markdown: str) -> int:
@@ -97,10 +103,15 @@ def outputs(nb) -> Iterator[str]:
                 yield f"cell {i} stores the error {output.ename}: mend it, or tag it raises-exception"
             if output.get("name") == "stderr":
                 yield f"cell {i} wrote to stderr: {output.text.strip()[:60]!r}"
-            if "image/png" in data and data.get("text/plain", "<").startswith("<"):
-                yield f"cell {i} shows an image without a caption in text/plain: use show(fig, caption)"
-            if "image/png" in data and not output.metadata.get("image/png", {}).get("alt"):
-                yield f"cell {i} shows an image without alternative text: use show(fig, caption, alt=...)"
+            if "image/png" in data:
+                yield f"cell {i} shows an image without a caption: use show(fig, caption, alt=...)"
+
+
+def drawing(nb) -> Iterator[str]:
+    """Code that draws a figure opens folded: what it computes belongs into a cell above it."""
+    for i, cell in code_cells(nb):
+        if figures(cell) and not FOLDED_TAGS & tags(cell):
+            yield f"cell {i} draws a figure: tag it figure, so that its code opens folded"
 
 
 def leaks(nb) -> Iterator[str]:
@@ -152,8 +163,9 @@ def budgets(nb) -> Iterator[str]:
 
 
 def lengths(nb) -> Iterator[str]:
-    """Code cells of a few lines."""
-    lines = sorted(len([x for x in c.source.splitlines() if x.strip()]) for c in nb.cells if c.cell_type == "code")
+    """Code cells of a few lines; what draws a figure or prepares something is folded and not counted."""
+    read = [c for c in nb.cells if c.cell_type == "code" and not {"figure", "hidden"} & tags(c)]
+    lines = sorted(len([line for line in c.source.splitlines() if line.strip()]) for c in read)
     if not lines:
         return
     p90 = lines[int(0.9 * (len(lines) - 1))]
@@ -230,7 +242,7 @@ def exercise(nb, stub: int, following: int) -> Iterator[str]:
             yield f"cell {i} stores a solution that its check does not accept: {verdicts.strip()[:60]!r}"
 
 
-RULES = (execution, outputs, leaks, sources, metadata, budgets, lengths, opening, headings, exercises)
+RULES = (execution, outputs, drawing, leaks, sources, metadata, budgets, lengths, opening, headings, exercises)
 
 
 def problems(nb) -> list[str]:

@@ -11,6 +11,7 @@ import copy
 import hashlib
 import json
 import pathlib
+import re
 import sys
 
 import nbformat
@@ -20,6 +21,12 @@ import chapter_rules
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 HELD = ("torch", "transformers", "numpy", "ipywidgets", "traitlets", "pillow")  # Colab has imported them, or needs them
+PAGE = re.compile(r"\]\(\.\./(?=\w)")  # a link from a chapter to a file of the repository
+FORMS = {
+    "solution": "Solution",
+    "figure": "The code of this figure",
+    "hidden": "Preparations",
+}  # titles of what is folded
 INSTALL = """\
 #@title Install mixoff (about a minute) { display-mode: "form" }
 #@markdown Colab's own torch, transformers and ipywidgets stay as they are; nothing needs a restart.
@@ -36,6 +43,12 @@ def held(names):
 if importlib.util.find_spec("mixoff") is None:
     pathlib.Path("mixoff-constraints.txt").write_text("".join(held(@@HELD@@)))
     source = os.environ.get("MIXOFF_SOURCE", "@@REQUIREMENT@@")
+    if not source:
+        raise SystemExit(
+            "This course has no public address yet, so there is nothing to install from. Put the address of your copy, "
+            "a folder or a wheel into the variable MIXOFF_SOURCE and run this cell again:\n"
+            "    import os; os.environ['MIXOFF_SOURCE'] = 'git+https://...'"
+        )
     pip = [sys.executable, "-m", "pip", "install", "-q", "-c", "mixoff-constraints.txt", source]
     subprocess.run(pip, check=True)
 """
@@ -56,29 +69,34 @@ def colab_cell(cell, path: pathlib.Path):
     cell.metadata = nbformat.from_dict({"tags": tags} if tags else {})
     if "generated" in tags:
         cell.source = badges.colab_header(path)
+    elif cell.cell_type == "markdown":
+        cell.source = PAGE.sub(f"]({badges.repository()}/blob/{badges.BRANCH}/", cell.source)
     if cell.cell_type == "code":
         cell.outputs, cell.execution_count = [], None
         if folded := chapter_rules.FOLDED_TAGS & set(tags):
-            cell.source = f"#@title {folded.pop().capitalize()}: open to read\n{cell.source}"
+            cell.source = f"#@title {FORMS[folded.pop()]}: open to read\n{cell.source}"
             cell.metadata["cellView"] = "form"
     return cell
 
 
-def metadata(path: pathlib.Path) -> dict:
-    """What Colab reads: a T4, a table of contents, and where the chapter comes from."""
-    return {
-        "accelerator": "GPU",
-        "colab": {"name": path.name, "provenance": [], "gpuType": "T4", "toc_visible": True},
+def metadata(path: pathlib.Path, gpu: bool) -> dict:
+    """What Colab reads: a T4 if the chapter has use for it, a table of contents, where the chapter comes from."""
+    made = {
+        "colab": {"name": path.name, "provenance": [], "toc_visible": True},
         "kernelspec": {"display_name": "Python 3", "name": "python3"},
         "language_info": {"name": "python"},
         "mixoff": {"generated_from": f"notebooks/{path.name}"},
     }
+    if gpu:
+        made["accelerator"] = "GPU"
+        made["colab"]["gpuType"] = "T4"
+    return made
 
 
 def convert(path: pathlib.Path) -> str:
     """The text of the Colab notebook for one chapter."""
     header, *rest = nbformat.read(path, as_version=4).cells
-    nb = nbformat.v4.new_notebook(metadata=metadata(path))
+    nb = nbformat.v4.new_notebook(metadata=metadata(path, gpu="no GPU" not in rest[0].source))
     nb.nbformat_minor = 5
     nb.cells = [colab_cell(header, path), install_cell(), *(colab_cell(cell, path) for cell in rest)]
     for i, cell in enumerate(nb.cells):

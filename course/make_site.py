@@ -85,13 +85,11 @@ def page_of(path: pathlib.Path, shown: dict[str, str]):
 
 
 def dress(cell) -> None:
-    """Folds what opens folded, and hands alternative texts of figures to Sphinx."""
+    """Folds what opens folded."""
     if folded := chapter_rules.FOLDED_TAGS & chapter_rules.tags(cell):
         cell.metadata["tags"] = [*cell.metadata["tags"], "hide-input"]
-        cell.metadata["mystnb"] = {"code_prompt_show": f"Show the {folded.pop()}", "code_prompt_hide": "Hide it"}
-    for output in cell.outputs:
-        if alt := output.get("metadata", {}).get("image/png", {}).get("alt"):
-            cell.metadata["mystnb"] = {**cell.metadata.get("mystnb", {}), "image": {"alt": alt}}
+        shown = "solution" if "solution" in folded else "code"
+        cell.metadata["mystnb"] = {"code_prompt_show": f"Show the {shown}", "code_prompt_hide": "Hide it"}
 
 
 def widget_html(name: str, state: dict, **about: str) -> str:

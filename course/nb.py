@@ -66,8 +66,8 @@ def tidy_cell(cell) -> None:
     for output in cell.get("outputs", ()):
         if "execution_count" in output:
             output.execution_count = cell.execution_count
-        if "metadata" in output:  # what belongs to a piece of data, such as an image's alternative text, stays
-            output.metadata = nbformat.from_dict({k: v for k, v in output.metadata.items() if k in output.data})
+        if "metadata" in output:
+            output.metadata = nbformat.from_dict({})
 
 
 def tidy(nb, path: pathlib.Path) -> None:

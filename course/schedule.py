@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Prints schedules of the 90-minute, half-day, one-day and two-day workshop from the metadata of the chapters.
+"""Prints schedules of the 90-minute, half-day, one-day and second-day workshop from the metadata of the chapters.
 
     schedule.py [--start 9:00] [90-minute | half-day | one-day | second-day]
 
@@ -40,7 +40,7 @@ class Workshop:
     after: str = ""
 
 
-DAY = ((100, 15, "Break"), (195, 60, "Lunch"), (360, 15, "Break"))
+DAY = ((90, 15, "Break"), (185, 60, "Lunch"), (330, 15, "Break"), (410, 10, "Break"))
 WORKSHOPS = (
     Workshop("90-minute", 90),
     Workshop("half-day", 210, breaks=((100, 20, "Break"),)),

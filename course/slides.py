@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Makes a deck of slides of every chapter: its headings, figures, predictions and summaries, nothing else.
+"""Makes a deck of slides of every chapter: ideas, formulas, figures, predictions, exercises and summaries.
 
     slides.py [FOLDER]        default build/slides; open NN_name.html, no network is needed
 
@@ -33,7 +33,10 @@ HEADING = re.compile(r"^#{1,3} +(.+)$", re.M)
 FENCE = re.compile(r"^```.*?^```$", re.M | re.S)
 MINUTES = re.compile(r"^Difficulty.*$", re.M)
 CLAIM = re.compile(r"(?:^>.*\n?)+", re.M)
+DISPLAYED = re.compile(r"\$\$(.+?)\$\$", re.S)
 FORMULA = re.compile(r"(?<![\\$\w])\$([^$\n]+)\$(?![\d$])")
+DETAILS = re.compile(r"<details>.*?</details>", re.S)
+MOST_WORDS = 70  # of an idea
 MOST_LINES = 14  # of printed text on a slide
 
 
@@ -42,6 +45,7 @@ MOST_LINES = 14  # of printed text on a slide
 
 def slide(source: str, kind: str = "slide"):
     """A Markdown cell that opens a slide, or goes on with one (kind `-`)."""
+    source = DISPLAYED.sub(lambda match: mathml(match[1], display="block"), source)
     source = FORMULA.sub(lambda match: mathml(match[1]), source)
     return nbformat.v4.new_markdown_cell(source, metadata={"slideshow": {"slide_type": kind}})
 
@@ -53,17 +57,28 @@ def printed(cell) -> str:
     return "\n".join(lines[:MOST_LINES] + ["…"] * (len(lines) > MOST_LINES))
 
 
+def idea(body: str) -> str:
+    """The first paragraphs of a section, as far as they fit on a slide; empty where it begins with something else."""
+    found, words = [], 0
+    for paragraph in DETAILS.sub("", body).strip().split("\n\n"):
+        words += len(paragraph.split())
+        if (found and words > MOST_WORDS) or paragraph.startswith(("**Predict.**", "> ", "| ")):
+            break
+        found.append(paragraph)
+    return "\n\n".join(found).strip()
+
+
 class Deck:
-    """Slides in the making. A heading waits for what belongs on its slide; alone it makes one where nothing does."""
+    """Slides in the making. A heading waits for what belongs on its slide; where nothing does, its idea is shown."""
 
     def __init__(self) -> None:
         self.cells: list = []
-        self.heading, self.waiting, self.asked, self.summing = "", False, False, False
+        self.heading, self.idea, self.waiting, self.asked, self.summing = "", "", False, False, False
 
     def flush(self) -> None:
-        """Puts a waiting heading on a slide of its own, in large letters."""
-        if self.waiting:
-            self.cells.append(slide(f"# {self.heading}"))
+        """Puts a waiting heading on a slide with the idea of its section; a heading without one is left out."""
+        if self.waiting and self.idea:
+            self.add(self.idea)
         self.waiting = False
 
     def add(self, source: str = "") -> None:
@@ -72,12 +87,14 @@ class Deck:
         self.waiting = False
 
     def section(self, title: str, body: str) -> None:
-        """A heading with the text below it, of which only a claim or an exercise's minutes are shown."""
+        """A heading with the text below it: an exercise's contract, a formula, a claim, else the idea."""
         self.flush()
         if minutes := MINUTES.search(body):  # what follows an exercise belongs to the section again
-            self.cells.append(slide(f"# {title}\n\n{minutes[0]}"))
+            self.cells.append(slide(f"## {title}\n\n{body[: minutes.start()].strip()}\n\n{minutes[0]}"))
             return
-        self.heading, self.waiting = title, not title.startswith(LEFT_OUT)
+        self.heading, self.waiting, self.idea = title, not title.startswith(LEFT_OUT), idea(body)
+        for formula in DISPLAYED.findall(body):
+            self.add(f"$${formula}$$")
         self.summing = title == "Summary"  # made by the next cell, or written below the heading
         if self.summing and body.strip():
             self.add(body.strip())
@@ -95,16 +112,14 @@ class Deck:
             self.section(title, body)
 
     def figure(self, output) -> None:
-        """A figure and its caption."""
+        """A figure, which has its caption inside."""
         self.add()
-        image = nbformat.v4.new_code_cell("", outputs=[output], metadata={"slideshow": {"slide_type": "-"}})
-        caption = html.escape(output["data"].get("text/plain", ""))
-        self.cells += [image, slide(f'<p class="caption">{caption}</p>', "-")]
+        self.cells.append(nbformat.v4.new_code_cell("", outputs=[output], metadata={"slideshow": {"slide_type": "-"}}))
 
     def code(self, cell) -> None:
         """Figures, what answers a prediction, and the summary."""
         data = [output.get("data", {}) for output in cell.outputs]
-        figures = [output for output in cell.outputs if "image/png" in output.get("data", {})]
+        figures = chapter_rules.figures(cell)
         for output in figures:
             self.figure(output)
         if self.summing:

@@ -6,7 +6,7 @@ import os
 
 
 def setup(threads: int = 1, seed: int = 0, gpu: bool = True) -> None:
-    """Make a chapter repeatable and quiet: seeded generators, no progress bars, one style of figures.
+    """Make a chapter repeatable and quiet: seeded generators, one style of figures, bars for downloads alone.
 
     Call it before torch is imported; otherwise the order of sums depends on the processor.
 
@@ -21,6 +21,7 @@ def setup(threads: int = 1, seed: int = 0, gpu: bool = True) -> None:
     if not gpu:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     import torch
+    from huggingface_hub.utils import enable_progress_bars
     from transformers.utils import logging
 
     from mixoff.classroom.plots import use_style
@@ -29,5 +30,6 @@ def setup(threads: int = 1, seed: int = 0, gpu: bool = True) -> None:
     torch.manual_seed(seed)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    enable_progress_bars()  # of downloads, which last minutes; the line before turns off both
     use_style()
     print("mixoff is ready")

@@ -88,8 +88,8 @@ class Plan:
 
 # How a plan shows itself ----------------------------------------------------------------------------------------------
 
-COLOURS = {  # Okabe and Ito's, legible on light and dark; the table next to the bar names each part too
-    "backbone": "#0072B2", "kv_cache": "#56B4E9", "workspace": "#F0E442", "slots": "#009E73", "reserved": "#999999",
+COLOURS = {  # Okabe and Ito's hues, legible on light and dark; the table next to the bar names each part too
+    "backbone": "#0072B2", "kv_cache": "#3A93C8", "workspace": "#8F8600", "slots": "#009E73", "reserved": "#949494",
 }  # fmt: skip
 LABEL = 13  # columns of the label in front of each line
 NAMES = {"kv_cache": "KV cache", "slots": "experts in slots", "reserved": "kept free"}

@@ -1,7 +1,6 @@
 """What notebooks lean on: checks that never raise, figures that carry their captions, a setup that can be repeated."""
 
 import functools
-import html
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -13,7 +12,7 @@ import pytest
 matplotlib.use("Agg")
 
 import mixoff
-from mixoff.classroom import check, plots, setup, show
+from mixoff.classroom import check, setup
 from mixoff.classroom.checks import Check, difference
 from mixoff.classroom.widgets import PlanExplorer
 from mixoff.classroom.widgets.plan_explorer import CONTEXTS, Choice, explore, lacking_nbytes, smallest_change
@@ -83,46 +82,6 @@ def test_chapter_00_lru_hits_are_those_of_the_package():
         return sum(grant.kind == HIT for e in wanted for grant in cache.access(0, [(0, e)], False))
 
     assert check.lru_hits.verdict(hits) == "[ ok ] 6 cases"
-
-
-# ---------------------------------------------------------------- figures
-
-
-@pytest.fixture
-def shown(monkeypatch):
-    """What would have been displayed: pairs of data and metadata."""
-    found = []
-    monkeypatch.setattr("IPython.display.display", lambda data, raw, metadata=None: found.append((data, metadata)))
-    return found
-
-
-def test_show_gives_image_caption_and_alternative_text(shown):
-    fig = plots.byte_bars({"experts": 6.0, "rest": 2.0}, {"limit": 3.0}, "MB")
-    show(fig, "Experts < all", alt="A bar")
-    (image, metadata), (below, _) = shown
-    assert set(image) == {"image/png", "text/plain"} and image["text/plain"] == "Experts < all"
-    assert metadata == {"image/png": {"alt": "A bar"}}
-    assert html.escape("Experts < all") in below["text/html"] and below["text/plain"] == "Experts < all"
-    assert not matplotlib.pyplot.fignum_exists(fig.number), "a closed figure is not shown twice"
-
-
-def test_states_differ_without_colour():
-    """By letter, and what has none by lightness too, for readers who see no colours and for printers."""
-    from matplotlib.colors import to_rgb
-
-    letters = [letter for _, letter, _ in plots.STATES if letter]
-    assert len(set(letters)) == len(letters) == 4
-    states = plots.STATES[: plots.MISS + 1]  # a prefetched or evicted expert is told by its letter alone
-    lightness = sorted(np.dot(to_rgb(colour), (0.299, 0.587, 0.114)) for _, _, colour in states)
-    assert min(np.diff(lightness)) > 0.08
-
-
-def test_grids_are_drawn_with_a_letter_for_each_hit_and_miss():
-    grid = np.array([[plots.HIT, plots.MISS, plots.AWAY], [plots.RESIDENT, plots.MISS, plots.AWAY]])
-    fig = plots.expert_grids([grid, grid], ["token 1", "token 2"], columns=2)
-    for ax in fig.axes:
-        assert sorted(t.get_text() for t in ax.texts if t.get_text()) == ["M", "M", "h"]
-    matplotlib.pyplot.close(fig)
 
 
 # ---------------------------------------------------------------- the plan to play with

@@ -398,6 +398,9 @@ REFUSED = [
      "case 4: 1.75, expected 2"),
     ("chunked", past_the_prompt, "position 4 is read 8 to 12, expected read 8 to 10"),
     ("chunked", decodes_after_the_last, "position 1 is decode, expected nothing"),
+    ("stored_nbytes", lambda counts, bits: sum(n * b // 8 for n, b in zip(counts, bits, strict=True)), "drops"),
+    ("stored_nbytes", lambda counts, bits: sum(n * b for n, b in zip(counts, bits, strict=True)) // 8, "drops"),
+    ("fit", lambda w, codes: (*np.polyfit(codes, w, 1), 1.0), "third answer"),
     ("codes_at", lambda words, i: words >> i & 3, "A code takes two bits"),
     ("codes_at", lambda words, i: (words & 3) >> 2 * i, "before the shift"),
     ("codes_at", lambda words, i: words / 4**i % 4, "expected 0"),
@@ -460,6 +463,22 @@ def test_a_failed_check_shows_the_call_and_both_answers():
         "expected 2",
         "This is FIFO: a hit must renew the expert's age.",
     ]
+
+
+SLIPS = [
+    (name, sentence) for name, made in vars(check).items() if isinstance(made, check.Check) for sentence in made.slips
+]
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize(("name", "sentence"), SLIPS)
+def test_a_typical_mistake_is_named(name, sentence):
+    verdict = getattr(check, name).verdict(getattr(check, name).slips[sentence])
+    assert verdict.startswith("[FAIL]") and verdict.endswith(sentence), verdict
+
+
+def test_every_exercise_with_one_answer_names_a_typical_mistake():
+    assert {param.values[1] for param in EXERCISES} - {name for name, _ in SLIPS} == {"victim"}
 
 
 # ---------------------------------------------------------------- whose function figures use

@@ -8,6 +8,8 @@ import re
 import pytest
 
 import badges
+import chapter_rules
+import nb
 from chapters import often
 
 pytestmark = pytest.mark.e2e
@@ -18,7 +20,7 @@ CODE_CELLS = """() => window.jupyterapp.shell.currentWidget.content.model.toJSON
     .filter(cell => cell.cell_type === 'code')
     .map(cell => ({count: cell.execution_count, tags: cell.metadata.tags || [],
                    errors: cell.outputs.filter(out => out.output_type === 'error').map(out => out.ename),
-                   images: cell.outputs.filter(out => out.data && out.data['image/png']).length}))"""
+                   figures: cell.outputs.filter(out => out.data?.['text/html']?.includes('<figure')).length}))"""
 CLEAR = "() => { window.jupyterapp.commands.execute('notebook:clear-all-cell-outputs'); }"
 ALL_COUNTED = f"""() => {{
     const kernel = window.jupyterapp.shell.currentWidget.context.sessionContext.session.kernel;
@@ -30,6 +32,8 @@ TO_TOP = """() => {
     const last = [...document.querySelectorAll('.jp-Notebook .jp-Cell')].pop();
     return Math.ceil(last.getBoundingClientRect().bottom) + 60;
 }"""
+FIGURES = """() => [...document.querySelectorAll('.jp-OutputArea figure img')]
+    .map(image => ({alt: image.alt, width: image.naturalWidth, shown: image.getBoundingClientRect().width}))"""
 WIDTH_PX, TALLEST_PX = 1200, 16_000  # 16,384 is Chromium's limit for one screenshot
 
 
@@ -198,8 +202,8 @@ def drive_vote(page):
 THEMES = {"light": "JupyterLab Light", "dark": "JupyterLab Dark"}
 
 
-def photograph_themes(page, folder):
-    """Each widget of the chapter in the light and in the dark theme, which it must notice."""
+def photograph_themes(page, folder, chapter):
+    """The chapter and each of its widgets in the light and in the dark theme, which a widget must notice."""
     for name, theme in THEMES.items():
         page.evaluate("theme => window.jupyterapp.commands.execute('apputils:change-theme', {theme})", theme)
         page.wait_for_function(
@@ -211,6 +215,14 @@ def photograph_themes(page, folder):
         page.wait_for_timeout(500)
         for i, widget in enumerate(page.locator("[class^=mixoff-]").all()):
             widget.screenshot(path=folder / f"widget-{i}-{name}.png")
+        photograph(page, folder / f"{chapter.stem}-{name}.png")
+
+
+def assert_figures_are_read_aloud(page, count):
+    """Every figure is an image with an alternative text in the page, whole and no wider than the page."""
+    figures = page.evaluate(FIGURES)
+    assert len(figures) == count > 0
+    assert all(len(figure["alt"]) > 20 and figure["width"] >= figure["shown"] > 100 for figure in figures), figures
 
 
 DRIVERS = {
@@ -230,14 +242,14 @@ DRIVERS = {
 @pytest.mark.parametrize("chapter", often(badges.chapters()))
 def test_chapter_runs_from_top_to_bottom(chapter, open_notebook, tmp_path):
     page = open_notebook(chapter)
+    stored = sum(len(chapter_rules.figures(cell)) for _, cell in chapter_rules.code_cells(nb.read(chapter)))
+    assert_figures_are_read_aloud(page, stored)  # the notebook is not trusted yet, so JupyterLab cleans its HTML
     page.evaluate(WATCH)
     cells = run_all(page)
     assert [cell["count"] for cell in cells] == list(range(1, len(cells) + 1))
     assert [cell for cell in cells if cell["errors"] and "raises-exception" not in cell["tags"]] == []
-    assert sum(cell["images"] for cell in cells) > 0, "a chapter shows at least one figure"
+    assert_figures_are_read_aloud(page, sum(cell["figures"] for cell in cells))
     if chapter.stem in DRIVERS:
         DRIVERS[chapter.stem](page)
-        photograph_themes(page, tmp_path)
-    photograph(page, tmp_path / f"{chapter.stem}.png")
-    assert page.locator(".jp-RenderedImage img").count() > 0
+    photograph_themes(page, tmp_path, chapter)
     assert page.complaints == []

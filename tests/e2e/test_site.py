@@ -5,6 +5,7 @@ import re
 import pytest
 
 import badges
+import chapter_rules
 import widget_states
 from widget_page import contrasts
 
@@ -213,8 +214,30 @@ def test_widgets_of_the_site_have_marks_that_stand_out_on_a_telephone_too(site, 
 
 # ---------------------------------------------------------------- slides
 
+OUTSIDE = """() => Reveal.getSlides().filter(s => { Reveal.slide(Reveal.getIndices(s).h);
+    return s.scrollHeight > 730 || s.scrollWidth > 1110; }).map(s => s.innerText.slice(0, 60))"""
 
-def test_decks_hold_headings_figures_predictions_and_summaries_alone():
+
+def test_no_slide_is_a_bare_heading_and_exercises_have_their_contract():
+    pytest.importorskip("nbconvert", reason="the extra site is not installed")
+    import nb
+    import slides
+
+    for path in badges.chapters():
+        cells, chapter = slides.deck(nb.read(path)).cells, nb.read(path)
+        for cell, following in zip(cells, [*cells[1:], None], strict=True):
+            bare = len([line for line in cell.source.splitlines() if line.strip()]) < 2
+            goes_on = following is not None and following.metadata.slideshow.slide_type == "-"
+            assert not bare or goes_on or cell.cell_type == "code" or cell.source.startswith("<pre>"), cell.source
+        text = "\n".join(cell.source for cell in cells)
+        for i in chapter_rules.tagged(chapter, "exercise"):
+            name = re.search(r"`[^`]+`", chapter.cells[i - 1].source.rpartition("### ")[2])[0]
+            assert name in text, f"{path.name}: the contract of {name}"
+    roofline = slides.deck(nb.read(next(path for path in badges.chapters() if path.name.startswith("10"))))
+    assert any('display="block"' in cell.source for cell in roofline.cells), "the key formula of chapter 10"
+
+
+def test_decks_hold_ideas_figures_predictions_exercises_and_summaries_alone():
     pytest.importorskip("nbconvert", reason="the extra site is not installed")
     import nb
     import slides
@@ -222,7 +245,7 @@ def test_decks_hold_headings_figures_predictions_and_summaries_alone():
     for path in badges.chapters():
         chapter = nb.read(path)
         deck = slides.deck(chapter)
-        images = [o for c in chapter.cells for o in c.get("outputs", ()) if "image/png" in o.get("data", {})]
+        images = [output for cell in chapter.cells for output in chapter_rules.figures(cell)]
         shown = [o for c in deck.cells for o in c.get("outputs", ())]
         assert shown == images, "every figure once, in order, and no other output"
         text = "\n".join(cell.source for cell in deck.cells)
@@ -255,6 +278,13 @@ def test_slide_types_follow_from_tags_unless_an_author_set_them():
     ]
 
 
+@pytest.mark.parametrize("path", badges.chapters(), ids=lambda path: path.stem)
+def test_everything_fits_its_slide(open_page, path):
+    page = open_page(f"slides/{path.stem}.html")
+    page.wait_for_function("() => window.Reveal && Reveal.isReady()")
+    assert page.evaluate(OUTSIDE) == []
+
+
 def test_a_deck_opens_from_the_disk_and_turns_its_pages(open_page):
     page = open_page("slides/09_live_cache.html")
     page.wait_for_function("() => window.Reveal && Reveal.isReady()")
@@ -262,9 +292,4 @@ def test_a_deck_opens_from_the_disk_and_turns_its_pages(open_page):
     for _ in range(3):
         page.keyboard.press("ArrowRight")
     assert page.evaluate("Reveal.getIndices().h") == 3
-    outside = page.evaluate(
-        """() => Reveal.getSlides().filter(s => { Reveal.slide(Reveal.getIndices(s).h);
-            return s.scrollHeight > 730 || s.scrollWidth > 1110; }).map(s => s.innerText.slice(0, 60))"""
-    )
-    assert outside == [], "everything fits its slide"
     assert page.complaints == []

@@ -16,7 +16,7 @@ from mixoff.classroom.checks.ch00 import copy_s_per_token, lru_hits, slots_per_l
 from mixoff.classroom.checks.ch01 import moe_layer, repeat_rate, route
 from mixoff.classroom.checks.ch02 import kv_nbytes, parameters, stored_nbytes
 from mixoff.classroom.checks.ch03 import bits_per_weight, pack, quantize_group, unpack
-from mixoff.classroom.checks.ch04 import best_zero, threshold, unit_gain
+from mixoff.classroom.checks.ch04 import best_zero, fit, threshold, unit_gain
 from mixoff.classroom.checks.ch05 import paired, perplexity, worth_having
 from mixoff.classroom.checks.ch06 import bytes_per_token, make_cache, read_expert
 from mixoff.classroom.checks.ch07 import guess_gain, layer_s, serve

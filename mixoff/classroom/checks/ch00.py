@@ -10,7 +10,8 @@ slots_per_layer = Check(
         ((221_184 * 8 - 1, 221_184, 8, 8), 0),
         ((10**9, 221_184, 8, 8), 8),
         ((12 * 2**30, 66_406_180, 32, 8), 6),
-    )
+    ),
+    slips={"A layer has only so many experts: take the smaller number.": lambda budget, n, L, E: budget // n // L},
 )
 
 

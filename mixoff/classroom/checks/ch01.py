@@ -8,6 +8,14 @@ import numpy as np
 
 from mixoff.classroom.checks.machinery import Check
 
+
+def not_rescaled(logits: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The choice with the probabilities that a softmax over all experts gives."""
+    order = np.argsort(-logits, axis=1)[:, :k]
+    p = np.exp(logits - logits.max(1, keepdims=True))
+    return order, np.take_along_axis(p / p.sum(1, keepdims=True), order, 1)
+
+
 # (scores (T, E), experts per token) -> experts, weights, both (T, k)
 route = Check(
     (
@@ -15,7 +23,8 @@ route = Check(
         ((np.log([[1.0, 3.0, 2.0]]), 2), ([[1, 2]], [[0.6, 0.4]])),
         ((np.log([[6.0, 1.0, 3.0], [1.0, 0.5, 4.0]]), 2), ([[0, 2], [2, 0]], [[2 / 3, 1 / 3], [0.8, 0.2]])),
         ((1000 + np.log([[4.0, 1.0]]), 2), ([[0, 1]], [[0.8, 0.2]])),
-    )
+    ),
+    slips={"Rescale: the weights of a token sum to 1.": not_rescaled},
 )
 
 
@@ -36,6 +45,28 @@ def calls_of(moe_layer: Callable, x: np.ndarray, experts: np.ndarray, weights: n
     return {"output": output, "calls of experts": " ".join(map(str, sorted(called)))}
 
 
+def token_by_token(x: np.ndarray, experts: np.ndarray, weights: np.ndarray, expert_fn: Callable) -> np.ndarray:
+    """The right output, with a call for each choice."""
+    out = np.zeros_like(x)
+    for t, k in np.ndindex(experts.shape):
+        out[t] += weights[t, k] * expert_fn(experts[t, k], x[t : t + 1])[0]
+    return out
+
+
+def unweighted(x: np.ndarray, experts: np.ndarray, weights: np.ndarray, expert_fn: Callable) -> np.ndarray:
+    """A plain sum of the experts' outputs."""
+    return moe(x, experts, np.ones_like(weights), expert_fn)
+
+
+def moe(x: np.ndarray, experts: np.ndarray, weights: np.ndarray, expert_fn: Callable) -> np.ndarray:
+    """What is asked for."""
+    out = np.zeros_like(x)
+    for e in np.unique(experts):
+        tokens, place = np.where(experts == e)
+        out[tokens] += weights[tokens, place, None] * expert_fn(e, x[tokens])
+    return out
+
+
 # (x (T, D), experts (T, K), weights (T, K), expert_fn) -> (T, D)
 moe_layer = Check(
     (
@@ -53,7 +84,17 @@ moe_layer = Check(
         ),
     ),
     calls_of,
+    slips={
+        "The output is right, but an expert is called once per token: collect its rows first.": token_by_token,
+        "Multiply each output by its weight.": unweighted,
+    },
 )
+
+
+def repeats_over_all(chosen: list) -> float:
+    """Repeats over all tokens, the first one included."""
+    return sum(bool({*now} & {*before}) for now, before in zip(chosen[1:], chosen, strict=False)) / len(chosen)
+
 
 # choices of one layer (T, K) -> share of tokens that repeat an expert of the previous token
 repeat_rate = Check(
@@ -61,5 +102,6 @@ repeat_rate = Check(
         (([[0, 1], [1, 2]],), 1.0),
         (([[0, 1], [2, 3], [3, 2]],), 0.5),
         (([[0, 1], [2, 3], [4, 5], [0, 4], [1, 2]],), 0.25),
-    )
+    ),
+    slips={"The first token has none before it: divide by T - 1.": repeats_over_all},
 )

@@ -19,7 +19,20 @@ def read_all(read_expert: Callable, e: int) -> object:
         return "EOFError"
 
 
-read_expert = Check((((0,), [1, 2, 3]), ((1,), [4, 5, 6]), ((2,), "EOFError")), read_all)
+def without_a_look(file: io.BytesIO, e: int, stride: int, nbytes: int) -> bytes:
+    """What the file has, however little."""
+    file.seek(e * stride)
+    return file.read(nbytes)
+
+
+read_expert = Check(
+    (((0,), [1, 2, 3]), ((1,), [4, 5, 6]), ((2,), "EOFError")),
+    read_all,
+    slips={
+        "A file that ends returns fewer bytes without an error: compare lengths.": without_a_look,
+        "Expert e begins at e * stride: `file.seek` first.": lambda file, e, stride, nbytes: file.read(nbytes),
+    },
+)
 
 
 class Weights:
@@ -48,6 +61,20 @@ def log_of(make_cache: Callable, slots: int, keys: list) -> dict:
     return {"fetched": fetched, "each get returned its weights": right, "within its slots": most <= slots}
 
 
+def first_in_first_out(slots: int, fetch: Callable) -> Callable:
+    """A cache whose hits do not renew a key's age."""
+    held: dict = {}
+
+    def get(key: object) -> object:
+        if key not in held:
+            if len(held) == slots:
+                del held[next(iter(held))]
+            held[key] = fetch(key)
+        return held[key]
+
+    return get
+
+
 SOUND = {"each get returned its weights": True, "within its slots": True}
 
 make_cache = Check(
@@ -59,6 +86,7 @@ make_cache = Check(
         ((1, ["a", "b", "b", "a"]), {"fetched": ["a", "b", "a"], **SOUND}),
     ),
     log_of,
+    slips={"This is FIFO: a hit must make the key the newest.": first_in_first_out},
 )
 
 # (layers, experts per token, bytes of an expert, hit rate, write back?) -> bytes over the link, per token

@@ -15,6 +15,15 @@ hit_rate = Check(
     slips={"Only hits and misses are requests.": lambda kinds: kinds.count("hit") / len(kinds) if kinds else None},
 )
 
+
+def without_guesses(events: list) -> set:
+    """Residents, if only misses brought any."""
+    here: set = set()
+    for kind, expert in events:
+        here = here | {expert} if kind == "miss" else here - {expert} if kind == "evict" else here
+    return here
+
+
 # (kind, expert) of one layer -> residents at the end
 residents = Check(
     (
@@ -22,7 +31,8 @@ residents = Check(
         (([("miss", 1), ("miss", 2), ("hit", 1)],), {1, 2}),
         (([("miss", 1), ("miss", 2), ("evict", 1), ("miss", 3)],), {2, 3}),
         (([("miss", 1), ("prefetch", 4), ("evict", 1), ("miss", 1)],), {1, 4}),
-    )
+    ),
+    slips={"A prefetch brings an expert in as well.": without_guesses},
 )
 
 

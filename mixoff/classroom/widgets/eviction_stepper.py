@@ -167,7 +167,7 @@ def draw_step(ax: Axes, t: int, step: dict) -> None:
     _, letter, colour = plots.STATES[plots.HIT if step["hit"] else plots.MISS]
     for s, expert in enumerate(step["slots"]):
         asked = expert == step["expert"]
-        face = colour if asked else "#FFFFFF"
+        face, on = (colour, "white") if asked else ("none", plots.INK)
         ax.add_patch(Rectangle((t, s), 1, 1, facecolor=face, edgecolor=plots.LINE, linewidth=0.5, clip_on=False))
         label = "" if expert is None else f"{expert}{letter}" if asked else f"{expert}"
-        ax.text(t + 0.5, s + 0.5, label, ha="center", va="center", fontsize=8)
+        ax.text(t + 0.5, s + 0.5, label, ha="center", va="center", fontsize=8, color=on)

@@ -372,7 +372,7 @@ def _draw(ax: Axes, row: int, tier: Tier) -> None:
         start += nbytes / units.GIB
     if tier.limit is not None:
         limit = tier.limit / units.GIB
-        ax.plot([limit, limit], [row - 0.4, row + 0.4], "k--")
+        ax.plot([limit, limit], [row - 0.4, row + 0.4], "--", color=plots.INK)
         ax.annotate(f"has {limit:.1f}", (limit, row - 0.42), ha="center", va="bottom", fontsize=8)
     if start == 0:
         ax.annotate(" nothing", (0, row), va="center", fontsize=8, color=plots.LINE)
