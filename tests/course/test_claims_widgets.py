@@ -5,11 +5,11 @@ import re
 import badges
 import widget_states
 from claims import words
-from mixoff.classroom.widgets import blind_vote, outlier, plan_explorer
 from mixoff.planning import planner, probe
 from mixoff.planning.needs import Needs
 from mixoff.shapes.sizes import sizes_of
 from mixoff.store import describe
+from mixoff.widgets import blind_vote, outlier, plan_explorer
 
 
 def held(number, kind):
