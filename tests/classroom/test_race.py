@@ -9,9 +9,9 @@ matplotlib.use("Agg")
 
 import mixoff
 from mixoff import models
-from mixoff.classroom.widgets import Race, optimum, race
 from mixoff.planning import probe, speed
 from mixoff.store.describe import shape_of
+from mixoff.widgets import Race, optimum, race
 
 
 @pytest.fixture(scope="module")

@@ -20,12 +20,12 @@ from mixoff.cache.cache import ExpertCache
 from mixoff.cache.events import MISS
 from mixoff.cache.policies import Policy
 from mixoff.classroom import plots
-from mixoff.classroom.widgets import browser, optimum
 from mixoff.errors import MixoffError
 from mixoff.planning import probe, speed
 from mixoff.shapes.sizes import sizes_of
 from mixoff.store.describe import shape_of
 from mixoff.units import format_nbytes
+from mixoff.widgets import browser, optimum
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
