@@ -23,5 +23,6 @@ from mixoff.classroom.checks.ch07 import guess_gain, layer_s, serve
 from mixoff.classroom.checks.ch08 import belady_victim, fifo_misses, gap_closed, victim
 from mixoff.classroom.checks.ch09 import hit_rate, residents, stays
 from mixoff.classroom.checks.ch10 import gain, hit_rate_for, token_s
+from mixoff.classroom.checks.ch13 import distil_loss, dynamic_top_k, greedy, skip_misses
 from mixoff.classroom.checks.ch15 import recent, tiers, what_binds
 from mixoff.classroom.checks.machinery import Check, difference
