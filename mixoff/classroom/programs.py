@@ -6,6 +6,7 @@ It has no blocks in parallel, no types but NumPy's, and no speed. Triton's own i
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
 from collections import Counter
@@ -101,10 +102,16 @@ def language(number: int, traffic: Counter) -> SimpleNamespace:
 tl = language(0, Counter())  # for kernels that are defined where triton is missing; `run` gives each program its own
 
 
+def plain(kernel: Any) -> Any:
+    """The function as it was written, behind wrappers and behind `@triton.jit`, which keeps it as `fn`."""
+    kernel = inspect.unwrap(kernel)
+    return inspect.unwrap(getattr(kernel, "fn", kernel))
+
+
 def run(kernel: Callable, programs: int, **arguments: Any) -> Counter:
     """Run `kernel` for programs 0, 1, ... of a grid of one dimension; returns bytes per argument, read and written.
 
-    kernel: a plain function whose global `tl` is `triton.language`, without `@triton.jit`.
+    kernel: a function whose global `tl` is `triton.language`, with `@triton.jit` or without, wrapped or not.
     arguments: by name; an array becomes a pointer to its memory, which `store` changes, and other values stay the same.
 
     >>> def double(x, out):
@@ -114,6 +121,7 @@ def run(kernel: Callable, programs: int, **arguments: Any) -> Counter:
     (Counter({'x read': 24, 'out written': 24}), [2.0, 10.0, 4.0])
     """
     traffic: Counter = Counter()
+    kernel = plain(kernel)
     given = {
         name: Pointer(name, value.reshape(-1)) if isinstance(value, np.ndarray) else value
         for name, value in arguments.items()

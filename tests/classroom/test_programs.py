@@ -4,13 +4,14 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from mixoff import kernels
-from mixoff.classroom import launches, programs
+from mixoff.classroom import check, launches, programs
 from mixoff.classroom.checks.ch11 import matvec_case
 from mixoff.classroom.programs import tl
 from mixoff.kernels.triton import products
@@ -42,6 +43,27 @@ def test_places_outside_an_argument_are_told():
         programs.run(halves, 1, x=np.zeros(3), out=np.zeros(3), count=4, SIZE=4)
     with pytest.raises(IndexError, match="number -1"):
         programs.run(before_the_first, 1, x=np.zeros(3))
+
+
+def test_a_learners_kernel_is_found_behind_its_wrappers(capsys):
+    """What `mine` hands back where the learner is right, and what `@triton.jit` makes of a function."""
+
+    def matvec(words, x, scale, minimum, out, W, G):
+        n, j = tl.program_id(0), tl.arange(0, W)
+        word, total = tl.load(words + n * W + j), tl.zeros((W,), tl.float32)
+        group = n * (16 * W // G) + 16 * j // G
+        for i in range(16):
+            q = (word >> 2 * i) & 3
+            total += (q * tl.load(scale + group) + tl.load(minimum + group)) * tl.load(x + 16 * j + i)
+        tl.store(out + n, tl.sum(total))
+
+    mine = check.matvec.mine(matvec, lambda *_, **__: None)
+    assert "your matvec is used" in capsys.readouterr().out
+    for kernel in (mine, SimpleNamespace(fn=matvec)):
+        (words, x, scale, minimum, G), expected = matvec_case(2, 2, 32)
+        out = np.zeros(2, np.float32)
+        programs.run(kernel, 2, words=words, x=x, scale=scale, minimum=minimum, out=out, W=2, G=G)
+        assert np.array_equal(out, expected["out"])
 
 
 def before_the_first(x):

@@ -227,6 +227,22 @@ def test_experts_of_a_large_grid_can_be_sorted_by_use(mount):
     assert page.locator(".told").inner_text().startswith("Layer 0, expert 0:")
 
 
+def test_a_theme_that_is_still_loading_does_not_shrink_the_grid(replay):
+    """JupyterLab changes the theme's name before its style is there: for a moment, everything has another width."""
+    page = replay()
+    before = page.locator(".board").bounding_box(), page.locator(".chart").bounding_box()
+    page.evaluate("""async () => {
+        const place = document.getElementById("widget");
+        place.style.width = "200px";
+        document.body.dataset.theme = "dark";
+        await null;
+        place.style.width = "";
+    }""")
+    page.wait_for_function("() => document.querySelector('.mixoff-cache').classList.contains('mixoff-dark')")
+    page.evaluate("() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
+    assert (page.locator(".board").bounding_box(), page.locator(".chart").bounding_box()) == before
+
+
 def test_nothing_is_wider_than_a_telephone(replay):
     page = replay(width=390)
     assert page.evaluate("document.documentElement.scrollWidth") <= 390

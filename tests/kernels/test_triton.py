@@ -119,16 +119,16 @@ def test_what_is_not_finite_shows(interpreter):
 @pytest.mark.parametrize(
     ("bits", "group", "grids", "n", "k", "rows", "dtype"),
     [
-        (2, 16, 128, 64, 256, 1, "fp16"),  # an expert's form, gate above up
         (2, 16, 128, 64, 2304, 1, "bf16"),  # more inputs than a program takes at once, and no multiple of that
-        (2, 16, 64, 64, 256, 3, "fp32"),  # fewer grids than inputs; an odd row beside two
-        (4, 64, 256, 128, 1024, 2, "fp16"),  # attention's form: four programs for the codes of one row of groups
-        (4, 8, 16, 32, 64, 8, "bf16"),
+        (4, 8, 16, 32, 64, 3, "fp16"),  # an odd row beside two
         (8, 16, 16, 32, 64, 1, "fp16"),
     ],
 )
 def test_groups_across_outputs(bits, group, grids, n, k, rows, dtype, interpreter):
-    """The published checkpoint's layout, two matrices in a slot, the second not on a multiple of 16 bytes."""
+    """The published checkpoint's layout, two matrices in a slot, the second not on a multiple of 16 bytes.
+
+    The forms of its experts and of its attention are in test_emulated.py.
+    """
     assert interpreter.error("strided", bits, group, n, k, rows, dtype, grids=[grids]) <= 1
 
 
@@ -144,16 +144,6 @@ def test_prompts_are_dequantized_across_outputs(bits, group, grids, n, k, dtype,
 @needs_triton
 def test_experts_find_the_kernels(interpreter):
     assert interpreter.error("expert", 4, 32, 256, 64, 2, "fp16") <= 1
-
-
-@needs_triton
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["fp16", "bf16", "fp32"])
-@pytest.mark.parametrize("rows", [1, 2, 3, 4, 7, 8])
-@pytest.mark.parametrize(("bits", "group"), [(b, g) for b in (2, 3, 4, 8) for g in (16, 32, 64, 128)])
-def test_every_combination(bits, group, rows, dtype, interpreter):
-    for n in (128, 131, 44):
-        assert interpreter.error("linear", bits, group, n, group * 2 if n == 44 else group, rows, dtype) <= 1, n
 
 
 @needs_triton

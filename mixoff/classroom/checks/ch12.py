@@ -30,6 +30,8 @@ experts_touched = Check(
 def in_order(by_expert: Callable, experts: list) -> dict:
     """The experts in the order of the answer, and the tokens of each."""
     answer = by_expert(experts)
+    if not isinstance(answer, dict):
+        return answer
     return {"order": list(answer), **{f"tokens of expert {e}": list(tokens) for e, tokens in answer.items()}}
 
 

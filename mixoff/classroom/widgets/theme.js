@@ -55,9 +55,12 @@ function plant(el, name, frame, redress = () => {}) {
   const root = make("div", { className: `mixoff-${name} mixoff`, innerHTML: frame });
   el.replaceChildren(root);
   keepKeys(root);
-  const dress = () => {
+  const dress = (once) => {
     root.classList.toggle("mixoff-dark", isDark(el));
+    const width = root.clientWidth;
     redress();
+    // while JupyterLab loads a theme's style, widths are not yet what the reader will see
+    if (once !== true) requestAnimationFrame(() => { if (root.clientWidth !== width) dress(true); });
   };
   requestAnimationFrame(dress); // now that it stands in the page, whose theme it takes
   return { root, $: (selector) => root.querySelector(selector), forget: onTheme(dress), dress };
