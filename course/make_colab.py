@@ -46,8 +46,8 @@ if importlib.util.find_spec("mixoff") is None:
     if not source:
         raise SystemExit(
             "This course has no public address yet, so there is nothing to install from. Put the address of your copy, "
-            "a folder or a wheel into the variable MIXOFF_SOURCE and run this cell again:\n"
-            "    import os; os.environ['MIXOFF_SOURCE'] = 'git+https://...'"
+            "a folder or a wheel into the variable MIXOFF_SOURCE and run this cell again, for example "
+            "import os; os.environ['MIXOFF_SOURCE'] = 'git+https://...'"
         )
     pip = [sys.executable, "-m", "pip", "install", "-q", "-c", "mixoff-constraints.txt", source]
     subprocess.run(pip, check=True)

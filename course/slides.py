@@ -35,6 +35,7 @@ MINUTES = re.compile(r"^Difficulty.*$", re.M)
 CLAIM = re.compile(r"(?:^>.*\n?)+", re.M)
 DISPLAYED = re.compile(r"\$\$(.+?)\$\$", re.S)
 FORMULA = re.compile(r"(?<![\\$\w])\$([^$\n]+)\$(?![\d$])")
+INSIDE = re.compile(r"\[([^\]]+)\]\(\.\./[^)]*\)")  # a link to a file of the repository, which a deck lacks
 DETAILS = re.compile(r"<details>.*?</details>", re.S)
 MOST_WORDS = 70  # of an idea
 MOST_LINES = 14  # of printed text on a slide
@@ -45,6 +46,7 @@ MOST_LINES = 14  # of printed text on a slide
 
 def slide(source: str, kind: str = "slide"):
     """A Markdown cell that opens a slide, or goes on with one (kind `-`)."""
+    source = INSIDE.sub(r"\1", source)
     source = DISPLAYED.sub(lambda match: mathml(match[1], display="block"), source)
     source = FORMULA.sub(lambda match: mathml(match[1]), source)
     return nbformat.v4.new_markdown_cell(source, metadata={"slideshow": {"slide_type": kind}})
