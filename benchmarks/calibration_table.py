@@ -21,9 +21,9 @@ from transformers import AutoModelForCausalLM
 import _table
 import mixoff
 from mixoff import models, quality
-from mixoff.conversion import text
 from mixoff.loading.layers import QuantizedLinear
 from mixoff.quantize import Precision, Scheme
+from mixoff.text import calibration as text
 from mixoff.text.generation import load_tokenizer
 
 ATTENTION = Scheme(attention=Precision(4, 64))

@@ -38,6 +38,7 @@ if TYPE_CHECKING:  # what editors and type checkers see; `tests/test_packaging.p
     from mixoff.loading.offload import offload, restore
     from mixoff.planning.plan import Plan
     from mixoff.planning.planner import plan
+    from mixoff.pruning.prune import prune
     from mixoff.quantize.scheme import Scheme
     from mixoff.quantize.tensor import QTensor
     from mixoff.runtime.runtime import Runtime
@@ -54,6 +55,7 @@ _HOMES = {
     "Event": "cache.events",
     "ExpertCache": "cache.cache",
     "convert": "conversion.convert",
+    "prune": "pruning.prune",
     "verify": "store.verify",
     "Scheme": "quantize.scheme",
     "QTensor": "quantize.tensor",

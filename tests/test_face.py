@@ -9,7 +9,8 @@ import mixoff
 
 NAMES = [
     "BudgetError", "CacheInfo", "CheckpointError", "Event", "ExpertCache", "MixoffError", "Plan", "QTensor",
-    "Runtime", "Scheme", "Simulation", "Trace", "convert", "load", "offload", "plan", "restore", "simulate", "verify",
+    "Runtime", "Scheme", "Simulation", "Trace", "convert", "load", "offload", "plan", "prune", "restore", "simulate",
+    "verify",
 ]  # fmt: skip
 ROOMS = [
     "bench", "cache", "checkpoints", "errors", "kernels", "loading", "models", "planning", "quality", "quantize",

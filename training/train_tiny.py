@@ -74,15 +74,24 @@ def draw(model, generator):
             nn.init.normal_(p, 0, std, generator=generator)
 
 
-def losses(model, ids, targets, top_k):
-    """Cross-entropy in nats per token, and balance (Switch Transformer, eq. 4) and z-loss, means over layers."""
+def losses(model, ids, targets, top_k, teacher=None):
+    """Loss in nats per token, and balance (Switch Transformer, eq. 4) and z-loss, means over layers.
+
+    The loss is cross-entropy or, with a teacher, KL from its predictions (Hinton et al., arXiv 1503.02531; temperature
+    1): a student learns from all V probabilities of a token instead of one.
+    """
     out = model(ids, output_router_logits=True, use_cache=False)
     routers = torch.stack(out.router_logits)  # (L, T, E)
     probabilities, E = routers.softmax(-1), routers.shape[-1]
     load = F.one_hot(probabilities.topk(top_k, -1).indices, E).float().mean((1, 2))  # (L, E)
     balance = E * (load * probabilities.mean(1)).sum(-1).mean()
     z_loss = routers.logsumexp(-1).square().mean()
-    return F.cross_entropy(out.logits.flatten(0, 1), targets.flatten()), balance, z_loss
+    if teacher is None:
+        return F.cross_entropy(out.logits.flatten(0, 1), targets.flatten()), balance, z_loss
+    with torch.no_grad():
+        wanted = teacher(ids, use_cache=False).logits.log_softmax(-1)  # (B, S, V)
+    kl = F.kl_div(out.logits.log_softmax(-1), wanted, reduction="none", log_target=True).sum(-1).mean()
+    return kl, balance, z_loss
 
 
 # ---------------------------------------------------------------- text
@@ -153,7 +162,7 @@ class Muon(torch.optim.Optimizer):
         sizes, lr = {}, self.param_groups[0]["lr"]
         for p in self.param_groups[0]["params"]:
             first = self.state[p].setdefault("first", torch.zeros_like(p)).lerp_(p.grad, 1 - MOMENTUM)
-            rows = self.width if p.dim() == 3 else len(p)
+            rows = self.width if p.dim() == 3 and p.shape[1] == 2 * self.width else p.shape[-2]
             update = p.grad.lerp(first, MOMENTUM).view(-1, rows, p.shape[-1])  # (n, rows, columns)
             sizes.setdefault(update.shape[1:], []).append((p, update))
         for (rows, columns), members in sizes.items():
@@ -185,6 +194,7 @@ class Trainer:
         self.args, self.file = args, Path(args.out) / "checkpoint.pt"
         self.rank, self.processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.model = build(args.init, args.seed)
+        self.teacher = build(args.teacher).eval() if args.teacher else None
         self.parallel = nn.parallel.DistributedDataParallel(self.model) if self.processes > 1 else self.model
         named = dict(self.model.named_parameters())
         adam = [p for name, p in named.items() if is_adam(name, p)]
@@ -234,7 +244,7 @@ class Trainer:
         s = args.length if progress < 1 - args.long_share else args.long_length
         b = max(1, args.tokens // s // self.processes)
         ids, targets = self.text.batch(kept["step"], self.rank, self.processes, b, s)
-        loss, balance, z_loss = losses(self.parallel, ids, targets, self.model.config.num_experts_per_tok)
+        loss, balance, z_loss = losses(self.parallel, ids, targets, self.model.config.num_experts_per_tok, self.teacher)
         if not math.isfinite(loss.item()):
             raise FloatingPointError(f"loss is {loss} at step {kept['step']}: resume with lower rates")
         self.model.zero_grad()
@@ -298,7 +308,7 @@ def train(args):
 def export(args):
     """Writes the run's weights as a Hub folder in fp16, with training.json (tokens, CPU time, held-out curve)."""
     state, folder = torch.load(Path(args.run) / "checkpoint.pt"), Path(args.folder)
-    model = build()
+    model = build(args.init)
     model.load_state_dict(state["model"])
     model.generation_config = GenerationConfig(
         bos_token_id=1, eos_token_id=2, do_sample=True, temperature=0.8, top_p=0.95
@@ -320,6 +330,7 @@ def parse(argv=None):
     add.add_argument("--tokenizer", required=True, help="folder with tokenizer.json")
     add.add_argument("--out", default=".train/run", help="folder of the checkpoint")
     add.add_argument("--init", help="Hub folder to start from")
+    add.add_argument("--teacher", help="Hub folder to distil from: the loss is KL from its predictions")
     add.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     add.add_argument("--minutes", type=float, default=100, help="budget over which the learning rate decays")
     add.add_argument("--seed", type=int, default=0)
@@ -338,6 +349,7 @@ def parse(argv=None):
     add.set_defaults(command=export)
     add.add_argument("run")
     add.add_argument("folder")
+    add.add_argument("--init", help="Hub folder that the run started from, for another shape than the bundled model's")
     add.add_argument("--tokenizer", required=True, help="folder with the tokenizer's files")
     return parser.parse_args(argv)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -182,12 +181,7 @@ class Session:
 
     def _screen(self) -> tuple[Callable[[str], object], Callable[[], object]]:
         """Functions that print a piece of the answer, and its end."""
-        if self.args.json:
-            return lambda piece: None, lambda: None
-        if not sys.stdout.isatty():
-            return lambda piece: print(piece, end="", flush=True), lambda: print(flush=True)
-        wrap = lines.Wrap(_write, lambda: shutil.get_terminal_size().columns)
-        return wrap.add, wrap.end
+        return (lambda piece: None, lambda: None) if self.args.json else lines.shown()
 
     def _tell(self, answer: Generation, before: CacheInfo, forgotten: int, stopped: bool) -> None:
         """Figures of an answer, and what happened to the conversation."""
@@ -237,7 +231,8 @@ class Session:
     def _stats(self, _rest: str) -> None:
         t, info = self.totals, self._info()
         if t.answers:
-            lines.note(f"{t.answers} answers; prompts of {t.prompt_tokens} tokens at {_speed(t.prompt_speed)}")
+            answers = "1 answer" if t.answers == 1 else f"{t.answers} answers"
+            lines.note(f"{answers}; prompts of {t.prompt_tokens} tokens at {_speed(t.prompt_speed)}")
             lines.note(f"{t.tokens} new tokens at {_speed(t.speed)}")
         lines.note(str(info))
 
@@ -261,11 +256,6 @@ class Session:
 
 def _speed(tokens_per_s: float | None) -> str:
     return "-" if tokens_per_s is None else f"{tokens_per_s:.1f} tokens/s (measured)"
-
-
-def _write(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
 
 
 # Ctrl-C ---------------------------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from mixoff.commands import (
     export,
     listing,
     plan,
+    prune,
     remove,
     run,
     serve,
@@ -36,9 +37,9 @@ from mixoff.commands import (
 from mixoff.errors import MixoffError, one_line, suggestion
 
 COMMANDS = {
-    "demo": demo, "run": run, "chat": chat, "serve": serve, "convert": convert, "export": export, "verify": verify,
-    "bench": bench, "trace": trace, "simulate": simulate, "plan": plan, "list": listing, "rm": remove, "doctor": doctor,
-    "completion": completion,
+    "demo": demo, "run": run, "chat": chat, "serve": serve, "convert": convert, "export": export, "prune": prune,
+    "verify": verify, "bench": bench, "trace": trace, "simulate": simulate, "plan": plan, "list": listing, "rm": remove,
+    "doctor": doctor, "completion": completion,
 }  # fmt: skip
 
 

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 from mixoff.commands import arguments, options, terminal
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from mixoff.cache.events import CacheInfo
     from mixoff.text.generation import Generation
 
@@ -80,7 +82,9 @@ def run(
     return 0 if same else 1
 
 
-def _summary(result: Generation, reference: Generation, info: CacheInfo, same: bool) -> str:
+def _summary(result: Generation, reference: Generation, info: CacheInfo, same: bool) -> Table:
+    from rich.table import Table
+
     from mixoff.units import format_nbytes
 
     verdict = "equal, token for token" if same else "DIFFERENT: please report this"
@@ -92,4 +96,7 @@ def _summary(result: Generation, reference: Generation, info: CacheInfo, same: b
         f"{info.fast_bytes:,}): {info.capacity} slots for {info.num_experts} experts",
         "exactness": f"{len(result.token_ids)} tokens against the fully resident model: {verdict}",
     }
-    return "\n".join(f"{name:<10}{text}" for name, text in rows.items())
+    table = Table.grid(padding=(0, 1))
+    for name, text in rows.items():
+        table.add_row(name, text)
+    return table

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -147,6 +148,14 @@ class Wrap:
         """End the line."""
         self.word, self.column = "", 0
         self.write("\n")
+
+
+def shown() -> tuple[Callable[[str], object], Callable[[], object]]:
+    """Functions that print a piece of the model's text on standard output, and its end."""
+    if not sys.stdout.isatty():
+        return lambda piece: print(piece, end="", flush=True), lambda: print(flush=True)
+    wrap = Wrap(lambda text: print(text, end="", flush=True), lambda: shutil.get_terminal_size().columns)
+    return wrap.add, wrap.end
 
 
 def columns(text: str) -> int:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from mixoff.commands import arguments, opened, options, terminal
-from mixoff.errors import MixoffError, one_line, printable
+from mixoff.commands import arguments, lines, opened, options, terminal
+from mixoff.errors import MixoffError, one_line
 from mixoff.units import format_nbytes
 
 if TYPE_CHECKING:
@@ -39,16 +40,19 @@ def main(args: argparse.Namespace) -> int:
     prompt = _prompt(args)
     with opened.opened(args) as ready:
         ranks, device = ready.model.mixoff.ranks, str(ready.model.device)
-        result = _generate(args, ready, prompt)
+        silent = bool(args.json or ranks.rank)  # the first rank tells
+        show, end = (None, None) if silent else lines.shown()
+        result = _generate(args, ready, prompt, show)
         infos = ranks.gathered(ready.model.mixoff.info())
-    if ranks.rank:  # the first rank tells
+    if ranks.rank:
         return 0
     info, *others = infos
     if args.json:
         shared = {"ranks": [each.to_dict() for each in infos]} if others else {}
         print(json.dumps(_report(result, info, ready) | {"device": device} | shared))
         return 0
-    print(flush=True)
+    if end:
+        end()
     prompt_text = f"prompt of {result.prompt_tokens} at {result.prompt_tokens_per_s:.1f} tokens/s"
     speeds = f"{len(result.token_ids)} new at {result.tokens_per_s:.1f} tokens/s (measured) on {device}"
     times = f"{result.first_s:.2f} s to the first, loaded in {ready.load_s:.1f} s"
@@ -61,8 +65,8 @@ def _counts(infos: list[CacheInfo]) -> str:
     if len(infos) == 1:
         return f"; {infos[0]}"
     hits, misses, moved = (sum(getattr(info, name) for info in infos) for name in ("hits", "misses", "bytes_moved"))
-    lines = [f"rank {rank}: {info}" for rank, info in enumerate(infos)]
-    return "\n".join(["", *lines, f"{len(infos)} ranks: {hits} hits, {misses} misses; {format_nbytes(moved)} moved"])
+    told = [f"rank {rank}: {info}" for rank, info in enumerate(infos)]
+    return "\n".join(["", *told, f"{len(infos)} ranks: {hits} hits, {misses} misses; {format_nbytes(moved)} moved"])
 
 
 def _report(result: Generation, info: CacheInfo, ready: opened.Opened) -> dict:
@@ -98,19 +102,15 @@ def _prompt(args: argparse.Namespace) -> str:
         raise MixoffError(f"cannot read the prompt from standard input ({one_line(error)}): give --prompt") from error
 
 
-def _generate(args: argparse.Namespace, ready: opened.Opened, prompt: str) -> Generation:
+def _generate(
+    args: argparse.Namespace, ready: opened.Opened, prompt: str, show: Callable[[str], object] | None
+) -> Generation:
     """The answer to the prompt where the model has a chat template or `--system` is given, else its continuation."""
     from mixoff.text import chat, generation
 
-    silent = args.json or ready.model.mixoff.ranks.rank
-    asked = opened.sampling(args) | {"context": args.context, "on_text": None if silent else _show}
+    asked = opened.sampling(args) | {"context": args.context, "on_text": show}
     system = [] if args.system is None else [{"role": "system", "content": args.system}]
     talk = chat.Chat(ready.model, ready.tokenizer, system, args.context)
     if args.raw or not (system or talk.own_template):
         return generation.generate(ready.model, ready.tokenizer, prompt, args.max_new_tokens, **asked)
     return talk.ask(prompt, args.max_new_tokens, **asked)
-
-
-def _show(piece: str) -> None:
-    """Print a piece of the model's text, in a terminal without control characters."""
-    print(printable(piece, "\n\t") if sys.stdout.isatty() else piece, end="", flush=True)

@@ -17,7 +17,6 @@ from transformers import PreTrainedModel
 from mixoff.checkpoints.find import Folder, find
 from mixoff.checkpoints.shards import Ranges, Shards
 from mixoff.checkpoints.survey import survey
-from mixoff.conversion import text
 from mixoff.conversion.bits import divide
 from mixoff.conversion.streams import Streams
 from mixoff.conversion.weights import WIDEST
@@ -32,6 +31,7 @@ from mixoff.store.convert import Report
 from mixoff.store.making import Making, Options, Step
 from mixoff.store.manifest import MANIFEST
 from mixoff.store.source import open_source
+from mixoff.text import calibration as text
 
 SLOTS = 4  # experts of the original model in memory
 HIDDEN_NBYTES = 2 << 30  # for hidden states: with more tokens, wide models would take much memory and many hours

@@ -12,10 +12,10 @@ from mixoff.checkpoints.checkpoint import Extent, Read
 from mixoff.checkpoints.model_files import INDEX, WHOLE
 from mixoff.checkpoints.shards import Shards
 from mixoff.export.model import Model
-from mixoff.export.stored import NAMES
 from mixoff.quantize.scheme import Scheme
 from mixoff.shapes.sites import DTYPES, Part, dtype_nbytes, torch_dtype
 from mixoff.store.blueprint import Blueprint, Output, Weight, safetensors_head, to_json
+from mixoff.store.stored import NAMES
 
 SHARD = 5_000_000_000  # bytes of a file, as the Hub recommends
 Entry = tuple[str, tuple[int, ...], int]  # dtype by safetensors' name, shape, bytes

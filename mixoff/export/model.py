@@ -12,10 +12,10 @@ from mixoff.checkpoints.shards import LocalShards
 from mixoff.checkpoints.survey import survey
 from mixoff.errors import CheckpointError
 from mixoff.export.names import HubNames
-from mixoff.export.stored import StoreCheckpoint
 from mixoff.shapes import config
 from mixoff.shapes.sites import Part, Site
 from mixoff.store.manifest import FOR_MIXOFF
+from mixoff.store.stored import StoreCheckpoint
 
 
 @dataclass(frozen=True)

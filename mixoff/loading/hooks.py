@@ -20,6 +20,7 @@ from mixoff.runtime.graph import Graphs
 from mixoff.runtime.runtime import Runtime
 from mixoff.runtime.step import Step
 from mixoff.shapes.config import expert_modules
+from mixoff.shapes.routers import router_in
 
 # what a router raises when its arguments differ from its neighbour's
 UNASKABLE = (TypeError, ValueError, RuntimeError, AttributeError, LookupError, StopIteration, NotImplementedError)
@@ -42,7 +43,7 @@ class NextRouter:
         listening: Callable[[], bool],
         stop: Callable[[str], None],
     ) -> None:
-        self.routers: list[Any] = [_router(model.get_submodule(name.rpartition(".")[0])) for name in names]
+        self.routers: list[Any] = [router_in(model.get_submodule(name.rpartition(".")[0])) for name in names]
         self.expect, self.listening, self.stop = expect, listening, stop
         self.extra: dict[int, tuple[tuple, dict]] = {}
         self.asked: set[int] = set()  # routers that have answered
@@ -84,12 +85,6 @@ class NextRouter:
             return
         self.asked.add(i + 1)
         self.expect(i + 1, chosen)
-
-
-def _router(block: nn.Module) -> nn.Module | None:
-    """The router of an MoE block."""
-    parts = (getattr(block, name, None) for name in ("gate", "router"))
-    return next((part for part in parts if isinstance(part, nn.Module)), None)
 
 
 def lend(backbone: torch.nn.Module) -> Callable[[], None]:

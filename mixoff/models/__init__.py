@@ -45,3 +45,12 @@ def path(name: str = "tiny-mixtral") -> Path:
     if name not in names():
         raise CheckpointError(f"no bundled model is called {name!r}; there are: {', '.join(names())}")
     return HERE / name
+
+
+def students() -> dict[str, Path]:
+    """Stores of models that were distilled from `tiny-mixtral` by `training/distil.py`; they have its tokenizer.
+
+    >>> sorted(students())
+    ['dense', 'four']
+    """
+    return {p.parent.name: p.parent for p in (HERE / "students").glob("*/config.json")}

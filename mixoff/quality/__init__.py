@@ -5,8 +5,10 @@ from mixoff.quality.lossy import (
     coarse_misses,
     dynamic_top_k,
     prune,
+    router_similarity,
     skip_light,
     skip_misses,
+    substitute_misses,
 )
 from mixoff.quality.scores import (
     Comparison,
@@ -42,8 +44,10 @@ __all__ = [
     "predictions",
     "prune",
     "quantized",
+    "router_similarity",
     "skip_light",
     "skip_misses",
+    "substitute_misses",
     "windows",
     "with_twins",
 ]

@@ -15,12 +15,16 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from mixoff.cache.cache import ExpertCache
 from mixoff.errors import MixoffError
+from mixoff.shapes.routers import routers_of
 from mixoff.trace.trace import MAX_EXPERTS
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from mixoff.runtime.runtime import Runtime
 
 NOBODY = MAX_EXPERTS  # above all experts' numbers: transformers reads any index of E or more as "no expert"
@@ -60,6 +64,8 @@ def _share(name: str, value: float) -> float:
 def dynamic_top_k(mass: float = 0.8) -> Reroute:
     """Lossy: keeps each token's fewest experts with `mass` of the weights, so a confident router needs only one.
 
+    1 is exact.
+
     Source: Huang et al., Harder Tasks Need More Experts: Dynamic Routing in MoE Models (arXiv 2403.07652), there with
     routers trained for it.
     """
@@ -68,7 +74,8 @@ def dynamic_top_k(mass: float = 0.8) -> Reroute:
     def reroute(site: int, index: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         ordered, order = shares(weights).sort(-1, descending=True)  # (T, K)
         before = ordered.cumsum(-1) - ordered  # sum of the heavier ones
-        superfluous = torch.zeros_like(before, dtype=torch.bool).scatter_(-1, order, before >= mass)
+        enough = before >= mass if mass < 1 else before > 1  # a weight that rounds to 1 leaves none over at mass 1
+        superfluous = torch.zeros_like(before, dtype=torch.bool).scatter_(-1, order, enough)
         return leave_out(index, weights, superfluous & ~heaviest(weights, 1))
 
     return reroute
@@ -76,6 +83,8 @@ def dynamic_top_k(mass: float = 0.8) -> Reroute:
 
 def skip_light(share: float = 0.2) -> Reroute:
     """Lossy: leaves out experts with less than `share` of their token's weights, but never a token's heaviest.
+
+    0 is exact.
 
     Source: the dynamic skipping of Lu et al. (see `prune`), whose threshold is calibrated for each layer.
     """
@@ -170,7 +179,7 @@ def _missing(tier: Tier, site: int, index: Tensor, drop: Callable[[int, Tensor],
 
 
 def skip_misses(tier: Runtime | Shadow, keep: int = 1) -> Reroute:
-    """Lossy: leaves out experts that are not in the fast tier, except a token's `keep` heaviest.
+    """Lossy: leaves out experts that are not in the fast tier, except a token's `keep` heaviest; K is exact.
 
     tier: a runtime (`model.mixoff`), or a `Shadow` for evaluation. Source: HOBBIT (arXiv 2411.01433), which leaves out
     the least important missing experts, and uses lower precision for others.
@@ -184,6 +193,43 @@ def skip_misses(tier: Runtime | Shadow, keep: int = 1) -> Reroute:
         return leave_out(index, weights, _missing(fast, site, index, lambda t, missing: missing & ~spared[t]))
 
     return reroute
+
+
+def substitute_misses(tier: Runtime | Shadow, similar: Tensor, share: float = 0.2) -> Reroute:
+    """Lossy: computes the most similar expert of the fast tier in place of a missing one; 0 is exact.
+
+    Only experts with less than `share` of their token's weights are replaced, by one that the token does not use yet,
+    under their own weight. Sensible only where experts are alike: if the outputs of two differ by more than either is
+    large, leaving the expert out (`skip_misses`) costs less than the wrong one. Source: BuddyMoE (arXiv 2511.10054);
+    Skliar et al. (arXiv 2412.00099) have the router choose again among residents instead.
+
+    tier: as for `skip_misses`. similar: (L, E, E), larger for experts that are more alike, as from `router_similarity`.
+    """
+    _share("share", share)
+    if similar.ndim != 3 or similar.shape[1] != similar.shape[2]:
+        raise MixoffError(
+            f"similar has shape {tuple(similar.shape)}: give a likeness of all pairs of experts, (L, E, E)"
+        )
+    fast: Tier = tier if isinstance(tier, Shadow) else Live(tier)
+    ranked = similar.argsort(dim=-1, descending=True, stable=True).tolist()  # (L, E, E)
+
+    def reroute(site: int, index: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        light, changed = (shares(weights) < share).tolist(), index.tolist()
+        for chosen, is_light in zip(changed, light, strict=True):
+            for k, e in enumerate(chosen):
+                if is_light[k] and e < NOBODY and not fast.has(site, e):
+                    found = (r for r in ranked[site][e] if r not in chosen and fast.has(site, r))
+                    chosen[k] = next(found, e)
+            fast.ask(site, list(dict.fromkeys(e for e in chosen if e < NOBODY)))
+        return torch.tensor(changed, dtype=index.dtype, device=index.device), weights
+
+    return reroute
+
+
+def router_similarity(model: PreTrainedModel) -> Tensor:
+    """Cosine between the router's rows of all pairs of experts, (L, E, E): what routers ask alike, no text needed."""
+    rows = [functional.normalize(router.weight.detach().float(), dim=1).cpu() for router in routers_of(model)]
+    return torch.stack([unit @ unit.T for unit in rows])  # (L, E, E)
 
 
 def coarse_misses(tier: Tier, num_experts: int) -> Reroute:

@@ -111,7 +111,7 @@ def lay_out(checkpoint: Checkpoint, scheme: Scheme) -> Blueprint:
     roles = {name: role for name, role in config.backbone_roles(survey.model).items() if name in backbone}
     quantized = {name: role for name, role in roles.items() if scheme.precision(role) is not None}
     copied = {name: entry for name, entry in backbone.items() if name not in quantized}
-    _place_copied(plan, copied, {file: checkpoint.stored_as(file) for file in checkpoint.files}, survey.unused)
+    place_copied(plan, copied, {file: checkpoint.stored_as(file) for file in checkpoint.files}, survey.unused)
     if quantized:
         _place_quantized(plan, quantized, backbone)
     return plan
@@ -155,7 +155,7 @@ def _kept(old: Part, new: Part, extents: tuple[Extent, ...]) -> tuple[tuple[Exte
     return (kept,), replace(new, offset=0)
 
 
-def _place_copied(plan: Blueprint, tensors: dict, files: dict[str, str], unused: set[str]) -> None:
+def place_copied(plan: Blueprint, tensors: dict, files: dict[str, str], unused: set[str]) -> None:
     """Place the tensors that stay as they are, in a file for each shard: names of both in `files`.
 
     The data keeps its offset modulo 64: transformers computes from the mapped file, and the last bits of a BLAS
@@ -168,7 +168,7 @@ def _place_copied(plan: Blueprint, tensors: dict, files: dict[str, str], unused:
             continue
         begin = ordered[0][1].offset % PART_ALIGN
         wanted = {name: (t.dtype, t.shape, t.nbytes) for name, t in ordered}
-        offsets = _place_tensors(plan, file, wanted, {"format": "pt"}, begin)
+        offsets = place_tensors(plan, file, wanted, {"format": "pt"}, begin)
         for name, t in ordered:
             part = Part(name, t.shape, DTYPES.get(t.dtype, t.dtype), 0, t.nbytes)
             weight = Weight(
@@ -200,7 +200,7 @@ def _place_quantized(plan: Blueprint, roles: dict[str, str], backbone: dict) -> 
     wanted = {key: entry for of_name in parts.values() for key, entry in of_name.items()}
     # widest items first, so that each is aligned to its own size
     ordered = dict(sorted(wanted.items(), key=lambda item: (-ITEM_BITS[item[1][0]], item[0])))
-    offsets = _place_tensors(plan, QUANTIZED, ordered, {"mixoff": json.dumps(described)}, 0)
+    offsets = place_tensors(plan, QUANTIZED, ordered, {"mixoff": json.dumps(described)}, 0)
     for name, role in roles.items():
         t, extent = backbone[name]
         if t.dtype not in DTYPES:
@@ -225,7 +225,7 @@ def _place_quantized(plan: Blueprint, roles: dict[str, str], backbone: dict) -> 
         plan.weights.append(weight)
 
 
-def _place_tensors(plan: Blueprint, file: str, tensors: dict[str, tuple], metadata: dict, begin: int) -> dict[str, int]:
+def place_tensors(plan: Blueprint, file: str, tensors: dict[str, tuple], metadata: dict, begin: int) -> dict[str, int]:
     """Lay out a safetensors file whose data begins at `begin` modulo 64; returns its tensors' offsets in the file."""
     if Path(file).name != file:
         raise CheckpointError(f"a shard is named {file!r}, which is a path: do not trust this checkpoint")

@@ -1,1 +1,1 @@
-"""Text from any model: generation, stops, sampling, conversations. Must not know where experts are."""
+"""Text from any model: generation, stops, sampling, conversations, calibration. Must not know where experts are."""

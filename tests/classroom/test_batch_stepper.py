@@ -7,10 +7,10 @@ import pytest
 matplotlib.use("Agg")
 
 import mixoff
-from mixoff.classroom.widgets import BatchStepper
-from mixoff.classroom.widgets.batch_stepper import busiest
 from mixoff.errors import MixoffError
 from mixoff.trace.batches import Job, schedule, trace_of
+from mixoff.widgets import BatchStepper
+from mixoff.widgets.batch_stepper import busiest
 
 JOBS = [Job(4, 3), Job(2, 5), Job(3, 2, arrives=1)]
 

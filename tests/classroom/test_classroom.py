@@ -14,8 +14,8 @@ matplotlib.use("Agg")
 import mixoff
 from mixoff.classroom import check, setup
 from mixoff.classroom.checks import Check, difference
-from mixoff.classroom.widgets import PlanExplorer
-from mixoff.classroom.widgets.plan_explorer import CONTEXTS, Choice, explore, lacking_nbytes, smallest_change
+from mixoff.widgets import PlanExplorer
+from mixoff.widgets.plan_explorer import CONTEXTS, Choice, explore, lacking_nbytes, smallest_change
 
 double = Check((((2,), 4), ((5,), 10)))
 pair = Check(((([1, 2], 3), np.array([[1, 2]] * 3)),))

@@ -11,11 +11,11 @@ import matplotlib.pyplot as plt
 import pytest
 
 from mixoff.classroom.engines import WAYS, Machine, Workload, best, seconds, workload
-from mixoff.classroom.widgets import EngineMap
 from mixoff.errors import MixoffError
 from mixoff.shapes.sizes import sizes_of
 from mixoff.store import describe
 from mixoff.trace.routers import preset
+from mixoff.widgets import EngineMap
 
 COLAB = Machine(vram=15.8e9, ram=11e9, vram_Bps=320e9, ram_Bps=10e9, link_Bps=12e9, disk_Bps=0.5e9)
 DESKTOP = replace(COLAB, ram_Bps=50e9)

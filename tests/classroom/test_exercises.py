@@ -219,6 +219,11 @@ def decodes_after_the_last(prompt, chunk, running):
     return [one for read in chunks_alone(prompt, chunk, running) for one in (read, "decode")[: 1 + running]]
 
 
+def kl_of_softmax(teacher, student):
+    p, q = (np.exp(x) / np.exp(x).sum(-1, keepdims=True) for x in (teacher, student))
+    return (p * np.log(p / q)).sum(-1).mean()
+
+
 MISTAKES = [
     ("slots_per_layer", lambda budget, nbytes, L, E: budget // nbytes // L, "case 4: 565, expected 8"),
     ("lru_hits", first_in_first_out, "case 5: 1, expected 2"),
@@ -263,6 +268,14 @@ MISTAKES = [
     ("by_expert", lambda experts: dict(enumerate(experts)), "case 1: {'order': [0]"),
     ("dropped", lambda x, E, factor: np.maximum(np.bincount(x.ravel()) - x.size / E, 0).sum(), "case 3: 2.0, expected"),
     ("chunked", chunks_alone, "case 2: position 1 is read 4 to 8, expected decode"),
+    ("dynamic_top_k", lambda weights, mass: (weights.cumsum(1) < mass).sum(1), "case 1: position 0 is 0, expected 1"),
+    ("dynamic_top_k", lambda weights, mass: (weights >= 1 - mass).sum(1), "case 1: position 0 is 2, expected 1"),
+    ("skip_misses", lambda w, here, keep: w * (here | (w == w.max())), "case 2: position 0 is 0.75, expected 1.0"),
+    ("skip_misses", lambda w, here, keep: w * here / max((w * here).sum(), 1e-9) * w.sum(), "case 3: position 0 is 0"),
+    ("greedy", lambda loss, experts, keep: sorted(experts, key=lambda e: loss({e}))[len(experts) - keep :],
+     "case 3: position 0 is 2, expected 1"),
+    ("distil_loss", lambda t, s: kl_of_softmax(s, t), "case 2: 0.13"),
+    ("distil_loss", lambda t, s: ((t - s) ** 2).mean(), "case 2: 0.6"),
     ("tiers", lambda vram, ram, nbytes, L, E: (n := vram // nbytes, m := min(ram // nbytes, L * E - n), L * E - n - m),
      "case 1: first answer: 197, expected 192"),
     ("recent", lambda lengths, room: sum(sum(lengths[i:]) <= room for i in range(len(lengths))), "case 3: 2"),

@@ -10,8 +10,8 @@ import torch
 matplotlib.use("Agg")
 
 import mixoff
-from mixoff.classroom.widgets import BlindVote, OutlierRuler, RouterSwap, blind_vote, outlier, router_swap
 from mixoff.quantize import quantize
+from mixoff.widgets import BlindVote, OutlierRuler, RouterSwap, blind_vote, outlier, router_swap
 
 
 @pytest.fixture(scope="module")

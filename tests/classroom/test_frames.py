@@ -13,7 +13,7 @@ matplotlib.use("Agg")
 import mixoff
 from mixoff import models
 from mixoff.cache.events import Event
-from mixoff.classroom.widgets import (
+from mixoff.widgets import (
     BlindVote,
     CacheView,
     EvictionStepper,

@@ -9,9 +9,9 @@ matplotlib.use("Agg")
 
 import mixoff
 from mixoff import models
-from mixoff.classroom.widgets import Race, optimum, race
 from mixoff.planning import probe, speed
 from mixoff.store.describe import shape_of
+from mixoff.widgets import Race, optimum, race
 
 
 @pytest.fixture(scope="module")
@@ -43,12 +43,21 @@ def test_times_without_hits_and_without_misses_are_the_time_models(shape, scheme
     machine = probe.named("t4")
     clock = race.Clock.of(shape, scheme, machine)
     misses = np.full((1, 8), round(2 * (1 - rate)))
-    assert clock.seconds(misses)[0] == pytest.approx(speed.predict(shape, scheme, machine, rate).seconds, abs=1e-5)
+    (seconds,) = np.add(clock.waiting_s(misses), clock.computing_s(misses, resident=rate == 1))
+    assert seconds == pytest.approx(speed.predict(shape, scheme, machine, rate).seconds, abs=2e-5)
 
 
 def test_a_miss_waits_for_its_copy_while_the_resident_is_computed():
-    clock = race.Clock(computing_s=1.0, layers=4, top_k=2, fetch_s=5.0, expert_s=0.5)
-    assert clock.seconds(np.array([[0, 0], [1, 0], [2, 1]])) == [1.0, 1 + 2 * 4.5, 1 + 2 * (10 + 4.5)]
+    clock = race.Clock(lambda rate: 2 - rate, layers=4, top_k=2, fetch_s=5.0, expert_s=0.5)
+    misses = np.array([[0, 0], [1, 0], [2, 1]])
+    assert clock.waiting_s(misses) == [0.0, 2 * 4.5, 2 * (10 + 4.5)]
+    assert clock.computing_s(misses) == [1.0, 1.25, 1.75]
+
+
+def test_only_a_card_with_every_expert_replays_a_token_as_one_graph(shape):
+    """A token without a miss still costs the host its calls where some experts are away."""
+    clock, none = race.Clock.of(shape, "small", probe.named("h100")), np.zeros((1, 8), int)
+    assert clock.computing_s(none)[0] > clock.computing_s(none, resident=True)[0]
 
 
 def test_lanes_finish_in_order_and_say_what_they_are(shape, recorded):

@@ -9,9 +9,9 @@ matplotlib.use("Agg")
 
 import torch
 
-from mixoff.classroom.widgets import WordStepper
 from mixoff.errors import MixoffError
 from mixoff.quantize.layout import pack
+from mixoff.widgets import WordStepper
 
 
 @pytest.mark.parametrize("seed", range(5))

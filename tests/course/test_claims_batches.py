@@ -43,6 +43,12 @@ def test_ridge_points_of_a_t4():
     assert touched(8, 2, 32) / 2 == pytest.approx(4, abs=0.01) and "takes 4.0 times as long as the dense one" in SAYS
 
 
+def test_qwen3_wants_larger_batches():
+    found = touched(128, 8, 16)
+    assert f"= {found:.0f} experts, with {16 * 8 / found:.1f} tokens each" in SAYS
+    assert f"= {65e12 / 320e9 * 16:,.0f} tokens away" in SAYS
+
+
 def test_a_preference_does_not_even_out():
     """In the limit of large batches; chance is gone there."""
     peak = {name: (4 * p.max(1)).mean() for name, p in shares().items()}

@@ -15,9 +15,9 @@ import mixoff
 import nb
 from claims import words
 from mixoff.classroom import table2
-from mixoff.classroom.widgets import PlanExplorer
 from mixoff.quantize import quantize
 from mixoff.store import describe
+from mixoff.widgets import PlanExplorer
 
 # ---------------------------------------------------------------- chapter 02: memory arithmetic
 

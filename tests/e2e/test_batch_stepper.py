@@ -5,8 +5,8 @@ import pytest
 
 import mixoff
 from mixoff import models
-from mixoff.classroom.widgets import BatchStepper
 from mixoff.trace.batches import Job, schedule
+from mixoff.widgets import BatchStepper
 
 pytestmark = pytest.mark.e2e
 

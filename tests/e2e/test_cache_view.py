@@ -7,7 +7,7 @@ import pytest
 
 import mixoff
 from mixoff import models
-from mixoff.classroom.widgets import CacheView
+from mixoff.widgets import CacheView
 from widget_page import contrasts, slide, told
 
 pytestmark = pytest.mark.e2e

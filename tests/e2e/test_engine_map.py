@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from mixoff.classroom.engines import Machine, Workload, best, seconds
-from mixoff.classroom.widgets import EngineMap
-from mixoff.classroom.widgets.engine_map import GB, RAM, VRAM
+from mixoff.widgets import EngineMap
+from mixoff.widgets.engine_map import GB, RAM, VRAM
 
 pytestmark = pytest.mark.e2e
 RATES = (0.0, 0.138, 0.328, 0.454, 0.579, 0.693, 0.8, 0.901, 1.0)

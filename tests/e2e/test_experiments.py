@@ -5,8 +5,8 @@ import pytest
 import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from mixoff.classroom.widgets import BlindVote, OutlierRuler, RouterSwap
-from mixoff.classroom.widgets.outlier import error_of_others, rounded
+from mixoff.widgets import BlindVote, OutlierRuler, RouterSwap
+from mixoff.widgets.outlier import error_of_others, rounded
 from widget_page import contrasts, slide, told
 
 pytestmark = pytest.mark.e2e

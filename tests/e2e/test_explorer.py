@@ -3,7 +3,7 @@
 import pytest
 
 import mixoff
-from mixoff.classroom.widgets import PlanExplorer
+from mixoff.widgets import PlanExplorer
 from widget_page import PALETTE, contrasts, told
 
 pytestmark = pytest.mark.e2e

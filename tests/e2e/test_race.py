@@ -6,7 +6,7 @@ from transformers import MixtralConfig
 
 import mixoff
 from mixoff import models
-from mixoff.classroom.widgets import Race
+from mixoff.widgets import Race
 from widget_page import contrasts, slide, told
 
 pytestmark = pytest.mark.e2e

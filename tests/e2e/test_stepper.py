@@ -2,7 +2,7 @@
 
 import pytest
 
-from mixoff.classroom.widgets import EvictionStepper
+from mixoff.widgets import EvictionStepper
 from widget_page import PALETTE, contrasts, told
 
 pytestmark = pytest.mark.e2e

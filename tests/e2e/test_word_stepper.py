@@ -2,7 +2,7 @@
 
 import pytest
 
-from mixoff.classroom.widgets import WordStepper
+from mixoff.widgets import WordStepper
 
 pytestmark = pytest.mark.e2e
 CODES, WHOLE = [2, 0, 3, 1] * 4, [1, -2, 0, 3, 2, 2, -1, 0, 5, 1, -3, 1, 0, 2, 4, -1]

@@ -120,6 +120,8 @@ def test_comparisons_show_themselves(random_model, over):
         (lambda t: quality.prune([[1, 2, 3]], 0), "cannot keep 0"),
         (lambda t: quality.prune([1, 2, 3], 1), "give counts .L, E"),
         (lambda t: quality.skip_misses(Shadow(2), -1), "keep is -1"),
+        (lambda t: quality.substitute_misses(Shadow(2), torch.zeros(2, 3, 4)), "give a likeness of all pairs"),
+        (lambda t: quality.substitute_misses(Shadow(2), torch.zeros(2, 3, 3), 1.5), "from 0 to 1"),
     ],
 )
 def test_bad_arguments_name_the_way_out(call, message):
@@ -198,6 +200,26 @@ def test_what_each_knob_leaves(knob, left):
             assert torch.allclose(weights[t][kept], WEIGHTS[t][kept] / WEIGHTS[t][kept].sum() * WEIGHTS[t].sum())
 
 
+LIKE = torch.tensor([[abs(a - b) / -10 for b in range(8)] for a in range(8)])[None]  # neighbours are alike
+
+
+@pytest.mark.parametrize(
+    ("share", "held", "row"),
+    [
+        (0.0, [4, 2, 7], [0, 1, 2]),
+        (1.0, [4, 2, 7], [4, 7, 2]),  # the nearest, 2, is used by the token itself
+        (0.35, [4, 2, 7], [0, 4, 2]),  # 0 weighs too much to be replaced
+        (0.35, [2], [0, 1, 2]),  # 2 alone is there, and used
+    ],
+)
+def test_what_substitution_takes_instead(share, held, row):
+    """The most similar resident that the token does not use; nothing is replaced where there is none."""
+    shadow = Shadow(4)
+    shadow.ask(0, held)
+    index, weights = quality.substitute_misses(shadow, LIKE, share)(0, INDEX[1:], WEIGHTS[1:])
+    assert index.tolist() == [row] and torch.equal(weights, WEIGHTS[1:])
+
+
 def test_leaving_out_keeps_weights_that_do_not_sum_to_one():
     index, weights = leave_out(INDEX, 2.5 * WEIGHTS, ~heaviest(WEIGHTS, 1))
     assert torch.allclose(weights.sum(-1), torch.tensor([2.5, 2.5])) and (index == NOBODY).sum() == 4
@@ -223,6 +245,47 @@ def test_no_knob_is_on_by_itself_and_off_is_exact(over):
         again = decode(model, ids)[1]
     assert not torch.equal(lossy, want) and torch.equal(again, want)
     assert torch.equal(want, decode(resident(BUNDLED), ids)[1])
+
+
+ORIGINS = {  # each knob where it changes nothing
+    "dynamic_top_k": lambda model: quality.dynamic_top_k(1.0),
+    "skip_light": lambda model: quality.skip_light(0.0),
+    "skip_misses": lambda model: quality.skip_misses(model.mixoff, keep=2),
+    "substitute_misses": lambda model: quality.substitute_misses(
+        model.mixoff, quality.router_similarity(model), share=0.0
+    ),
+    "prune": lambda model: quality.prune([[1] * 8] * 8, keep=8),
+}
+
+
+@pytest.mark.parametrize("name", ORIGINS)
+def test_every_knob_is_exact_at_its_origin(name):
+    """Bit for bit, in a cache that misses, prompt and tokens."""
+    ids = torch.tensor([[1, 5, 9, 200, 31]])
+    with mixoff.load(BUNDLED, "3MB") as model:
+        want = decode(model, ids)
+        model.mixoff.reroute = ORIGINS[name](model)
+        got = decode(model, ids)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_a_saturated_router_is_exact_at_mass_one():
+    """The heavier weight rounds to 1, and the lighter one still counts."""
+    weights = torch.tensor([[1.0, 1e-9]])
+    index, left = quality.dynamic_top_k(1.0)(0, torch.tensor([[3, 5]]), weights)
+    assert index.tolist() == [[3, 5]] and torch.equal(left, weights)
+
+
+def test_substitution_moves_fewer_bytes_live_and_changes_the_text():
+    ids = torch.tensor([[1, 5, 9, 200, 31]])
+    with mixoff.load(BUNDLED, fast_bytes=budget(BUNDLED, 32), prefetch="none") as model:
+        exact, want = decode(model, ids, 24)[1], model.mixoff.info().bytes_moved
+    with mixoff.load(BUNDLED, fast_bytes=budget(BUNDLED, 32), prefetch="none") as model:
+        model.mixoff.reroute = quality.substitute_misses(model.mixoff, quality.router_similarity(model), 0.5)
+        got = decode(model, ids, 24)[1]
+        assert model.mixoff.info().bytes_moved < want and not torch.equal(got, exact)
+    similar = quality.router_similarity(resident(BUNDLED))
+    assert similar.shape == (8, 8, 8) and torch.allclose(similar.diagonal(dim1=1, dim2=2), torch.ones(8, 8))
 
 
 def test_fewer_experts_move_fewer_bytes_live():

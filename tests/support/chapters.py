@@ -5,7 +5,7 @@ import pytest
 
 def is_always_run(path):
     """Whether a chapter is the first one or has widgets. The others run with slow tests (`go.py test --all`)."""
-    return path.name.startswith("00") or "classroom.widgets" in path.read_text("utf-8")
+    return path.name.startswith("00") or "mixoff.widgets" in path.read_text("utf-8")
 
 
 def often(chapters):

@@ -25,6 +25,7 @@ from mixoff.classroom.checks.ch09 import hit_rate, residents, stays
 from mixoff.classroom.checks.ch10 import gain, hit_rate_for, token_s
 from mixoff.classroom.checks.ch11 import codes_at, folded, instructions_per_weight, matvec
 from mixoff.classroom.checks.ch12 import by_expert, chunked, dropped, experts_touched
+from mixoff.classroom.checks.ch13 import distil_loss, dynamic_top_k, greedy, skip_misses
 from mixoff.classroom.checks.ch14 import break_even, exchanged, placed
 from mixoff.classroom.checks.ch15 import recent, tiers, what_binds
 from mixoff.classroom.checks.machinery import Check, difference

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 HERE = Path(__file__).parent
-WIDGETS = HERE.parents[1] / "classroom" / "widgets"
+WIDGETS = HERE.parents[1] / "widgets"
 FILES = {
     "/": ("text/html", (HERE / "index.html",)),
     "/page.js": ("text/javascript", (HERE / "page.js",)),

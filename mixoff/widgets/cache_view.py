@@ -20,10 +20,10 @@ from mixoff.cache.cache import ExpertCache
 from mixoff.cache.cells import CODES, EVICTED, HIT, MISS, Cells, Stats
 from mixoff.cache.events import HIT as GRANTED
 from mixoff.classroom import plots
-from mixoff.classroom.widgets import browser
 from mixoff.errors import MixoffError
 from mixoff.planning.hardware import NAMED
 from mixoff.units import format_nbytes
+from mixoff.widgets import browser
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

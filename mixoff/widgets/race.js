@@ -14,21 +14,21 @@ const FRAME = `
   <div class="key">Each bar is a token, as high as it took: <u data-mark="hit" style="background: var(--hit)"></u>computing <u data-mark="miss" style="background: var(--miss)"></u>waiting for copies. Underlined words missed.</div>`;
 
 function render({ model, el }) {
-  const words = model.get("words"), lead = model.get("lead"), computing = model.get("computing_s") * 1000, asked = model.get("asked");
+  const words = model.get("words"), lead = model.get("lead"), asked = model.get("asked");
   const { root, $, forget } = plant(el, "race", FRAME, () => lanes.forEach(bars));
-  const slowest = Math.max(...model.get("panes").flatMap((lane) => lane.seconds)) * 1000;
   let now = 0, since = 0, timer = 0, playing = false;
 
   const lanes = model.get("panes").map((lane) => {
     let end = 0;
-    const ends = lane.seconds.map((s) => (end += 1000 * s)), speed = (1000 * words.length) / end;
+    const seconds = lane.waiting_s.map((s, t) => s + lane.computing_s[t]), ends = seconds.map((s) => (end += 1000 * s)), speed = (1000 * words.length) / end;
     const typed = make("div", { className: "typed", tabIndex: 0, role: "group", "aria-label": `text of ${lane.name}` });
     const chart = make("canvas", { "aria-hidden": "true" }), score = make("div", { className: "score" });
     const head = make("h4", {}, make("span", { textContent: lane.name }), make("span", {}, `${speed.toFixed(1)} tokens/s `, make("small", { textContent: "modelled" })));
     const pane = make("div", { className: "pane", role: "group", "aria-label": lane.name }, head, make("div", { className: "note", textContent: lane.note }), typed, chart, score);
     $(".panes").append(pane);
-    return { ...lane, ends, end, speed, typed, chart, score, pane, shown: -1 };
+    return { ...lane, seconds, ends, end, speed, typed, chart, score, pane, shown: -1 };
   });
+  const slowest = 1000 * Math.max(...lanes.flatMap((lane) => lane.seconds));
   const last = Math.ceil(Math.max(...lanes.map((lane) => lane.end)) / 50) * 50;
   $(".scrub").max = last;
   $(".about").textContent = model.get("about");
@@ -44,7 +44,7 @@ function render({ model, el }) {
       pen.fillStyle = paint("--miss");
       pen.fillRect(t * step, height - high(1000 * s), wide, high(1000 * s));
       pen.fillStyle = paint("--hit");
-      pen.fillRect(t * step, height - high(computing), wide, high(computing));
+      pen.fillRect(t * step, height - high(1000 * lane.computing_s[t]), wide, high(1000 * lane.computing_s[t]));
     });
   }
 

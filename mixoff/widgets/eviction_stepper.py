@@ -20,8 +20,8 @@ from mixoff.cache.cache import ExpertCache
 from mixoff.cache.events import HIT as GRANTED
 from mixoff.cache.policies import POLICIES
 from mixoff.classroom import plots
-from mixoff.classroom.widgets import browser, optimum
 from mixoff.errors import BudgetError, MixoffError
+from mixoff.widgets import browser, optimum
 
 NAMES = {"belady": "Bélády", "lru": "LRU", "lfu": "LFU", "fifo": "FIFO"}  # as they are written in sentences
 

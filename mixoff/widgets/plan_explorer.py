@@ -18,7 +18,6 @@ import traitlets
 import mixoff
 from mixoff import units
 from mixoff.classroom import plots
-from mixoff.classroom.widgets import browser
 from mixoff.errors import MixoffError
 from mixoff.planning import hardware as machines
 from mixoff.planning import plan as plans
@@ -30,6 +29,7 @@ from mixoff.quantize.scheme import Precision, Scheme
 from mixoff.shapes import sizes
 from mixoff.store import describe
 from mixoff.units import format_nbytes
+from mixoff.widgets import browser
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -7,6 +7,7 @@ the trace represents as many layers of the model as it takes to make up all of t
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
@@ -20,12 +21,12 @@ from mixoff.cache.cache import ExpertCache
 from mixoff.cache.events import MISS
 from mixoff.cache.policies import Policy
 from mixoff.classroom import plots
-from mixoff.classroom.widgets import browser, optimum
 from mixoff.errors import MixoffError
 from mixoff.planning import probe, speed
 from mixoff.shapes.sizes import sizes_of
 from mixoff.store.describe import shape_of
 from mixoff.units import format_nbytes
+from mixoff.widgets import browser, optimum
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -36,16 +37,23 @@ if TYPE_CHECKING:
     from mixoff.trace.trace import Trace
 
 STYLES = ((":", "vermillion"), ("--", "blue"), ("-.", "green"), ("-", "purple"))  # of the lanes
+PARTLY = 1 - 1e-9  # hit rate of a token without a miss on a card that does not hold every expert
 
 
 @dataclass(frozen=True)
 class Lane:
-    """One contestant. note: what it keeps. seconds, misses: of each token."""
+    """One contestant. note: what it keeps. waiting_s, computing_s, misses: of each token."""
 
     name: str
     note: str
-    seconds: list[float]
+    waiting_s: list[float]
+    computing_s: list[float]
     misses: list[int]
+
+    @property
+    def seconds(self) -> list[float]:
+        """Seconds of each token."""
+        return [waits + computes for waits, computes in zip(self.waiting_s, self.computing_s, strict=True)]
 
     @property
     def tokens_per_s(self) -> float:
@@ -72,9 +80,12 @@ def future(trace: Trace) -> list[list[list[tuple[int, int]]]]:
 
 @dataclass(frozen=True)
 class Clock:
-    """Seconds of a token of a model on a machine, from its misses. computing_s: without any."""
+    """Seconds of a token of a model on a machine, from its misses.
 
-    computing_s: float
+    computing: seconds without waiting for copies, by hit rate; 1.0 is for a card that holds every expert
+    """
+
+    computing: Callable[[float], float]
     layers: int
     top_k: int
     fetch_s: float
@@ -83,18 +94,28 @@ class Clock:
     @classmethod
     def of(cls, shape: ModelShape, scheme: str, machine: Hardware) -> Clock:
         """The clock of `speed.predict`, with every miss from RAM."""
-        whole = speed.predict(shape, scheme, machine, hit_rate=1.0)
-        step = whole.step
+
+        @functools.cache
+        def computing(hit_rate: float) -> float:
+            found = speed.predict(shape, scheme, machine, hit_rate)
+            return found.seconds - found.terms["fetches"]
+
+        step = speed.predict(shape, scheme, machine).step
         if step is None:
             raise MixoffError("the time model has no step for this machine")
         meanwhile = step.expert_s if step.overlap else 0.0
-        return cls(whole.seconds, step.layers, step.top_k, step.link_s, meanwhile)
+        return cls(computing, step.layers, step.top_k, step.link_s, meanwhile)
 
-    def seconds(self, misses: np.ndarray) -> list[float]:
-        """Seconds of each token. misses: int (T, L), of the trace's layers."""
+    def waiting_s(self, misses: np.ndarray) -> list[float]:
+        """Seconds that each token waits for copies. misses: int (T, L), of the trace's layers."""
         waiting = np.maximum(0.0, misses * self.fetch_s - (self.top_k - misses) * self.expert_s)
         waiting = np.where(misses > 0, waiting, 0.0).sum(1) * self.layers / misses.shape[1]  # (T,)
-        return [round(float(s), 5) for s in self.computing_s + waiting]
+        return [round(float(s), 5) for s in waiting]
+
+    def computing_s(self, misses: np.ndarray, resident: bool = False) -> list[float]:
+        """Seconds that each token computes. resident: whether the card holds every expert."""
+        rates = 1 - misses.sum(1) / (misses.shape[1] * self.top_k)  # (T,)
+        return [round(self.computing(1.0 if resident else min(PARTLY, float(rate))), 5) for rate in rates]
 
 
 class Race(anywidget.AnyWidget):
@@ -111,7 +132,6 @@ class Race(anywidget.AnyWidget):
     lead = traitlets.Unicode().tag(sync=True)  # text that is there before the race
     about = traitlets.Unicode().tag(sync=True)
     panes = traitlets.List(traitlets.Dict()).tag(sync=True)  # the lanes
-    computing_s = traitlets.Float().tag(sync=True)
     asked = traitlets.Int().tag(sync=True)  # requests per token
 
     def __init__(
@@ -138,7 +158,7 @@ class Race(anywidget.AnyWidget):
         super().__init__(
             words=list(words), lead=lead, panes=[asdict(lane) for lane in self.lanes],
             about=_about(described, scheme, machine, len(trace.layers)),
-            computing_s=round(self.clock.computing_s, 5), asked=trace.top_k * len(trace.layers),
+            asked=trace.top_k * len(trace.layers),
         )  # fmt: skip
 
     def _lanes(self, trace: Trace, slots: int, notes: dict[str, str]) -> list[Lane]:
@@ -151,10 +171,11 @@ class Race(anywidget.AnyWidget):
             ("best possible", f"keeps {cached}, knows what comes (Bélády)"): misses_of(trace, slots, best),
             ("all resident", f"would need {notes['whole']}"): 0 * none,
         }
-        return [
-            Lane(name, note, self.clock.seconds(misses), misses.sum(1).tolist())
-            for (name, note), misses in runs.items()
-        ]
+        clock, lanes = self.clock, []
+        for (name, note), misses in runs.items():
+            computing = clock.computing_s(misses, resident=name == "all resident")
+            lanes.append(Lane(name, note, clock.waiting_s(misses), computing, misses.sum(1).tolist()))
+        return lanes
 
     def summary(self) -> str:
         """Speed and hit rate of each lane, in one line."""

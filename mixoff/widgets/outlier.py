@@ -14,8 +14,8 @@ import numpy as np
 import traitlets
 
 from mixoff.classroom import plots
-from mixoff.classroom.widgets import browser
 from mixoff.errors import MixoffError
+from mixoff.widgets import browser
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

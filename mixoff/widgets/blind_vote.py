@@ -15,8 +15,8 @@ import matplotlib.pyplot as plt
 import traitlets
 
 from mixoff.classroom import plots
-from mixoff.classroom.widgets import browser
 from mixoff.errors import MixoffError
+from mixoff.widgets import browser
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import traitlets
 
-from mixoff.classroom.widgets import browser
+from mixoff.widgets import browser
 
 if TYPE_CHECKING:
     import torch
