@@ -41,10 +41,23 @@ def grouped(experts: list) -> dict:
     return {"order": wanted, **{f"tokens of expert {e}": [t for t, r in enumerate(experts) if e in r] for e in wanted}}
 
 
+def as_they_come(experts: list) -> dict:
+    """The tokens of each expert, experts in the order of their first token."""
+    seen = dict.fromkeys(e for row in experts for e in row)
+    return {e: [token for token, row in enumerate(experts) if e in row] for e in seen}
+
+
 ROUTED = ([[0, 1]], [[3, 1], [1, 2], [3, 1]], [[5], [2], [5], [0]], [[7, 6], [6, 7]])
 
 # experts of each token, a list of lists -> dict of the tokens of each expert, experts ascending
-by_expert = Check(tuple(((rows,), grouped(rows)) for rows in ROUTED), in_order)
+by_expert = Check(
+    tuple(((rows,), grouped(rows)) for rows in ROUTED),
+    in_order,
+    slips={
+        "These are the experts of each token: turn the table around.": lambda experts: dict(enumerate(experts)),
+        "The experts are in the order in which they came up: sort them.": as_they_come,
+    },
+)
 
 
 def beyond(experts: np.ndarray, E: int, room: float) -> int:
@@ -79,5 +92,15 @@ chunked = Check(
         ((10, 4, False), ["read 0 to 4", "read 4 to 8", "read 8 to 10"]),
         ((3, 8, True), ["read 0 to 3"]),
         ((6, 2, True), ["read 0 to 2", "decode", "read 2 to 4", "decode", "read 4 to 6"]),
-    )
+    ),
+    slips={
+        "The others wait for the whole prompt: they get a token between two chunks.": lambda prompt, chunk, running: [
+            f"read {at} to {min(at + chunk, prompt)}" for at in range(0, prompt, chunk)
+        ],
+        "The last chunk ends where the prompt ends.": lambda prompt, chunk, running: [
+            piece
+            for at in range(0, prompt, chunk)
+            for piece in ["decode"] * (running and at > 0) + [f"read {at} to {at + chunk}"]
+        ],
+    },
 )
