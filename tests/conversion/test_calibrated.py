@@ -16,11 +16,12 @@ import encoded_models
 import mixoff
 from mixoff import CheckpointError, MixoffError, Scheme
 from mixoff.commands import cli
-from mixoff.conversion import bits, convert, text
+from mixoff.conversion import bits, convert
 from mixoff.conversion.weights import blocks
 from mixoff.quantize import Precision
 from mixoff.quantize.layout import packed_nbytes
 from mixoff.store import making
+from mixoff.text import calibration as text
 from mixoff.text.generation import load_tokenizer
 from tiny import BUNDLED, FAMILIES, resident, save_random
 
