@@ -41,12 +41,12 @@ class Workshop:
 
 
 DAY = ((90, 15, "Break"), (185, 60, "Lunch"), (330, 15, "Break"), (410, 10, "Break"))
-SECOND_DAY = ((60, 15, "Break"), (135, 60, "Lunch"), (255, 10, "Break"), (350, 10, "Break"), (415, 10, "Break"))
+SECOND_DAY = ((90, 15, "Break"), (165, 60, "Lunch"), (280, 15, "Break"), (360, 10, "Break"), (415, 5, "Break"))
 WORKSHOPS = (
     Workshop("90-minute", 90),
     Workshop("half-day", 210, breaks=((100, 20, "Break"),)),
     Workshop("one-day", 480, 10, 10, DAY),
-    Workshop("second-day", 490, 10, 10, SECOND_DAY, after="one-day"),
+    Workshop("second-day", 480, 10, 10, SECOND_DAY, after="one-day"),
 )
 
 
