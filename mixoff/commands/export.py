@@ -16,10 +16,10 @@ def add(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("source", metavar="STORE", help="store, folder of a checkpoint, or GGUF file")
     add("target", metavar="OUT", help="folder to create, or file for gguf; must not exist")
-    text = "hf (safetensors in 16 bits), compressed-tensors (experts in 4 or 8 bits), or gguf (experts in 8 or 16)"
+    text = "hf (safetensors in 16 bits), compressed-tensors (experts in 4 or 8 bits), or gguf (4, 5, 8 or 16 bits)"
     add("--to", type=arguments.choice("format", FORMATS), required=True, help=text)
     text = "bits of experts (default: 4 for compressed-tensors from an original, else 8; 16 for gguf)"
-    add("--bits", type=arguments.whole("bits", "give 4, 8 or 16"), metavar="B", help=text)
+    add("--bits", type=arguments.whole("bits", "give 4, 5, 8 or 16"), metavar="B", help=text)
 
 
 def main(args: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""A GGUF file for llama.cpp, in 16 bits or Q8_0: header, names and encoders are those of the `gguf` package.
+"""A GGUF file for llama.cpp, in 16, 8, 5 or 4 bits: header, names and encoders are those of the `gguf` package.
 
 Letters: **E** experts, **N** outputs, **K** inputs. Rows of q and k are rearranged where llama.cpp has them so.
 """
@@ -25,7 +25,9 @@ from mixoff.shapes.config import read_config
 from mixoff.shapes.sites import DTYPES, Part
 from mixoff.store.blueprint import Output, Weight
 
-BLOCK = 32  # numbers of a block of Q8_0
+BLOCK = 32  # numbers of a block of each quantized type
+QUANTIZED = {8: "Q8_0", 5: "Q5_0", 4: "Q4_0"}  # by bits; the package has no encoders of k- and i-quants
+WIDER = ("token_embd.weight", "output.weight")  # in 8 bits at least, as llama.cpp's own tool has more bits there
 ROWS = 256  # outputs encoded at a time
 EXACT = {"float16": "F16", "bfloat16": "BF16", "float32": "F16"}
 FP32 = (".ffn_gate_inp.weight", ".ffn_gate_inp_shexp.weight")  # routers, which llama.cpp computes in fp32
@@ -75,7 +77,10 @@ class Stored:
 
 
 def gguf_layout(model: Model, target: Path, bits: int | None) -> Export:
-    """One GGUF file. bits: 8 (Q8_0) or 16 of each matrix; None is 16. Raises MixoffError for what it cannot hold."""
+    """One GGUF file. Raises MixoffError for what it cannot hold.
+
+    bits: 4, 5, 8 (see QUANTIZED) or 16 of each matrix; None is 16
+    """
     package = _package()
     if target.suffix.lower() != ".gguf":
         raise MixoffError(f"a GGUF is one file: give OUT a name that ends in .gguf, as in {target.name}.gguf")
@@ -120,7 +125,9 @@ def _kind(stored: str, shape: tuple[int, ...], dtype: str, bits: int | None) -> 
         raise MixoffError(f"{stored} would be {dtype}, which is not a weight: export to hf instead")
     if len(shape) < 2 or stored.endswith(FP32):
         return "F32"
-    return "Q8_0" if bits == 8 and shape[-1] % BLOCK == 0 else EXACT[DTYPES[dtype]]
+    if bits not in QUANTIZED or shape[-1] % BLOCK:
+        return EXACT[DTYPES[dtype]]
+    return QUANTIZED[8 if stored in WIDER else bits]
 
 
 def _backbone_names(model: Model, arch: str, layers: int) -> dict[str, str]:

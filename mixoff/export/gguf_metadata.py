@@ -15,7 +15,14 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 ELSE = "export to hf, and convert that with llama.cpp's convert_hf_to_gguf.py"
-FILE_TYPES = {"Q8_0": 7, "BF16": 32, "F16": 1, "F32": 0}  # llama.cpp's `general.file_type`, by the first type there is
+FILE_TYPES = {
+    "Q4_0": 2,
+    "Q5_0": 8,
+    "Q8_0": 7,
+    "BF16": 32,
+    "F16": 1,
+    "F32": 0,
+}  # llama.cpp's `general.file_type`, by the first type there is
 NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE = range(1, 7)  # llama.cpp's types of tokens
 # llama.cpp's names of the patterns that cut a text into words, by patterns of tokenizer.json
 WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"

@@ -29,7 +29,7 @@ def export(
     - source: a store, a model's folder, or a GGUF file.
     - target: the folder to create, or the file for GGUF; it appears only when it is complete.
     - to: `"hf"`, safetensors as on the Hub; `"compressed-tensors"`, experts in 4 or 8 bits; `"gguf"`.
-    - bits: bits of experts: 4 or 8 for compressed-tensors, 8 or 16 for GGUF; None chooses.
+    - bits: bits of experts: 4 or 8 for compressed-tensors, 4, 5, 8 or 16 for GGUF; None chooses.
     - progress: whether to show a bar on standard error; None shows it on a terminal.
     - planned: is told the bytes of the export before any is written.
 
@@ -47,7 +47,7 @@ def export(
 
 
 def _planned(model: Model, target: Path, to: str, bits: int | None) -> Export:
-    choices = {"hf": (None,), "compressed-tensors": (None, 4, 8), "gguf": (None, 8, 16)}
+    choices = {"hf": (None,), "compressed-tensors": (None, 4, 8), "gguf": (None, 4, 5, 8, 16)}
     if to not in choices:
         raise MixoffError(f"no format {to!r}: choose one of {', '.join(choices)}{suggestion(to, choices)}")
     if bits not in choices[to]:

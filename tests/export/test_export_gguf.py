@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 import gguf_models
 import mixoff
@@ -50,10 +51,11 @@ def same(a, b):
     return np.allclose(a, b) if isinstance(a, float) else a == b
 
 
-def test_eight_bits_are_what_the_package_encodes(family, tmp_path):
+@pytest.mark.parametrize(("bits", "kind"), [(8, "Q8_0"), (5, "Q5_0"), (4, "Q4_0")])
+def test_fewer_bits_are_what_the_package_encodes(family, bits, kind, tmp_path):
     _, plain = family
     store = mixoff.convert(plain, tmp_path / "store")
-    export(store, tmp_path / "model.gguf", "gguf", bits=8)
+    export(store, tmp_path / "model.gguf", "gguf", bits=bits)
     sixteen = export(store, tmp_path / "wide.gguf", "gguf").target
     given = {t.name: t for t in gguf.GGUFReader(sixteen).tensors}
     kinds = set()
@@ -61,8 +63,23 @@ def test_eight_bits_are_what_the_package_encodes(family, tmp_path):
         values = gguf.dequantize(given[t.name].data, given[t.name].tensor_type).astype(np.float32)
         assert t.data.tobytes() == gguf.quantize(values, t.tensor_type).tobytes(), t.name
         kinds.add(t.tensor_type.name)
-        assert t.tensor_type.name != "Q8_0" or t.shape[0] % 32 == 0
-    assert "Q8_0" in kinds
+        assert not t.tensor_type.name.startswith("Q") or t.shape[0] % 32 == 0
+    assert {k for k in kinds if k.startswith("Q")} == {kind, "Q8_0"}, "embeddings and head have 8 bits at least"
+
+
+def test_transformers_opens_the_file_where_it_knows_the_experts_width(tmp_path):
+    """Its readers of GGUF take Qwen3-MoE's default width, whatever the file says, and Mixtral for a dense Llama."""
+    torch.manual_seed(0)
+    config = gguf_models.config_of("qwen3_moe")
+    config.moe_intermediate_size = type(config)().moe_intermediate_size
+    model = AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "hub")
+    gguf_models.tokenizer().save_pretrained(tmp_path / "hub")
+    export(tmp_path / "hub", tmp_path / "model.gguf", "gguf")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf", dtype=torch.float32)
+    ids = torch.arange(3, 20)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(again(ids).logits, model.float()(ids).logits, rtol=1e-3, atol=1e-3)
 
 
 def test_mixoff_reads_back_what_it_wrote(tmp_path):
