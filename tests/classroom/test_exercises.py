@@ -402,6 +402,16 @@ def divides_a_flat_group(w, bits):
 
 
 REFUSED = [
+    ("best_zero", lambda w, codes, scale: np.mean(codes) - w[0] / scale, "case"),
+    ("bytes_per_token", lambda L, k, n, h, back: L * n * (1 - h) * (2 if back else 1), "case 1"),
+    ("copy_s_per_token", lambda n, nbytes, h, Bps: n * nbytes / Bps, "case 2"),
+    ("greedy", lambda loss, experts, keep: experts[:keep], "case 2"),
+    ("kv_nbytes", lambda layers, heads, width, tokens: 4 * layers * width * tokens, "case 1"),
+    ("residents", lambda events: {e for kind, e in events if kind in ("miss", "prefetch")}, "case 3"),
+    ("slots_per_layer", lambda budget, n, L, E: min(-(-budget // n // L), E), "case 1"),
+    ("threshold", lambda beta, p: beta ** (1 / (p - 2)) * p, "case 1"),
+    ("tiers", lambda vram, ram, n, L, E: (x := vram // n // L * L, L * E - x, 0), "case 2"),
+    ("token_s", lambda fixed_s, parts: fixed_s + max((n / Bps for n, Bps in parts), default=0.0), "case 3"),
     ("stored_nbytes", lambda counts, bits: sum(n * b // 8 for n, b in zip(counts, bits, strict=True)), "drops"),
     ("stored_nbytes", lambda counts, bits: sum(n * b for n, b in zip(counts, bits, strict=True)) // 8, "drops"),
     ("fit", lambda w, codes: (*np.polyfit(codes, w, 1), 1.0), "third answer"),
