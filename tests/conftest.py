@@ -94,6 +94,16 @@ def pytest_make_collect_report(collector):
     return report
 
 
+@pytest.fixture(autouse=True)
+def environment_as_before():
+    """Commands that ran in this process set variables, which chapters run by the same worker would inherit."""
+    before = dict(os.environ)
+    yield
+    if os.environ != before:
+        os.environ.clear()
+        os.environ.update(before)
+
+
 @pytest.fixture(scope="session")
 def root():
     """The repository's root."""

@@ -30,6 +30,7 @@ def setup(threads: int = 1, seed: int = 0, gpu: bool = True) -> None:
     torch.manual_seed(seed)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    enable_progress_bars()  # of downloads, which last minutes; the line before turns off both
+    if "HF_HUB_DISABLE_PROGRESS_BARS" not in os.environ:
+        enable_progress_bars()  # of downloads, which last minutes; the line before turns off both
     use_style()
     print("mixoff is ready")

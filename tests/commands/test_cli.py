@@ -489,11 +489,11 @@ def test_a_terminal_shows_something_before_libraries_are_imported(monkeypatch, t
 
 
 def test_a_model_s_text_cannot_drive_a_terminal(monkeypatch):
-    from mixoff.commands import run
+    from mixoff.commands import lines
 
     monkeypatch.setattr(sys, "stdout", Terminal())
-    run._show("a\x1b[2J\tb\n\u202e")
-    assert sys.stdout.getvalue() == "a\\x1b[2J\tb\n\\u202e"
+    lines.shown()[0]("a\x1b[2J\tb\n\u202e")
+    assert sys.stdout.getvalue() == "a\\x1b[2Jb\n\\u202e".replace("Jb", "J" + " " * 4 + "b")
     monkeypatch.setattr(sys, "stdout", io.StringIO())
-    run._show("a\x1b")
+    lines.shown()[0]("a\x1b")
     assert sys.stdout.getvalue() == "a\x1b", "a file gets what the model wrote"
