@@ -207,13 +207,13 @@ def photograph_themes(page, folder, chapter):
     for name, theme in THEMES.items():
         page.evaluate("theme => window.jupyterapp.commands.execute('apputils:change-theme', {theme})", theme)
         page.wait_for_function(
-            """dark => [...document.querySelectorAll('[class^=mixoff-]')].every(
+            """dark => [...document.querySelectorAll('[class^=mixoff-]:not(.mixoff-plan)')].every(
                 e => e.classList.contains('mixoff-dark') === dark)
                 && document.body.dataset.jpThemeLight === String(!dark)""",
             arg=name == "dark",
         )
         page.wait_for_timeout(500)
-        for i, widget in enumerate(page.locator("[class^=mixoff-]").all()):
+        for i, widget in enumerate(page.locator("[class^=mixoff-]:not(.mixoff-plan)").all()):
             widget.screenshot(path=folder / f"widget-{i}-{name}.png")
         photograph(page, folder / f"{chapter.stem}-{name}.png")
 
