@@ -242,7 +242,27 @@ def exercise(nb, stub: int, following: int) -> Iterator[str]:
             yield f"cell {i} stores a solution that its check does not accept: {verdicts.strip()[:60]!r}"
 
 
-RULES = (execution, outputs, drawing, leaks, sources, metadata, budgets, lengths, opening, headings, exercises)
+def formulas(nb) -> Iterator[str]:
+    """No link inside a formula, which would be shown as an error."""
+    for i, cell in enumerate(nb.cells):
+        if cell.cell_type == "markdown" and re.search(r"\$[^$\n]*\]\([^$\n]*\$", cell.source):
+            yield f"cell {i} has a link inside a formula: put it into the sentence before"
+
+
+RULES = (
+    execution,
+    outputs,
+    drawing,
+    leaks,
+    sources,
+    metadata,
+    budgets,
+    lengths,
+    opening,
+    headings,
+    formulas,
+    exercises,
+)
 
 
 def problems(nb) -> list[str]:

@@ -26,6 +26,7 @@ VRAM, RAM = tuple(range(0, 34, 2)), tuple(range(4, 68, 4))  # GB, from the first
 NONE = "none"
 LETTERS = {"card": "W", "split": "S", "copied": "C", "ram": "R", NONE: "-"}
 PALE = {"card": "#cfe8f7", "split": "#fbe3b0", "copied": "#c9ecdf", "ram": "#eadcf1", NONE: "#eeeeee"}
+DARK = "#111111"  # of letters, on every page: cells are pale on white and on black
 GB = 1e9
 
 
@@ -81,7 +82,7 @@ def draw(ax: Axes, of: Workload, on: Machine, dot: bool = True) -> dict[str, flo
     for i, v in enumerate(VRAM):
         for j, r in enumerate(RAM):
             if (i + j) % 2 == 0:
-                ax.text(r, v, LETTERS[names[cells[i, j]]], ha="center", va="center", fontsize=7)
+                ax.text(r, v, LETTERS[names[cells[i, j]]], ha="center", va="center", fontsize=7, color=DARK)
     if dot:
         ax.plot(
             min(on.ram / GB, RAM[-1]), min(on.vram / GB, VRAM[-1]), "o", color="black", markersize=9, fillstyle="none"

@@ -151,6 +151,10 @@ def failing_solution(book):
     cell.outputs = [nbformat.v4.new_output("stream", text="[FAIL] case 2: 4, expected 10\n")]
 
 
+def link_in_a_formula(book):
+    book.cells[-1].source += "\n\n$$t_\\text{[split](../docs/glossary.md#split)} = 1$$"
+
+
 def no_questions(book):
     for cell in book.cells:
         cell.source = cell.source.replace("## Five questions", "## Some questions")
@@ -189,6 +193,7 @@ SPOILERS = {
     no_solution: "no cell tagged solution",
     solved_stub: "is not a stub",
     failing_solution: "its check does not accept: '[FAIL] case 2",
+    link_in_a_formula: "has a link inside a formula",
     no_questions: "'Five questions' is missing",
     no_instructor: "instructor notes are missing",
     old_badge: "generated first cell is out of date",
