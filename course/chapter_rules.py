@@ -245,7 +245,8 @@ def exercise(nb, stub: int, following: int) -> Iterator[str]:
 def formulas(nb) -> Iterator[str]:
     """No link inside a formula, which would be shown as an error."""
     for i, cell in enumerate(nb.cells):
-        if cell.cell_type == "markdown" and re.search(r"\$[^$\n]*\]\([^$\n]*\$", cell.source):
+        found = re.findall(r"\$\$[^$]+\$\$|\$[^$\n]+\$", cell.source) if cell.cell_type == "markdown" else ()
+        if any("](" in formula for formula in found):
             yield f"cell {i} has a link inside a formula: put it into the sentence before"
 
 
