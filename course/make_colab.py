@@ -73,8 +73,8 @@ def colab_cell(cell, path: pathlib.Path):
         cell.source = PAGE.sub(f"]({badges.repository()}/blob/{badges.BRANCH}/", cell.source)
     if cell.cell_type == "code":
         cell.outputs, cell.execution_count = [], None
-        if folded := chapter_rules.FOLDED_TAGS & set(tags):
-            cell.source = f"#@title {FORMS[folded.pop()]}: open to read\n{cell.source}"
+        if folded := [title for tag, title in FORMS.items() if tag in tags]:  # the first of several, every time
+            cell.source = f"#@title {folded[0]}: open to read\n{cell.source}"
             cell.metadata["cellView"] = "form"
     return cell
 
