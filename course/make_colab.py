@@ -17,7 +17,6 @@ import sys
 import nbformat
 
 import badges
-import chapter_rules
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 HELD = ("torch", "transformers", "numpy", "ipywidgets", "traitlets", "pillow")  # Colab has imported them, or needs them
