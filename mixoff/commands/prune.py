@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
 from pathlib import Path
 
 from mixoff.commands import arguments, terminal
@@ -35,18 +36,20 @@ def main(args: argparse.Namespace) -> int:
     if args.text != "default":
         arguments.text_of(args.text)
     with terminal.starting(f"pruning {args.source}"):
-        from mixoff.pruning.prune import run
+        from mixoff.pruning.prune import prune
         from mixoff.units import format_nbytes
 
-    done = run(
+    start = time.perf_counter()
+    target = prune(
         args.source, args.target, args.keep, args.by, merge=args.merge, text=args.text, tokens=args.tokens,
         progress=False if args.json else None,
     )  # fmt: skip
-    before, after = nbytes_of(Path(args.source)), nbytes_of(done.target)
+    seconds = time.perf_counter() - start
+    before, after = nbytes_of(Path(args.source)), nbytes_of(target)
     if args.json:
-        report = {"target": str(done.target), "nbytes": after, "source_nbytes": before, "seconds": done.seconds}
+        report = {"target": str(target), "nbytes": after, "source_nbytes": before, "seconds": seconds}
         print(json.dumps(report))
         return 0
-    print(f"wrote {done.target}: {format_nbytes(after)} in place of {format_nbytes(before)}, in {done.seconds:.1f} s")
+    print(f"wrote {target}: {format_nbytes(after)} in place of {format_nbytes(before)}, in {seconds:.1f} s")
     print("pruning is lossy: compare both on your own text, as in notebooks/13_fewer_experts")
     return 0

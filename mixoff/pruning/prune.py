@@ -20,7 +20,7 @@ from mixoff.pruning.layout import lay_out
 from mixoff.pruning.merge import check
 from mixoff.pruning.routers import stored_routers
 from mixoff.shapes.config import configured_top_k, read_config, skeleton
-from mixoff.store.convert import Report, make, refuse_existing
+from mixoff.store.convert import make, refuse_existing
 from mixoff.store.making import Options
 from mixoff.store.stored import StoreCheckpoint
 from mixoff.text import calibration
@@ -56,21 +56,6 @@ def prune(
     leaves is the same to the byte. What was interrupted leaves `target.partial`. Raises MixoffError for a number or
     lists that do not suit the model, and CheckpointError for a family whose routers cannot lose a row.
     """
-    return run(source, target, keep, by, merge=merge, text=text, tokens=tokens, progress=progress).target
-
-
-def run(
-    source: str | Path,
-    target: str | Path,
-    keep: int | None = None,
-    by: str | Sequence[Sequence[int]] = "loss",
-    *,
-    merge: bool = False,
-    text: str | Path = "default",
-    tokens: int = TOKENS,
-    progress: bool | None = None,
-) -> Report:
-    """`prune`, with a report of what it took."""
     refuse_existing(target := Path(target))
     store = _opened(find(source), merge)
     sites = store.source.sites
@@ -85,7 +70,7 @@ def run(
     way = by if isinstance(by, str) else "lists"
     facts = {"by": way, "merged": merge, "of": sites[0].num_experts, "kept": kept} if fewer else {}
     with closing(LocalShards(store)) as shards:
-        return make(shards, lay_out(store, kept, facts, counts), target, Options(progress=progress))
+        return make(shards, lay_out(store, kept, facts, counts), target, Options(progress=progress)).target
 
 
 def _opened(folder: Folder, merge: bool) -> StoreCheckpoint:
